@@ -1,0 +1,199 @@
+"""A data format: how the tensors of a sample are named and arranged in a `.pt` file."""
+
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from speculators_cli.core.data.formats.archive import Archive
+from speculators_cli.core.data.formats.structure import TensorSpec
+from speculators_cli.core.data.sample import BadSampleError, Sample, SampleHeader
+
+HIDDEN_STATE_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+INTEGER_DTYPES = (
+    torch.uint8,
+    torch.int8,
+    torch.int16,
+    torch.int32,
+    torch.int64,
+    torch.uint16,
+    torch.uint32,
+)
+MASK_DTYPES = (torch.bool, *INTEGER_DTYPES, *HIDDEN_STATE_DTYPES)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where the parts of a sample are in its file; nothing is read yet."""
+
+    input_ids: TensorSpec  # [seq_len]
+    loss_mask: TensorSpec  # [seq_len]
+    hidden_states: tuple[TensorSpec, ...]  # [seq_len, hidden] each: the aux layers, then the last
+    is_normed: bool | TensorSpec
+
+
+@dataclass(frozen=True)
+class SampleFormat:
+    """Reads and writes the samples of one format version."""
+
+    version: int
+    lay_out: Callable[[Mapping[object, object]], Layout]  # what a file holds -> where its parts are
+    arrange: Callable[[Sample], dict[str, object]]  # a sample -> what a file of it holds
+
+    def read_sample(self, file: Path) -> Sample:
+        """Read a sample: ids and mask into memory, hidden states mapped and read when used.
+
+        Raises:
+            BadSampleError: The file is not a sample of this format.
+            OSError: It cannot be opened.
+        """
+        with Archive(file) as archive:
+            layout = self._read_layout(archive)
+            input_ids, loss_mask = _read_tokens(archive, layout)
+            *aux, last = archive.map(layout.hidden_states)
+            is_normed = _read_flag(archive, layout.is_normed)
+        return Sample(input_ids, loss_mask, tuple(aux), last, is_normed)
+
+    def read_header(self, file: Path) -> SampleHeader:
+        """Read what a scan wants to know of a sample; hidden states are not touched.
+
+        Raises:
+            BadSampleError: The file is not a sample of this format.
+            OSError: It cannot be opened.
+        """
+        with Archive(file) as archive:
+            layout = self._read_layout(archive)
+            input_ids, loss_mask = _read_tokens(archive, layout)
+            is_normed = _read_flag(archive, layout.is_normed)
+        return SampleHeader(
+            num_tokens=len(input_ids),
+            num_supervised_tokens=int(loss_mask[1:].sum()),
+            hidden_size=layout.hidden_states[-1].shape[1],
+            num_aux_layers=len(layout.hidden_states) - 1,
+            dtype=layout.hidden_states[-1].dtype,
+            is_normed=is_normed,
+            max_token_id=int(input_ids.max()) if len(input_ids) else -1,
+        )
+
+    def write_sample(self, sample: Sample, file: Path) -> None:
+        """Write a sample, so that the file is absent, as it was, or whole."""
+        temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
+        try:
+            torch.save(self.arrange(sample), temporary)
+            temporary.replace(file)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+    def _read_layout(self, archive: Archive) -> Layout:
+        content = archive.content
+        if not isinstance(content, dict):
+            raise BadSampleError(f"holds {_kind(content)}, not a dict of tensors")
+        layout = self.lay_out(content)
+        _check(layout, archive.num_bytes)
+        return layout
+
+
+def get_tensor(content: Mapping[object, object], key: str) -> TensorSpec:
+    """The tensor under a key, without leading dimensions of 1.
+
+    Raises:
+        BadSampleError: The key is missing, or does not hold a tensor.
+    """
+    if key not in content:
+        raise BadSampleError(f"has no `{key}`; found {_names(content)}")
+    value = content[key]
+    if not isinstance(value, TensorSpec):
+        raise BadSampleError(f"has {_kind(value)} as `{key}`, expected a tensor")
+    return value.without_batch()
+
+
+def refuse_foreign(content: Mapping[object, object]) -> None:
+    """Refuse, by name, what other tools write."""
+    if "aux_hidden_state" in content:
+        raise BadSampleError("is a SpecForge sample, which cannot be read yet")
+    if "token_ids" in content and "input_ids" not in content:
+        raise BadSampleError("has `token_ids` in place of `input_ids`: another tool's format")
+    if content and all(isinstance(key, int) for key in content):
+        raise BadSampleError("is a table of token counts, not a sample")
+
+
+def own_memory(tensor: Tensor) -> Tensor:
+    """The tensor with no more memory behind it than it shows; `torch.save` writes all of that."""
+    return tensor.clone(memory_format=torch.contiguous_format)
+
+
+def _check(layout: Layout, file_bytes: int) -> None:
+    """Check types and shapes, and that the parts together are no larger than the file."""
+    _check_tokens(layout)
+    num_tokens = layout.input_ids.shape[0]
+    last = layout.hidden_states[-1]
+    for index, spec in enumerate(layout.hidden_states):
+        if spec.dtype not in HIDDEN_STATE_DTYPES:
+            raise BadSampleError(f"has hidden states of type {_name(spec.dtype)}, expected floats")
+        if len(spec.shape) != 2:
+            raise BadSampleError(f"has hidden states of shape {list(spec.shape)} in layer {index}")
+        if spec.shape[0] != num_tokens:
+            raise BadSampleError(
+                f"has {num_tokens:,} input ids but {spec.shape[0]:,} hidden states in layer {index}"
+            )
+        if spec.shape[1] != last.shape[1] or spec.dtype != last.dtype:
+            raise BadSampleError(
+                f"has hidden size {spec.shape[1]:,} ({_name(spec.dtype)}) in layer {index}, "
+                f"{last.shape[1]:,} ({_name(last.dtype)}) in the last"
+            )
+    if len(layout.hidden_states) < 2 or last.shape[1] == 0:
+        raise BadSampleError("has no aux hidden states")
+    parts = (layout.input_ids, layout.loss_mask, *layout.hidden_states)
+    claimed = sum(spec.num_elements * spec.dtype.itemsize for spec in parts)
+    if claimed > file_bytes:
+        raise BadSampleError(f"claims {claimed:,} bytes of tensors; the file has {file_bytes:,}")
+
+
+def _check_tokens(layout: Layout) -> None:
+    for key, spec, dtypes in (
+        ("input_ids", layout.input_ids, INTEGER_DTYPES),
+        ("loss_mask", layout.loss_mask, MASK_DTYPES),
+    ):
+        if len(spec.shape) != 1:
+            raise BadSampleError(f"has `{key}` of shape {list(spec.shape)}, expected [seq_len]")
+        if spec.dtype not in dtypes:
+            raise BadSampleError(f"has `{key}` of type {_name(spec.dtype)}")
+    num_ids, num_mask = layout.input_ids.shape[0], layout.loss_mask.shape[0]
+    if num_ids != num_mask:
+        raise BadSampleError(f"has {num_ids:,} input ids but a loss mask of {num_mask:,}")
+
+
+def _read_tokens(archive: Archive, layout: Layout) -> tuple[Tensor, Tensor]:
+    input_ids = archive.read(layout.input_ids).to(torch.int64)
+    mask = archive.read(layout.loss_mask)
+    mask = mask.view(torch.uint8) if mask.dtype == torch.bool else mask.to(torch.float64)
+    is_supervised = mask == 1
+    if not bool((is_supervised | (mask == 0)).all()):
+        raise BadSampleError("has values other than 0 and 1 in `loss_mask`")
+    if bool((input_ids < 0).any()):
+        raise BadSampleError("has negative ids in `input_ids`")
+    return input_ids, is_supervised
+
+
+def _read_flag(archive: Archive, flag: bool | TensorSpec) -> bool:
+    if isinstance(flag, bool):
+        return flag
+    if flag.num_elements != 1:
+        raise BadSampleError(f"has a flag of shape {list(flag.shape)}, expected one value")
+    return bool(archive.read(flag).item())
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _kind(value: object) -> str:
+    return "a tensor" if isinstance(value, TensorSpec) else f"a {type(value).__name__}"
+
+
+def _names(content: Mapping[object, object]) -> str:
+    names = [f"`{key[:40]}`" for key in content if isinstance(key, str)]
+    return ", ".join(names[:8]) or "no names at all"

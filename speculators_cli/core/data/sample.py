@@ -1,0 +1,50 @@
+"""Sample: the tensors of one conversation, and what makes it valid."""
+
+from dataclasses import dataclass
+
+from torch import Tensor, dtype
+
+from speculators_cli.core.errors import DataError
+
+
+@dataclass(frozen=True)
+class SampleHeader:
+    """What is known of a sample without reading its hidden states."""
+
+    num_tokens: int
+    num_supervised_tokens: int  # of the tokens that can be predicted: all but the first
+    hidden_size: int
+    num_aux_layers: int
+    dtype: dtype  # of the hidden states on disk
+    is_normed: bool  # whether the last hidden states are after the verifier's final norm
+    max_token_id: int  # -1 in an empty sample
+
+
+@dataclass(frozen=True)
+class Sample:
+    """The tensors of one conversation, usually views of a memory-mapped file."""
+
+    input_ids: Tensor  # [seq_len], int64
+    loss_mask: Tensor  # [seq_len], bool: True where the token is supervised
+    aux_hidden_states: tuple[Tensor, ...]  # aux tensors of [seq_len, hidden], any float dtype
+    last_hidden_states: Tensor  # [seq_len, hidden], any float dtype
+    is_normed: bool
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of the conversation."""
+        return len(self.input_ids)
+
+
+class BadSampleError(DataError):
+    """One file that is not a usable sample.
+
+    Args:
+        reason: What is wrong with it, as the end of a sentence that begins with its name.
+        other_version: The data format it is a sample of, if not of the one it was read as.
+    """
+
+    def __init__(self, reason: str, *, other_version: int | None = None) -> None:
+        super().__init__(f"Bad sample: {reason}")
+        self.reason = reason
+        self.other_version = other_version

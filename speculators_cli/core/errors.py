@@ -1,0 +1,62 @@
+"""What can go wrong that a user can act on, and the exit code of each."""
+
+
+class SpeculatorsError(Exception):
+    """A problem that the user can act on.
+
+    Args:
+        message: What is wrong, with the value and where it came from.
+        hint: What to do about it; starts with a verb.
+    """
+
+    exit_code: int = 1
+
+    def __init__(self, message: str, *, hint: str | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
+
+
+class SettingsError(SpeculatorsError):
+    """Flags, settings or the paths they name cannot be used; nothing was started or written."""
+
+    exit_code = 2
+
+
+class DataError(SpeculatorsError):
+    """The samples cannot be used."""
+
+    exit_code = 3
+
+
+class CheckpointError(SpeculatorsError):
+    """A checkpoint cannot be used or written."""
+
+    exit_code = 4
+
+
+class MachineError(SpeculatorsError):
+    """The environment is in the way: disk, memory, device, hub, a missing package."""
+
+    exit_code = 5
+
+
+class DivergedError(SpeculatorsError):
+    """Training diverged."""
+
+    exit_code = 6
+
+
+class StoppedError(SpeculatorsError):
+    """A signal ended the run after its state was saved.
+
+    Args:
+        message: What was saved, and where.
+        signal_number: The signal that was received.
+        hint: How to go on.
+    """
+
+    def __init__(self, message: str, *, signal_number: int, hint: str | None = None) -> None:
+        super().__init__(message, hint=hint)
+        self.signal_number = signal_number
+        self.exit_code = 128 + signal_number

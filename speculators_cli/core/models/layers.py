@@ -1,0 +1,144 @@
+"""Layers of a draft model: each computes in the dtype of what it is given.
+
+Weights are float32 masters. A layer casts them to the dtype of its input, so the activations decide
+the precision, on one device and under FSDP alike, and gradients add up in float32.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import LlamaConfig
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+from speculators_cli.core.models.attention import AttentionMemory
+from speculators_cli.core.models.config import Eagle3Config
+
+
+class Linear(nn.Linear):
+    """A linear layer without bias that computes in the dtype of its input."""
+
+    def __init__(self, in_features: int, out_features: int) -> None:
+        super().__init__(in_features, out_features, bias=False)
+
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002  (the name nn.Linear gives it)
+        """Multiply `[..., in_features]` with the weight."""
+        return F.linear(input, self.weight.to(input.dtype))
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square norm with a gain; the mean square is taken in float32."""
+
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise the last dimension of `[..., size]`."""
+        return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
+
+
+class RotaryEmbedding(nn.Module):
+    """RoPE tables of the verifier's kind: theta, scaling and head size come from its config."""
+
+    def __init__(self, config: Eagle3Config) -> None:
+        super().__init__()
+        self.tables = LlamaRotaryEmbedding(
+            LlamaConfig(
+                hidden_size=config.hidden_size,
+                num_attention_heads=config.num_heads,
+                head_dim=config.head_dim,
+                max_position_embeddings=config.max_position_embeddings,
+                rope_parameters=dict(config.rope_parameters),
+            )
+        )
+
+    def forward(
+        self,
+        position_ids: Tensor,  # [seq_len], int64
+    ) -> tuple[Tensor, Tensor]:
+        """Cosine and sine of each position's angles, each [seq_len, 1, head_dim], float32."""
+        anchor = torch.empty(0, device=position_ids.device)
+        cos, sin = self.tables(anchor, position_ids[None])
+        return cos[0, :, None], sin[0, :, None]
+
+
+def rotate(
+    x: Tensor,  # [seq_len, heads, head_dim]
+    rope: tuple[Tensor, Tensor],  # cosine and sine, each [seq_len, 1, head_dim], float32
+) -> Tensor:
+    """Turn each pair (i, i + head_dim/2) by its position's angle; float32 inside."""
+    cos, sin = rope
+    first, second = x.float().chunk(2, dim=-1)
+    turned = torch.cat((-second, first), dim=-1)
+    return (x.float() * cos + turned * sin).to(x.dtype)
+
+
+class Attention(nn.Module):
+    """Grouped-query attention; what it attends to lives in an `AttentionMemory`.
+
+    Args:
+        config: Sizes, and whether queries and keys are normalised (qwen3).
+        input_size: Width of the input: twice the hidden size in the first layer.
+    """
+
+    def __init__(self, config: Eagle3Config, input_size: int) -> None:
+        super().__init__()
+        self.head_dim = config.head_dim
+        self.q_proj = Linear(input_size, config.num_heads * config.head_dim)
+        self.k_proj = Linear(input_size, config.num_kv_heads * config.head_dim)
+        self.v_proj = Linear(input_size, config.num_kv_heads * config.head_dim)
+        self.o_proj = Linear(config.num_heads * config.head_dim, config.hidden_size)
+        self.q_norm: nn.Module = nn.Identity()
+        self.k_norm: nn.Module = nn.Identity()
+        if config.has_qk_norm:
+            self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
+            self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
+
+    def forward(
+        self,
+        x: Tensor,  # [seq_len, input_size]
+        rope: tuple[Tensor, Tensor],
+        memory: AttentionMemory,
+    ) -> Tensor:
+        """Attend from each position to what `memory` lets it see; [seq_len, hidden]."""
+        heads = (x.shape[0], -1, self.head_dim)
+        query = rotate(self.q_norm(self.q_proj(x).view(heads)), rope)
+        key = rotate(self.k_norm(self.k_proj(x).view(heads)), rope)
+        value = self.v_proj(x).view(heads)
+        return self.o_proj(memory.attend(query, key, value).flatten(1))
+
+
+class MLP(nn.Module):
+    """The gated feed-forward layer of Llama and Qwen3."""
+
+    def __init__(self, config: Eagle3Config) -> None:
+        super().__init__()
+        self.gate_proj = Linear(config.hidden_size, config.intermediate_size)
+        self.up_proj = Linear(config.hidden_size, config.intermediate_size)
+        self.down_proj = Linear(config.intermediate_size, config.hidden_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map [seq_len, hidden] to [seq_len, hidden]."""
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class DecoderLayer(nn.Module):
+    """An ordinary decoder layer: every layer of a draft but its first."""
+
+    def __init__(self, config: Eagle3Config) -> None:
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.self_attn = Attention(config, config.hidden_size)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = MLP(config)
+
+    def forward(
+        self,
+        hidden: Tensor,  # [seq_len, hidden]
+        rope: tuple[Tensor, Tensor],
+        memory: AttentionMemory,
+    ) -> Tensor:
+        """Add attention and feed-forward to the residual stream; [seq_len, hidden]."""
+        hidden = hidden + self.self_attn(self.input_layernorm(hidden), rope, memory)
+        return hidden + self.mlp(self.post_attention_layernorm(hidden))

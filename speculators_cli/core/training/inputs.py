@@ -1,0 +1,111 @@
+"""Inputs: everything a run reads and checks before it loads a weight or writes a file."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from speculators_cli.core.data.data_config import LayerIds, resolve_layer_ids
+from speculators_cli.core.data.dataset import Dataset, read_dataset, split
+from speculators_cli.core.data.vocab_map import VocabMap
+from speculators_cli.core.errors import DataError
+from speculators_cli.core.models.config import Eagle3Config
+from speculators_cli.core.models.verifier import VerifierConfig, read_verifier_config
+from speculators_cli.core.models.verifier_files import VerifierFiles
+from speculators_cli.core.progress import Progress
+from speculators_cli.settings.train import TrainSettings
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Samples, vocabulary map and verifier of a run; they fit each other."""
+
+    samples: Dataset  # to train on
+    validation_samples: Dataset  # may be empty
+    vocab_map: VocabMap
+    verifier_files: VerifierFiles
+    verifier_config: VerifierConfig
+    layer_ids: LayerIds
+
+    def draft_config(self, settings: TrainSettings) -> Eagle3Config:
+        """Shape and mathematics of the draft: sizes and RoPE are the verifier's."""
+        verifier, eagle3 = self.verifier_config, settings.eagle3
+        return Eagle3Config(
+            arch=settings.draft.draft_arch.value,
+            hidden_size=verifier.hidden_size,
+            intermediate_size=verifier.intermediate_size,
+            num_layers=settings.draft.num_layers,
+            num_heads=verifier.num_heads,
+            num_kv_heads=verifier.num_kv_heads,
+            head_dim=verifier.head_dim,
+            rms_norm_eps=verifier.rms_norm_eps,
+            rope_parameters=verifier.rope_parameters,
+            max_position_embeddings=verifier.max_position_embeddings,
+            vocab_size=self.vocab_map.vocab_size,
+            draft_vocab_size=self.vocab_map.draft_vocab_size,
+            target_layer_ids=self.layer_ids.ids,
+            norm_before_residual=eagle3.norm_before_residual,
+            norm_before_fc=eagle3.norm_before_fc,
+            fc_norm=eagle3.fc_norm,
+            norm_output=eagle3.norm_output,
+            ttt_steps=eagle3.ttt_steps,
+            verifier_name_or_path=verifier.name_or_path,
+            verifier_architectures=verifier.architectures,
+        )
+
+
+def read_inputs(settings: TrainSettings, *, index_file: Path | None, progress: Progress) -> Inputs:
+    """Read headers and configs, and check that they fit each other.
+
+    Args:
+        settings: Which samples, maps and verifier.
+        index_file: Where the headers of the samples are cached; None: nowhere.
+        progress: Who hears of the reading, and of samples that are left out.
+
+    Raises:
+        SettingsError: Vocabulary maps or verifier cannot be used.
+        DataError: The samples cannot be used, or are another verifier's.
+        MachineError: The hub cannot be reached.
+    """
+    draft, data = settings.draft, settings.data
+    files = VerifierFiles(draft.verifier_name_or_path)
+    verifier = read_verifier_config(files, trust_remote_code=draft.trust_remote_code)
+    vocab_size = files.read_vocab_size(is_tied=verifier.is_tied)
+    if draft.full_vocab:
+        vocab_map = VocabMap.full(vocab_size)
+    else:
+        vocab_map = VocabMap.load(draft.d2t_path, draft.t2d_path)
+        vocab_map.check(vocab_size)
+    samples = read_dataset(
+        data.data_path,
+        version=data.data_format_version,
+        index_file=index_file,
+        max_bad_samples=data.max_bad_samples,
+        progress=progress,
+    )
+    _check_sizes(samples, verifier)
+    layer_ids = resolve_layer_ids(
+        samples.configs,
+        num_verifier_layers=verifier.num_layers,
+        num_aux_layers=samples.num_aux_layers,
+        given=draft.target_layer_ids,
+    )
+    if data.val_data_path:
+        validation = read_dataset(
+            data.val_data_path,
+            version=data.data_format_version,
+            index_file=None,
+            max_bad_samples=data.max_bad_samples,
+            progress=progress,
+        )
+        _check_sizes(validation, verifier)
+    else:
+        samples, validation = split(samples, data.train_data_ratio)
+    return Inputs(samples, validation, vocab_map, files, verifier, layer_ids)
+
+
+def _check_sizes(samples: Dataset, verifier: VerifierConfig) -> None:
+    if samples.hidden_size != verifier.hidden_size:
+        raise DataError(
+            f"The samples have hidden size {samples.hidden_size:,}, verifier "
+            f"`{verifier.name_or_path}` has {verifier.hidden_size:,}",
+            hint="Pass the verifier that the samples were captured from",
+        )

@@ -1,0 +1,61 @@
+"""What a run measures: sums over positions, reduced once over ranks, divided once."""
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from speculators_cli.core.data.batch import Batch
+from speculators_cli.core.models.ttt import StepSums
+from speculators_cli.core.training.distributed import Ranks
+
+Metrics = dict[str, float]
+
+
+@dataclass
+class MetricSums:
+    """Adds up steps on the device until someone looks."""
+
+    loss_weights: tuple[float, ...]
+    steps: Tensor | None = None  # [6, steps], float64, as `StepSums.stacked`
+    tokens: Tensor = field(default_factory=lambda: torch.zeros(2, dtype=torch.float64))
+
+    def add(self, sums: StepSums, batch: Batch) -> None:
+        """Take in what one batch gave."""
+        stacked = sums.stacked()
+        self.steps = stacked if self.steps is None else self.steps + stacked
+        counts = torch.stack([(batch.document_ids >= 0).sum(), batch.loss_mask.sum()])
+        self.tokens = self.tokens.to(counts.device) + counts
+
+    def reduce(self, ranks: Ranks) -> Metrics:
+        """Sum over ranks, then divide; waits for the device.
+
+        Returns:
+            `loss` and `loss_k` in nats per scored position, `full_acc_k`, `cond_acc_k`,
+            `acceptance_rate_k`, `acceptance_length` (simulated), `tokens`, `supervised_fraction`.
+        """
+        num_steps = len(self.loss_weights)
+        steps = self.steps if self.steps is not None else torch.zeros(6, num_steps)
+        flat = torch.cat([steps.double().flatten(), self.tokens.to(steps.device)])
+        *flat_steps, num_tokens, num_supervised = ranks.sum(flat).tolist()
+        rows = [flat_steps[row * num_steps : (row + 1) * num_steps] for row in range(6)]
+        losses = [_ratio(a, b) for a, b in zip(rows[0], rows[1], strict=True)]
+        rates = [_ratio(a, b) for a, b in zip(rows[5], rows[3], strict=True)]
+        metrics = {"loss": sum(w * x for w, x in zip(self.loss_weights, losses, strict=True))}
+        for step in range(num_steps):
+            metrics |= {
+                f"loss_{step}": losses[step],
+                f"full_acc_{step}": _ratio(rows[2][step], rows[1][step]),
+                f"cond_acc_{step}": _ratio(rows[5][step], rows[4][step]),
+                f"acceptance_rate_{step}": rates[step],
+            }
+        return metrics | {
+            "acceptance_length": 1.0 + sum(rates),
+            "tokens": num_tokens,
+            "supervised_fraction": _ratio(num_supervised, num_tokens),
+        }
+
+
+def _ratio(numerator: float, denominator: float) -> float:
+    """The quotient, or 0 where nothing was counted."""
+    return numerator / denominator if denominator else 0.0

@@ -1,0 +1,80 @@
+"""AdamW and the learning rate."""
+
+import math
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from speculators_cli.settings.train import OptimizerSettings, ScheduleSettings
+
+
+def learning_rate(step: int, *, peak: float, total_steps: int, settings: ScheduleSettings) -> float:
+    """Learning rate of the optimizer step that follows `step` finished ones.
+
+    It rises over the warm-up, is `peak` right after it, and would be zero at `total_steps`.
+    """
+    if settings.scheduler == "none":
+        return peak
+    warmup_steps = math.ceil(settings.warmup_ratio * total_steps)
+    if step < warmup_steps:
+        return peak * (step + 1) / (warmup_steps + 1)
+    progress = (step - warmup_steps) / max(total_steps - warmup_steps, 1)
+    if settings.scheduler == "cosine":
+        return peak * 0.5 * (1.0 + math.cos(math.pi * min(progress, 1.0)))
+    return peak * max(1.0 - progress, 0.0)
+
+
+class Optimizer:
+    """AdamW with the gradient's norm clipped, which leaves out steps without a finite gradient.
+
+    Clip and check happen in the fused kernel, through the two tensors that PyTorch's `GradScaler`
+    hands it, so no step waits for the GPU. Norm gains are not decayed.
+
+    Args:
+        module: Its trainable parameters are optimised; float32, sharded or not.
+        settings: Betas are PyTorch's own.
+    """
+
+    def __init__(self, module: nn.Module, settings: OptimizerSettings) -> None:
+        self.max_grad_norm = settings.max_grad_norm
+        self.parameters = [p for p in module.parameters() if p.requires_grad]
+        gains = [p for p in self.parameters if p.dim() == 1]
+        matrices = [p for p in self.parameters if p.dim() > 1]
+        self.adamw = torch.optim.AdamW(
+            [
+                {"params": matrices, "weight_decay": settings.weight_decay},
+                {"params": gains, "weight_decay": 0.0},
+            ],
+            lr=settings.lr,
+            fused=True,
+        )
+        device = self.parameters[0].device
+        self.num_skipped = torch.zeros((), dtype=torch.int64, device=device)  # in all
+        self.num_skipped_in_a_row = torch.zeros((), dtype=torch.int64, device=device)
+
+    def step(self, lr: float) -> Tensor:
+        """Apply the gradients and drop them.
+
+        Returns:
+            The gradient's norm before the clip, over all ranks: float32 scalar on the device.
+        """
+        norm = torch.nn.utils.get_total_norm(_gradients(self.parameters), foreach=True)
+        if isinstance(norm, DTensor):
+            norm = norm.full_tensor()
+        is_broken = ~norm.isfinite()
+        for group in self.adamw.param_groups:
+            group["lr"] = lr
+        scale = (norm / self.max_grad_norm).clamp(min=1.0)
+        self.adamw.grad_scale = torch.where(is_broken, 1.0, scale)  # type: ignore[attr-defined]
+        self.adamw.found_inf = is_broken.float()  # type: ignore[attr-defined]
+        self.adamw.step()
+        self.adamw.zero_grad()
+        self.num_skipped += is_broken
+        self.num_skipped_in_a_row = (self.num_skipped_in_a_row + 1) * is_broken
+        return norm
+
+
+def _gradients(parameters: Iterable[nn.Parameter]) -> list[Tensor]:
+    return [p.grad for p in parameters if p.grad is not None]

@@ -1,0 +1,130 @@
+"""Where a run starts: at step 0, or where a checkpoint of it left off."""
+
+import json
+import time
+from dataclasses import asdict, dataclass, replace
+
+from speculators_cli.core.errors import CheckpointError, DataError
+from speculators_cli.core.models.checkpoint import Checkpoint
+from speculators_cli.core.progress import Progress
+from speculators_cli.core.training.checkpoint import RunFolder, TrainState
+from speculators_cli.core.training.distributed import Ranks
+from speculators_cli.core.training.inputs import Inputs
+from speculators_cli.settings.base import changes_on_resume
+from speculators_cli.settings.train import TrainSettings
+
+
+@dataclass(frozen=True)
+class Start:
+    """The state a run starts in, the same on every rank."""
+
+    state: TrainState
+    is_resumed: bool
+    checkpoint: Checkpoint | None  # what is resumed, on rank 0
+
+
+def find_start(
+    settings: TrainSettings,
+    inputs: Inputs,
+    ranks: Ranks,
+    folder: RunFolder | None,
+    progress: Progress,
+) -> Start:
+    """Choose the state to start in on rank 0, and share it.
+
+    Raises:
+        CheckpointError: Settings, ranks or the vocabulary map do not fit the checkpoint.
+        DataError: The samples are not the ones the run began with.
+    """
+    checkpoint = folder.latest if folder is not None else None
+    text = None
+    if ranks.is_first:
+        if checkpoint is not None:
+            state = resumed_state(checkpoint, settings, inputs, ranks, progress)
+        else:
+            run_id = folder.run_id if folder is not None else "dry-run"
+            state = first_state(settings, inputs, ranks, run_id=run_id)
+        text = json.dumps({"state": asdict(state), "is_resumed": checkpoint is not None})
+    shared = json.loads(ranks.share("start", text))
+    return Start(TrainState(**shared["state"]), shared["is_resumed"], checkpoint)
+
+
+def first_state(
+    settings: TrainSettings, inputs: Inputs, ranks: Ranks, *, run_id: str
+) -> TrainState:
+    """The state of a run before its first step."""
+    return TrainState(
+        step=0,
+        epoch=0,
+        step_in_epoch=0,
+        run_id=run_id,
+        started_at=time.time(),
+        global_batch=ranks.num_ranks * settings.optimizer.gradient_accumulation_steps,
+        num_ranks=ranks.num_ranks,
+        data_hash=inputs.samples.data_hash,
+        vocab_map_hash=inputs.vocab_map.hash,
+        settings=settings.model_dump(mode="json"),
+        best=None,
+        num_skipped_steps=0,
+        metrics={},
+    )
+
+
+def resumed_state(
+    checkpoint: Checkpoint,
+    settings: TrainSettings,
+    inputs: Inputs,
+    ranks: Ranks,
+    progress: Progress,
+) -> TrainState:
+    """The state in a checkpoint, once everything that matters is as it was.
+
+    Raises:
+        CheckpointError: Settings, ranks or the vocabulary map do not fit the checkpoint.
+        DataError: The samples are not the ones the run began with.
+    """
+    saved = TrainState.from_json(checkpoint.state)
+    _check_settings(saved, settings, checkpoint, progress)
+    if saved.vocab_map_hash != inputs.vocab_map.hash:
+        raise CheckpointError(
+            f"`{checkpoint.folder}` was trained with another draft vocabulary",
+            hint="Pass the same d2t and t2d, or start over with `--no-resume-from-checkpoint`",
+        )
+    if saved.data_hash != inputs.samples.data_hash and not settings.data.allow_changed_data:
+        raise DataError(
+            f"The samples are not the ones that `{checkpoint.folder}` was trained on",
+            hint="Bring back the same samples, or pass `--allow-changed-data`",
+        )
+    if saved.global_batch % ranks.num_ranks:
+        raise CheckpointError(
+            f"`{checkpoint.folder}` takes {saved.global_batch} packed sequences an optimizer step, "
+            f"which {ranks.num_ranks} ranks cannot share evenly",
+            hint=f"Start a number of ranks that divides {saved.global_batch}",
+        )
+    accumulation = settings.optimizer.gradient_accumulation_steps
+    if accumulation * ranks.num_ranks != saved.global_batch:
+        progress.warn(
+            f"Each rank accumulates {saved.global_batch // ranks.num_ranks} packed sequences, not "
+            f"{accumulation}, so that a step stays {saved.global_batch}"
+        )
+    return replace(
+        saved,
+        num_ranks=ranks.num_ranks,
+        data_hash=inputs.samples.data_hash,
+        settings=settings.model_dump(mode="json"),
+    )
+
+
+def _check_settings(
+    saved: TrainState, settings: TrainSettings, checkpoint: Checkpoint, progress: Progress
+) -> None:
+    changes = changes_on_resume(saved.settings, settings)
+    refused = [change for change in changes if change.kind == "refused"]
+    if refused:
+        lines = [f"  `{c.name}` is `{c.new}`, the run began with `{c.old}`" for c in refused]
+        raise CheckpointError(
+            "\n".join([f"`{checkpoint.folder}` cannot go on with other settings", *lines]),
+            hint="Use the old values, or start over with `--no-resume-from-checkpoint`",
+        )
+    for change in changes:
+        progress.warn(f"`{change.name}` is now `{change.new}`, the run began with `{change.old}`")

@@ -1,0 +1,312 @@
+"""train(settings): build every part in order, then fit."""
+
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from speculators_cli.core.data.dataset import Dataset
+from speculators_cli.core.data.loader import BatchLoader
+from speculators_cli.core.errors import DataError, MachineError, SpeculatorsError
+from speculators_cli.core.models.eagle3 import Eagle3Draft
+from speculators_cli.core.models.losses import LOSSES
+from speculators_cli.core.models.verifier import load_frozen_verifier
+from speculators_cli.core.progress import Progress, SilentProgress
+from speculators_cli.core.training.checkpoint import RunFolder, check_save_path
+from speculators_cli.core.training.distributed import Ranks, shard, start_ranks
+from speculators_cli.core.training.inputs import Inputs, read_inputs
+from speculators_cli.core.training.loggers import MetricLogger, build_loggers
+from speculators_cli.core.training.optimizer import Optimizer
+from speculators_cli.core.training.report import TrainReport
+from speculators_cli.core.training.resume import Start, find_start
+from speculators_cli.core.training.run_log import RunLog
+from speculators_cli.core.training.snapshot import restore
+from speculators_cli.core.training.trainer import Trainer
+from speculators_cli.settings.base import write_settings
+from speculators_cli.settings.train import TrainSettings
+
+
+def train(settings: TrainSettings, *, progress: Progress, dry_run: bool = False) -> TrainReport:
+    """Train a draft model, from scratch or from the latest checkpoint in the save path.
+
+    Args:
+        settings: All settings of the run.
+        progress: Who hears where it is.
+        dry_run: Build everything, make one step, write nothing.
+
+    Raises:
+        SettingsError: A setting or a path it names cannot be used; nothing was written.
+        DataError: The samples cannot be used.
+        CheckpointError: The save path holds what cannot be resumed or replaced.
+        MachineError: Disk, memory, device or hub are in the way.
+        DivergedError: Gradients were not finite for too many steps in a row.
+        StoppedError: A signal asked the run to stop; its state is saved.
+    """
+    started_at = time.perf_counter()
+    check_save_path(settings.run.save_path)
+    with start_ranks(settings.distributed) as ranks:
+        progress = progress if ranks.is_first else SilentProgress()
+        index_file = None if dry_run else settings.run.save_path / RunFolder.INDEX_NAME
+        inputs = ranks.first_then_others(
+            "inputs", lambda: read_inputs(settings, index_file=index_file, progress=progress)
+        )
+        check_enough_samples(settings, inputs.samples, ranks)
+        with open_folder(settings, ranks, dry_run=dry_run) as folder:
+            start = find_start(settings, inputs, ranks, folder, progress)
+            ranks.connect(settings.distributed.timeout_seconds)
+            with open_logger(settings, folder, start, progress) as logger:
+                trainer = build_trainer(settings, inputs, ranks, start, folder, logger, progress)
+                is_finished = start.state.step >= trainer.total_steps
+                announce(settings, inputs, trainer, start, progress)
+                with out_of_memory_explained(settings):
+                    if dry_run:
+                        trainer.train_step(next(trainer.loader.epoch(0)), epoch=0)
+                    elif not is_finished:
+                        trainer.fit()
+            report = make_report(
+                trainer,
+                start,
+                duration_seconds=time.perf_counter() - started_at,
+                was_already_finished=is_finished,
+                is_dry_run=dry_run,
+            )
+            if folder is not None:
+                folder.write_result({**report.to_json(), "exit_code": 0})
+            return report
+
+
+def check_enough_samples(settings: TrainSettings, samples: Dataset, ranks: Ranks) -> None:
+    """Refuse more ranks than packed sequences: some would have nothing to do."""
+    num_sequences = samples.count_sequences(settings.data.total_seq_len)
+    if num_sequences < ranks.num_ranks:
+        raise DataError(
+            f"{ranks.num_ranks} ranks need as many packed sequences, the samples give "
+            f"{num_sequences}",
+            hint="Start fewer ranks, lower `--total-seq-len`, or add samples",
+        )
+
+
+@contextmanager
+def open_folder(
+    settings: TrainSettings, ranks: Ranks, *, dry_run: bool
+) -> Iterator[RunFolder | None]:
+    """The save path, locked and cleaned, on rank 0; an error of the run is recorded in it."""
+    if dry_run or not ranks.is_first:
+        yield None
+        return
+    with RunFolder.open(
+        settings.run.save_path,
+        resume=settings.run.resume_from_checkpoint,
+        is_restart=int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0,
+    ) as folder:
+        write_settings(settings, folder.settings_file)
+        try:
+            yield folder
+        except SpeculatorsError as error:
+            folder.write_result(
+                {"error": error.message, "hint": error.hint, "exit_code": error.exit_code}
+            )
+            raise
+
+
+@contextmanager
+def open_logger(
+    settings: TrainSettings, folder: RunFolder | None, start: Start, progress: Progress
+) -> Iterator[MetricLogger | None]:
+    """The metric loggers on rank 0, closed at the end, however it comes."""
+    if folder is None:
+        yield None
+        return
+    logger = build_loggers(
+        settings.run.logger_names,
+        metrics_file=folder.metrics_file,
+        log_dir=settings.run.log_dir,
+        run_name=settings.run.run_name,
+        settings=settings.model_dump(mode="json"),
+        resumed_step=start.state.step if start.is_resumed else None,
+        warn=progress.warn,
+    )
+    try:
+        yield logger
+    finally:
+        logger.close()
+
+
+def build_trainer(
+    settings: TrainSettings,
+    inputs: Inputs,
+    ranks: Ranks,
+    start: Start,
+    folder: RunFolder | None,
+    logger: MetricLogger | None,
+    progress: Progress,
+) -> Trainer:
+    """Load the verifier's frozen parts, build the draft, shard it, give it its state."""
+    draft = build_draft(settings, inputs, ranks.device)
+    shard(draft, ranks, settings.distributed.sharding)
+    optimizer = Optimizer(draft, settings.optimizer)
+    if start.is_resumed:
+        checkpoint = start.checkpoint
+        restore(
+            draft,
+            optimizer.adamw,
+            weights=checkpoint.read_tensors() if checkpoint else {},
+            moments=checkpoint.read_trainer_tensors() if checkpoint else {},
+            is_distributed=ranks.num_ranks > 1,
+        )
+    loader = build_loader(settings, inputs, inputs.samples, ranks, start.state.global_batch)
+    validation_loader = None
+    if len(inputs.validation_samples):
+        validation_loader = build_loader(
+            settings, inputs, inputs.validation_samples, ranks, ranks.num_ranks
+        )
+    total_steps = sum(loader.steps_in(epoch) for epoch in range(settings.run.epochs))
+    total_steps = min(total_steps, settings.run.max_steps or total_steps)
+    return Trainer(
+        settings=settings,
+        ranks=ranks,
+        draft=draft,
+        optimizer=optimizer,
+        loader=loader,
+        validation_loader=validation_loader,
+        compute_dtype=choose_compute_dtype(settings, ranks.device),
+        state=start.state,
+        total_steps=total_steps,
+        folder=folder,
+        log=RunLog(
+            ranks=ranks,
+            samples=inputs.samples,
+            loss_weights=draft.loss_weights,
+            num_epochs=settings.run.epochs,
+            total_steps=total_steps,
+            logger=logger,
+            progress=progress,
+        ),
+    )
+
+
+def build_draft(settings: TrainSettings, inputs: Inputs, device: torch.device) -> Eagle3Draft:
+    """A fresh draft on the device, with the verifier's frozen parts."""
+    verifier = load_frozen_verifier(inputs.verifier_files, inputs.verifier_config).to(device)
+    with device:
+        draft = Eagle3Draft(
+            inputs.draft_config(settings),
+            verifier,
+            inputs.vocab_map,
+            loss=LOSSES[settings.eagle3.loss],
+            loss_decay=settings.eagle3.ttt_step_loss_decay,
+            train_head=settings.eagle3.train_head,
+        )
+    draft.initialise(settings.run.seed)
+    return draft
+
+
+def build_loader(
+    settings: TrainSettings, inputs: Inputs, samples: Dataset, ranks: Ranks, global_batch: int
+) -> BatchLoader:
+    """Batches of this rank."""
+    num_workers = settings.data.num_workers
+    if num_workers is None:
+        num_workers = min(8, max(1, (os.cpu_count() or 1) // ranks.num_local_ranks))
+    return BatchLoader(
+        samples,
+        total_seq_len=settings.data.total_seq_len,
+        seed=settings.run.seed,
+        global_batch=global_batch,
+        rank=ranks.rank,
+        num_ranks=ranks.num_ranks,
+        num_workers=num_workers,
+        prefetch_factor=settings.data.prefetch_factor,
+        pin_memory=ranks.device.type == "cuda",
+        vocab_size=inputs.vocab_map.vocab_size,
+    )
+
+
+def choose_compute_dtype(settings: TrainSettings, device: torch.device) -> torch.dtype:
+    """bfloat16 on a GPU, float32 on CPU, unless the settings say which."""
+    given = settings.distributed.compute_dtype
+    if given == "auto":
+        given = "bfloat16" if device.type == "cuda" else "float32"
+    return torch.bfloat16 if given == "bfloat16" else torch.float32
+
+
+def announce(
+    settings: TrainSettings, inputs: Inputs, trainer: Trainer, start: Start, progress: Progress
+) -> None:
+    """Say what is about to run."""
+    samples, ranks = inputs.samples, trainer.ranks
+    if start.checkpoint is not None:
+        progress.info(
+            f"Resuming from `{start.checkpoint.folder}`, step {start.state.step:,} of "
+            f"{trainer.total_steps:,}"
+        )
+    if inputs.layer_ids.is_assumed:
+        ids = ",".join(map(str, inputs.layer_ids.ids))
+        progress.warn(
+            f"The samples do not say which verifier layers they hold: assumed `{ids}`",
+            hint=f"Pass `--target-layer-ids {ids}` if that is right",
+        )
+    progress.info(
+        f"Training eagle3 for `{settings.draft.verifier_name_or_path}`: "
+        f"{len(samples):,} samples, {samples.num_tokens:,} tokens "
+        f"({samples.num_supervised_tokens:,} supervised), {ranks.num_ranks} "
+        f"{'rank' if ranks.num_ranks == 1 else 'ranks'} on {ranks.device.type}, "
+        f"{trainer.total_steps:,} steps"
+    )
+
+
+@contextmanager
+def out_of_memory_explained(settings: TrainSettings) -> Iterator[None]:
+    """Turn the GPU's out-of-memory error into one that names what to lower."""
+    try:
+        yield
+    except torch.cuda.OutOfMemoryError:
+        peak = torch.cuda.max_memory_allocated() / 2**30
+        raise MachineError(
+            f"The GPU is out of memory: {settings.data.total_seq_len:,} tokens a packed sequence, "
+            f"peak {peak:.1f} GiB",
+            hint="Lower `--total-seq-len`, or spread the draft over more GPUs; "
+            "the last checkpoint is intact",
+        ) from None
+
+
+def make_report(
+    trainer: Trainer,
+    start: Start,
+    *,
+    duration_seconds: float,
+    was_already_finished: bool,
+    is_dry_run: bool,
+) -> TrainReport:
+    """What the run did, for the caller; all ranks must call."""
+    state, settings = trainer.state, trainer.settings
+    best = state.best or {}
+    is_cuda = trainer.ranks.device.type == "cuda"
+    peak = int(trainer.ranks.max(torch.cuda.max_memory_allocated() if is_cuda else 0))
+    folder = trainer.folder
+    return TrainReport(
+        checkpoint=folder.latest.folder if folder and folder.latest else None,
+        best_checkpoint=settings.run.save_path / best["name"] if "name" in best else None,
+        best_epoch=int(best["name"]) if "name" in best else None,
+        step=state.step,
+        total_steps=trainer.total_steps,
+        epochs=settings.run.epochs,
+        duration_seconds=duration_seconds,
+        tokens_per_second=trainer.log.tokens_per_second,
+        peak_memory_bytes=peak if is_cuda else None,
+        validation_loss=state.metrics.get("loss"),
+        best_validation_loss=best.get("loss"),
+        acceptance_length=state.metrics.get("acceptance_length"),
+        acceptance_rates=tuple(
+            state.metrics[f"acceptance_rate_{step}"]
+            for step in range(settings.eagle3.ttt_steps)
+            if f"acceptance_rate_{step}" in state.metrics
+        ),
+        num_skipped_steps=int(trainer.optimizer.num_skipped),
+        num_bad_samples=len(trainer.loader.dataset.bad) + trainer.log.num_broken_samples,
+        is_resumed=start.is_resumed,
+        was_already_finished=was_already_finished,
+        is_dry_run=is_dry_run,
+    )

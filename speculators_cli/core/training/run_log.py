@@ -1,0 +1,141 @@
+"""What a run tells while it trains: log steps, validations, broken samples, speed."""
+
+import time
+
+import torch
+from torch import Tensor
+
+from speculators_cli.core.data.batch import Batch
+from speculators_cli.core.data.dataset import Dataset
+from speculators_cli.core.models.ttt import StepSums
+from speculators_cli.core.progress import Progress, StepReport, ValidationReport
+from speculators_cli.core.training.distributed import Ranks
+from speculators_cli.core.training.loggers import MetricLogger
+from speculators_cli.core.training.metrics import Metrics, MetricSums
+
+# Broken samples named at one log step, at most, by each rank.
+MAX_NAMED = 16
+
+
+class RunLog:
+    """Adds up steps on the device and tells of them at log steps.
+
+    Args:
+        ranks: The processes of the run, connected.
+        samples: The training samples, to name broken ones.
+        loss_weights: Weight of each TTT step in the loss.
+        num_epochs: Epochs of the run.
+        total_steps: Optimizer steps of the run.
+        logger: Where the metrics go; None on other ranks and in a dry run.
+        progress: Who is told.
+    """
+
+    def __init__(
+        self,
+        *,
+        ranks: Ranks,
+        samples: Dataset,
+        loss_weights: tuple[float, ...],
+        num_epochs: int,
+        total_steps: int,
+        logger: MetricLogger | None,
+        progress: Progress,
+    ) -> None:
+        self.ranks = ranks
+        self.samples = samples
+        self.loss_weights = loss_weights
+        self.num_epochs = num_epochs
+        self.total_steps = total_steps
+        self.logger = logger
+        self.progress = progress
+        self.sums = MetricSums(loss_weights)
+        self.broken: list[tuple[tuple[int, ...], Tensor]] = []
+        self.clock, self.clock_step = time.perf_counter(), 0
+        self.num_tokens, self.seconds, self.num_broken_samples = 0.0, 0.0, 0
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Tokens trained on a second, over all ranks; time spent elsewhere left out."""
+        return self.num_tokens / self.seconds if self.seconds else 0.0
+
+    def start_clock(self, step: int) -> None:
+        """Measure speed from here on, after `step` steps."""
+        self.clock, self.clock_step = time.perf_counter(), step
+
+    def add(self, sums: StepSums, batch: Batch) -> None:
+        """Take in what one batch gave."""
+        self.sums.add(sums, batch)
+
+    def add_broken(self, sample_ids: tuple[int, ...], is_broken: Tensor) -> None:
+        """Take in which documents of a batch were left out; read at the next log step."""
+        self.broken.append((sample_ids, is_broken))
+
+    def log_step(
+        self, step: int, epoch: int, *, lr: float, grad_norm: Tensor, skipped: int
+    ) -> None:
+        """Reduce what was added up since the last log step, and tell of it. All ranks call."""
+        metrics = self.sums.reduce(self.ranks)
+        self.sums = MetricSums(self.loss_weights)
+        now = time.perf_counter()
+        seconds, steps = max(now - self.clock, 1e-9), max(step - self.clock_step, 1)
+        self.clock, self.clock_step = now, step
+        tokens = metrics.pop("tokens")
+        self.num_tokens += tokens
+        self.seconds += seconds
+        self._name_broken()
+        metrics |= {
+            "lr": lr,
+            "grad_norm": grad_norm.item(),
+            "tokens_per_second": tokens / seconds,
+            "num_skipped_steps": skipped,
+            "num_broken_samples": self.num_broken_samples,
+        }
+        self._log("train", step, epoch, metrics)
+        self.progress.trained(
+            StepReport(
+                step=step,
+                total_steps=self.total_steps,
+                epoch=epoch,
+                num_epochs=self.num_epochs,
+                loss=metrics["loss"],
+                acceptance_length=metrics["acceptance_length"],
+                lr=lr,
+                tokens_per_second=metrics["tokens_per_second"],
+                seconds_left=(self.total_steps - step) * seconds / steps,
+            )
+        )
+
+    def log_validation(self, step: int, epoch: int, metrics: Metrics, *, is_best: bool) -> None:
+        """Tell of a validation."""
+        self._log("val", step, epoch, metrics)
+        self.progress.validated(
+            ValidationReport(
+                epoch=epoch,
+                num_epochs=self.num_epochs,
+                loss=metrics["loss"],
+                acceptance_length=metrics["acceptance_length"],
+                is_best=is_best,
+            )
+        )
+
+    def _log(self, split: str, step: int, epoch: int, metrics: Metrics) -> None:
+        if self.logger is not None:
+            self.logger.log(step, split, {"epoch": epoch, **metrics})
+
+    def _name_broken(self) -> None:
+        """Warn of samples whose hidden states are not finite, wherever they were met."""
+        own = [
+            sample_ids[index]
+            for sample_ids, is_broken in self.broken
+            for index in is_broken.nonzero().flatten().tolist()
+        ]
+        self.broken.clear()
+        # A slice a rank; ids count from 1 there, 0 is empty.
+        ids = torch.zeros(self.ranks.num_ranks, MAX_NAMED, dtype=torch.int64)
+        named = torch.tensor(own[:MAX_NAMED], dtype=torch.int64) + 1
+        ids[self.ranks.rank, : len(named)] = named
+        self.num_broken_samples += int(self.ranks.sum(torch.tensor(len(own))))
+        for sample_id in self.ranks.sum(ids).flatten().tolist():
+            if sample_id:
+                file = self.samples.files[sample_id - 1]
+                self.progress.warn(f"Left out `{file}`: its hidden states are not all finite")

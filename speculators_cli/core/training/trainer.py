@@ -1,0 +1,184 @@
+"""Trainer: the loop."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from speculators_cli.core.data.batch import Batch, drop_non_finite
+from speculators_cli.core.data.loader import BatchLoader
+from speculators_cli.core.data.noise import add_noise
+from speculators_cli.core.errors import DivergedError, StoppedError
+from speculators_cli.core.models.draft import DraftModel
+from speculators_cli.core.training.checkpoint import RunFolder, TrainState
+from speculators_cli.core.training.distributed import Ranks
+from speculators_cli.core.training.metrics import Metrics, MetricSums
+from speculators_cli.core.training.optimizer import Optimizer, learning_rate
+from speculators_cli.core.training.run_log import RunLog
+from speculators_cli.core.training.signals import StopSignals
+from speculators_cli.core.training.snapshot import gather_moments, gather_weights
+from speculators_cli.settings.train import TrainSettings
+
+
+@dataclass
+class Trainer:
+    """Trains a draft model from a state to the last step."""
+
+    settings: TrainSettings
+    ranks: Ranks  # connected
+    draft: DraftModel  # on its device, sharded
+    optimizer: Optimizer
+    loader: BatchLoader  # training batches of this rank
+    validation_loader: BatchLoader | None  # None without validation
+    compute_dtype: torch.dtype
+    state: TrainState
+    total_steps: int  # optimizer steps of the whole run
+    folder: RunFolder | None  # on rank 0, unless it is a dry run
+    log: RunLog
+
+    def __post_init__(self) -> None:
+        self.signals = StopSignals()
+        self.loss_weights = torch.tensor(self.draft.loss_weights, device=self.ranks.device)
+
+    def fit(self) -> None:
+        """Train from the current step to the last one."""
+        with self.signals:
+            for epoch in range(self.state.epoch, self.settings.run.epochs):
+                self.train_epoch(epoch)
+                if self.state.step_in_epoch < self.loader.steps_in(epoch):
+                    self.save(f"step-{self.state.step}")
+                    return
+                self.finish_epoch(epoch)
+                if self.state.step >= self.total_steps:
+                    return
+
+    def train_epoch(self, epoch: int) -> None:
+        """Train through the rest of an epoch, or up to the last step."""
+        self.draft.train()
+        self.log.start_clock(self.state.step)
+        for batches in self.loader.epoch(epoch, start_step=self.state.step_in_epoch):
+            self.train_step(batches, epoch)
+            self.stop_if_asked()
+            if self.state.step == self.total_steps:
+                return
+            if self.is_checkpoint_due():
+                self.save(f"step-{self.state.step}")
+                self.log.start_clock(self.state.step)
+
+    def train_step(self, batches: Sequence[Batch], epoch: int) -> None:
+        """One optimizer step over this rank's packed sequences."""
+        ready = [self.prepare(batch, epoch) for batch in batches]
+        # Known from masks alone, so the sum over ranks precedes the first forward.
+        num_scored = torch.stack([self.draft.count_scored(batch) for batch in ready]).sum(0)
+        weights = self.loss_weights / self.ranks.sum(num_scored).clamp(min=1)
+        for batch in ready:
+            sums = self.draft(batch)
+            (sums.losses * weights).sum().backward()
+            self.log.add(sums, batch)
+        lr = learning_rate(
+            self.state.step,
+            peak=self.settings.optimizer.lr,
+            total_steps=self.total_steps,
+            settings=self.settings.schedule,
+        )
+        grad_norm = self.optimizer.step(lr)
+        step, step_in_epoch = self.state.step + 1, self.state.step_in_epoch + 1
+        self.state = replace(self.state, step=step, step_in_epoch=step_in_epoch)
+        if self.is_log_due(epoch):
+            skipped = int(self.optimizer.num_skipped)
+            self.log.log_step(step, epoch, lr=lr, grad_norm=grad_norm, skipped=skipped)
+            self.check_gradients()
+
+    def prepare(self, batch: Batch, epoch: int) -> Batch:
+        """Bring a training batch to the device, leave out broken documents, add noise."""
+        batch = batch.to(self.ranks.device, self.compute_dtype, non_blocking=True)
+        batch, is_broken = drop_non_finite(batch)
+        self.log.add_broken(batch.sample_ids, is_broken)
+        std, seed = self.settings.data.noise_std, self.settings.run.seed
+        return add_noise(batch, std, seed=seed, epoch=epoch)
+
+    @torch.no_grad()
+    def validate(self) -> Metrics | None:
+        """All metrics over the validation samples; None if there are none."""
+        if self.validation_loader is None:
+            return None
+        self.draft.eval()
+        sums = MetricSums(self.draft.loss_weights)
+        for (host_batch,) in self.validation_loader.epoch(0):
+            batch = host_batch.to(self.ranks.device, self.compute_dtype, non_blocking=True)
+            batch, _ = drop_non_finite(batch)
+            sums.add(self.draft(batch), batch)
+        return sums.reduce(self.ranks)
+
+    def finish_epoch(self, epoch: int) -> None:
+        """Validate and save a finished epoch."""
+        metrics, name = self.validate(), str(epoch)
+        is_best = metrics is None or self.is_better(metrics)
+        best = self.state.best
+        if is_best:
+            best = {"name": name, **{key: (metrics or {}).get(key) for key in BEST_KEYS}}
+        self.state = replace(
+            self.state, epoch=epoch + 1, step_in_epoch=0, best=best, metrics=metrics or {}
+        )
+        if metrics is not None:
+            self.log.log_validation(self.state.step, epoch, metrics, is_best=is_best)
+        self.save(name)
+
+    def is_better(self, metrics: Metrics) -> bool:
+        """Whether a validation beats the best one so far, by simulated acceptance length."""
+        best = (self.state.best or {}).get("acceptance_length")
+        return best is None or metrics["acceptance_length"] > best
+
+    def save(self, name: str) -> None:
+        """Save a checkpoint; every rank waits until it is committed."""
+        weights = gather_weights(self.draft)
+        moments = gather_moments(self.draft, self.optimizer.adamw)
+        if self.folder is not None:
+            self.folder.save(
+                name,
+                tensors={**self.draft.frozen_tensors(), **weights},
+                config=self.draft.checkpoint_config(),
+                trainer_tensors=moments,
+                state=replace(self.state, num_skipped_steps=int(self.optimizer.num_skipped)),
+            )
+            if self.state.best is not None:
+                self.folder.set_best(self.state.best["name"])
+            self.folder.prune(self.settings.checkpoints.keep_checkpoints)
+        self.ranks.barrier()
+
+    def stop_if_asked(self) -> None:
+        """Save and leave if a stop signal reached any rank."""
+        number = int(self.ranks.max(self.signals.received))
+        if not number:
+            return
+        name = f"step-{self.state.step}"
+        self.save(name)
+        raise StoppedError(
+            f"Stopped by signal {number} after step {self.state.step:,}, saved as `{name}`",
+            signal_number=number,
+            hint="Run the same command again to go on",
+        )
+
+    def check_gradients(self) -> None:
+        """Stop a run whose gradients are not finite for too many steps in a row."""
+        in_a_row = int(self.optimizer.num_skipped_in_a_row)
+        if in_a_row >= self.settings.optimizer.max_skipped_steps:
+            raise DivergedError(
+                f"Training diverged: {in_a_row} steps in a row had no finite gradient, "
+                f"the last is step {self.state.step:,}",
+                hint="Lower `--lr`, or check the samples for extreme hidden states",
+            )
+
+    def is_log_due(self, epoch: int) -> bool:
+        """Whether the step just done is logged: regular ones, the first, an epoch's last."""
+        step, last = self.state.step, self.loader.steps_in(epoch)
+        is_last = step == self.total_steps or self.state.step_in_epoch == last
+        return is_last or step == 1 or step % self.settings.run.log_every_steps == 0
+
+    def is_checkpoint_due(self) -> bool:
+        """Whether a checkpoint is saved in the middle of the epoch, after the step just done."""
+        every = self.settings.checkpoints.checkpoint_every_steps
+        return every is not None and self.state.step % every == 0
+
+
+BEST_KEYS = ("acceptance_length", "loss")

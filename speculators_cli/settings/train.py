@@ -1,0 +1,296 @@
+"""Every setting of `speculators train`."""
+
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Literal, Self
+
+from pydantic import Field, field_validator, model_validator
+
+from speculators_cli.settings.base import (
+    REFUSED_ON_RESUME,
+    WARNED_ON_RESUME,
+    OffFlag,
+    Settings,
+    path_error,
+)
+
+LOGGER_NAMES = ("trackio", "wandb", "tensorboard")
+
+
+class DraftArch(StrEnum):
+    """Kinds of decoder layer a draft can have."""
+
+    LLAMA = "llama"
+    QWEN3 = "qwen3"
+
+
+class RunSettings(Settings):
+    """How long a run is, where it writes and how it is followed."""
+
+    save_path: Path = Field(
+        Path("./checkpoints"), description="Folder for checkpoints, one sub-folder an epoch"
+    )
+    epochs: Annotated[int, WARNED_ON_RESUME] = Field(20, ge=1, description="Epochs to train for")
+    max_steps: Annotated[int | None, WARNED_ON_RESUME] = Field(
+        None, ge=1, description="Stop after this many optimizer steps, whatever the epochs"
+    )
+    resume_from_checkpoint: bool = Field(
+        True,
+        description="Go on from the latest checkpoint in the save path; off: start from scratch, "
+        "replacing old checkpoints once the first new one is saved",
+    )
+    logger: str = Field(
+        "", description="Where to log: trackio, wandb, tensorboard; comma-separated"
+    )
+    log_dir: Path = Field(Path("./logs"), description="Folder for logs")
+    run_name: str | None = Field(None, description="Name of the run in the loggers")
+    log_every_steps: int = Field(10, ge=1, description="Optimizer steps between two log lines")
+    seed: Annotated[int, REFUSED_ON_RESUME] = Field(
+        0, ge=0, description="Seed of weights, sample order and noise"
+    )
+
+    @property
+    def logger_names(self) -> tuple[str, ...]:
+        """The loggers asked for, in order, without repeats."""
+        return tuple(dict.fromkeys(name.strip() for name in self.logger.split(",") if name.strip()))
+
+    @field_validator("logger")
+    @classmethod
+    def _loggers_exist(cls, value: str) -> str:
+        for name in filter(None, (part.strip() for part in value.split(","))):
+            if name not in LOGGER_NAMES:
+                raise ValueError(f"must name `trackio`, `wandb` or `tensorboard`, got `{name}`")
+        return value
+
+    @field_validator("run_name")
+    @classmethod
+    def _run_name_is_one_folder(cls, value: str | None) -> str | None:
+        if value is not None and (not value.strip() or value in {".", ".."} or "/" in value):
+            raise ValueError(f"must be usable as the name of a folder, got `{value}`")
+        return value
+
+
+class DataSettings(Settings):
+    """Which samples are read, and how they become batches."""
+
+    data_path: tuple[Path, ...] = Field(
+        (Path("./data"),),
+        min_length=1,
+        validate_default=True,
+        description="Folder of samples, searched recursively; may be repeated",
+    )
+    val_data_path: tuple[Path, ...] = Field(
+        (),
+        description="Folder of validation samples, in place of a part of the data path; "
+        "may be repeated",
+    )
+    data_format_version: Annotated[Literal[0, 1], WARNED_ON_RESUME] = Field(
+        1, description="Format of the samples: 0 or 1"
+    )
+    train_data_ratio: Annotated[float, REFUSED_ON_RESUME] = Field(
+        0.9, gt=0, le=1, description="Share of the samples to train on; the rest validates"
+    )
+    total_seq_len: Annotated[int, REFUSED_ON_RESUME] = Field(
+        8192, ge=2, description="Tokens in one packed sequence"
+    )
+    noise_std: Annotated[float, WARNED_ON_RESUME] = Field(
+        0.05, ge=0, description="Noise on aux hidden states while training, uniform in [-x, x]"
+    )
+    num_workers: int | None = Field(
+        None, ge=0, description="Threads that read samples; default: by cores, at most 8"
+    )
+    prefetch_factor: int = Field(2, ge=1, description="Packed sequences each thread reads ahead")
+    max_bad_samples: int | None = Field(
+        None,
+        ge=0,
+        description="Most samples that may be left out as broken; default: 1% of the folder",
+    )
+    allow_changed_data: bool = Field(
+        False, description="Resume although the samples are not the ones the run began with"
+    )
+
+    @field_validator("data_path", "val_data_path")
+    @classmethod
+    def _folders_exist(cls, value: tuple[Path, ...]) -> tuple[Path, ...]:
+        for folder in value:
+            if not folder.exists():
+                raise path_error(folder, "does not exist")
+            if not folder.is_dir():
+                raise path_error(folder, "is not a folder")
+        return value
+
+
+class DraftSettings(Settings):
+    """The verifier, and the shape of the draft model trained for it."""
+
+    verifier_name_or_path: Annotated[str, WARNED_ON_RESUME] = Field(
+        min_length=1, description="Hub id or folder of the verifier"
+    )
+    num_layers: Annotated[int, REFUSED_ON_RESUME] = Field(
+        1, ge=1, description="Decoder layers of the draft"
+    )
+    full_vocab: Annotated[bool, REFUSED_ON_RESUME] = Field(
+        False, description="Draft over the verifier's whole vocabulary; d2t and t2d are not read"
+    )
+    d2t_path: Path = Field(
+        Path("d2t.npy"),
+        validate_default=True,
+        description="Draft-to-target map: offset of each draft token",
+    )
+    t2d_path: Path = Field(
+        Path("t2d.npy"),
+        validate_default=True,
+        description="Target-to-draft map: which verifier tokens are kept",
+    )
+    draft_arch: Annotated[DraftArch, REFUSED_ON_RESUME] = Field(
+        DraftArch.LLAMA, description="Kind of the draft's decoder layers"
+    )
+    target_layer_ids: Annotated[tuple[int, ...] | None, REFUSED_ON_RESUME] = Field(
+        None,
+        description="Verifier layers the aux hidden states come from, ascending; id k is the "
+        "output after k layers; default: what the data says",
+    )
+    trust_remote_code: bool = Field(
+        False, description="Run the Python code that comes with the verifier"
+    )
+
+    @field_validator("d2t_path", "t2d_path")
+    @classmethod
+    def _map_exists(cls, value: Path, info: object) -> Path:
+        full_vocab = getattr(info, "data", {}).get("full_vocab", False)
+        if not full_vocab and not value.is_file():
+            raise path_error(
+                value,
+                "does not exist",
+                hint="Make both maps with `speculators build-vocab-map`, or pass `--full-vocab`",
+            )
+        return value
+
+    @field_validator("target_layer_ids", mode="before")
+    @classmethod
+    def _split_layer_ids(cls, value: object) -> object:
+        if isinstance(value, str):
+            return tuple(part.strip() for part in value.split(","))
+        return value
+
+    @field_validator("target_layer_ids")
+    @classmethod
+    def _layer_ids_ascend(cls, value: tuple[int, ...] | None) -> tuple[int, ...] | None:
+        if value is not None and (
+            any(low >= high for low, high in zip(value, value[1:], strict=False))
+            or min(value, default=-1) < 0
+        ):
+            given = ",".join(map(str, value))
+            raise ValueError(f"must be strictly ascending and not negative, got `{given}`")
+        return value
+
+
+class Eagle3Settings(Settings):
+    """What is special to EAGLE-3."""
+
+    ttt_steps: Annotated[int, WARNED_ON_RESUME] = Field(3, ge=1, description="TTT steps")
+    ttt_step_loss_decay: Annotated[float, WARNED_ON_RESUME] = Field(
+        1.0, gt=0, description="Loss weight of a TTT step over the one before"
+    )
+    loss: Annotated[Literal["kl"], WARNED_ON_RESUME] = Field(
+        "kl", description="Loss between the verifier's and the draft's distribution: kl"
+    )
+    norm_before_residual: Annotated[bool, REFUSED_ON_RESUME] = Field(
+        True, description="Let the first layer's residual start after its norm"
+    )
+    norm_before_fc: Annotated[bool, REFUSED_ON_RESUME] = Field(
+        False, description="Normalise the concatenated aux hidden states"
+    )
+    fc_norm: Annotated[bool, REFUSED_ON_RESUME] = Field(
+        False, description="Normalise the aux hidden states of each layer on their own"
+    )
+    norm_output: Annotated[bool, REFUSED_ON_RESUME] = Field(
+        False, description="Feed the normalised hidden states to the next TTT step"
+    )
+    train_head: Annotated[bool, REFUSED_ON_RESUME, OffFlag("--freeze-head")] = Field(
+        True, description="Train the draft's lm_head, or keep the verifier's rows"
+    )
+
+    @model_validator(mode="after")
+    def _one_norm_before_fc(self) -> Self:
+        if self.norm_before_fc and self.fc_norm:
+            raise ValueError("`norm_before_fc` and `fc_norm` cannot both be on")
+        return self
+
+
+class OptimizerSettings(Settings):
+    """AdamW."""
+
+    lr: Annotated[float, WARNED_ON_RESUME] = Field(1e-4, gt=0, description="Peak learning rate")
+    weight_decay: Annotated[float, WARNED_ON_RESUME] = Field(
+        0.01, ge=0, description="Weight decay of matrices; norm gains have none"
+    )
+    max_grad_norm: Annotated[float, WARNED_ON_RESUME] = Field(
+        1.0, gt=0, description="Gradients are scaled down to this norm"
+    )
+    gradient_accumulation_steps: Annotated[int, WARNED_ON_RESUME] = Field(
+        1, ge=1, description="Packed sequences each rank adds up to one optimizer step"
+    )
+    max_skipped_steps: int = Field(
+        10, ge=1, description="Stop after this many steps in a row without a finite gradient"
+    )
+
+
+class ScheduleSettings(Settings):
+    """How the learning rate moves over the run."""
+
+    scheduler: Annotated[Literal["linear", "cosine", "none"], WARNED_ON_RESUME] = Field(
+        "linear",
+        description="Learning rate after the warm-up: linear or cosine to zero at the end of the "
+        "run, or none: constant, no warm-up",
+    )
+    warmup_ratio: Annotated[float, WARNED_ON_RESUME] = Field(
+        0.01, ge=0, lt=1, description="Share of all steps in which the learning rate rises"
+    )
+
+
+class CheckpointSettings(Settings):
+    """When checkpoints are saved, and which are kept."""
+
+    checkpoint_every_steps: int | None = Field(
+        None, ge=1, description="Save also every so many optimizer steps; default: epochs only"
+    )
+    keep_checkpoints: int | None = Field(
+        None, ge=1, description="Keep this many latest checkpoints and the best; default: all"
+    )
+
+
+class DistributedSettings(Settings):
+    """Devices and ranks."""
+
+    device: Literal["auto", "cpu", "cuda"] = Field(
+        "auto", description="Where to train: auto (a GPU if there is one), cpu or cuda"
+    )
+    compute_dtype: Annotated[Literal["auto", "bfloat16", "float32"], WARNED_ON_RESUME] = Field(
+        "auto",
+        description="Precision of the layers: auto is bfloat16 on a GPU, float32 on CPU; weights "
+        "and optimizer state are always float32",
+    )
+    sharding: Literal["shard", "replicate", "auto"] = Field(
+        "shard",
+        description="Spread weights and optimizer state over all ranks (shard), keep a copy on "
+        "each (replicate), or spread within a machine only (auto)",
+    )
+    timeout_seconds: int = Field(
+        1800, ge=1, description="A rank that hangs this long ends the run; in seconds"
+    )
+
+
+class TrainSettings(Settings):
+    """All settings of a training run, in sections."""
+
+    draft: DraftSettings = Field(title="Draft model")
+    run: RunSettings = Field(default_factory=RunSettings, title="Run")
+    data: DataSettings = Field(default_factory=DataSettings, title="Data")
+    eagle3: Eagle3Settings = Field(default_factory=Eagle3Settings, title="EAGLE-3")
+    optimizer: OptimizerSettings = Field(default_factory=OptimizerSettings, title="Optimizer")
+    schedule: ScheduleSettings = Field(default_factory=ScheduleSettings, title="Schedule")
+    checkpoints: CheckpointSettings = Field(default_factory=CheckpointSettings, title="Checkpoints")
+    distributed: DistributedSettings = Field(
+        default_factory=DistributedSettings, title="Distributed"
+    )
