@@ -51,7 +51,7 @@ def read_verifier_config(files: VerifierFiles, *, trust_remote_code: bool) -> Ve
         reason = str(error).strip().splitlines()[0]
         raise SettingsError(
             f"The config of verifier `{files.name_or_path}` cannot be read: {reason}",
-            hint="Name a causal language model; if it brings its own code, pass `--trust-remote-code`",
+            hint="Name a causal language model, with `--trust-remote-code` if it brings code",
         ) from None
     text = config.get_text_config(decoder=True)
     heads = text.num_attention_heads

@@ -4,7 +4,6 @@ import mmap
 import os
 import struct
 import zipfile
-from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import BinaryIO, Self
@@ -24,14 +23,6 @@ FIRST_BYTES = {
 }
 
 
-@dataclass(frozen=True)
-class _Block:
-    """Where the bytes of a storage lie in the file."""
-
-    offset: int
-    num_bytes: int
-
-
 class Archive:
     """An open `.pt` file: what it says it holds (`content`), and access to its tensors.
 
@@ -47,7 +38,7 @@ class Archive:
         self._file: BinaryIO = file.open("rb")
         try:
             self.num_bytes = os.fstat(self._file.fileno()).st_size
-            self._blocks: dict[str, _Block] = {}
+            self._entries: dict[str, zipfile.ZipInfo] = {}
             self.content = self._read_directory()
         except BaseException:
             self._file.close()
@@ -64,9 +55,24 @@ class Archive:
     ) -> None:
         self._file.close()
 
+    def check(self, spec: TensorSpec) -> None:
+        """Check that the file holds as many bytes for a tensor as it claims.
+
+        Raises:
+            BadSampleError: It does not.
+        """
+        entry = self._entries.get(spec.storage_key)
+        if entry is None:
+            raise BadSampleError("is damaged: the data of a tensor is missing")
+        if (spec.offset + spec.span) * spec.dtype.itemsize > entry.file_size:
+            raise BadSampleError(
+                f"holds a tensor of {spec.num_bytes:,} bytes with {entry.file_size:,} of data"
+            )
+
     def read(self, spec: TensorSpec) -> Tensor:
         """Read a tensor into memory."""
-        start, num_bytes = self._locate(spec)
+        num_bytes = spec.span * spec.dtype.itemsize
+        start = self._locate(spec)
         data = bytearray(os.pread(self._file.fileno(), num_bytes, start))
         if len(data) != num_bytes:
             raise BadSampleError("is truncated")
@@ -74,7 +80,7 @@ class Archive:
 
     def map(self, specs: tuple[TensorSpec, ...]) -> tuple[Tensor, ...]:
         """Map tensors into memory: their bytes are read when they are used, and never written."""
-        starts = [self._locate(spec)[0] for spec in specs]
+        starts = [self._locate(spec) for spec in specs]
         mapping = mmap.mmap(self._file.fileno(), self.num_bytes, access=mmap.ACCESS_COPY)
         return tuple(_view(mapping, spec, start) for spec, start in zip(specs, starts, strict=True))
 
@@ -84,6 +90,8 @@ class Archive:
                 entries = {entry.filename: entry for entry in archive.infolist()}
         except (zipfile.BadZipFile, ValueError, NotImplementedError, OverflowError, struct.error):
             raise BadSampleError(self._describe_foreign_file()) from None
+        if any(entry.file_size != entry.compress_size for entry in entries.values()):
+            raise BadSampleError("is compressed; samples are stored as they are")
         name = next((name for name in entries if name.endswith("/data.pkl")), None)
         if name is None:
             raise BadSampleError("is a zip archive that `torch.save` did not write")
@@ -91,10 +99,11 @@ class Archive:
         byte_order = entries.get(f"{prefix}byteorder")
         if byte_order is not None and self._read_entry(byte_order) != b"little":
             raise BadSampleError("was written on a big-endian machine")
-        for entry in entries.values():
-            if entry.filename.startswith(f"{prefix}data/"):
-                key = entry.filename.removeprefix(f"{prefix}data/")
-                self._blocks[key] = self._find_block(entry)
+        self._entries = {
+            path.removeprefix(f"{prefix}data/"): entry
+            for path, entry in entries.items()
+            if path.startswith(f"{prefix}data/")
+        }
         return read_structure(self._read_entry(entries[name]))
 
     def _describe_foreign_file(self) -> str:
@@ -108,36 +117,25 @@ class Archive:
                 return reason
         return "is not a file that `torch.save` writes"
 
-    def _find_block(self, entry: zipfile.ZipInfo) -> _Block:
-        if entry.compress_type != zipfile.ZIP_STORED or entry.file_size != entry.compress_size:
-            raise BadSampleError("is compressed; samples are stored as they are")
+    def _read_entry(self, entry: zipfile.ZipInfo) -> bytes:
+        if entry.file_size > MAX_STRUCTURE_BYTES:
+            raise BadSampleError("holds too much beside its tensors to be a sample")
+        return os.pread(self._file.fileno(), entry.file_size, self._find_start(entry))
+
+    def _find_start(self, entry: zipfile.ZipInfo) -> int:
         header = os.pread(self._file.fileno(), LOCAL_HEADER.size, entry.header_offset)
         if len(header) != LOCAL_HEADER.size or not header.startswith(b"PK\x03\x04"):
             raise BadSampleError("is damaged: its zip directory points nowhere")
         _, len_name, len_extra = LOCAL_HEADER.unpack(header)
-        offset = entry.header_offset + LOCAL_HEADER.size + len_name + len_extra
-        if offset + entry.file_size > self.num_bytes:
+        start: int = entry.header_offset + LOCAL_HEADER.size + len_name + len_extra
+        if start + entry.file_size > self.num_bytes:
             raise BadSampleError("is truncated")
-        return _Block(offset, entry.file_size)
+        return start
 
-    def _read_entry(self, entry: zipfile.ZipInfo) -> bytes:
-        block = self._find_block(entry)
-        if block.num_bytes > MAX_STRUCTURE_BYTES:
-            raise BadSampleError("holds too much beside its tensors to be a sample")
-        return os.pread(self._file.fileno(), block.num_bytes, block.offset)
-
-    def _locate(self, spec: TensorSpec) -> tuple[int, int]:
-        """Where a tensor starts in the file, and the bytes from its first element to its last."""
-        block = self._blocks.get(spec.storage_key)
-        if block is None:
-            raise BadSampleError("is damaged: the data of a tensor is missing")
-        start, num_bytes = spec.offset * spec.dtype.itemsize, spec.span * spec.dtype.itemsize
-        claimed = spec.num_elements * spec.dtype.itemsize
-        if max(start + num_bytes, claimed) > block.num_bytes:
-            raise BadSampleError(
-                f"holds a tensor of {claimed:,} bytes with {block.num_bytes:,} bytes of data"
-            )
-        return block.offset + start, num_bytes
+    def _locate(self, spec: TensorSpec) -> int:
+        self.check(spec)
+        start = self._find_start(self._entries[spec.storage_key])
+        return start + spec.offset * spec.dtype.itemsize
 
 
 def _view(buffer: bytearray | mmap.mmap, spec: TensorSpec, start: int) -> Tensor:

@@ -1,9 +1,11 @@
 """What a pickle says, read as data: nothing it names is imported, called or allocated."""
 
-import pickletools
-from collections.abc import Callable, Iterator
+import pickle
+import struct
+from collections.abc import Callable
 from dataclasses import dataclass
 from math import prod
+from typing import Any, TypeVar
 
 import torch
 
@@ -11,7 +13,7 @@ from speculators_cli.core.data.sample import BadSampleError
 
 # A sample has a few hundred operations; text beside the tensors counts as one.
 MAX_OPERATIONS = 200_000
-MAX_INT = 2**63 - 1
+MAX_SIZE = 2**63 - 1
 MAX_DIMENSIONS = 8
 
 STORAGE_DTYPES = {
@@ -43,6 +45,9 @@ OTHER_TENSORS = {
     "torch._utils._rebuild_parameter": "a module parameter",
     "torch._tensor._rebuild_from_type_v2": "a tensor subclass",
 }
+
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -77,6 +82,11 @@ class TensorSpec:
         return prod(self.shape)
 
     @property
+    def num_bytes(self) -> int:
+        """Memory the tensor takes, as its shape claims."""
+        return self.num_elements * self.dtype.itemsize
+
+    @property
     def span(self) -> int:
         """Elements of the storage from the tensor's first to its last."""
         if self.num_elements == 0:
@@ -105,100 +115,134 @@ def read_structure(pickled: bytes) -> object:
         BadSampleError: It is damaged, or needs anything but tensors and plain values.
     """
     try:
-        return _Reader().read(pickled)
-    except (ValueError, TypeError, IndexError, KeyError, AttributeError, OverflowError) as error:
+        return _Reader(pickled).read()
+    except (ValueError, TypeError, LookupError, struct.error) as error:
         raise BadSampleError("has a damaged directory of tensors") from error
-
-
-class _Mark:
-    pass
 
 
 class _Reader:
     """A pickle machine for the operations that `torch.save` writes, whose calls only describe."""
 
-    def __init__(self) -> None:
+    def __init__(self, pickled: bytes) -> None:
+        self.pickled = pickled
+        self.position = 0
         self.stack: list[object] = []
         self.memo: dict[int, object] = {}
 
-    def read(self, pickled: bytes) -> object:
-        for name, argument in _operations(pickled):
-            if name in _CONSTANTS:
-                self.stack.append(_CONSTANTS[name])
-            elif name in _PUSHES_ARGUMENT:
-                self.stack.append(argument)
-            elif name == "STOP":
+    def read(self) -> object:
+        for _ in range(MAX_OPERATIONS):
+            code = self.pickled[self.position]
+            self.position += 1
+            if code in _CONSTANTS:
+                self.stack.append(_CONSTANTS[code])
+            elif code in _HANDLERS:
+                _HANDLERS[code](self)
+            elif code == pickle.STOP[0]:
                 return self.stack.pop()
-            elif name in _HANDLERS:
-                _HANDLERS[name](self, argument)
             else:
-                raise BadSampleError(f"needs the pickle operation `{name}`; only tensors are read")
-        raise ValueError("no end")
+                raise BadSampleError(f"needs the pickle operation {code:#x}; only tensors are read")
+        raise BadSampleError("holds too many objects to be a sample")
 
-    def get(self, argument: object) -> None:
-        self.stack.append(self.memo[_int(argument)])
+    def take_number(self, form: struct.Struct) -> Any:
+        (number,) = form.unpack_from(self.pickled, self.position)
+        self.position += form.size
+        return number
 
-    def put(self, argument: object) -> None:
-        self.memo[_int(argument)] = self.stack[-1]
+    def take_bytes(self, length: struct.Struct) -> bytes:
+        num_bytes = self.take_number(length)
+        taken = self.pickled[self.position : self.position + num_bytes]
+        if len(taken) != num_bytes:
+            raise ValueError("cut")
+        self.position += num_bytes
+        return taken
 
-    def memoize(self, _: object) -> None:
+    def take_line(self) -> str:
+        end = self.pickled.index(b"\n", self.position)
+        line = self.pickled[self.position : end].decode()
+        self.position = end + 1
+        return line
+
+    def push_number(self, form: struct.Struct) -> None:
+        self.stack.append(self.take_number(form))
+
+    def push_text(self, length: struct.Struct) -> None:
+        self.stack.append(self.take_bytes(length).decode(errors="surrogatepass"))
+
+    def push_bytes(self, length: struct.Struct) -> None:
+        self.stack.append(self.take_bytes(length))
+
+    def push_long(self, length: struct.Struct) -> None:
+        self.stack.append(int.from_bytes(self.take_bytes(length), "little", signed=True))
+
+    def get(self, form: struct.Struct) -> None:
+        self.stack.append(self.memo[self.take_number(form)])
+
+    def put(self, form: struct.Struct) -> None:
+        self.memo[self.take_number(form)] = self.stack[-1]
+
+    def memoize(self) -> None:
         self.memo[len(self.memo)] = self.stack[-1]
 
-    def empty_list(self, _: object) -> None:
+    def push_list(self) -> None:
         self.stack.append([])
 
-    def empty_dict(self, _: object) -> None:
+    def push_dict(self) -> None:
         self.stack.append({})
 
-    def mark(self, _: object) -> None:
-        self.stack.append(_Mark())
+    def push_mark(self) -> None:
+        self.stack.append(_MARK)
 
     def pop_to_mark(self) -> list[object]:
         items: list[object] = []
-        while not isinstance(item := self.stack.pop(), _Mark):
+        while (item := self.stack.pop()) is not _MARK:
             items.append(item)
         return items[::-1]
 
-    def tuple_of(self, num_items: int) -> None:
-        items = tuple(self.stack[len(self.stack) - num_items :])
-        del self.stack[len(self.stack) - num_items :]
+    def make_tuple(self) -> None:
+        self.stack.append(tuple(self.pop_to_mark()))
+
+    def make_tuple_of(self, num_items: int) -> None:
+        items = tuple(self.stack[-num_items:])
+        del self.stack[-num_items:]
         self.stack.append(items)
 
-    def append(self, _: object) -> None:
+    def append(self) -> None:
         item = self.stack.pop()
-        _list(self.stack[-1]).append(item)
+        _expect(list, self.stack[-1]).append(item)
 
-    def appends(self, _: object) -> None:
+    def append_all(self) -> None:
         items = self.pop_to_mark()
-        _list(self.stack[-1]).extend(items)
+        _expect(list, self.stack[-1]).extend(items)
 
-    def set_item(self, _: object) -> None:
+    def set_item(self) -> None:
         value, key = self.stack.pop(), self.stack.pop()
-        _dict(self.stack[-1])[_plain(key)] = value
+        _expect(dict, self.stack[-1])[_plain(key)] = value
 
-    def set_items(self, _: object) -> None:
+    def set_items(self) -> None:
         items = self.pop_to_mark()
         keys = [_plain(key) for key in items[::2]]
-        _dict(self.stack[-1]).update(zip(keys, items[1::2], strict=True))
+        _expect(dict, self.stack[-1]).update(zip(keys, items[1::2], strict=True))
 
-    def find_global(self, argument: object) -> None:
-        self.stack.append(Global(_text(argument).replace(" ", ".")))
+    def push_global(self) -> None:
+        module, name = self.take_line(), self.take_line()
+        self.stack.append(Global(f"{module}.{name}"))
 
-    def find_stack_global(self, _: object) -> None:
-        name, module = self.stack.pop(), self.stack.pop()
-        self.stack.append(Global(f"{_text(module)}.{_text(name)}"))
+    def make_global(self) -> None:
+        name, module = _expect(str, self.stack.pop()), _expect(str, self.stack.pop())
+        self.stack.append(Global(f"{module}.{name}"))
 
-    def find_storage(self, _: object) -> None:
-        kind, storage_class, key, _, num_elements = _tuple(self.stack.pop())
-        if kind != "storage" or not isinstance(storage_class, Global):
+    def make_storage(self) -> None:
+        kind, storage_class, key, _, num_elements = _expect(tuple, self.stack.pop())
+        if kind != "storage":
             raise ValueError("not a storage")
-        if storage_class.name not in STORAGE_DTYPES:
-            raise BadSampleError(f"holds a tensor of type `{_shown(storage_class.name)}`")
-        dtype = STORAGE_DTYPES[storage_class.name]
-        self.stack.append(Storage(_text(key), dtype, _int(num_elements)))
+        name = _expect(Global, storage_class).name
+        if name not in STORAGE_DTYPES:
+            raise BadSampleError(f"holds a tensor of type `{_shown(name)}`")
+        storage = Storage(_expect(str, key), STORAGE_DTYPES[name], _size(num_elements))
+        self.stack.append(storage)
 
-    def reduce(self, _: object) -> None:
-        arguments, function = _tuple(self.stack.pop()), self.stack.pop()
+    def call(self) -> None:
+        arguments, function = _expect(tuple, self.stack.pop()), self.stack.pop()
         name = function.name if isinstance(function, Global) else "an object"
         if name in OTHER_TENSORS:
             raise BadSampleError(f"holds {OTHER_TENSORS[name]}; only plain tensors are read")
@@ -210,8 +254,7 @@ class _Reader:
 def _rebuild_tensor(
     storage: object, offset: object, shape: object, stride: object, *_: object
 ) -> TensorSpec:
-    if not isinstance(storage, Storage):
-        raise TypeError("not a storage")
+    storage = _expect(Storage, storage)
     return _tensor_spec(storage, storage.dtype, storage.num_elements, offset, shape, stride)
 
 
@@ -225,11 +268,10 @@ def _rebuild_tensor_v3(
     dtype: object,
     *_: object,
 ) -> TensorSpec:
-    if not isinstance(storage, Storage) or not isinstance(dtype, Global):
-        raise TypeError("not a storage with its type")
-    if dtype.name not in UNTYPED_DTYPES:
-        raise BadSampleError(f"holds a tensor of type `{_shown(dtype.name)}`")
-    element = UNTYPED_DTYPES[dtype.name]
+    storage, name = _expect(Storage, storage), _expect(Global, dtype).name
+    if name not in UNTYPED_DTYPES:
+        raise BadSampleError(f"holds a tensor of type `{_shown(name)}`")
+    element = UNTYPED_DTYPES[name]
     num_elements = storage.num_elements // element.itemsize
     return _tensor_spec(storage, element, num_elements, offset, shape, stride)
 
@@ -242,9 +284,11 @@ def _tensor_spec(
     shape: object,
     stride: object,
 ) -> TensorSpec:
-    spec = TensorSpec(storage.key, dtype, _int(offset), _ints(shape), _ints(stride))
+    spec = TensorSpec(storage.key, dtype, _size(offset), _sizes(shape), _sizes(stride))
     claimed, held = spec.num_elements, num_elements - spec.offset
-    if claimed > held or spec.span > held:
+    if len(spec.shape) != len(spec.stride):
+        raise ValueError("not a stride for each dimension")
+    if max(claimed, spec.span) > held:
         raise BadSampleError(
             f"holds a tensor of {claimed * dtype.itemsize:,} bytes in a storage of "
             f"{max(held, 0) * dtype.itemsize:,} (expanded or cut)"
@@ -252,30 +296,23 @@ def _tensor_spec(
     return spec
 
 
-def _operations(pickled: bytes) -> Iterator[tuple[str, object]]:
-    for index, (operation, argument, _) in enumerate(pickletools.genops(pickled)):
-        if index > MAX_OPERATIONS:
-            raise BadSampleError("holds too many objects to be a sample")
-        yield operation.name, argument
+def _expect(kind: type[T], value: object) -> T:
+    if not isinstance(value, kind):
+        raise TypeError(f"not a {kind.__name__}")
+    return value
 
 
-def _int(value: object) -> int:
-    if not isinstance(value, int) or not 0 <= value <= MAX_INT:
+def _size(value: object) -> int:
+    if not isinstance(value, int) or not 0 <= value <= MAX_SIZE:
         raise ValueError("not a size")
     return value
 
 
-def _ints(value: object) -> tuple[int, ...]:
-    sizes = _tuple(value)
+def _sizes(value: object) -> tuple[int, ...]:
+    sizes = _expect(tuple, value)
     if len(sizes) > MAX_DIMENSIONS:
         raise ValueError("too many dimensions")
-    return tuple(_int(size) for size in sizes)
-
-
-def _text(value: object) -> str:
-    if not isinstance(value, str):
-        raise TypeError("not text")
-    return value
+    return tuple(_size(size) for size in sizes)
 
 
 def _plain(key: object) -> object:
@@ -289,75 +326,65 @@ def _shown(name: str) -> str:
     return name[:80].encode("unicode_escape").decode()
 
 
-def _tuple(value: object) -> tuple[object, ...]:
-    if not isinstance(value, tuple):
-        raise TypeError("not a tuple")
-    return value
-
-
-def _list(value: object) -> list[object]:
-    if not isinstance(value, list):
-        raise TypeError("not a list")
-    return value
-
-
-def _dict(value: object) -> dict[object, object]:
-    if not isinstance(value, dict):
-        raise TypeError("not a dict")
-    return value
-
-
-def _ordered_dict(*items: object) -> dict[object, object]:
+def _make_ordered_dict(*items: object) -> dict[object, object]:
     if items:
         raise ValueError("not an empty dict")
     return {}
 
 
+def _make_size(sizes: object) -> tuple[int, ...]:
+    return _sizes(sizes)
+
+
+_MARK = object()
+_U8, _U16, _U32, _U64 = (struct.Struct(f"<{form}") for form in "BHIQ")
+_I32, _F64 = struct.Struct("<i"), struct.Struct(">d")
 _CALLS: dict[str, Callable[..., object]] = {
-    "collections.OrderedDict": _ordered_dict,
+    "collections.OrderedDict": _make_ordered_dict,
     "torch._utils._rebuild_tensor": _rebuild_tensor,
     "torch._utils._rebuild_tensor_v2": _rebuild_tensor,
     "torch._utils._rebuild_tensor_v3": _rebuild_tensor_v3,
-    "torch.Size": _tuple,
+    "torch.Size": _make_size,
 }
-_CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False, "EMPTY_TUPLE": ()}
-_PUSHES_ARGUMENT = {
-    "BINBYTES",
-    "BINBYTES8",
-    "BINFLOAT",
-    "BININT",
-    "BININT1",
-    "BININT2",
-    "BINSTRING",
-    "BINUNICODE",
-    "BINUNICODE8",
-    "LONG1",
-    "LONG4",
-    "SHORT_BINBYTES",
-    "SHORT_BINSTRING",
-    "SHORT_BINUNICODE",
+_CONSTANTS = {
+    pickle.NONE[0]: None,
+    pickle.NEWTRUE[0]: True,
+    pickle.NEWFALSE[0]: False,
+    pickle.EMPTY_TUPLE[0]: (),
 }
-_HANDLERS: dict[str, Callable[[_Reader, object], None]] = {
-    "APPEND": _Reader.append,
-    "APPENDS": _Reader.appends,
-    "BINGET": _Reader.get,
-    "BINPERSID": _Reader.find_storage,
-    "BINPUT": _Reader.put,
-    "EMPTY_DICT": _Reader.empty_dict,
-    "EMPTY_LIST": _Reader.empty_list,
-    "FRAME": lambda reader, _: None,  # noqa: ARG005
-    "GLOBAL": _Reader.find_global,
-    "LONG_BINGET": _Reader.get,
-    "LONG_BINPUT": _Reader.put,
-    "MARK": _Reader.mark,
-    "MEMOIZE": _Reader.memoize,
-    "PROTO": lambda reader, _: None,  # noqa: ARG005
-    "REDUCE": _Reader.reduce,
-    "SETITEM": _Reader.set_item,
-    "SETITEMS": _Reader.set_items,
-    "STACK_GLOBAL": _Reader.find_stack_global,
-    "TUPLE": lambda reader, _: reader.stack.append(tuple(reader.pop_to_mark())),
-    "TUPLE1": lambda reader, _: reader.tuple_of(1),
-    "TUPLE2": lambda reader, _: reader.tuple_of(2),
-    "TUPLE3": lambda reader, _: reader.tuple_of(3),
+_HANDLERS: dict[int, Callable[[_Reader], object]] = {
+    pickle.APPEND[0]: _Reader.append,
+    pickle.APPENDS[0]: _Reader.append_all,
+    pickle.BINBYTES[0]: lambda reader: reader.push_bytes(_U32),
+    pickle.BINBYTES8[0]: lambda reader: reader.push_bytes(_U64),
+    pickle.BINFLOAT[0]: lambda reader: reader.push_number(_F64),
+    pickle.BINGET[0]: lambda reader: reader.get(_U8),
+    pickle.BININT[0]: lambda reader: reader.push_number(_I32),
+    pickle.BININT1[0]: lambda reader: reader.push_number(_U8),
+    pickle.BININT2[0]: lambda reader: reader.push_number(_U16),
+    pickle.BINPERSID[0]: _Reader.make_storage,
+    pickle.BINPUT[0]: lambda reader: reader.put(_U8),
+    pickle.BINUNICODE[0]: lambda reader: reader.push_text(_U32),
+    pickle.BINUNICODE8[0]: lambda reader: reader.push_text(_U64),
+    pickle.EMPTY_DICT[0]: _Reader.push_dict,
+    pickle.EMPTY_LIST[0]: _Reader.push_list,
+    pickle.FRAME[0]: lambda reader: reader.take_number(_U64),
+    pickle.GLOBAL[0]: _Reader.push_global,
+    pickle.LONG1[0]: lambda reader: reader.push_long(_U8),
+    pickle.LONG4[0]: lambda reader: reader.push_long(_U32),
+    pickle.LONG_BINGET[0]: lambda reader: reader.get(_U32),
+    pickle.LONG_BINPUT[0]: lambda reader: reader.put(_U32),
+    pickle.MARK[0]: _Reader.push_mark,
+    pickle.MEMOIZE[0]: _Reader.memoize,
+    pickle.PROTO[0]: lambda reader: reader.take_number(_U8),
+    pickle.REDUCE[0]: _Reader.call,
+    pickle.SETITEM[0]: _Reader.set_item,
+    pickle.SETITEMS[0]: _Reader.set_items,
+    pickle.SHORT_BINBYTES[0]: lambda reader: reader.push_bytes(_U8),
+    pickle.SHORT_BINUNICODE[0]: lambda reader: reader.push_text(_U8),
+    pickle.STACK_GLOBAL[0]: _Reader.make_global,
+    pickle.TUPLE[0]: _Reader.make_tuple,
+    pickle.TUPLE1[0]: lambda reader: reader.make_tuple_of(1),
+    pickle.TUPLE2[0]: lambda reader: reader.make_tuple_of(2),
+    pickle.TUPLE3[0]: lambda reader: reader.make_tuple_of(3),
 }

@@ -1,0 +1,21 @@
+"""A tiny run, ready to train."""
+
+from pathlib import Path
+
+import pytest
+
+from tests.tiny import TinyInputs, write_inputs
+
+
+@pytest.fixture(scope="session")
+def shared_inputs(tmp_path_factory: pytest.TempPathFactory) -> TinyInputs:
+    """Verifier, samples and maps, written once; nothing may be written into them."""
+    return write_inputs(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture
+def tiny(shared_inputs: TinyInputs, tmp_path: Path) -> TinyInputs:
+    """The shared inputs, with a folder of one's own for what a run writes."""
+    for name in ("verifier", "data", "d2t.npy", "t2d.npy"):
+        (tmp_path / name).symlink_to(shared_inputs.folder / name)
+    return TinyInputs(tmp_path)

@@ -1,0 +1,254 @@
+"""train() from samples to checkpoints."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from speculators_cli.core.errors import CheckpointError, DataError
+from speculators_cli.core.progress import SilentProgress
+from speculators_cli.core.training.report import TrainReport
+from speculators_cli.core.training.run import train
+from tests.tiny import DRAFT_VOCAB, HIDDEN, LAYER_IDS, VOCAB, TinyInputs
+
+
+class Messages(SilentProgress):
+    """Keeps what a run says."""
+
+    def __init__(self) -> None:
+        self.infos: list[str] = []
+        self.warnings: list[str] = []
+
+    def info(self, message: str) -> None:
+        self.infos.append(message)
+
+    def warn(self, message: str, *, hint: str | None = None) -> None:
+        self.warnings.append(f"{message} ({hint})")
+
+
+def run(tiny: TinyInputs, **changes: Any) -> TrainReport:
+    return train(tiny.settings(**changes), progress=SilentProgress())
+
+
+def metric_lines(tiny: TinyInputs, split: str) -> list[dict[str, Any]]:
+    lines = (tiny.save_path / "metrics.jsonl").read_text().splitlines()
+    return [line for line in map(json.loads, lines) if line["split"] == split]
+
+
+def all_tensors(folder: Path) -> dict[str, torch.Tensor]:
+    files = sorted(folder.rglob("*.safetensors"))
+    assert len(files) == 2
+    return {f"{f.name}:{name}": x for f in files for name, x in load_file(f).items()}
+
+
+def assert_same_bits(one: Path, other: Path) -> None:
+    a, b = all_tensors(one), all_tensors(other)
+    assert a.keys() == b.keys()
+    assert [name for name in a if not torch.equal(a[name], b[name])] == []
+
+
+def test_training_lowers_the_loss_and_raises_the_acceptance(tiny: TinyInputs) -> None:
+    report = run(tiny, run={"epochs": 8})
+
+    val = metric_lines(tiny, "val")
+    assert len(val) == 8
+    assert val[-1]["loss"] < 0.9 * val[0]["loss"]
+    assert report.step == report.total_steps
+    assert report.validation_loss == val[-1]["loss"]
+    assert report.acceptance_length == val[-1]["acceptance_length"]
+
+
+def test_each_epoch_leaves_a_checkpoint_in_the_speculators_format(tiny: TinyInputs) -> None:
+    run(tiny)
+
+    for epoch in (0, 1):
+        folder = tiny.save_path / str(epoch)
+        assert [f.name for f in folder.glob("*.safetensors")] == ["model.safetensors"]
+        tensors = load_file(folder / "model.safetensors")
+        layer = "layers.0."
+        assert set(tensors) == {
+            "d2t", "t2d", "embed_tokens.weight", "fc.weight", "lm_head.weight", "norm.weight",
+            *(f"{layer}{norm}.weight" for norm in
+              ("hidden_norm", "input_layernorm", "post_attention_layernorm")),
+            *(f"{layer}self_attn.{x}_proj.weight" for x in "qkvo"),
+            *(f"{layer}mlp.{x}_proj.weight" for x in ("gate", "up", "down")),
+        }  # fmt: skip
+        assert tensors["fc.weight"].shape == (HIDDEN, 3 * HIDDEN)
+        assert tensors["layers.0.self_attn.q_proj.weight"].shape == (48, 2 * HIDDEN)
+        assert tensors["lm_head.weight"].shape == (DRAFT_VOCAB, HIDDEN)
+        assert tensors["d2t"].dtype == torch.int64
+        assert tensors["t2d"].sum() == DRAFT_VOCAB
+        config = json.loads((folder / "config.json").read_text())
+        assert config["speculators_model_type"] == "eagle3"
+        assert config["eagle_aux_hidden_state_layer_ids"] == list(LAYER_IDS)
+        assert config["norm_before_residual"] is True
+        assert config["transformer_layer_config"]["rope_parameters"]["rope_theta"] == 50000.0
+        assert config["transformer_layer_config"]["vocab_size"] == VOCAB
+        assert config["producer"]["name"] == "speculators-cli"
+
+
+def test_the_verifier_does_not_move_and_the_head_does(tiny: TinyInputs) -> None:
+    # Trap: a head that is silently frozen.
+    run(tiny)
+
+    verifier = load_file(tiny.verifier_dir / "model.safetensors")
+    draft = load_file(tiny.save_path / "1" / "model.safetensors")
+    kept = torch.arange(0, VOCAB, 2)
+    assert torch.equal(draft["embed_tokens.weight"], verifier["model.embed_tokens.weight"])
+    assert not torch.equal(draft["lm_head.weight"], verifier["lm_head.weight"][kept])
+    assert (draft["norm.weight"] != 1.0).any()
+
+
+def test_a_frozen_head_stays_the_verifiers(tiny: TinyInputs) -> None:
+    run(tiny, eagle3={"train_head": False})
+
+    verifier = load_file(tiny.verifier_dir / "model.safetensors")
+    draft = load_file(tiny.save_path / "1" / "model.safetensors")
+    assert torch.equal(draft["lm_head.weight"], verifier["lm_head.weight"][::2])
+
+
+def test_a_full_vocabulary_writes_no_maps(tiny: TinyInputs) -> None:
+    run(tiny, draft={"full_vocab": True}, run={"epochs": 1})
+
+    draft = load_file(tiny.save_path / "0" / "model.safetensors")
+    assert draft["lm_head.weight"].shape == (VOCAB, HIDDEN)
+    assert not {"d2t", "t2d"} & set(draft)
+
+
+def test_metrics_lines_hold_every_documented_key(tiny: TinyInputs) -> None:
+    run(tiny, run={"epochs": 1})
+
+    per_step = ("loss", "full_acc", "cond_acc", "acceptance_rate")
+    shared = {"step", "epoch", "split", "loss", "acceptance_length", "supervised_fraction"}
+    shared |= {f"{name}_{k}" for name in per_step for k in range(3)}
+    (val,) = metric_lines(tiny, "val")
+    assert shared <= set(val)
+    for line in metric_lines(tiny, "train"):
+        assert shared | {"lr", "grad_norm", "tokens_per_second"} <= set(line)
+
+
+@pytest.mark.parametrize("arch", ["llama", "qwen3"])
+def test_resuming_in_mid_epoch_equals_going_on(tiny: TinyInputs, arch: str, tmp_path: Path) -> None:
+    layers = {"draft_arch": arch, "num_layers": 2}
+    whole, halves = tmp_path / "whole", tmp_path / "halves"
+
+    run(tiny, draft=layers, run={"save_path": whole}, schedule={"scheduler": "none"})
+    first = run(
+        tiny, draft=layers, schedule={"scheduler": "none"}, run={"save_path": halves, "max_steps": 3}
+    )
+    second = run(tiny, draft=layers, run={"save_path": halves}, schedule={"scheduler": "none"})
+
+    assert (halves / "step-3").is_dir()
+    assert (first.is_resumed, second.is_resumed) == (False, True)
+    assert_same_bits(whole / "1", halves / "1")
+
+
+def test_resuming_after_an_epoch_equals_going_on(tiny: TinyInputs, tmp_path: Path) -> None:
+    whole, halves = tmp_path / "whole", tmp_path / "halves"
+    flat = {"scheduler": "none"}
+
+    run(tiny, run={"save_path": whole, "epochs": 3}, schedule=flat)
+    run(tiny, run={"save_path": halves, "epochs": 1}, schedule=flat)
+    messages = Messages()
+    settings = tiny.settings(run={"save_path": halves, "epochs": 3}, schedule=flat)
+    train(settings, progress=messages)
+
+    assert_same_bits(whole / "2", halves / "2")
+    assert any("Resuming from" in line for line in messages.infos)
+    assert any("epochs" in line for line in messages.warnings)
+
+
+def test_running_a_finished_run_again_changes_nothing(tiny: TinyInputs) -> None:
+    run(tiny)
+    before = all_tensors(tiny.save_path / "1")
+
+    report = run(tiny)
+
+    assert report.was_already_finished
+    after = all_tensors(tiny.save_path / "1")
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_starting_over_replaces_the_old_run(tiny: TinyInputs) -> None:
+    run(tiny, run={"epochs": 3})
+
+    report = run(tiny, run={"epochs": 1, "resume_from_checkpoint": False, "seed": 1})
+
+    assert not report.is_resumed
+    assert not (tiny.save_path / "2").exists()
+    assert {line["epoch"] for line in metric_lines(tiny, "val")} == {0}
+
+
+def test_another_shape_is_refused_on_resume(tiny: TinyInputs) -> None:
+    run(tiny, run={"epochs": 1})
+
+    with pytest.raises(CheckpointError, match="num-layers.*2.*1"):
+        run(tiny, draft={"num_layers": 2})
+
+
+def test_changed_samples_are_refused_on_resume(tiny: TinyInputs) -> None:
+    run(tiny, run={"epochs": 1})
+    data = tiny.data_dir.resolve()
+    tiny.data_dir.unlink()
+    tiny.data_dir.mkdir()
+    for file in sorted(data.iterdir())[1:]:
+        (tiny.data_dir / file.name).symlink_to(file)
+
+    with pytest.raises(DataError, match="not the ones") as error:
+        run(tiny)
+    report = run(tiny, data={"allow_changed_data": True})
+
+    assert "--allow-changed-data" in str(error.value.hint)
+    assert report.is_resumed
+
+
+def test_a_dry_run_writes_nothing(tiny: TinyInputs, tmp_path: Path) -> None:
+    before = sorted(tmp_path.rglob("*"))
+
+    report = train(tiny.settings(), progress=SilentProgress(), dry_run=True)
+
+    assert report.is_dry_run
+    assert report.step == 1
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_no_logger_creates_no_log_folder(tiny: TinyInputs) -> None:
+    run(tiny, run={"epochs": 1})
+
+    assert not tiny.log_dir.exists()
+
+
+def test_the_saved_settings_repeat_the_run(tiny: TinyInputs, tmp_path: Path) -> None:
+    from speculators_cli.settings.base import load_settings
+    from speculators_cli.settings.train import TrainSettings
+
+    run(tiny)
+    saved = load_settings(TrainSettings, {}, tiny.save_path / "settings.json")
+    again = saved.model_copy(
+        update={"run": saved.run.model_copy(update={"save_path": tmp_path / "again"})}
+    )
+    train(again, progress=SilentProgress())
+
+    assert_same_bits(tiny.save_path / "1", tmp_path / "again" / "1")
+
+
+def test_samples_of_another_verifier_are_refused_before_anything_is_written(
+    tiny: TinyInputs,
+) -> None:
+    tiny.data_dir.unlink()
+    tiny.data_dir.mkdir()
+    for index in range(4):
+        sample = {
+            "input_ids": torch.arange(9),
+            "loss_mask": torch.ones(9),
+            "hidden_states": [torch.randn(9, 16) for _ in range(4)],
+        }
+        torch.save(sample, tiny.data_dir / f"{index}.pt")
+
+    with pytest.raises(DataError, match=r"hidden size 16.*24"):
+        run(tiny)
+
+    assert not tiny.save_path.exists()
