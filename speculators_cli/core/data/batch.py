@@ -1,8 +1,13 @@
 """Batch: the tensors of one packed sequence."""
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Self
 
+import torch
 from torch import Tensor
+
+from speculators_cli.core.data.sample import Sample
 
 
 @dataclass(frozen=True)
@@ -23,3 +28,101 @@ class Batch:
     position_ids: Tensor  # [seq_len], int64: from 1 in each document, 0 is padding
     lengths: tuple[int, ...]  # tokens of each document, in order
     sample_ids: tuple[int, ...]  # the sample of each document: its index in the dataset
+
+    def to(self, device: torch.device, dtype: torch.dtype, *, non_blocking: bool = False) -> Self:
+        """The same on a device; hidden states move as they are and are cast there."""
+
+        def move(tensor: Tensor) -> Tensor:
+            return tensor.to(device, non_blocking=non_blocking)
+
+        return replace(
+            self,
+            input_ids=move(self.input_ids),
+            aux_hidden_states=move(self.aux_hidden_states).to(dtype),
+            last_hidden_states=move(self.last_hidden_states).to(dtype),
+            is_normed=move(self.is_normed),
+            loss_mask=move(self.loss_mask),
+            document_ids=move(self.document_ids),
+            position_ids=move(self.position_ids),
+        )
+
+
+def collate(
+    sample_ids: Sequence[int],
+    samples: Sequence[Sample],
+    *,
+    total_seq_len: int,
+    num_aux_layers: int,
+    hidden_size: int,
+    dtype: torch.dtype,
+    pin_memory: bool = False,
+) -> Batch:
+    """Pack samples end to end; each hidden state is copied once, from its file into the batch.
+
+    A sample of S tokens takes S - 1 positions: ids, last hidden states and loss mask lose their
+    first, aux hidden states their last. What does not fit into `total_seq_len` is cut.
+    """
+
+    def make(*shape: int, of: torch.dtype) -> Tensor:
+        return torch.zeros(shape, dtype=of, pin_memory=pin_memory)
+
+    input_ids, position_ids = (make(total_seq_len, of=torch.int64) for _ in range(2))
+    document_ids = make(total_seq_len, of=torch.int64).fill_(-1)
+    loss_mask, is_normed = (make(total_seq_len, of=torch.bool) for _ in range(2))
+    # Left unset where a sample follows: filling them first would write every byte twice.
+    aux = torch.empty(
+        (total_seq_len, num_aux_layers * hidden_size), dtype=dtype, pin_memory=pin_memory
+    )
+    last = torch.empty((total_seq_len, hidden_size), dtype=dtype, pin_memory=pin_memory)
+    start, lengths = 0, []
+    for document, sample in enumerate(samples):
+        length = min(sample.num_tokens - 1, total_seq_len - start)
+        here = slice(start, start + length)
+        input_ids[here] = sample.input_ids[1 : 1 + length]
+        loss_mask[here] = sample.loss_mask[1 : 1 + length]
+        position_ids[here] = torch.arange(1, 1 + length)
+        document_ids[here] = document
+        is_normed[here] = sample.is_normed
+        for layer, states in enumerate(sample.aux_hidden_states):
+            aux[here, layer * hidden_size : (layer + 1) * hidden_size] = states[:length]
+        last[here] = sample.last_hidden_states[1 : 1 + length]
+        lengths.append(length)
+        start += length
+    aux[start:] = 0
+    last[start:] = 0
+    return Batch(
+        input_ids=input_ids,
+        aux_hidden_states=aux,
+        last_hidden_states=last,
+        is_normed=is_normed,
+        loss_mask=loss_mask,
+        document_ids=document_ids,
+        position_ids=position_ids,
+        lengths=tuple(lengths),
+        sample_ids=tuple(sample_ids),
+    )
+
+
+def drop_non_finite(batch: Batch) -> tuple[Batch, Tensor]:
+    """Take documents with NaN or Inf in their hidden states out of the loss; nothing moves.
+
+    Returns:
+        The batch, with such documents' states zeroed and unsupervised; which they are,
+        [documents], bool, on the batch's device.
+    """
+    # A sum is finite only if all its parts are, or a part overflows float32, which is as broken.
+    sums = batch.aux_hidden_states.sum(-1, dtype=torch.float32)
+    sums = sums + batch.last_hidden_states.sum(-1, dtype=torch.float32)
+    is_bad = ~sums.isfinite() & (batch.document_ids >= 0)
+    # One slot more, for padding.
+    bad_counts = torch.zeros(len(batch.lengths) + 1, dtype=torch.int64, device=is_bad.device)
+    bad_counts.index_add_(0, batch.document_ids + 1, is_bad.long())
+    is_broken = bad_counts > 0
+    broken_rows = is_broken[batch.document_ids + 1]
+    dropped = replace(
+        batch,
+        aux_hidden_states=batch.aux_hidden_states.masked_fill(broken_rows[:, None], 0.0),
+        last_hidden_states=batch.last_hidden_states.masked_fill(broken_rows[:, None], 0.0),
+        loss_mask=batch.loss_mask & ~broken_rows,
+    )
+    return dropped, is_broken[1:]

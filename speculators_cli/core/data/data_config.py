@@ -1,0 +1,136 @@
+"""data_config.json beside the samples: which verifier and which of its layers they hold."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from speculators_cli.core.errors import DataError
+
+FILE_NAME = "data_config.json"
+OUR_CONVENTION = "vllm"  # id k is the output after k decoder layers
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """What one data_config.json says."""
+
+    file: Path
+    verifier: str | None  # name or path of the verifier the samples come from
+    layer_ids: tuple[int, ...] | None  # as written: the convention is another field's matter
+    convention: str | None  # `vllm` in files of our own
+    version: str | None  # "2.0" in the files of the generator of December 2025
+
+
+@dataclass(frozen=True)
+class LayerIds:
+    """The verifier layers that the aux hidden states come from: id k is the output after k."""
+
+    ids: tuple[int, ...]
+    is_assumed: bool  # neither the user nor the data said so
+
+
+def read_data_config(file: Path) -> DataConfig:
+    """Read a data_config.json.
+
+    Raises:
+        DataError: It is no JSON object.
+    """
+    try:
+        content = json.loads(file.read_text("utf-8-sig"))
+    except (OSError, ValueError) as error:
+        raise DataError(
+            f"`{file}` cannot be read: {error}", hint="Repair the file, or remove it"
+        ) from None
+    ids = _get(content, "hidden_states", "layer_ids")
+    is_list = isinstance(ids, list) and all(isinstance(k, int) for k in ids)
+    verifier = _get(content, "model", "target_model_path")
+    convention = _get(content, "hidden_states", "layer_ids_convention")
+    version = _get(content, "version")
+    return DataConfig(
+        file=file,
+        verifier=verifier if isinstance(verifier, str) else None,
+        layer_ids=tuple(ids) if is_list else None,
+        convention=convention or _get(content, "layer_ids_convention"),
+        version=None if version is None else str(version),
+    )
+
+
+def resolve_layer_ids(
+    configs: Sequence[DataConfig],
+    *,
+    num_verifier_layers: int,
+    num_aux_layers: int,
+    given: tuple[int, ...] | None,
+) -> LayerIds:
+    """Choose the layer ids: the user's, else the data's, else those its generators captured.
+
+    Args:
+        configs: Every data_config.json among the samples.
+        num_verifier_layers: Decoder layers of the verifier.
+        num_aux_layers: Aux layers in each sample.
+        given: The value of `--target-layer-ids`.
+
+    Raises:
+        DataError: Folders disagree, or the ids do not fit the samples or the verifier.
+    """
+    if given is not None:
+        return LayerIds(_checked(given, num_verifier_layers, num_aux_layers), is_assumed=False)
+    said = {config.file: _read_ids(config, num_verifier_layers) for config in configs}
+    found = {ids for ids in said.values() if ids is not None}
+    if len(found) > 1:
+        lines = [f"  `{file}`: {_show(ids)}" for file, ids in said.items() if ids is not None]
+        raise DataError(
+            "\n".join(["The folders of samples hold different verifier layers", *lines]),
+            hint="Train on one of them at a time",
+        )
+    n = num_verifier_layers
+    ids = found.pop() if found else (3, n // 2 + 1, n - 2)
+    return LayerIds(_checked(ids, n, num_aux_layers), is_assumed=not any(said.values()))
+
+
+def _read_ids(config: DataConfig, num_verifier_layers: int) -> tuple[int, ...] | None:
+    """The ids of one file in our convention; None if it says nothing."""
+    if config.layer_ids is None:
+        return None
+    if config.convention == OUR_CONVENTION:
+        return config.layer_ids
+    if config.version == "2.0":
+        # That generator counted the layer captured, not the layers passed, and listed the last.
+        *aux, last = config.layer_ids or (-1,)
+        if last != num_verifier_layers - 1:
+            raise DataError(
+                f"`{config.file}` ends its layer ids with {last}, expected the verifier's last "
+                f"layer {num_verifier_layers - 1}",
+                hint="Pass `--target-layer-ids` with the layers of the aux hidden states",
+            )
+        return tuple(k + 1 for k in aux)
+    return None
+
+
+def _checked(ids: tuple[int, ...], num_layers: int, num_aux_layers: int) -> tuple[int, ...]:
+    hint = "Pass `--target-layer-ids` with the layers of the aux hidden states, ascending"
+    if len(ids) != num_aux_layers:
+        raise DataError(
+            f"The samples hold {num_aux_layers} aux layers, the layer ids are `{_show(ids)}`",
+            hint=hint,
+        )
+    is_ascending = all(low < high for low, high in zip(ids, ids[1:], strict=False))
+    if not is_ascending or ids[0] < 0 or ids[-1] > num_layers:
+        raise DataError(
+            f"Layer ids `{_show(ids)}` are not strictly ascending within 0 and the verifier's "
+            f"{num_layers} layers",
+            hint=hint,
+        )
+    return ids
+
+
+def _show(ids: tuple[int, ...]) -> str:
+    return ",".join(map(str, ids))
+
+
+def _get(content: object, *keys: str) -> Any:
+    for key in keys:
+        content = content.get(key) if isinstance(content, dict) else None
+    return content

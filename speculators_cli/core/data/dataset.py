@@ -1,0 +1,338 @@
+"""Dataset: folders of samples, scanned by their headers, split into train and validation."""
+
+import json
+import math
+import os
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
+from hashlib import sha256
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from speculators_cli.core.data.data_config import FILE_NAME, DataConfig, read_data_config
+from speculators_cli.core.data.formats import FORMATS
+from speculators_cli.core.data.packing import plan_epoch
+from speculators_cli.core.data.sample import BadSampleError, Sample, SampleHeader
+from speculators_cli.core.errors import DataError
+from speculators_cli.core.progress import Progress
+
+SUFFIXES = {0: (".pt", ".ckpt"), 1: (".pt",)}
+NOT_SAMPLES = {"token_freq.pt"}
+BAD_SHARE = 0.01  # of the folder, unless the settings say how many
+MAX_NAMED = 10
+SPLIT_SEED = 0  # the split is the same in every run on the same samples
+INDEX_VERSION = 1
+
+
+@dataclass(frozen=True)
+class FileStamp:
+    """What tells that a file is still the one that was scanned."""
+
+    num_bytes: int
+    mtime_ns: int
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One sample on disk."""
+
+    file: Path
+    name: str  # path below the folder the user named
+    stamp: FileStamp
+    header: SampleHeader
+
+
+@dataclass(frozen=True)
+class BadSample:
+    """A file that was left out."""
+
+    file: Path
+    reason: str
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """Samples of one format, hidden size and number of aux layers; ids are indices into it."""
+
+    entries: tuple[Entry, ...]
+    version: int
+    bad: tuple[BadSample, ...]
+    configs: tuple[DataConfig, ...]
+
+    def __len__(self) -> int:
+        return len(self.entries)
+
+    @property
+    def files(self) -> list[Path]:
+        """The file of each sample."""
+        return [entry.file for entry in self.entries]
+
+    @property
+    def hidden_size(self) -> int:
+        """Hidden size of the verifier the samples come from."""
+        return self.entries[0].header.hidden_size
+
+    @property
+    def num_aux_layers(self) -> int:
+        """Aux layers in each sample."""
+        return self.entries[0].header.num_aux_layers
+
+    @property
+    def max_token_id(self) -> int:
+        """The highest input id of all samples."""
+        return max(entry.header.max_token_id for entry in self.entries)
+
+    @cached_property
+    def dtype(self) -> torch.dtype:
+        """The most common type of the hidden states; others are cast to it once."""
+        return Counter(entry.header.dtype for entry in self.entries).most_common(1)[0][0]
+
+    @cached_property
+    def lengths(self) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
+        """Positions of each sample once ids and states are shifted: one less than its tokens."""
+        return np.array([max(e.header.num_tokens - 1, 0) for e in self.entries], dtype=np.int64)
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of all samples."""
+        return sum(entry.header.num_tokens for entry in self.entries)
+
+    @property
+    def num_supervised_tokens(self) -> int:
+        """Supervised tokens of all samples."""
+        return sum(entry.header.num_supervised_tokens for entry in self.entries)
+
+    @cached_property
+    def data_hash(self) -> str:
+        """Changes with the name or size of any sample, and with nothing else."""
+        lines = [f"{entry.name}\0{entry.stamp.num_bytes}\n" for entry in self.entries]
+        return sha256("".join(lines).encode(errors="surrogateescape")).hexdigest()
+
+    def count_sequences(self, total_seq_len: int) -> int:
+        """Packed sequences of `total_seq_len` tokens that the samples make."""
+        plan = plan_epoch(
+            self.lengths, total_seq_len=total_seq_len, seed=0, epoch=0, global_batch=1
+        )
+        return plan.num_steps
+
+    def read(self, sample_id: int) -> Sample:
+        """Read a sample; its hidden states are mapped and come from disk when they are used.
+
+        Raises:
+            DataError: The file is not the one that was scanned.
+        """
+        entry = self.entries[sample_id]
+        try:
+            if entry.file.stat().st_size != entry.stamp.num_bytes:
+                raise BadSampleError("has another size than when the run began")
+            return FORMATS[self.version].read_sample(entry.file)
+        except (BadSampleError, OSError) as error:
+            reason = error.reason if isinstance(error, BadSampleError) else str(error)
+            raise DataError(
+                f"`{entry.file}` can no longer be read: {reason}",
+                hint="Leave the samples as they are during a run, then run the command again",
+            ) from None
+
+    def select(self, ids: Iterable[int]) -> "Dataset":
+        """Some of the samples, in the order of `ids`."""
+        return replace(self, entries=tuple(self.entries[i] for i in ids))
+
+
+def split(dataset: Dataset, train_ratio: float) -> tuple[Dataset, Dataset]:
+    """Split at random, by a generator of its own, into train and validation.
+
+    One sample at least stays for training; at least one validates, unless the ratio is 1.
+    """
+    num_samples = len(dataset)
+    num_train = round(train_ratio * num_samples)
+    if train_ratio < 1 and num_samples > 1:
+        num_train = min(num_train, num_samples - 1)
+    order = np.random.default_rng(SPLIT_SEED).permutation(num_samples)
+    cut = max(num_train, 1)
+    return dataset.select(sorted(order[:cut])), dataset.select(sorted(order[cut:]))
+
+
+def read_dataset(
+    folders: Sequence[Path],
+    *,
+    version: int,
+    index_file: Path | None,
+    max_bad_samples: int | None,
+    progress: Progress,
+) -> Dataset:
+    """Scan folders for samples, reading headers only, and leave out broken files.
+
+    Args:
+        folders: Searched recursively.
+        version: Data format of the samples.
+        index_file: Headers of an earlier scan, used for files that are as they were.
+        max_bad_samples: Most files left out; None: 1 % of the folder.
+        progress: Who hears of the scan and of files left out.
+
+    Raises:
+        DataError: No samples, samples of another format, or too many broken files.
+    """
+    found = [(name, file) for folder in folders for name, file in find_files(folder)]
+    configs = tuple(read_data_config(f) for _, f in found if f.name == FILE_NAME)
+    suffixes = SUFFIXES[version]
+    files = [x for x in found if x[1].name.endswith(suffixes) and x[1].name not in NOT_SAMPLES]
+    shown = ", ".join(f"`{folder}`" for folder in folders)
+    if not files:
+        raise DataError(
+            f"{shown} holds no samples: no `.pt` file was found",
+            hint="Name the folder that holds the captured hidden states",
+        )
+    known = read_index(index_file, version) if index_file is not None else {}
+    entries: list[Entry] = []
+    broken: list[tuple[Path, BadSampleError]] = []
+    with progress.task("Reading samples", len(files)) as task, ThreadPoolExecutor(8) as pool:
+        scans = pool.map(lambda x: _scan(x[0], x[1], version, known), files)
+        for (_, file), result in zip(files, scans, strict=True):
+            if isinstance(result, BadSampleError):
+                broken.append((file, result))
+            else:
+                entries.append(result)
+            task.advance()
+    _refuse_other_version(broken, len(files), version, shown)
+    entries, odd = _split_off_odd(entries)
+    bad = (*(BadSample(file, error.reason) for file, error in broken), *odd)
+    _judge_bad(bad, len(files), max_bad_samples, progress)
+    dataset = Dataset(tuple(entries), version, bad, configs)
+    if not dataset.lengths.any():
+        raise DataError(
+            f"No sample of {shown} has two tokens or more", hint="Capture longer conversations"
+        )
+    return dataset
+
+
+def find_files(folder: Path) -> Iterator[tuple[str, Path]]:
+    """Regular files below a folder, in sorted order, links followed; each with its relative name.
+
+    Folders that contain themselves through a link are entered once; FIFOs and devices are left out.
+    """
+    seen: set[tuple[int, int]] = set()
+
+    def walk(current: Path) -> Iterator[Path]:
+        status = current.stat()
+        if (status.st_dev, status.st_ino) in seen:
+            return
+        seen.add((status.st_dev, status.st_ino))
+        with os.scandir(current) as listing:
+            children = sorted(listing, key=lambda child: child.name)
+        for child in children:
+            if child.is_dir():
+                yield from walk(Path(child.path))
+            elif child.is_file():
+                yield Path(child.path)
+
+    for file in walk(folder):
+        yield file.relative_to(folder).as_posix(), file
+
+
+def read_index(file: Path, version: int) -> dict[str, Entry]:
+    """Entries of an earlier scan by path; empty if there is none that can be used."""
+    try:
+        content = json.loads(file.read_text("utf-8"))
+        if (content["index_version"], content["data_format_version"]) != (INDEX_VERSION, version):
+            return {}
+        return {path: _entry_from_json(path, fields) for path, fields in content["files"].items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return {}
+
+
+def write_index(dataset: Dataset, file: Path) -> None:
+    """Save the headers, for the next scan of the same files."""
+    files = {}
+    for entry in dataset.entries:
+        header = asdict(entry.header) | {"dtype": str(entry.header.dtype).removeprefix("torch.")}
+        stamp = asdict(entry.stamp)
+        files[str(entry.file.absolute())] = {"name": entry.name, "stamp": stamp, "header": header}
+    content = {
+        "index_version": INDEX_VERSION,
+        "data_format_version": dataset.version,
+        "files": files,
+    }
+    temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
+    temporary.write_text(json.dumps(content), "utf-8")
+    temporary.replace(file)
+
+
+def _entry_from_json(path: str, fields: dict[str, dict[str, object]]) -> Entry:
+    header = dict(fields["header"])
+    dtype = getattr(torch, str(header.pop("dtype")))
+    stamp = FileStamp(**fields["stamp"])  # type: ignore[arg-type]
+    return Entry(Path(path), str(fields["name"]), stamp, SampleHeader(dtype=dtype, **header))  # type: ignore[arg-type]
+
+
+def _scan(name: str, file: Path, version: int, known: dict[str, Entry]) -> Entry | BadSampleError:
+    try:
+        status = file.stat()
+        stamp = FileStamp(status.st_size, status.st_mtime_ns)
+        cached = known.get(str(file.absolute()))
+        if cached is not None and cached.stamp == stamp:
+            return Entry(file, name, stamp, cached.header)
+        return Entry(file, name, stamp, FORMATS[version].read_header(file))
+    except BadSampleError as error:
+        return error
+    except OSError as error:
+        return BadSampleError(f"cannot be read: {error.strerror}")
+
+
+def _refuse_other_version(
+    broken: list[tuple[Path, BadSampleError]], num_files: int, version: int, shown: str
+) -> None:
+    others = [error.other_version for _, error in broken if error.other_version is not None]
+    if len(others) * 2 <= num_files:
+        return
+    hint = f"Pass `--data-format-version {others[0]}`"
+    if others[0] == 0:
+        hint += ", or rewrite them with `speculators convert-v0`"
+    raise DataError(
+        f"{shown} holds v{others[0]} samples, `--data-format-version` is `{version}`", hint=hint
+    )
+
+
+def _split_off_odd(entries: list[Entry]) -> tuple[list[Entry], list[BadSample]]:
+    """Part from the samples those whose sizes are not the usual ones."""
+    if not entries:
+        return [], []
+    sizes = Counter((e.header.hidden_size, e.header.num_aux_layers) for e in entries)
+    usual = sizes.most_common(1)[0][0]
+    kept, odd = [], []
+    for entry in entries:
+        size = (entry.header.hidden_size, entry.header.num_aux_layers)
+        if size == usual:
+            kept.append(entry)
+        else:
+            reason = (
+                f"has hidden size {size[0]:,} and {size[1]} aux layers, "
+                f"the others {usual[0]:,} and {usual[1]}"
+            )
+            odd.append(BadSample(entry.file, reason))
+    return kept, odd
+
+
+def _judge_bad(
+    bad: tuple[BadSample, ...], num_files: int, max_bad_samples: int | None, progress: Progress
+) -> None:
+    """Warn of a few files left out; refuse many."""
+    if not bad:
+        return
+    limit = math.ceil(BAD_SHARE * num_files) if max_bad_samples is None else max_bad_samples
+    lines = [f"  `{sample.file}` {sample.reason}" for sample in bad[:MAX_NAMED]]
+    if len(bad) > MAX_NAMED:
+        lines.append(f"  and {len(bad) - MAX_NAMED:,} more")
+    if len(bad) == num_files or len(bad) > limit:
+        raise DataError(
+            "\n".join([f"{len(bad):,} of {num_files:,} samples cannot be used", *lines]),
+            hint=f"Repair or remove them, or allow more with `--max-bad-samples {len(bad)}`"
+            if len(bad) < num_files
+            else "Name the folder that holds the captured hidden states",
+        )
+    noun = "sample" if len(bad) == 1 else "samples"
+    progress.warn("\n".join([f"Left out {len(bad):,} {noun} that cannot be used", *lines]))

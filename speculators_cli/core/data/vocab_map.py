@@ -1,0 +1,102 @@
+"""VocabMap: which verifier tokens the draft can propose."""
+
+from dataclasses import dataclass
+from functools import cached_property
+from hashlib import sha256
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from speculators_cli.core.errors import SettingsError
+
+HINT = "Make both maps again with `speculators build-vocab-map`, or pass `--full-vocab`"
+
+
+@dataclass(frozen=True)
+class VocabMap:
+    """The draft vocabulary, as the two maps that vLLM reads."""
+
+    d2t: Tensor  # [draft_vocab], int64: verifier id = draft id + d2t[draft id]
+    t2d: Tensor  # [vocab], bool: whether the draft has this verifier token
+
+    @property
+    def vocab_size(self) -> int:
+        """Tokens of the verifier."""
+        return len(self.t2d)
+
+    @property
+    def draft_vocab_size(self) -> int:
+        """Tokens of the draft."""
+        return len(self.d2t)
+
+    @property
+    def is_full(self) -> bool:
+        """Whether the draft has every token of the verifier."""
+        return self.draft_vocab_size == self.vocab_size
+
+    @cached_property
+    def kept_ids(self) -> Tensor:
+        """Verifier id of each draft token; [draft_vocab], int64, ascending."""
+        return self.d2t + torch.arange(self.draft_vocab_size)
+
+    @cached_property
+    def hash(self) -> str:
+        """Tells two vocabularies apart."""
+        return sha256(self.t2d.numpy().tobytes()).hexdigest()
+
+    @classmethod
+    def full(cls, vocab_size: int) -> "VocabMap":
+        """The verifier's whole vocabulary."""
+        return cls(torch.zeros(vocab_size, dtype=torch.int64), torch.ones(vocab_size).bool())
+
+    @classmethod
+    def load(cls, d2t_file: Path, t2d_file: Path) -> "VocabMap":
+        """Read both maps and check that they agree.
+
+        Raises:
+            SettingsError: One cannot be read, or they do not belong together.
+        """
+        d2t, t2d = _read(d2t_file, "iu"), _read(t2d_file, "biu")
+        kept = d2t.astype(np.int64) + np.arange(len(d2t))
+        if t2d.dtype.kind != "b" and not np.isin(t2d, (0, 1)).all():
+            raise SettingsError(f"`{t2d_file}` holds values other than 0 and 1", hint=HINT)
+        if len(kept) == 0:
+            raise SettingsError(f"`{d2t_file}` holds no token", hint=HINT)
+        if kept.min() < 0 or kept.max() >= len(t2d) or (np.diff(kept) <= 0).any():
+            raise SettingsError(
+                f"`{d2t_file}` holds ids from {kept.min()} to {kept.max()}, expected ascending "
+                f"ones below the {len(t2d):,} of `{t2d_file}`",
+                hint=HINT,
+            )
+        if not np.array_equal(np.flatnonzero(t2d), kept):
+            raise SettingsError(
+                f"`{d2t_file}` ({len(d2t):,} tokens) and `{t2d_file}` ({int(t2d.sum()):,} of "
+                f"{len(t2d):,} tokens) do not keep the same tokens",
+                hint=HINT,
+            )
+        return cls(torch.from_numpy(d2t.astype(np.int64)), torch.from_numpy(t2d.astype(np.bool_)))
+
+    def check(self, vocab_size: int) -> None:
+        """Check that the maps are for a verifier with this many embedding rows.
+
+        Raises:
+            SettingsError: They are not.
+        """
+        if self.vocab_size != vocab_size:
+            raise SettingsError(
+                f"`--t2d-path` covers {self.vocab_size:,} tokens, the verifier has {vocab_size:,}",
+                hint=HINT,
+            )
+
+
+def _read(file: Path, kinds: str) -> NDArray[np.generic]:
+    try:
+        array = np.load(file, allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise SettingsError(f"`{file}` cannot be read: {error}", hint=HINT) from None
+    if not isinstance(array, np.ndarray) or array.ndim != 1 or array.dtype.kind not in kinds:
+        raise SettingsError(f"`{file}` is not a vector of whole numbers", hint=HINT)
+    return array
