@@ -3,10 +3,12 @@
 import difflib
 import json
 import tomllib
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
+from typing import Any, Literal, TypeVar
 
+import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails, PydanticCustomError
@@ -35,7 +37,44 @@ class OffFlag:
 class Settings(BaseModel):
     """Base of all settings classes."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=False)
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+S = TypeVar("S", bound=Settings)
+
+
+@dataclass(frozen=True)
+class SettingField:
+    """One setting in its section."""
+
+    section: str
+    name: str
+    info: FieldInfo
+
+    @property
+    def flag(self) -> str:
+        """The flag that sets it."""
+        return "--" + self.name.replace("_", "-")
+
+
+@dataclass(frozen=True)
+class Change:
+    """A setting whose value is not the one a run began with."""
+
+    name: str  # its flag
+    old: object
+    new: object
+    kind: Literal["warned", "refused"]
+
+
+def setting_fields(settings_class: type[Settings]) -> Iterator[SettingField]:
+    """Every setting of a class of sections, in order."""
+    for section, section_info in settings_class.model_fields.items():
+        section_class = section_info.annotation
+        assert isinstance(section_class, type), "a section is a settings class"
+        assert issubclass(section_class, Settings), "a section is a settings class"
+        for name, info in section_class.model_fields.items():
+            yield SettingField(section, name, info)
 
 
 def path_error(path: Path, problem: str, *, hint: str | None = None) -> PydanticCustomError:
@@ -43,3 +82,134 @@ def path_error(path: Path, problem: str, *, hint: str | None = None) -> Pydantic
     return PydanticCustomError(
         "path", "`{path}` {problem}", {"path": str(path), "problem": problem, "hint": hint}
     )
+
+
+def load_settings(
+    settings_class: type[S], flags: Mapping[str, object], config_file: Path | None
+) -> S:
+    """Check flags and settings file together; flags win.
+
+    Args:
+        settings_class: Its fields are sections.
+        flags: Values by name of the setting, for the flags that were given.
+        config_file: TOML, YAML or JSON with sections, or None.
+
+    Raises:
+        SettingsError: Names every setting that cannot be used.
+    """
+    content = read_config(config_file) if config_file is not None else {}
+    sections: dict[str, Any] = {name: {} for name in settings_class.model_fields}
+    sections |= {name: value if value is not None else {} for name, value in content.items()}
+    for field in setting_fields(settings_class):
+        if field.name in flags and isinstance(sections[field.section], dict):
+            section = sections[field.section] | {field.name: flags[field.name]}
+            sections[field.section] = section
+    try:
+        return settings_class.model_validate(sections)
+    except ValidationError as error:
+        errors = error.errors(include_url=False)
+        raise _settings_error(settings_class, errors, config_file) from None
+
+
+def read_config(file: Path) -> dict[str, Any]:
+    """Read a settings file; CRLF and a byte order mark are accepted.
+
+    Raises:
+        SettingsError: It cannot be read or parsed.
+    """
+    try:
+        text = file.read_text("utf-8-sig")
+        if file.suffix == ".toml":
+            content = tomllib.loads(text)
+        elif file.suffix in {".yaml", ".yml"}:
+            content = yaml.safe_load(text)
+        elif file.suffix == ".json":
+            content = json.loads(text)
+        else:
+            raise ValueError("its name must end in `.toml`, `.yaml`, `.yml` or `.json`")
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        reason = error.strerror if isinstance(error, OSError) else str(error)
+        raise SettingsError(
+            f"`--config`: `{file}` cannot be read: {reason}", hint="Name a settings file"
+        ) from None
+    if not isinstance(content, dict):
+        raise SettingsError(f"`--config`: `{file}` holds no sections", hint="Name a settings file")
+    return content
+
+
+def write_settings(settings: Settings, file: Path) -> None:
+    """Write all settings, defaults included, so that `--config` accepts them back."""
+    temporary = file.with_name(f".tmp-{file.name}")
+    temporary.write_text(settings.model_dump_json(indent=2) + "\n", "utf-8")
+    temporary.replace(file)
+
+
+def changes_on_resume(old: Mapping[str, Any], new: Settings) -> list[Change]:
+    """Settings that matter to a resumed run and differ from those it began with."""
+    current = new.model_dump(mode="json")
+    changes = []
+    for field in setting_fields(type(new)):
+        kind = next((m.change for m in field.info.metadata if isinstance(m, OnResume)), None)
+        before = old.get(field.section, {}).get(field.name)
+        now = current[field.section][field.name]
+        if kind is not None and before != now:
+            changes.append(Change(field.flag, before, now, kind))
+    return changes
+
+
+def _settings_error(
+    settings_class: type[Settings], errors: list[ErrorDetails], config_file: Path | None
+) -> SettingsError:
+    known = {field.name: field for field in setting_fields(settings_class)}
+    lines, hints = [], []
+    for error in errors:
+        line, hint = _describe(error, settings_class, known, config_file)
+        lines.append(f"  {line}")
+        hints.append(hint)
+    noun = "setting" if len(lines) == 1 else "settings"
+    # The most telling hint: one that a validator gave, or a name that was meant.
+    given = [hint for hint in hints if hint]
+    return SettingsError(
+        "\n".join([f"{len(lines)} {noun} cannot be used", *dict.fromkeys(lines)]),
+        hint=given[0] if given else "See `--help` of the command for every setting",
+    )
+
+
+def _describe(
+    error: ErrorDetails,
+    settings_class: type[Settings],
+    known: Mapping[str, SettingField],
+    config_file: Path | None,
+) -> tuple[str, str | None]:
+    """One line on what is wrong with which setting, and a hint."""
+    path = [str(part) for part in error["loc"]]
+    if error["type"] == "extra_forbidden":
+        return _describe_unknown(path, settings_class, known, config_file)
+    name = path[1] if len(path) > 1 else path[0]
+    shown = known[name].flag if name in known else f"`{name}`"
+    if error["type"] == "missing":
+        return f"`{shown}` is required", None
+    if error["type"] == "path":
+        context = error.get("ctx", {})
+        return f"`{shown}`: {error['msg']}", context.get("hint")
+    if error["type"] == "value_error":
+        reason = error["msg"].removeprefix("Value error, ")
+        return (f"`{shown}` {reason}" if name in known else reason), None
+    reason = error["msg"].replace("Input should be", "must be")
+    return f"`{shown}` {reason}, got `{error['input']}`", None
+
+
+def _describe_unknown(
+    path: list[str],
+    settings_class: type[Settings],
+    known: Mapping[str, SettingField],
+    config_file: Path | None,
+) -> tuple[str, str | None]:
+    name = ".".join(path)
+    full_names = [f"{field.section}.{field.name}" for field in known.values()]
+    full_names += settings_class.model_fields
+    close = difflib.get_close_matches(name, full_names, n=1)
+    if not close and path[-1] in known:
+        close = [f"{known[path[-1]].section}.{path[-1]}"]
+    hint = f"Did you mean `{close[0]}`? See `--help` of the command for every setting"
+    return f"`{name}` in `{config_file}` is not a setting", hint if close else None

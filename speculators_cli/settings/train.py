@@ -1,6 +1,7 @@
 """Every setting of `speculators train`."""
 
 from enum import StrEnum
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
@@ -177,7 +178,7 @@ class DraftSettings(Settings):
     @classmethod
     def _layer_ids_ascend(cls, value: tuple[int, ...] | None) -> tuple[int, ...] | None:
         if value is not None and (
-            any(low >= high for low, high in zip(value, value[1:], strict=False))
+            any(low >= high for low, high in pairwise(value))
             or min(value, default=-1) < 0
         ):
             given = ",".join(map(str, value))

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -116,7 +117,7 @@ def _checked(ids: tuple[int, ...], num_layers: int, num_aux_layers: int) -> tupl
             f"The samples hold {num_aux_layers} aux layers, the layer ids are `{_show(ids)}`",
             hint=hint,
         )
-    is_ascending = all(low < high for low, high in zip(ids, ids[1:], strict=False))
+    is_ascending = all(low < high for low, high in pairwise(ids))
     if not is_ascending or ids[0] < 0 or ids[-1] > num_layers:
         raise DataError(
             f"Layer ids `{_show(ids)}` are not strictly ascending within 0 and the verifier's "

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from speculators_cli.core.data.data_config import LayerIds, resolve_layer_ids
-from speculators_cli.core.data.dataset import Dataset, read_dataset, split
+from speculators_cli.core.data.dataset import Dataset, read_dataset, split, write_index
 from speculators_cli.core.data.vocab_map import VocabMap
 from speculators_cli.core.errors import DataError
 from speculators_cli.core.models.config import Eagle3Config
@@ -74,14 +74,14 @@ def read_inputs(settings: TrainSettings, *, index_file: Path | None, progress: P
     else:
         vocab_map = VocabMap.load(draft.d2t_path, draft.t2d_path)
         vocab_map.check(vocab_size)
-    samples = read_dataset(
+    samples = scanned = read_dataset(
         data.data_path,
         version=data.data_format_version,
         index_file=index_file,
         max_bad_samples=data.max_bad_samples,
         progress=progress,
     )
-    _check_sizes(samples, verifier)
+    _check_fit(samples, verifier, vocab_size)
     layer_ids = resolve_layer_ids(
         samples.configs,
         num_verifier_layers=verifier.num_layers,
@@ -96,16 +96,38 @@ def read_inputs(settings: TrainSettings, *, index_file: Path | None, progress: P
             max_bad_samples=data.max_bad_samples,
             progress=progress,
         )
-        _check_sizes(validation, verifier)
+        _check_fit(validation, verifier, vocab_size)
     else:
-        samples, validation = split(samples, data.train_data_ratio)
+        samples, validation = split(scanned, data.train_data_ratio)
+    _warn_of_other_verifier(scanned, verifier, progress)
+    if index_file is not None:
+        index_file.parent.mkdir(parents=True, exist_ok=True)
+        write_index(scanned, index_file)
     return Inputs(samples, validation, vocab_map, files, verifier, layer_ids)
 
 
-def _check_sizes(samples: Dataset, verifier: VerifierConfig) -> None:
+def _check_fit(samples: Dataset, verifier: VerifierConfig, vocab_size: int) -> None:
     if samples.hidden_size != verifier.hidden_size:
         raise DataError(
             f"The samples have hidden size {samples.hidden_size:,}, verifier "
             f"`{verifier.name_or_path}` has {verifier.hidden_size:,}",
             hint="Pass the verifier that the samples were captured from",
         )
+    if samples.max_token_id >= vocab_size:
+        raise DataError(
+            f"The samples have token ids up to {samples.max_token_id:,}, verifier "
+            f"`{verifier.name_or_path}` has {vocab_size:,} tokens",
+            hint="Pass the verifier that the samples were captured from",
+        )
+
+
+def _warn_of_other_verifier(samples: Dataset, verifier: VerifierConfig, progress: Progress) -> None:
+    """Warn where the data names another verifier; the same one may lie in another folder."""
+    for config in samples.configs:
+        if (
+            config.verifier is not None
+            and Path(config.verifier).name != Path(verifier.name_or_path).name
+        ):
+            progress.warn(
+                f"`{config.file}` names verifier `{config.verifier}`, not `{verifier.name_or_path}`"
+            )

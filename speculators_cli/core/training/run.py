@@ -149,18 +149,20 @@ def build_trainer(
     optimizer = Optimizer(draft, settings.optimizer)
     if start.is_resumed:
         checkpoint = start.checkpoint
+        tensors = checkpoint.read_tensors() if checkpoint else {}
+        frozen = draft.frozen_tensors()
         restore(
             draft,
             optimizer.adamw,
-            weights=checkpoint.read_tensors() if checkpoint else {},
+            weights={name: tensor for name, tensor in tensors.items() if name not in frozen},
             moments=checkpoint.read_trainer_tensors() if checkpoint else {},
             is_distributed=ranks.num_ranks > 1,
         )
-    loader = build_loader(settings, inputs, inputs.samples, ranks, start.state.global_batch)
+    loader = build_loader(settings, inputs.samples, ranks, start.state.global_batch)
     validation_loader = None
     if len(inputs.validation_samples):
         validation_loader = build_loader(
-            settings, inputs, inputs.validation_samples, ranks, ranks.num_ranks
+            settings, inputs.validation_samples, ranks, ranks.num_ranks
         )
     total_steps = sum(loader.steps_in(epoch) for epoch in range(settings.run.epochs))
     total_steps = min(total_steps, settings.run.max_steps or total_steps)
@@ -204,7 +206,7 @@ def build_draft(settings: TrainSettings, inputs: Inputs, device: torch.device) -
 
 
 def build_loader(
-    settings: TrainSettings, inputs: Inputs, samples: Dataset, ranks: Ranks, global_batch: int
+    settings: TrainSettings, samples: Dataset, ranks: Ranks, global_batch: int
 ) -> BatchLoader:
     """Batches of this rank."""
     num_workers = settings.data.num_workers
@@ -220,7 +222,6 @@ def build_loader(
         num_workers=num_workers,
         prefetch_factor=settings.data.prefetch_factor,
         pin_memory=ranks.device.type == "cuda",
-        vocab_size=inputs.vocab_map.vocab_size,
     )
 
 

@@ -137,7 +137,10 @@ def test_resuming_in_mid_epoch_equals_going_on(tiny: TinyInputs, arch: str, tmp_
 
     run(tiny, draft=layers, run={"save_path": whole}, schedule={"scheduler": "none"})
     first = run(
-        tiny, draft=layers, schedule={"scheduler": "none"}, run={"save_path": halves, "max_steps": 3}
+        tiny,
+        draft=layers,
+        schedule={"scheduler": "none"},
+        run={"save_path": halves, "max_steps": 3},
     )
     second = run(tiny, draft=layers, run={"save_path": halves}, schedule={"scheduler": "none"})
 
@@ -185,7 +188,7 @@ def test_starting_over_replaces_the_old_run(tiny: TinyInputs) -> None:
 def test_another_shape_is_refused_on_resume(tiny: TinyInputs) -> None:
     run(tiny, run={"epochs": 1})
 
-    with pytest.raises(CheckpointError, match="num-layers.*2.*1"):
+    with pytest.raises(CheckpointError, match=r"num-layers.*2.*1"):
         run(tiny, draft={"num_layers": 2})
 
 

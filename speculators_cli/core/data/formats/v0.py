@@ -41,7 +41,7 @@ def lay_out(content: Mapping[object, object]) -> Layout:
 
 def arrange(sample: Sample) -> dict[str, object]:
     """Name the parts of a sample, whose last hidden states must be normed."""
-    assert sample.is_normed, "v0 holds last hidden states after the final norm"  # noqa: S101
+    assert sample.is_normed, "v0 holds last hidden states after the final norm"
     return {
         "input_ids": own_memory(sample.input_ids),
         "loss_mask": own_memory(sample.loss_mask),

@@ -1,0 +1,51 @@
+"""The metric loggers, by name; metrics.jsonl is always written."""
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from speculators_cli.core.training.loggers.jsonl import JsonlLogger
+from speculators_cli.core.training.loggers.logger import MetricLogger, SafeLogger
+from speculators_cli.core.training.loggers.tensorboard import TensorboardLogger
+from speculators_cli.core.training.loggers.trackio import TrackioLogger
+from speculators_cli.core.training.loggers.wandb import WandbLogger
+
+__all__ = ["LOGGERS", "MetricLogger", "build_loggers"]
+
+OpenLogger = Callable[[Path, str, Mapping[str, Any], int | None], MetricLogger]
+LOGGERS: dict[str, OpenLogger] = {
+    "tensorboard": TensorboardLogger,
+    "trackio": TrackioLogger,
+    "wandb": WandbLogger,
+}
+
+
+def build_loggers(
+    names: Sequence[str],
+    *,
+    metrics_file: Path,
+    log_dir: Path,
+    run_name: str | None,
+    settings: Mapping[str, Any],
+    resumed_step: int | None,
+    warn: Callable[[str], None],
+) -> MetricLogger:
+    """Open metrics.jsonl and the named loggers.
+
+    Args:
+        names: Keys of `LOGGERS`; none leaves the log folder uncreated.
+        metrics_file: Cut back to `resumed_step`, or started anew.
+        log_dir: Loggers write into a sub-folder of the run's name.
+        run_name: None: the name of the save path.
+        settings: Shown beside the metrics.
+        resumed_step: The step a resumed run goes on from.
+        warn: Told, once each, of loggers that fail later.
+
+    Raises:
+        MachineError: A logger's package is missing, or it cannot start.
+    """
+    run_name = run_name or metrics_file.parent.resolve().name or "run"
+    opened: dict[str, MetricLogger] = {
+        name: LOGGERS[name](log_dir / run_name, run_name, settings, resumed_step) for name in names
+    }
+    return SafeLogger(JsonlLogger(metrics_file, resumed_step), opened, warn)

@@ -1,0 +1,313 @@
+"""Checkpoints of a run: each is absent or complete, whenever the process is killed."""
+
+import fcntl
+import json
+import os
+import shutil
+import socket
+import uuid
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, Self
+
+from safetensors.torch import save_file
+from torch import Tensor
+
+from speculators_cli.core.errors import CheckpointError, MachineError, SettingsError
+from speculators_cli.core.models.checkpoint import (
+    CONFIG_NAME,
+    MANIFEST_NAME,
+    MOMENTS_NAME,
+    SCHEMA_VERSION,
+    STATE_NAME,
+    TRAINER_DIR,
+    WEIGHTS_NAME,
+    Checkpoint,
+    find_checkpoints,
+    hash_file,
+    is_ours,
+    read_checkpoint,
+)
+
+BEST_LINK = "checkpoint_best"
+TEMPORARY = ".tmp-"  # a save that did not commit
+REPLACED = ".replaced-"  # an old checkpoint whose name a new one takes
+
+
+@dataclass(frozen=True)
+class TrainState:
+    """Everything of a run's state but tensors."""
+
+    step: int  # optimizer steps done
+    epoch: int  # the epoch the next step belongs to
+    step_in_epoch: int
+    run_id: str
+    started_at: float  # seconds since 1970
+    global_batch: int  # packed sequences an optimizer step takes over all ranks
+    num_ranks: int
+    data_hash: str
+    vocab_map_hash: str
+    settings: dict[str, Any]
+    best: dict[str, Any] | None  # name and metrics of the best checkpoint
+    num_skipped_steps: int
+    metrics: dict[str, float]  # of the last validation
+
+    @classmethod
+    def from_json(cls, content: Mapping[str, Any]) -> Self:
+        """The state saved in a checkpoint; keys of newer versions are left out."""
+        return cls(**{field.name: content[field.name] for field in fields(cls)})
+
+
+def check_save_path(save_path: Path) -> None:
+    """Check that the save path can be written, without writing.
+
+    Raises:
+        SettingsError: It cannot.
+    """
+    existing = next(p for p in (save_path.absolute(), *save_path.absolute().parents) if p.exists())
+    if not existing.is_dir():
+        raise SettingsError(
+            f"`--save-path`: `{existing}` is not a folder", hint="Name a folder, new or old"
+        )
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise SettingsError(
+            f"`--save-path`: `{existing}` cannot be written",
+            hint="Name a folder you may write to",
+        )
+
+
+class RunFolder:
+    """The save path of a run, locked; only rank 0 has one.
+
+    Args:
+        save_path: Holds the checkpoints and the run's own records.
+        run_id: Tells this run from earlier ones in the same folder.
+        latest: The checkpoint to go on from, if any.
+        old: Checkpoints of earlier runs, which go once this run has saved one.
+    """
+
+    INDEX_NAME = "data_index.json"
+
+    def __init__(
+        self, save_path: Path, run_id: str, latest: Checkpoint | None, old: list[Checkpoint]
+    ) -> None:
+        self.save_path = save_path
+        self.run_id = run_id
+        self.latest = latest
+        self.old = old
+
+    @property
+    def metrics_file(self) -> Path:
+        """One JSON object a line: every log step and validation."""
+        return self.save_path / "metrics.jsonl"
+
+    @property
+    def settings_file(self) -> Path:
+        """All settings of the run, defaults included."""
+        return self.save_path / "settings.json"
+
+    @classmethod
+    @contextmanager
+    def open(cls, save_path: Path, *, resume: bool, is_restart: bool) -> Iterator["RunFolder"]:
+        """Lock a save path, clean up what a killed run left, choose what to go on from.
+
+        Args:
+            save_path: Created if missing.
+            resume: Go on from the latest checkpoint; else start over beside the old ones.
+            is_restart: The launcher started this run again: it resumes itself in any case.
+
+        Raises:
+            CheckpointError: Another run holds the folder, or it has foreign checkpoints.
+        """
+        save_path.mkdir(parents=True, exist_ok=True)
+        with _lock(save_path / "run.lock") as lock:
+            _refuse_foreign(save_path)
+            _clean(save_path)
+            own_id = lock.run_id if is_restart else None
+            found = find_checkpoints(save_path)
+            if not resume:
+                mine = [c for c in found if own_id is not None and c.state["run_id"] == own_id]
+                old = [c for c in found if c not in mine]
+            else:
+                mine, old = found, []
+            latest = mine[-1] if mine else None
+            run_id = latest.state["run_id"] if latest else own_id or uuid.uuid4().hex
+            lock.write(run_id)
+            yield cls(save_path, run_id, latest, old)
+
+    def save(
+        self,
+        name: str,
+        *,
+        tensors: Mapping[str, Tensor],
+        config: Mapping[str, Any],
+        trainer_tensors: Mapping[str, Tensor],
+        state: TrainState,
+    ) -> None:
+        """Commit a checkpoint under a name, then drop checkpoints of earlier runs.
+
+        Raises:
+            MachineError: The disk is full or fails; what was there before is intact.
+        """
+        _check_space(self.save_path, [*tensors.values(), *trainer_tensors.values()])
+        temporary = self.save_path / f"{TEMPORARY}{name}"
+        folder = self.save_path / name
+        try:
+            (temporary / TRAINER_DIR).mkdir(parents=True)
+            save_file(_contiguous(tensors), temporary / WEIGHTS_NAME, {"format": "pt"})
+            save_file(_contiguous(trainer_tensors), temporary / MOMENTS_NAME)
+            _write_json(config, temporary / CONFIG_NAME)
+            _write_json(asdict(state), temporary / STATE_NAME)
+            _seal(temporary)
+            if folder.exists():
+                folder.rename(self.save_path / f"{REPLACED}{name}")
+            temporary.rename(folder)
+            _sync(self.save_path)
+        except OSError as error:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise MachineError(
+                f"`{folder}` cannot be saved: {error.strerror}",
+                hint="Make room on the disk, then run the same command again to go on",
+            ) from None
+        shutil.rmtree(self.save_path / f"{REPLACED}{name}", ignore_errors=True)
+        self.latest = read_checkpoint(folder)
+        for checkpoint in self.old:
+            if checkpoint.folder != folder:
+                shutil.rmtree(checkpoint.folder, ignore_errors=True)
+        self.old = []
+
+    def set_best(self, name: str) -> None:
+        """Point `checkpoint_best` at a checkpoint, in one step."""
+        link, new = self.save_path / BEST_LINK, self.save_path / f"{TEMPORARY}{BEST_LINK}"
+        new.unlink(missing_ok=True)
+        new.symlink_to(name)
+        new.replace(link)
+
+    def prune(self, keep: int | None) -> None:
+        """Drop all checkpoints of this run but the `keep` latest and the best."""
+        if keep is None:
+            return
+        link = self.save_path / BEST_LINK
+        best = str(link.readlink()) if link.is_symlink() else None
+        found = [c for c in find_checkpoints(self.save_path) if c.state["run_id"] == self.run_id]
+        for checkpoint in found[:-keep]:
+            if checkpoint.folder.name != best:
+                # Renamed first: a folder half removed must not look like a checkpoint.
+                doomed = self.save_path / f"{TEMPORARY}{checkpoint.folder.name}"
+                checkpoint.folder.rename(doomed)
+                shutil.rmtree(doomed, ignore_errors=True)
+
+    def write_result(self, result: Mapping[str, Any]) -> None:
+        """Write how the run ended: torchrun hides the exit code."""
+        temporary = self.save_path / f"{TEMPORARY}result.json"
+        temporary.write_text(json.dumps(result, indent=2) + "\n", "utf-8")
+        temporary.replace(self.save_path / "result.json")
+
+
+class _Lock:
+    def __init__(self, descriptor: int) -> None:
+        self.descriptor = descriptor
+        self.run_id: str | None = _read_holder(descriptor).get("run_id")
+
+    def write(self, run_id: str) -> None:
+        holder = {"pid": os.getpid(), "host": socket.gethostname(), "run_id": run_id}
+        os.ftruncate(self.descriptor, 0)
+        os.pwrite(self.descriptor, json.dumps(holder).encode(), 0)
+
+
+@contextmanager
+def _lock(file: Path) -> Iterator[_Lock]:
+    """Hold a lock that the system frees when the process ends, however it ends."""
+    descriptor = os.open(file, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            holder = _read_holder(descriptor)
+            raise CheckpointError(
+                f"`{file.parent}` is in use by process {holder.get('pid')} on "
+                f"`{holder.get('host')}`",
+                hint="Wait for that run to end, or choose another `--save-path`",
+            ) from None
+        yield _Lock(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _read_holder(descriptor: int) -> dict[str, Any]:
+    try:
+        holder = json.loads(os.pread(descriptor, 4096, 0))
+    except ValueError:
+        return {}
+    return holder if isinstance(holder, dict) else {}
+
+
+def _refuse_foreign(save_path: Path) -> None:
+    for folder in sorted(save_path.iterdir()):
+        looks_like_one = (folder / CONFIG_NAME).exists() or any(folder.glob("*.safetensors"))
+        if folder.is_dir() and looks_like_one and not is_ours(folder):
+            raise CheckpointError(
+                f"`{folder}` is a checkpoint that `speculators train` did not write",
+                hint="Choose another `--save-path`",
+            )
+
+
+def _clean(save_path: Path) -> None:
+    """Bring back a checkpoint that was about to be replaced; remove saves that did not commit."""
+    for leftover in save_path.glob(f"{REPLACED}*"):
+        folder = save_path / leftover.name.removeprefix(REPLACED)
+        if folder.exists():
+            shutil.rmtree(leftover)
+        else:
+            leftover.rename(folder)
+    for leftover in save_path.glob(f"{TEMPORARY}*"):
+        if leftover.is_dir() and not leftover.is_symlink():
+            shutil.rmtree(leftover)
+        else:
+            leftover.unlink()
+
+
+def _check_space(save_path: Path, tensors: list[Tensor]) -> None:
+    needed = sum(tensor.nbytes for tensor in tensors)
+    free = shutil.disk_usage(save_path).free
+    if free < needed + 2**20:
+        raise MachineError(
+            f"`{save_path}` has {free / 2**30:.2f} GiB free, a checkpoint takes "
+            f"{needed / 2**30:.2f} GiB",
+            hint="Make room on the disk, then run the same command again to go on",
+        )
+
+
+def _seal(folder: Path) -> None:
+    """Flush every file, then write the manifest that makes the folder a checkpoint."""
+    names = (CONFIG_NAME, WEIGHTS_NAME, STATE_NAME, MOMENTS_NAME)
+    for name in names:
+        _sync(folder / name)
+    files = {
+        name: {
+            "num_bytes": (folder / name).stat().st_size,
+            "sha256": hash_file(folder / name),
+        }
+        for name in names
+    }
+    _write_json({"schema_version": SCHEMA_VERSION, "files": files}, folder / MANIFEST_NAME)
+    for path in (folder / MANIFEST_NAME, folder / TRAINER_DIR, folder):
+        _sync(path)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _write_json(content: Mapping[str, Any], file: Path) -> None:
+    file.write_text(json.dumps(content, indent=2) + "\n", "utf-8")
+
+
+def _contiguous(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}

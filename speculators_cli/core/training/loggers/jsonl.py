@@ -1,0 +1,44 @@
+"""metrics.jsonl: one JSON object a line."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+
+class JsonlLogger:
+    """Appends a line at each call.
+
+    Args:
+        file: Cut back to the lines up to `resumed_step`, or started anew where that is None.
+        resumed_step: The step a resumed run goes on from.
+    """
+
+    def __init__(self, file: Path, resumed_step: int | None) -> None:
+        kept = _read_lines(file, resumed_step) if resumed_step is not None else []
+        temporary = file.with_name(f".tmp-{file.name}")
+        temporary.write_text("".join(kept), "utf-8")
+        temporary.replace(file)
+        self._stream = file.open("a", encoding="utf-8", buffering=1)
+
+    def log(self, step: int, split: str, metrics: Mapping[str, float]) -> None:
+        """Append the metrics of a step."""
+        self._stream.write(json.dumps({"step": step, "split": split, **metrics}) + "\n")
+
+    def close(self) -> None:
+        """Close the file."""
+        self._stream.close()
+
+
+def _read_lines(file: Path, last_step: int) -> list[str]:
+    """Lines up to a step; a line that a kill has torn is left out."""
+    if not file.exists():
+        return []
+    kept = []
+    for line in file.read_text("utf-8").splitlines(keepends=True):
+        try:
+            is_kept = json.loads(line)["step"] <= last_step
+        except (ValueError, KeyError, TypeError):
+            continue
+        if is_kept:
+            kept.append(line)
+    return kept

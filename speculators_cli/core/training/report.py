@@ -1,0 +1,36 @@
+"""TrainReport: what a run did."""
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True)
+class TrainReport:
+    """The result of `speculators train`; None is unknown. Losses are in nats per position."""
+
+    checkpoint: Path | None
+    best_checkpoint: Path | None
+    best_epoch: int | None
+    step: int
+    total_steps: int
+    epochs: int
+    duration_seconds: float
+    tokens_per_second: float
+    peak_memory_bytes: int | None  # of the GPU, the most of all ranks
+    validation_loss: float | None
+    best_validation_loss: float | None
+    acceptance_length: float | None  # simulated
+    acceptance_rates: tuple[float, ...]  # at each TTT step
+    num_skipped_steps: int
+    num_bad_samples: int
+    is_resumed: bool
+    was_already_finished: bool
+    is_dry_run: bool
+
+    def to_json(self) -> dict[str, Any]:
+        """The fields, paths as text."""
+        return {
+            key: str(value) if isinstance(value, Path) else value
+            for key, value in asdict(self).items()
+        }
