@@ -118,7 +118,8 @@ def write_verifier(folder: Path) -> Any:
     # Weights must not touch the random state of the test that asks for them.
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        model = transformers.LlamaForCausalLM(config).eval()
+        model: Any = transformers.LlamaForCausalLM(config)
+        model.eval()
         for name, parameter in model.named_parameters():
             if "norm" in name:
                 torch.nn.init.normal_(parameter, mean=1.0, std=0.1)

@@ -178,8 +178,7 @@ class DraftSettings(Settings):
     @classmethod
     def _layer_ids_ascend(cls, value: tuple[int, ...] | None) -> tuple[int, ...] | None:
         if value is not None and (
-            any(low >= high for low, high in pairwise(value))
-            or min(value, default=-1) < 0
+            any(low >= high for low, high in pairwise(value)) or min(value, default=-1) < 0
         ):
             given = ",".join(map(str, value))
             raise ValueError(f"must be strictly ascending and not negative, got `{given}`")

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -31,7 +31,7 @@ class Ranks:
     local_rank: int
     num_local_ranks: int
     device: torch.device
-    store: dist.Store | None  # None in a run of one process
+    store: Any  # torch.distributed.Store, or None in a run of one process
 
     @property
     def is_first(self) -> bool:
@@ -59,7 +59,9 @@ class Ranks:
             return
         dist.init_process_group(
             "cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo",
-            store=dist.PrefixStore("group", self.store),
+            store=dist.PrefixStore(  # type: ignore[attr-defined]
+                "group", self.store
+            ),
             rank=self.rank,
             world_size=self.num_ranks,
             timeout=timedelta(seconds=timeout_seconds),
@@ -102,7 +104,9 @@ def start_ranks(settings: DistributedSettings) -> Iterator[Ranks]:
     local_rank = int(os.environ.get("LOCAL_RANK", "0")) if is_distributed else 0
     store, rank = None, 0
     if is_distributed:
-        store, rank, num_ranks = next(dist.rendezvous("env://"))
+        store, rank, num_ranks = next(
+            dist.rendezvous("env://")  # type: ignore[attr-defined]
+        )
     yield Ranks(
         rank=rank,
         num_ranks=num_ranks if is_distributed else 1,

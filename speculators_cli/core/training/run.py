@@ -156,7 +156,6 @@ def build_trainer(
             optimizer.adamw,
             weights={name: tensor for name, tensor in tensors.items() if name not in frozen},
             moments=checkpoint.read_trainer_tensors() if checkpoint else {},
-            is_distributed=ranks.num_ranks > 1,
         )
     loader = build_loader(settings, inputs.samples, ranks, start.state.global_batch)
     validation_loader = None

@@ -2,54 +2,63 @@
 
 from collections.abc import Mapping
 
+import torch
+import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    get_model_state_dict,
-    get_optimizer_state_dict,
-    set_model_state_dict,
-    set_optimizer_state_dict,
-)
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
 
-_STATE = "state."
+MOMENTS = ("exp_avg", "exp_avg_sq")  # shaped as the parameter
+STEP = "step"  # a scalar
 
 
 def gather_weights(module: nn.Module) -> dict[str, Tensor]:
-    """Whole parameters by name, on the CPU of rank 0; empty elsewhere. All ranks must call."""
-    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-    return dict(get_model_state_dict(module, options=options))
+    """Whole parameters by name, on the CPU. All ranks must call."""
+    return {name: _gather(parameter) for name, parameter in module.named_parameters()}
 
 
 def gather_moments(module: nn.Module, optimizer: Optimizer) -> dict[str, Tensor]:
-    """Whole optimizer state by parameter and kind, on the CPU of rank 0. All ranks must call."""
-    options = StateDictOptions(
-        full_state_dict=True, cpu_offload=True, flatten_optimizer_state_dict=True
-    )
-    state = get_optimizer_state_dict(module, optimizer, options=options)
+    """Whole optimizer state as `{parameter}.{kind}`, on the CPU. All ranks must call."""
     return {
-        name.removeprefix(_STATE): value
-        for name, value in state.items()
-        if name.startswith(_STATE) and isinstance(value, Tensor)
+        f"{name}.{kind}": _gather(optimizer.state[parameter][kind])
+        for name, parameter in module.named_parameters()
+        if parameter in optimizer.state
+        for kind in (STEP, *MOMENTS)
     }
 
 
+@torch.no_grad()
 def restore(
     module: nn.Module,
     optimizer: Optimizer,
     *,
     weights: Mapping[str, Tensor],
     moments: Mapping[str, Tensor],
-    is_distributed: bool,
 ) -> None:
     """Give every rank its part of a saved state, which only rank 0 holds. All ranks must call."""
-    options = StateDictOptions(
-        full_state_dict=True,
-        flatten_optimizer_state_dict=True,
-        broadcast_from_rank0=is_distributed,
-    )
-    set_model_state_dict(module, dict(weights), options=options)
-    state = get_optimizer_state_dict(module, optimizer, options=options)
-    groups = {name: value for name, value in state.items() if not name.startswith(_STATE)}
-    saved = {_STATE + name: value for name, value in moments.items()}
-    set_optimizer_state_dict(module, optimizer, {**groups, **saved}, options=options)
+    for name, parameter in module.named_parameters():
+        parameter.copy_(_spread(weights.get(name), like=parameter))
+        if parameter.requires_grad:
+            state = {
+                kind: _spread(moments.get(f"{name}.{kind}"), like=parameter) for kind in MOMENTS
+            }
+            step = torch.zeros((), device=parameter.device)
+            state[STEP] = _spread(moments.get(f"{name}.{STEP}"), like=step)
+            optimizer.state[parameter] = state
+
+
+def _gather(tensor: Tensor) -> Tensor:
+    whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    return whole.detach().cpu()
+
+
+def _spread(whole: Tensor | None, *, like: Tensor) -> Tensor:
+    """Rank 0's tensor, placed as `like`; `whole` is None elsewhere."""
+    if whole is None:
+        whole = torch.empty(like.shape)
+    on_device = whole.to(like.device, like.dtype)
+    if isinstance(like, DTensor):
+        return distribute_tensor(on_device, like.device_mesh, like.placements)
+    if dist.is_initialized():
+        dist.broadcast(on_device, 0)
+    return on_device

@@ -37,7 +37,7 @@ def test_none_is_constant_without_warm_up() -> None:
     assert {learning_rate(s, peak=3.0, total_steps=8, settings=settings) for s in range(9)} == {3.0}
 
 
-def make_module() -> nn.Module:
+def make_module() -> nn.Sequential:
     torch.manual_seed(0)
     return nn.Sequential(nn.Linear(5, 7, bias=False), nn.LayerNorm(7), nn.Linear(7, 3, bias=False))
 

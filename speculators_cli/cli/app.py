@@ -1,0 +1,63 @@
+"""The command table and the one error handler."""
+
+from collections.abc import Sequence
+from typing import Annotated
+
+import typer
+
+from speculators_cli import __version__
+from speculators_cli.cli.output import Output, flush, wants
+from speculators_cli.cli.train import train
+from speculators_cli.core.errors import SpeculatorsError
+
+app = typer.Typer(
+    name="speculators",
+    help="Train draft models for speculative decoding",
+    context_settings={"help_option_names": ["-h", "--help"]},
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    no_args_is_help=True,
+)
+app.command(rich_help_panel="Draft model")(train)
+
+
+def _show_version(is_asked: bool) -> None:
+    if is_asked:
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def main(
+    version: Annotated[
+        bool, typer.Option("--version", help="Show the version", callback=_show_version)
+    ] = False,
+) -> None:
+    """Train draft models for speculative decoding"""  # noqa: D415 - shown as help
+    assert not version, "the callback has left"
+
+
+def run(argv: Sequence[str]) -> int:
+    """Run a command line; errors the user can act on become a message and an exit code."""
+    output = Output(is_json=wants(argv, "--json"), is_verbose=wants(argv, "--verbose", "-v"))
+    try:
+        app(args=list(argv), prog_name="speculators")
+    except SystemExit as stop:
+        return stop.code if isinstance(stop.code, int) else 1
+    except SpeculatorsError as error:
+        output.error(error)
+        if output.is_verbose:
+            output.stderr.print_exception()
+        return error.exit_code
+    except Exception as error:
+        if output.is_verbose:
+            raise
+        bug = SpeculatorsError(
+            f"Unexpected {type(error).__name__}: {error}",
+            hint="Run again with `--verbose` and report the traceback",
+        )
+        output.error(bug)
+        return bug.exit_code
+    finally:
+        flush()
+    return 0

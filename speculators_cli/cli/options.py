@@ -1,0 +1,102 @@
+"""Settings class -> flags: names, help and defaults come from the fields."""
+
+import inspect
+from collections.abc import Callable
+from typing import Annotated, Any, get_args, get_origin
+
+import typer
+from pydantic.fields import FieldInfo
+from pydantic_core import PydanticUndefined
+
+from speculators_cli.settings.base import OffFlag, SettingField, Settings, setting_fields
+
+
+def with_settings(settings_class: type[Settings]) -> Callable[[Callable[..., Any]], Any]:
+    """Give a command one flag for each setting; it receives those given as `flags`.
+
+    The command's own parameters, besides `flags`, stay options of their own.
+    """
+
+    def decorate(command: Callable[..., Any]) -> Any:
+        fields = list(setting_fields(settings_class))
+
+        def run(**values: Any) -> Any:
+            flags = {field.name: values.pop(field.name) for field in fields}
+            given = {name: value for name, value in flags.items() if value not in (None, [])}
+            return command(flags=given, **values)
+
+        own = [p for p in inspect.signature(command).parameters.values() if p.name != "flags"]
+        made = [_parameter(settings_class, field) for field in fields]
+        parameters = sorted([*made, *own], key=lambda p: p.default is not inspect.Parameter.empty)
+        run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        run.__name__ = command.__name__
+        run.__doc__ = command.__doc__
+        run.__annotations__ = {p.name: p.annotation for p in parameters}
+        return run
+
+    return decorate
+
+
+def _parameter(settings_class: type[Settings], field: SettingField) -> inspect.Parameter:
+    panel = settings_class.model_fields[field.section].title
+    is_switch = field.info.annotation is bool
+    option = typer.Option(
+        *_declarations(field),
+        help=describe(field.info),
+        rich_help_panel=panel,
+        show_default=False,
+        metavar=None if is_switch else metavar(field.info),
+    )
+    kind: Any = bool | None if is_switch else str | None
+    if is_list(field.info):
+        kind = list[str] | None
+    return inspect.Parameter(
+        field.name,
+        inspect.Parameter.KEYWORD_ONLY,
+        default=None,
+        annotation=Annotated[kind, option],
+    )
+
+
+def _declarations(field: SettingField) -> tuple[str, ...]:
+    if field.info.annotation is not bool:
+        return (field.flag,)
+    off = next((m.flag for m in field.info.metadata if isinstance(m, OffFlag)), None)
+    return (f"{field.flag}/{off or '--no-' + field.flag[2:]}",)
+
+
+def is_list(info: FieldInfo) -> bool:
+    """Whether a flag may be repeated: settings of several paths."""
+    return "Path" in str(info.annotation) and get_origin(info.annotation) is tuple
+
+
+def describe(info: FieldInfo) -> str:
+    """Help of a flag: its description and its default."""
+    default = show_default(info)
+    return f"{info.description} [{default}]"
+
+
+def show_default(info: FieldInfo) -> str:
+    """The default, as one would type it."""
+    if info.is_required():
+        return "required"
+    default = info.default
+    assert default is not PydanticUndefined, "settings have plain defaults"
+    if default is None or default == () or default == "":
+        return "default: none"
+    if isinstance(default, bool):
+        return f"default: {'on' if default else 'off'}"
+    if isinstance(default, tuple):
+        return f"default: {', '.join(map(str, default))}"
+    return f"default: {default}"
+
+
+def metavar(info: FieldInfo) -> str:
+    """The kind of value a flag takes."""
+    kinds = str(info.annotation)
+    for word, shown in (("Path", "<path>"), ("int", "<int>"), ("float", "<float>")):
+        if word in kinds and not kinds.startswith("typing.Literal['"):
+            return shown
+    return (
+        "<int>" if all(isinstance(x, int) for x in get_args(info.annotation) or ("",)) else "<str>"
+    )

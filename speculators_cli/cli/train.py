@@ -1,0 +1,103 @@
+"""`speculators train`."""
+
+import os
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from speculators_cli.cli.options import with_settings
+from speculators_cli.cli.output import Output, format_duration, format_speed
+from speculators_cli.settings.base import load_settings
+from speculators_cli.settings.train import TrainSettings
+
+
+@with_settings(TrainSettings)
+def train(
+    *,
+    flags: dict[str, Any],
+    config: Annotated[
+        Path | None,
+        typer.Option(
+            help="TOML, YAML or JSON settings; flags win over it",
+            rich_help_panel="Run",
+            show_default=False,
+            metavar="<path>",
+        ),
+    ] = None,
+    nproc_per_node: Annotated[
+        int | None,
+        typer.Option(
+            help="Start this many processes on this machine",
+            min=1,
+            rich_help_panel="Distributed",
+            show_default=False,
+            metavar="<int>",
+        ),
+    ] = None,
+    dry_run: Annotated[
+        bool,
+        typer.Option(
+            "--dry-run",
+            help="Build everything, make one step, write nothing",
+            rich_help_panel="Run",
+        ),
+    ] = False,
+    is_json: Annotated[
+        bool,
+        typer.Option("--json", help="Write the result as JSON", rich_help_panel="Output"),
+    ] = False,
+    quiet: Annotated[
+        bool,
+        typer.Option("--quiet", "-q", help="Warnings and errors only", rich_help_panel="Output"),
+    ] = False,
+    verbose: Annotated[
+        bool,
+        typer.Option("--verbose", "-v", help="Full tracebacks", rich_help_panel="Output"),
+    ] = False,
+) -> None:
+    """Train a draft model on captured hidden states"""  # noqa: D415 - shown as help
+    output = Output(is_json=is_json, is_quiet=quiet, is_verbose=verbose)
+    settings = load_settings(TrainSettings, flags, config)
+    if nproc_per_node is not None and nproc_per_node > 1:
+        from speculators_cli.cli.launch import launch
+
+        launch(nproc_per_node)
+        return
+    from speculators_cli.core.training import run
+    from speculators_cli.core.training.report import TrainReport
+
+    try:
+        report: TrainReport = run.train(settings, progress=output, dry_run=dry_run)
+    finally:
+        output.close()
+    if os.environ.get("RANK", "0") != "0":
+        return
+    if is_json:
+        output.result("train", report.to_json())
+    else:
+        output.panel("Dry run" if dry_run else "Trained", _rows(report))
+    if report.was_already_finished:
+        output.hint("The run was already finished; raise `--epochs` to train on")
+
+
+def _rows(report: Any) -> list[tuple[str, str]]:
+    rows = []
+    if report.checkpoint is not None:
+        best = f" (best: {report.best_epoch})" if report.best_epoch is not None else ""
+        rows.append(("checkpoint", f"{report.checkpoint}{best}"))
+    peak = report.peak_memory_bytes
+    memory = f", peak {peak / 2**30:.1f} GiB per GPU" if peak else ""
+    speed = format_speed(report.tokens_per_second)
+    rows.append(("time", f"{format_duration(report.duration_seconds)}  ({speed}{memory})"))
+    if report.validation_loss is not None:
+        loss = f"{report.validation_loss:.3f} nats per token"
+        if report.best_validation_loss is not None:
+            loss += f", {report.best_validation_loss:.3f} in the best epoch {report.best_epoch}"
+        rows.append(("validation loss", loss))
+        rates = "  ".join(f"{rate:.2f}" for rate in report.acceptance_rates)
+        length = f"{report.acceptance_length:.2f}  ({rates} at each TTT step)"
+        rows.append(("simulated acceptance length", length))
+    if report.num_skipped_steps:
+        rows.append(("skipped steps", f"{report.num_skipped_steps:,}"))
+    return rows
