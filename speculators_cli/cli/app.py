@@ -14,7 +14,7 @@ app = typer.Typer(
     name="speculators",
     help="Train draft models for speculative decoding",
     context_settings={"help_option_names": ["-h", "--help"]},
-    rich_markup_mode=None,
+    rich_markup_mode="rich",
     pretty_exceptions_enable=False,
     no_args_is_help=True,
 )

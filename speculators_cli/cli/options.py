@@ -73,16 +73,18 @@ def is_list(info: FieldInfo) -> bool:
 def describe(info: FieldInfo) -> str:
     """Help of a flag: its description and its default."""
     default = show_default(info)
-    return f"{info.description} [{default}]"
+    return f"{info.description} ({default})" if default else str(info.description)
 
 
 def show_default(info: FieldInfo) -> str:
-    """The default, as one would type it."""
+    """The default, as one would type it; empty where the description says it."""
     if info.is_required():
         return "required"
     default = info.default
     assert default is not PydanticUndefined, "settings have plain defaults"
-    if default is None or default == () or default == "":
+    if default in (None, ()):
+        return ""
+    if default == "":
         return "default: none"
     if isinstance(default, bool):
         return f"default: {'on' if default else 'off'}"

@@ -110,6 +110,11 @@ class DataSettings(Settings):
         False, description="Resume although the samples are not the ones the run began with"
     )
 
+    @field_validator("data_format_version", mode="before")
+    @classmethod
+    def _version_is_a_number(cls, value: object) -> object:
+        return int(value) if isinstance(value, str) and value.isdecimal() else value
+
     @field_validator("data_path", "val_data_path")
     @classmethod
     def _folders_exist(cls, value: tuple[Path, ...]) -> tuple[Path, ...]:

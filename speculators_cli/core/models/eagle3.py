@@ -51,7 +51,8 @@ class FirstLayer(nn.Module):
         both = torch.cat((self.input_layernorm(embedded), normed), dim=-1)
         residual = normed if self.norm_before_residual else hidden
         hidden = residual + self.self_attn(both, rope, memory)
-        return hidden + self.mlp(self.post_attention_layernorm(hidden))
+        out: Tensor = hidden + self.mlp(self.post_attention_layernorm(hidden))
+        return out
 
 
 class Eagle3Draft(DraftModel):

@@ -53,7 +53,8 @@ class FlashJointAttention(torch.autograd.Function):
             out, lse = _merge(query, out, lse, keys[1:], values[1:])
         ctx.save_for_backward(query, *keys_and_values, out, lse, offsets, rng_state, unused)
         ctx.longest = longest
-        return out
+        joint: Tensor = out
+        return joint
 
     @staticmethod
     @once_differentiable
@@ -87,7 +88,8 @@ def _own_scores(query: Tensor, key: Tensor) -> Tensor:
     length, num_heads, head_dim = query.shape
     grouped = query.view(length, key.shape[1], -1, head_dim).float()
     scores = (grouped * key[:, :, None].float()).sum(-1) * head_dim**-0.5
-    return scores.view(length, num_heads)
+    flat: Tensor = scores.view(length, num_heads)
+    return flat
 
 
 def _spread(per_kv_head: Tensor, num_heads: int) -> Tensor:

@@ -106,7 +106,8 @@ class Attention(nn.Module):
         query = rotate(self.q_norm(self.q_proj(x).view(heads)), rope)
         key = rotate(self.k_norm(self.k_proj(x).view(heads)), rope)
         value = self.v_proj(x).view(heads)
-        return self.o_proj(memory.attend(query, key, value).flatten(1))
+        out: Tensor = self.o_proj(memory.attend(query, key, value).flatten(1))
+        return out
 
 
 class MLP(nn.Module):
@@ -120,7 +121,8 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map [seq_len, hidden] to [seq_len, hidden]."""
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        out: Tensor = self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        return out
 
 
 class DecoderLayer(nn.Module):
@@ -141,4 +143,5 @@ class DecoderLayer(nn.Module):
     ) -> Tensor:
         """Add attention and feed-forward to the residual stream; [seq_len, hidden]."""
         hidden = hidden + self.self_attn(self.input_layernorm(hidden), rope, memory)
-        return hidden + self.mlp(self.post_attention_layernorm(hidden))
+        out: Tensor = hidden + self.mlp(self.post_attention_layernorm(hidden))
+        return out

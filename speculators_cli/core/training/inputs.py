@@ -52,11 +52,14 @@ class Inputs:
         )
 
 
-def read_inputs(settings: TrainSettings, *, index_file: Path | None, progress: Progress) -> Inputs:
+def read_inputs(
+    settings: TrainSettings, *, num_ranks: int, index_file: Path | None, progress: Progress
+) -> Inputs:
     """Read headers and configs, and check that they fit each other.
 
     Args:
         settings: Which samples, maps and verifier.
+        num_ranks: Ranks that share the samples.
         index_file: Where the headers of the samples are cached; None: nowhere.
         progress: Who hears of the reading, and of samples that are left out.
 
@@ -99,6 +102,7 @@ def read_inputs(settings: TrainSettings, *, index_file: Path | None, progress: P
         _check_fit(validation, verifier, vocab_size)
     else:
         samples, validation = split(scanned, data.train_data_ratio)
+    _check_enough(samples, data.total_seq_len, num_ranks)
     _warn_of_other_verifier(scanned, verifier, progress)
     if index_file is not None:
         index_file.parent.mkdir(parents=True, exist_ok=True)
@@ -118,6 +122,18 @@ def _check_fit(samples: Dataset, verifier: VerifierConfig, vocab_size: int) -> N
             f"The samples have token ids up to {samples.max_token_id:,}, verifier "
             f"`{verifier.name_or_path}` has {vocab_size:,} tokens",
             hint="Pass the verifier that the samples were captured from",
+        )
+
+
+def _check_enough(samples: Dataset, total_seq_len: int, num_ranks: int) -> None:
+    """Refuse more ranks than packed sequences: some would have nothing to do."""
+    if num_ranks == 1:
+        return
+    num_sequences = samples.count_sequences(total_seq_len)
+    if num_sequences < num_ranks:
+        raise DataError(
+            f"{num_ranks} ranks need as many packed sequences, the samples give {num_sequences}",
+            hint="Start fewer ranks, lower `--total-seq-len`, or add samples",
         )
 
 

@@ -9,7 +9,7 @@ import torch
 
 from speculators_cli.core.data.dataset import Dataset
 from speculators_cli.core.data.loader import BatchLoader
-from speculators_cli.core.errors import DataError, MachineError, SpeculatorsError
+from speculators_cli.core.errors import MachineError, SpeculatorsError
 from speculators_cli.core.models.eagle3 import Eagle3Draft
 from speculators_cli.core.models.losses import LOSSES
 from speculators_cli.core.models.verifier import load_frozen_verifier
@@ -50,9 +50,11 @@ def train(settings: TrainSettings, *, progress: Progress, dry_run: bool = False)
         progress = progress if ranks.is_first else SilentProgress()
         index_file = None if dry_run else settings.run.save_path / RunFolder.INDEX_NAME
         inputs = ranks.first_then_others(
-            "inputs", lambda: read_inputs(settings, index_file=index_file, progress=progress)
+            "inputs",
+            lambda: read_inputs(
+                settings, num_ranks=ranks.num_ranks, index_file=index_file, progress=progress
+            ),
         )
-        check_enough_samples(settings, inputs.samples, ranks)
         with open_folder(settings, ranks, dry_run=dry_run) as folder:
             start = find_start(settings, inputs, ranks, folder, progress)
             ranks.connect(settings.distributed.timeout_seconds)
@@ -75,17 +77,6 @@ def train(settings: TrainSettings, *, progress: Progress, dry_run: bool = False)
             if folder is not None:
                 folder.write_result({**report.to_json(), "exit_code": 0})
             return report
-
-
-def check_enough_samples(settings: TrainSettings, samples: Dataset, ranks: Ranks) -> None:
-    """Refuse more ranks than packed sequences: some would have nothing to do."""
-    num_sequences = samples.count_sequences(settings.data.total_seq_len)
-    if num_sequences < ranks.num_ranks:
-        raise DataError(
-            f"{ranks.num_ranks} ranks need as many packed sequences, the samples give "
-            f"{num_sequences}",
-            hint="Start fewer ranks, lower `--total-seq-len`, or add samples",
-        )
 
 
 @contextmanager

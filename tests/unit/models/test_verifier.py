@@ -46,7 +46,8 @@ def save_verifier(config: Any, folder: Path) -> Any:
     torch.manual_seed(0)
     is_multimodal = hasattr(config, "vision_config")
     auto = transformers.AutoModelForImageTextToText if is_multimodal else None
-    model = (auto or transformers.AutoModelForCausalLM).from_config(config).eval()
+    auto_class: Any = auto or transformers.AutoModelForCausalLM
+    model = auto_class.from_config(config).eval()
     for name, parameter in model.named_parameters():
         if "norm" in name:
             torch.nn.init.normal_(parameter, mean=0.5, std=0.3)

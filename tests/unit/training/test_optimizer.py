@@ -104,12 +104,13 @@ def test_a_finite_step_ends_a_row_of_skipped_ones() -> None:
 def test_step_1001_keeps_its_number() -> None:
     # Trap: bfloat16 optimizer state turns step 1001 into 1000.
     module = make_module().bfloat16().float()
+    weight = next(module.parameters())
     optimizer = Optimizer(module, OptimizerSettings())
     for _ in range(1001):
-        module[0].weight.grad = torch.ones_like(module[0].weight)
+        weight.grad = torch.ones_like(weight)
         optimizer.step(1e-4)
 
-    state = optimizer.adamw.state[module[0].weight]
+    state = optimizer.adamw.state[weight]
     assert state["step"] == 1001
     assert {tensor.dtype for tensor in state.values()} == {torch.float32}
 

@@ -1,4 +1,4 @@
-"""A tiny run, ready to train."""
+"""A tiny run, ready to train; a terminal that writes no escape codes."""
 
 from pathlib import Path
 
@@ -19,3 +19,9 @@ def tiny(shared_inputs: TinyInputs, tmp_path: Path) -> TinyInputs:
     for name in ("verifier", "data", "d2t.npy", "t2d.npy"):
         (tmp_path / name).symlink_to(shared_inputs.folder / name)
     return TinyInputs(tmp_path)
+
+
+@pytest.fixture(autouse=True)
+def _plain_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TERM", "dumb")
+    monkeypatch.setenv("COLUMNS", "120")

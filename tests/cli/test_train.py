@@ -1,0 +1,322 @@
+"""`speculators train` as the user types it."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+from speculators_cli.cli.app import run
+from tests.tiny import TinyInputs
+
+Capture = pytest.CaptureFixture[str]
+
+FIXED = {
+    "--verifier-name-or-path": "required",
+    "--data-path": "default: data",
+    "--save-path": "default: checkpoints",
+    "--epochs": "default: 20",
+    "--lr": "default: 0.0001",
+    "--logger": "default: none",
+    "--total-seq-len": "default: 8192",
+    "--data-format-version": "default: 1",
+    "--log-dir": "default: logs",
+    "--num-layers": "default: 1",
+    "--d2t-path": "default: d2t.npy",
+    "--t2d-path": "default: t2d.npy",
+    "--ttt-steps": "default: 3",
+    "--ttt-step-loss-decay": "default: 1.0",
+}
+
+
+def fails(argv: list[str], capture: Capture) -> tuple[int, str]:
+    """Exit code and stderr of a command line that must write nothing on stdout."""
+    capture.readouterr()
+    code = run(["train", *argv])
+    out, err = capture.readouterr()
+    assert out == ""
+    assert "Traceback" not in err
+    return code, err
+
+
+@pytest.mark.parametrize("flag", [*FIXED, "--run-name", "--no-resume-from-checkpoint"])
+def test_the_fixed_interface_keeps_its_flags_and_defaults(flag: str) -> None:
+    from speculators_cli.cli.options import show_default
+    from speculators_cli.settings.base import setting_fields
+    from speculators_cli.settings.train import TrainSettings
+
+    by_flag = {field.flag: field for field in setting_fields(TrainSettings)}
+    field = by_flag[flag.replace("--no-", "--")]
+
+    assert (
+        show_default(field.info)
+        == {**FIXED, "--run-name": "", "--no-resume-from-checkpoint": "default: on"}[flag]
+    )
+
+
+def test_json_is_all_that_stdout_holds(tiny: TinyInputs, capsys: Capture) -> None:
+    code = run(["train", *tiny.flags(epochs=1, json=True)])
+
+    out, err = capsys.readouterr()
+    report = json.loads(out)
+    assert code == 0
+    assert (report["schema_version"], report["command"]) == (1, "train")
+    assert report["step"] == report["total_steps"] > 0
+    assert report["acceptance_length"] >= 1
+    assert "Training eagle3" in err
+    assert "\x1b" not in err
+
+
+def test_a_finished_run_hints_at_more_epochs(tiny: TinyInputs, capsys: Capture) -> None:
+    run(["train", *tiny.flags(epochs=1)])
+    capsys.readouterr()
+
+    code = run(["train", *tiny.flags(epochs=1)])
+
+    assert code == 0
+    assert "hint: The run was already finished" in capsys.readouterr().err
+
+
+def test_all_settings_errors_are_shown_at_once(tiny: TinyInputs, capsys: Capture) -> None:
+    flags = tiny.flags(total_seq_len=0, lr=-1, logger="foo", epochs="many")
+
+    code, err = fails(flags, capsys)
+
+    assert code == 2
+    assert "4 settings cannot be used" in err
+    for flag in ("--total-seq-len", "--lr", "--logger", "--epochs"):
+        assert f"`{flag}`" in err
+    assert "got `foo`" in err
+    assert not tiny.save_path.exists()
+
+
+def test_an_unknown_key_in_the_settings_file_gets_a_suggestion(
+    tiny: TinyInputs, capsys: Capture
+) -> None:
+    file = tiny.folder / "run.toml"
+    file.write_bytes(b"\xef\xbb\xbf[data]\r\ntotl_seq_len = 64\r\n")
+
+    code, err = fails(tiny.flags(config=file), capsys)
+
+    assert code == 2
+    assert "`data.totl_seq_len`" in err
+    assert "Did you mean `data.total_seq_len`?" in err
+
+
+@pytest.mark.parametrize("suffix", ["toml", "yaml", "json"])
+def test_flags_win_over_the_settings_file(tiny: TinyInputs, suffix: str) -> None:
+    file = tiny.folder / f"run.{suffix}"
+    texts = {
+        "toml": "[run]\nepochs = 7\nseed = 5\n",
+        "yaml": "run:\n  epochs: 7\n  seed: 5\n",
+        "json": '{"run": {"epochs": 7, "seed": 5}}',
+    }
+    file.write_text(texts[suffix])
+
+    run(["train", *tiny.flags(epochs=1, config=file)])
+
+    saved = json.loads((tiny.save_path / "settings.json").read_text())
+    assert (saved["run"]["epochs"], saved["run"]["seed"]) == (1, 5)
+
+
+def test_missing_maps_hint_at_how_to_make_them(tiny: TinyInputs, capsys: Capture) -> None:
+    code, err = fails(tiny.flags(d2t_path=tiny.folder / "no.npy"), capsys)
+
+    assert code == 2
+    assert "no.npy" in err
+    assert "build-vocab-map" in err
+    assert "--full-vocab" in err
+
+
+def test_maps_that_disagree_are_refused(tiny: TinyInputs, capsys: Capture) -> None:
+    import numpy as np
+
+    other = tiny.folder / "other.npy"
+    np.save(other, np.ones(37, dtype=bool))
+
+    code, err = fails(tiny.flags(t2d_path=other), capsys)
+
+    assert code == 2
+    assert "do not keep the same tokens" in err
+
+
+def test_maps_of_another_verifier_are_refused(tiny: TinyInputs, capsys: Capture) -> None:
+    import numpy as np
+
+    t2d = np.load(tiny.folder / "t2d.npy")
+    other = tiny.folder / "longer.npy"
+    np.save(other, np.concatenate([t2d, [False]]))
+
+    code, err = fails(tiny.flags(t2d_path=other), capsys)
+
+    assert code == 2
+    assert "covers 38 tokens, the verifier has 37" in err
+
+
+def test_a_missing_data_path_is_a_settings_error(tiny: TinyInputs, capsys: Capture) -> None:
+    code, err = fails(tiny.flags(data_path=tiny.folder / "nowhere"), capsys)
+
+    assert code == 2
+    assert "nowhere` does not exist" in err
+
+
+def test_an_empty_data_path_is_a_data_error(tiny: TinyInputs, capsys: Capture) -> None:
+    empty = tiny.folder / "empty"
+    empty.mkdir()
+
+    code, err = fails(tiny.flags(data_path=empty), capsys)
+
+    assert code == 3
+    assert "holds no samples" in err
+    assert not tiny.save_path.exists()
+
+
+def test_the_wrong_format_version_names_both(tiny: TinyInputs, capsys: Capture) -> None:
+    code, err = fails(tiny.flags(data_format_version=0), capsys)
+
+    assert code == 3
+    assert "v1 samples" in err
+    assert "`--data-format-version` is `0`" in err
+    assert "Pass `--data-format-version 1`" in err
+
+
+def test_a_few_broken_files_are_left_out_and_named(tiny: TinyInputs, capsys: Capture) -> None:
+    data = tiny.folder / "more"
+    data.mkdir()
+    for file in sorted(tiny.data_dir.iterdir()):
+        (data / file.name).symlink_to(file)
+    (data / "empty.pt").touch()
+    (data / "token_freq.pt").touch()
+    os.mkfifo(data / "pipe.pt")
+
+    code = run(["train", *tiny.flags(data_path=data, epochs=1)])
+
+    err = capsys.readouterr().err
+    assert code == 0
+    assert "Left out 1 sample that" in err
+    assert "empty.pt` is empty (0 bytes)" in err
+
+
+def test_many_broken_files_are_an_error(tiny: TinyInputs, capsys: Capture) -> None:
+    data = tiny.folder / "broken"
+    data.mkdir()
+    for index, file in enumerate(sorted(tiny.data_dir.iterdir())):
+        content = file.read_bytes()
+        (data / file.name).write_bytes(content[: len(content) // 2] if index % 2 else content)
+
+    code, err = fails(tiny.flags(data_path=data), capsys)
+
+    assert code == 3
+    assert "12 of 24 samples cannot be used" in err
+    assert "--max-bad-samples 12" in err
+    assert not tiny.save_path.exists()
+
+
+def test_foreign_samples_are_refused(tiny: TinyInputs, capsys: Capture) -> None:
+    data = tiny.folder / "foreign"
+    data.mkdir()
+    torch.save({"weights": torch.zeros(3)}, data / "model.pt")
+
+    code, err = fails(tiny.flags(data_path=data), capsys)
+
+    assert code == 3
+    assert "has no `input_ids`; found `weights`" in err
+
+
+def test_a_pickle_with_code_is_not_run(tiny: TinyInputs, capsys: Capture) -> None:
+    marker = tiny.folder / "ran"
+
+    class Hostile:
+        def __reduce__(self) -> tuple[object, tuple[str]]:
+            return (os.mkdir, (str(marker),))
+
+    data = tiny.folder / "hostile"
+    data.mkdir()
+    torch.save({"input_ids": Hostile()}, data / "0.pt")
+
+    code, _ = fails(tiny.flags(data_path=data), capsys)
+
+    assert code == 3
+    assert not marker.exists()
+
+
+def test_a_missing_verifier_folder_is_a_settings_error(tiny: TinyInputs, capsys: Capture) -> None:
+    code, err = fails(tiny.flags(verifier_name_or_path="./nowhere"), capsys)
+
+    assert code == 2
+    assert "the folder `./nowhere` does not exist" in err
+
+
+def test_an_unreachable_hub_is_named(
+    tiny: TinyInputs, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+
+    code, err = fails(tiny.flags(verifier_name_or_path="someone/some-verifier"), capsys)
+
+    assert code == 5
+    assert "`someone/some-verifier` is no local folder" in err
+
+
+def test_a_save_path_that_is_a_file_is_refused(tiny: TinyInputs, capsys: Capture) -> None:
+    tiny.save_path.touch()
+
+    code, err = fails(tiny.flags(), capsys)
+
+    assert code == 2
+    assert "is not a folder" in err
+
+
+def test_foreign_checkpoints_in_the_save_path_are_left_alone(
+    tiny: TinyInputs, capsys: Capture
+) -> None:
+    foreign = tiny.save_path / "0"
+    foreign.mkdir(parents=True)
+    (foreign / "config.json").write_text("{}")
+
+    for flags in (tiny.flags(), tiny.flags(no_resume_from_checkpoint=True)):
+        code, err = fails(flags, capsys)
+        assert code == 4
+        assert "did not write" in err
+
+    assert (foreign / "config.json").read_text() == "{}"
+
+
+def test_help_is_instant_and_imports_no_torch() -> None:
+    script = (
+        "import sys; from speculators_cli.cli.app import run; run(['train', '--help']); "
+        "assert 'torch' not in sys.modules and 'transformers' not in sys.modules"
+    )
+    started_at = time.perf_counter()
+
+    subprocess.run([sys.executable, "-c", script], check=True, capture_output=True)
+
+    # 0.45 s on an idle machine of two cores; the rest is room for a busy one.
+    assert time.perf_counter() - started_at < 5
+
+
+def test_two_ranks_train_and_resume(tiny: TinyInputs) -> None:
+    command = [sys.executable, "-m", "speculators_cli", "train", *tiny.flags(epochs=1, json=True)]
+
+    done = subprocess.run(
+        [*command, "--nproc-per-node", "2"], check=False, capture_output=True, text=True
+    )
+
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["total_steps"] > 0
+    state = json.loads((tiny.save_path / "0" / "trainer" / "state.json").read_text())
+    assert (state["num_ranks"], state["global_batch"]) == (2, 2)
+
+
+def test_more_ranks_than_packed_sequences_are_refused(tiny: TinyInputs) -> None:
+    flags = tiny.flags(total_seq_len=4096)
+    command = [sys.executable, "-m", "speculators_cli", "train", *flags, "--nproc-per-node", "2"]
+
+    done = subprocess.run(command, check=False, capture_output=True, text=True)
+
+    assert done.returncode == 3, done.stderr
+    assert "2 ranks need as many packed sequences" in done.stderr
+    assert not tiny.save_path.exists()
