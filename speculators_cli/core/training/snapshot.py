@@ -5,6 +5,7 @@ from collections.abc import Mapping
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
 
@@ -14,15 +15,17 @@ STEP = "step"  # a scalar
 
 def gather_weights(module: nn.Module) -> dict[str, Tensor]:
     """Whole parameters by name, on the CPU. All ranks must call."""
+    _reshard(module)
     return {name: _gather(parameter) for name, parameter in module.named_parameters()}
 
 
 def gather_moments(module: nn.Module, optimizer: Optimizer) -> dict[str, Tensor]:
     """Whole optimizer state as `{parameter}.{kind}`, on the CPU. All ranks must call."""
+    _reshard(module)
     return {
         f"{name}.{kind}": _gather(optimizer.state[parameter][kind])
         for name, parameter in module.named_parameters()
-        if parameter in optimizer.state
+        if parameter.requires_grad
         for kind in (STEP, *MOMENTS)
     }
 
@@ -45,6 +48,12 @@ def restore(
             step = torch.zeros((), device=parameter.device)
             state[STEP] = _spread(moments.get(f"{name}.{STEP}"), like=step)
             optimizer.state[parameter] = state
+
+
+def _reshard(module: nn.Module) -> None:
+    """Bring back the parameters the optimizer knows: a validation leaves them gathered."""
+    if isinstance(module, FSDPModule):
+        module.reshard()
 
 
 def _gather(tensor: Tensor) -> Tensor:

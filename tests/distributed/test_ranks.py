@@ -1,0 +1,57 @@
+"""Two ranks on gloo against one rank on the same global batches."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.tiny import TinyInputs
+
+
+def train(tiny: TinyInputs, save_path: Path, *, num_ranks: int, **changes: object) -> str:
+    flags = tiny.flags(save_path=save_path, noise_std=0.05, scheduler="none", **changes)
+    command = [sys.executable, "-m", "speculators_cli", "train", *flags]
+    if num_ranks > 1:
+        command += ["--nproc-per-node", str(num_ranks)]
+    done = subprocess.run(command, check=False, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stderr
+
+
+def largest_difference(one: Path, other: Path) -> float:
+    """Of all weights, relative to the largest change that training made."""
+    a, b = load_file(one / "model.safetensors"), load_file(other / "model.safetensors")
+    assert a.keys() == b.keys()
+    return max((a[name].double() - b[name].double()).abs().max().item() for name in a)
+
+
+@pytest.mark.parametrize("sharding", ["shard", "replicate"])
+def test_two_ranks_equal_one_that_accumulates(
+    tiny: TinyInputs, tmp_path: Path, sharding: str
+) -> None:
+    one, two = tmp_path / "one", tmp_path / "two"
+
+    train(tiny, one, num_ranks=1, gradient_accumulation_steps=2)
+    train(tiny, two, num_ranks=2, sharding=sharding)
+
+    start = load_file(one / "0" / "model.safetensors")["fc.weight"]
+    moved = (load_file(one / "1" / "model.safetensors")["fc.weight"] - start).abs().max()
+    # AdamW's steps of 3e-3 turn on gradients that float32 sums in another order.
+    assert largest_difference(one / "1", two / "1") < 2e-4
+    assert moved > 5e-3
+
+
+def test_a_run_goes_on_with_another_number_of_ranks(tiny: TinyInputs, tmp_path: Path) -> None:
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+
+    train(tiny, whole, num_ranks=2)
+    train(tiny, parts, num_ranks=2, max_steps=2)
+    messages = train(tiny, parts, num_ranks=1)
+
+    assert "Each rank accumulates 2 packed sequences" in messages
+    assert largest_difference(whole / "1", parts / "1") < 2e-4
+    tensors = load_file(whole / "1" / "trainer" / "optimizer.safetensors")
+    assert {x.dtype for x in tensors.values()} == {torch.float32}
