@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from speculators_cli import __version__
-from speculators_cli.cli.output import Output, flush, wants
+from speculators_cli.cli.output import Output
 from speculators_cli.cli.train import train
 from speculators_cli.core.errors import SpeculatorsError
 
@@ -39,7 +39,8 @@ def main(
 
 def run(argv: Sequence[str]) -> int:
     """Run a command line; errors the user can act on become a message and an exit code."""
-    output = Output(is_json=wants(argv, "--json"), is_verbose=wants(argv, "--verbose", "-v"))
+    # Errors are met before the flags are parsed, too.
+    output = Output(is_json="--json" in argv, is_verbose="--verbose" in argv or "-v" in argv)
     try:
         app(args=list(argv), prog_name="speculators")
     except SystemExit as stop:
@@ -58,6 +59,4 @@ def run(argv: Sequence[str]) -> int:
         )
         output.error(bug)
         return bug.exit_code
-    finally:
-        flush()
     return 0

@@ -1,7 +1,7 @@
 """What the user sees: results on stdout, everything else on stderr; for people or as JSON."""
 
 import json
-import sys
+import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -38,7 +38,6 @@ class Output:
         self.stderr = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
         self._live: Progress | None = None
         self._training: TaskID | None = None
-        self._drawn_at = 0.0
 
     @property
     def is_live(self) -> bool:
@@ -180,21 +179,5 @@ def format_duration(seconds: float) -> str:
 
 
 def _rank_prefix() -> str:
-    import os
-
     rank = os.environ.get("RANK", "0")
     return "" if rank == "0" else f"[rank {rank}] "
-
-
-def wants(argv: Sequence[str], *names: str) -> bool:
-    """Whether a flag is on the command line, for errors met before it is parsed."""
-    return any(name in argv for name in names)
-
-
-OUTPUT = Output()
-
-
-def flush() -> None:
-    """Write out what is held back, so that nothing is lost at exit."""
-    sys.stdout.flush()
-    sys.stderr.flush()
