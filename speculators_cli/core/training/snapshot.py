@@ -1,6 +1,6 @@
 """The whole state of weights and optimizer, gathered from all ranks and given back to them."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
 import torch.distributed as dist
@@ -14,20 +14,20 @@ STEP = "step"  # a scalar
 
 
 def gather_weights(module: nn.Module) -> dict[str, Tensor]:
-    """Whole parameters by name, on the CPU. All ranks must call."""
+    """Whole parameters by name, on the CPU of rank 0; empty elsewhere. All ranks must call."""
     _reshard(module)
-    return {name: _gather(parameter) for name, parameter in module.named_parameters()}
+    return _gather(module.named_parameters())
 
 
 def gather_moments(module: nn.Module, optimizer: Optimizer) -> dict[str, Tensor]:
-    """Whole optimizer state as `{parameter}.{kind}`, on the CPU. All ranks must call."""
+    """Whole optimizer state as `{parameter}.{kind}`; where and when as `gather_weights`."""
     _reshard(module)
-    return {
-        f"{name}.{kind}": _gather(optimizer.state[parameter][kind])
+    return _gather(
+        (f"{name}.{kind}", optimizer.state[parameter][kind])
         for name, parameter in module.named_parameters()
         if parameter.requires_grad
         for kind in (STEP, *MOMENTS)
-    }
+    )
 
 
 @torch.no_grad()
@@ -56,9 +56,14 @@ def _reshard(module: nn.Module) -> None:
         module.reshard()
 
 
-def _gather(tensor: Tensor) -> Tensor:
-    whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-    return whole.detach().cpu()
+def _gather(named: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
+    is_first = not dist.is_initialized() or dist.get_rank() == 0
+    gathered = {}
+    for name, tensor in named:
+        whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+        if is_first:
+            gathered[name] = whole.detach().cpu()
+    return gathered
 
 
 def _spread(whole: Tensor | None, *, like: Tensor) -> Tensor:
