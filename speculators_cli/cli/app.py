@@ -42,7 +42,7 @@ def run(argv: Sequence[str]) -> int:
     # Errors are met before the flags are parsed, too.
     output = Output(is_json="--json" in argv, is_verbose="--verbose" in argv or "-v" in argv)
     try:
-        app(args=list(argv), prog_name="speculators")
+        app(args=list(argv), prog_name="speculators", obj=tuple(argv))
     except SystemExit as stop:
         return stop.code if isinstance(stop.code, int) else 1
     except SpeculatorsError as error:

@@ -2,6 +2,7 @@
 
 import sys
 import uuid
+from collections.abc import Sequence
 
 from speculators_cli.core.errors import SpeculatorsError
 
@@ -10,8 +11,12 @@ class RankFailedError(SpeculatorsError):
     """A process of the run failed; it has said why."""
 
 
-def launch(num_processes: int) -> None:
-    """Run the same command line in `num_processes` processes, and wait for them.
+def launch(num_processes: int, arguments: Sequence[str]) -> None:
+    """Run a command line in `num_processes` processes, and wait for them.
+
+    Args:
+        num_processes: One a rank.
+        arguments: Of the command line that asked for them.
 
     Raises:
         RankFailedError: One of them failed.
@@ -29,9 +34,8 @@ def launch(num_processes: int) -> None:
         max_restarts=0,
         monitor_interval=0.1,
     )
-    arguments = _without_launch(sys.argv[1:])
     try:
-        elastic_launch(config, sys.executable)("-m", "speculators_cli", *arguments)
+        elastic_launch(config, sys.executable)("-m", "speculators_cli", *_without_launch(arguments))
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
         failed = RankFailedError(
@@ -43,7 +47,7 @@ def launch(num_processes: int) -> None:
         raise failed from None
 
 
-def _without_launch(arguments: list[str]) -> list[str]:
+def _without_launch(arguments: Sequence[str]) -> list[str]:
     kept, skip = [], False
     for argument in arguments:
         if skip or argument.startswith("--nproc-per-node"):

@@ -1,8 +1,9 @@
 """Settings class -> flags: names, help and defaults come from the fields."""
 
 import inspect
-from collections.abc import Callable
-from typing import Annotated, Any, get_args, get_origin
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 import typer
 from pydantic.fields import FieldInfo
@@ -67,7 +68,7 @@ def _declarations(field: SettingField) -> tuple[str, ...]:
 
 def is_list(info: FieldInfo) -> bool:
     """Whether a flag may be repeated: settings of several paths."""
-    return "Path" in str(info.annotation) and get_origin(info.annotation) is tuple
+    return get_origin(info.annotation) is tuple and get_args(info.annotation)[0] is Path
 
 
 def describe(info: FieldInfo) -> str:
@@ -95,10 +96,19 @@ def show_default(info: FieldInfo) -> str:
 
 def metavar(info: FieldInfo) -> str:
     """The kind of value a flag takes."""
-    kinds = str(info.annotation)
-    for word, shown in (("Path", "<path>"), ("int", "<int>"), ("float", "<float>")):
-        if word in kinds and not kinds.startswith("typing.Literal['"):
-            return shown
-    return (
-        "<int>" if all(isinstance(x, int) for x in get_args(info.annotation) or ("",)) else "<str>"
-    )
+    kinds = set(_plain_types(info.annotation))
+    for kind in (Path, int, float):
+        if kind in kinds:
+            return f"<{kind.__name__.lower()}>"
+    return "<str>"
+
+
+def _plain_types(annotation: Any) -> Iterator[type]:
+    """The types of the values that an annotation allows."""
+    if get_origin(annotation) is Literal:
+        yield from map(type, get_args(annotation))
+    elif get_args(annotation):
+        for part in get_args(annotation):
+            yield from _plain_types(part)
+    else:
+        yield annotation

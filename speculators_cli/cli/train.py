@@ -14,6 +14,7 @@ from speculators_cli.settings.train import TrainSettings
 
 @with_settings(TrainSettings)
 def train(
+    context: typer.Context,
     *,
     flags: dict[str, Any],
     config: Annotated[
@@ -62,7 +63,7 @@ def train(
     if nproc_per_node is not None and nproc_per_node > 1:
         from speculators_cli.cli.launch import launch
 
-        launch(nproc_per_node)
+        launch(nproc_per_node, context.obj)
         return
     from speculators_cli.core.training import run
     from speculators_cli.core.training.report import TrainReport

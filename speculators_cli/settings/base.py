@@ -14,6 +14,7 @@ from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails, PydanticCustomError
 
 from speculators_cli.core.errors import SettingsError
+from speculators_cli.core.files import replacing
 
 
 @dataclass(frozen=True)
@@ -139,9 +140,8 @@ def read_config(file: Path) -> dict[str, Any]:
 
 def write_settings(settings: Settings, file: Path) -> None:
     """Write all settings, defaults included, so that `--config` accepts them back."""
-    temporary = file.with_name(f".tmp-{file.name}")
-    temporary.write_text(settings.model_dump_json(indent=2) + "\n", "utf-8")
-    temporary.replace(file)
+    with replacing(file) as temporary:
+        temporary.write_text(settings.model_dump_json(indent=2) + "\n", "utf-8")
 
 
 def changes_on_resume(old: Mapping[str, Any], new: Settings) -> list[Change]:

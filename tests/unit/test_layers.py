@@ -10,14 +10,16 @@ import speculators_cli
 ROOT = Path(speculators_cli.__file__).parent
 PACKAGE = "speculators_cli"
 # What each layer may import, besides itself; the longest prefix of a module names its layer.
+BASE = {"core.errors", "core.files", "core.progress"}
 ALLOWED = {
     "core.errors": set(),
+    "core.files": set(),
     "core.progress": set(),
-    "settings": {"core.errors"},
-    "core.data": {"core.errors", "core.progress", "settings"},
-    "core.models": {"core.errors", "core.progress", "settings", "core.data", ""},
-    "core.training": {"core.errors", "core.progress", "settings", "core.data", "core.models"},
-    "cli": {"core.errors", "core.progress", "settings", "core.training", ""},
+    "settings": BASE,
+    "core.data": BASE | {"settings"},
+    "core.models": BASE | {"settings", "core.data", ""},
+    "core.training": BASE | {"settings", "core.data", "core.models"},
+    "cli": BASE | {"settings", "core.training", ""},
     "__main__": {"cli"},
     "": set(),
 }

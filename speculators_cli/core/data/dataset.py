@@ -19,6 +19,7 @@ from speculators_cli.core.data.formats import FORMATS
 from speculators_cli.core.data.packing import plan_epoch
 from speculators_cli.core.data.sample import BadSampleError, Sample, SampleHeader
 from speculators_cli.core.errors import DataError
+from speculators_cli.core.files import replacing
 from speculators_cli.core.progress import Progress
 
 SUFFIXES = {0: (".pt", ".ckpt"), 1: (".pt",)}
@@ -66,11 +67,6 @@ class Dataset:
 
     def __len__(self) -> int:
         return len(self.entries)
-
-    @property
-    def files(self) -> list[Path]:
-        """The file of each sample."""
-        return [entry.file for entry in self.entries]
 
     @property
     def hidden_size(self) -> int:
@@ -257,9 +253,8 @@ def write_index(dataset: Dataset, file: Path) -> None:
         "data_format_version": dataset.version,
         "files": files,
     }
-    temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
-    temporary.write_text(json.dumps(content), "utf-8")
-    temporary.replace(file)
+    with replacing(file) as temporary:
+        temporary.write_text(json.dumps(content), "utf-8")
 
 
 def _entry_from_json(path: str, fields: dict[str, dict[str, object]]) -> Entry:

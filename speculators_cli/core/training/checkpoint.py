@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from speculators_cli.core.errors import CheckpointError, MachineError, SettingsError
+from speculators_cli.core.files import replacing
 from speculators_cli.core.models.checkpoint import (
     CONFIG_NAME,
     MANIFEST_NAME,
@@ -201,9 +202,8 @@ class RunFolder:
 
     def write_result(self, result: Mapping[str, Any]) -> None:
         """Write how the run ended: torchrun hides the exit code."""
-        temporary = self.save_path / f"{TEMPORARY}result.json"
-        temporary.write_text(json.dumps(result, indent=2) + "\n", "utf-8")
-        temporary.replace(self.save_path / "result.json")
+        with replacing(self.save_path / "result.json") as temporary:
+            temporary.write_text(json.dumps(result, indent=2) + "\n", "utf-8")
 
 
 class _Lock:

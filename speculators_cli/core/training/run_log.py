@@ -137,5 +137,5 @@ class RunLog:
         self.num_broken_samples += int(self.ranks.sum(torch.tensor(len(own))))
         for sample_id in self.ranks.sum(ids).flatten().tolist():
             if sample_id:
-                file = self.samples.files[sample_id - 1]
+                file = self.samples.entries[sample_id - 1].file
                 self.progress.warn(f"Left out `{file}`: its hidden states are not all finite")

@@ -1,6 +1,5 @@
 """A data format: how the tensors of a sample are named and arranged in a `.pt` file."""
 
-import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +12,7 @@ from torch import Tensor
 from speculators_cli.core.data.formats.archive import Archive
 from speculators_cli.core.data.formats.structure import TensorSpec
 from speculators_cli.core.data.sample import BadSampleError, Sample, SampleHeader
+from speculators_cli.core.files import replacing
 
 HIDDEN_STATE_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 INTEGER_DTYPES = (
@@ -84,12 +84,8 @@ class SampleFormat:
 
     def write_sample(self, sample: Sample, file: Path) -> None:
         """Write a sample, so that the file is absent, as it was, or whole."""
-        temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
-        try:
+        with replacing(file) as temporary:
             torch.save(self.arrange(sample), temporary)
-            temporary.replace(file)
-        finally:
-            temporary.unlink(missing_ok=True)
 
     def _read_layout(self, archive: Archive) -> Layout:
         content = archive.content

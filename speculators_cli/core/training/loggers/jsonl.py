@@ -4,6 +4,8 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 
+from speculators_cli.core.files import replacing
+
 
 class JsonlLogger:
     """Appends a line at each call.
@@ -15,9 +17,8 @@ class JsonlLogger:
 
     def __init__(self, file: Path, resumed_step: int | None) -> None:
         kept = _read_lines(file, resumed_step) if resumed_step is not None else []
-        temporary = file.with_name(f".tmp-{file.name}")
-        temporary.write_text("".join(kept), "utf-8")
-        temporary.replace(file)
+        with replacing(file) as temporary:
+            temporary.write_text("".join(kept), "utf-8")
         self._stream = file.open("a", encoding="utf-8", buffering=1)
 
     def log(self, step: int, split: str, metrics: Mapping[str, float]) -> None:
