@@ -32,6 +32,7 @@ def with_settings(settings_class: type[Settings]) -> Callable[[Callable[..., Any
         run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
         run.__name__ = command.__name__
         run.__doc__ = command.__doc__
+        run.settings_class = settings_class  # type: ignore[attr-defined]
         run.__annotations__ = {p.name: p.annotation for p in parameters}
         return run
 

@@ -1,0 +1,15 @@
+"""The reference pages are those of the present flags."""
+
+import runpy
+from pathlib import Path
+
+DOCS_DIR = Path(__file__).parents[2] / "docs"
+
+
+def test_reference_pages_are_not_stale() -> None:
+    pages = dict(runpy.run_path(str(DOCS_DIR / "write_reference.py"))["pages"]())
+
+    written = {file.name: file.read_text("utf-8") for file in (DOCS_DIR / "reference").iterdir()}
+
+    assert written == pages, "run `python docs/write_reference.py`"
+    assert "`--total-seq-len <int>`" in pages["train.md"]
