@@ -107,10 +107,10 @@ def _norm_offset(text: PreTrainedConfig, name: str, *, trust_remote_code: bool) 
     if norm is not None:
         generator = torch.Generator().manual_seed(0)
         x, weight = torch.randn(2, text.hidden_size, generator=generator)
-        norm.to_empty(device="cpu")
+        norm.to_empty(device="cpu").float()
         norm.load_state_dict(dict.fromkeys(norm.state_dict(), weight))
         with torch.no_grad():
-            out = norm.float()(x[None])[0]
+            out = norm(x[None])[0]
         eps = getattr(text, "rms_norm_eps", 1e-6)
         for offset in (0.0, 1.0):
             # Both sides round in float32.

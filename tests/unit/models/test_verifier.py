@@ -41,13 +41,13 @@ FAMILIES: dict[str, Callable[[], Any]] = {
 }  # fmt: skip
 
 
-def save_verifier(config: Any, folder: Path) -> Any:
+def save_verifier(config: Any, folder: Path, dtype: torch.dtype = torch.float32) -> Any:
     """A random verifier of this config, saved in `folder`; norm gains are not trivial."""
     torch.manual_seed(0)
     is_multimodal = hasattr(config, "vision_config")
     auto = transformers.AutoModelForImageTextToText if is_multimodal else None
     auto_class: Any = auto or transformers.AutoModelForCausalLM
-    model = auto_class.from_config(config).eval()
+    model = auto_class.from_config(config, dtype=dtype).eval()
     for name, parameter in model.named_parameters():
         if "norm" in name:
             torch.nn.init.normal_(parameter, mean=0.5, std=0.3)
@@ -81,6 +81,17 @@ def test_targets_equal_the_verifiers_own_logits(family: str, tmp_path: Path) -> 
     assert config.hidden_size == 24
     torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
     assert torch.equal(verifier.tokens(normed, rows_at_once=4), expected.argmax(-1))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_verifiers_stored_in_bfloat16_are_read(family: str, tmp_path: Path) -> None:
+    # The norm of its class is tried out in float32, whatever the config's dtype.
+    save_verifier(FAMILIES[family](), tmp_path, dtype=torch.bfloat16)
+
+    config, verifier = load(tmp_path)
+
+    assert config.norm_offset == (1.0 if family.startswith("gemma") else 0.0)
+    assert verifier.head.dtype is torch.bfloat16
 
 
 def test_states_that_are_normed_already_are_not_normed_again(tmp_path: Path) -> None:
