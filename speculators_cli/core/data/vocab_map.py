@@ -40,7 +40,7 @@ class VocabMap:
     @cached_property
     def kept_ids(self) -> Tensor:
         """Verifier id of each draft token; [draft_vocab], int64, ascending."""
-        return self.d2t + torch.arange(self.draft_vocab_size)
+        return self.d2t + torch.arange(self.draft_vocab_size, device=self.d2t.device)
 
     @cached_property
     def hash(self) -> str:

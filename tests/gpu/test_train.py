@@ -1,0 +1,43 @@
+"""The whole run on a GPU."""
+
+import json
+import shutil
+
+import pytest
+
+from speculators_cli.cli.app import run
+from tests.tiny import TinyInputs
+
+pytestmark = pytest.mark.gpu
+
+
+@pytest.mark.parametrize("full_vocab", [True, None])
+def test_a_run_learns_on_a_gpu(tiny: TinyInputs, full_vocab: bool | None) -> None:
+    flags = tiny.flags(device="cuda", epochs=6, full_vocab=full_vocab)
+
+    code = run(["train", *flags])
+
+    text = (tiny.save_path / "metrics.jsonl").read_text()
+    lines = [json.loads(line) for line in text.splitlines()]
+    losses = [line["loss"] for line in lines if line["split"] == "val"]
+    assert code == 0
+    assert len(losses) == 6
+    assert losses[-1] < losses[0]
+
+
+def test_a_run_resumes_in_mid_epoch_on_a_gpu(tiny: TinyInputs) -> None:
+    flags = tiny.flags(device="cuda", checkpoint_every_steps=3)
+    metrics_file = tiny.save_path / "metrics.jsonl"
+    run(["train", *flags])
+    whole = json.loads(metrics_file.read_text().splitlines()[-1])
+    for folder in tiny.save_path.iterdir():
+        if folder.is_dir() and not folder.is_symlink() and folder.name != "step-3":
+            shutil.rmtree(folder)
+
+    code = run(["train", *flags])
+
+    resumed = json.loads(metrics_file.read_text().splitlines()[-1])
+    assert code == 0
+    assert resumed["step"] == whole["step"] > 3
+    # The backward of attention adds up in an order of its own at each run.
+    assert resumed["loss"] == pytest.approx(whole["loss"], rel=1e-2)
