@@ -38,7 +38,7 @@ UNTYPED_DTYPES = {
     "torch.uint64": torch.uint64,
 }
 OTHER_TENSORS = {
-    "torch._utils._rebuild_sparse_tensor": "a sparse tensor",
+    "torch.serialization._get_layout": "a sparse tensor",
     "torch._utils._rebuild_nested_tensor": "a nested tensor",
     "torch._utils._rebuild_qtensor": "a quantised tensor",
     "torch._utils._rebuild_meta_tensor_no_storage": "a tensor without data",
