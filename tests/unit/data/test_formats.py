@@ -348,7 +348,7 @@ HOSTILE: dict[str, bytes] = {
     "eval": Hostile.call(eval, "open('executed', 'w')"),
     "exec": Hostile.call(exec, "open('executed', 'w')"),
     "open": Hostile.call(open, "executed", "w"),
-    "getattr": Hostile.call(getattr, os, "getcwd"),
+    "getattr": Hostile.call(getattr, "text", "upper"),
     "import": Hostile.call(__import__, "antigravity"),
     "bytearray": Hostile.call(bytearray, 10**12),
     "range-list": Hostile.call(list, range(3)),
