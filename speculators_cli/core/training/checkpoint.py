@@ -245,7 +245,8 @@ def _read_holder(descriptor: int) -> dict[str, Any]:
 
 
 def _refuse_foreign(save_path: Path) -> None:
-    for folder in sorted(save_path.iterdir()):
+    visible = (path for path in save_path.iterdir() if not path.name.startswith("."))
+    for folder in sorted(visible):
         looks_like_one = (folder / CONFIG_NAME).exists() or any(folder.glob("*.safetensors"))
         if folder.is_dir() and looks_like_one and not is_ours(folder):
             raise CheckpointError(
