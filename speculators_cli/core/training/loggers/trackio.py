@@ -3,7 +3,7 @@
 import contextlib
 import io
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ class TrackioLogger:
             import trackio
         except ImportError:
             raise missing("trackio") from None
+        self._finish: Callable[[], None] = trackio.finish
         # It greets on stdout, which belongs to the result.
         with contextlib.redirect_stdout(io.StringIO()):
             self._run = trackio.init(
@@ -41,4 +42,5 @@ class TrackioLogger:
     def close(self) -> None:
         """Wait until everything is on disk."""
         with contextlib.redirect_stdout(io.StringIO()):
-            self._run.finish()
+            # Not the run's own `finish`: trackio would then finish it again at exit, and say so.
+            self._finish()

@@ -1,0 +1,62 @@
+"""A stop signal: the step is finished, the state saved, no step lost."""
+
+import os
+import signal
+
+import pytest
+import torch
+
+from speculators_cli.core.errors import StoppedError
+from speculators_cli.core.models.checkpoint import find_checkpoints
+from speculators_cli.core.progress import SilentProgress, StepReport
+from speculators_cli.core.training.run import train
+from speculators_cli.core.training.signals import STOP_SIGNALS, StopSignals
+from tests.tiny import TinyInputs
+
+
+class Signaller(SilentProgress):
+    """Sends a signal to this process once a step is told of."""
+
+    def __init__(self, number: int, step: int) -> None:
+        self.number = number
+        self.step = step
+
+    def trained(self, report: StepReport) -> None:
+        if report.step == self.step:
+            os.kill(os.getpid(), self.number)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_saves_and_the_next_run_goes_on_as_if_there_was_none(
+    tiny: TinyInputs, number: signal.Signals
+) -> None:
+    whole = tiny.settings(run={"save_path": tiny.folder / "whole"})
+    train(whole, progress=SilentProgress())
+
+    with pytest.raises(StoppedError) as stopped:
+        train(tiny.settings(), progress=Signaller(number, step=3))
+    saved = find_checkpoints(tiny.save_path)
+    train(tiny.settings(), progress=SilentProgress())
+
+    assert stopped.value.exit_code == 128 + number
+    assert [(c.folder.name, c.state["step"]) for c in saved] == [("step-3", 3)]
+    ends = [find_checkpoints(path)[-1] for path in (tiny.save_path, tiny.folder / "whole")]
+    weights, expected = (end.read_tensors() for end in ends)
+    assert all(torch.equal(weights[name], tensor) for name, tensor in expected.items())
+
+
+def test_handlers_are_put_back() -> None:
+    before = [signal.getsignal(number) for number in STOP_SIGNALS]
+
+    with StopSignals() as signals:
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert signals.received == signal.SIGTERM
+
+    assert [signal.getsignal(number) for number in STOP_SIGNALS] == before
+
+
+def test_a_second_ctrl_c_is_not_caught() -> None:
+    with StopSignals() as signals:
+        os.kill(os.getpid(), signal.SIGINT)
+        assert signals.received == signal.SIGINT
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_DFL
