@@ -4,7 +4,7 @@ import sys
 import uuid
 from collections.abc import Sequence
 
-from speculators_cli.core.errors import SpeculatorsError
+from speculators_cli.core.errors import SpeculatorsError, StoppedError
 
 
 class RankFailedError(SpeculatorsError):
@@ -20,7 +20,9 @@ def launch(num_processes: int, arguments: Sequence[str]) -> None:
 
     Raises:
         RankFailedError: One of them failed.
+        StoppedError: A signal ended them; each has finished its step first.
     """
+    from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
@@ -36,6 +38,11 @@ def launch(num_processes: int, arguments: Sequence[str]) -> None:
     )
     try:
         elastic_launch(config, sys.executable)("-m", "speculators_cli", *_without_launch(arguments))
+    except SignalException as stop:
+        raise StoppedError(
+            f"Stopped {num_processes} processes by signal {stop.sigval:d}",
+            signal_number=int(stop.sigval),
+        ) from None
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
         failed = RankFailedError(

@@ -84,6 +84,8 @@ def train(
 
 def _rows(report: Any) -> list[tuple[str, str]]:
     rows = []
+    if report.is_dry_run:
+        rows.append(("steps", f"{report.step:,} of {report.total_steps:,}, nothing written"))
     if report.checkpoint is not None:
         best = f" (best: {report.best_epoch})" if report.best_epoch is not None else ""
         rows.append(("checkpoint", f"{report.checkpoint}{best}"))

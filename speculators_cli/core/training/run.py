@@ -239,6 +239,13 @@ def announce(
             f"The samples do not say which verifier layers they hold: assumed `{ids}`",
             hint=f"Pass `--target-layer-ids {ids}` if that is right",
         )
+    num_gpus = torch.cuda.device_count() if ranks.device.type == "cuda" else 0
+    if ranks.num_ranks == 1 and num_gpus > 1:
+        progress.warn(
+            f"One of {num_gpus} visible GPUs is used",
+            hint=f"Pass `--nproc-per-node {num_gpus}` to use all, "
+            "or set `CUDA_VISIBLE_DEVICES` to choose one",
+        )
     progress.info(
         f"Training eagle3 for `{settings.draft.verifier_name_or_path}`: "
         f"{len(samples):,} samples, {samples.num_tokens:,} tokens "

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import time
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from speculators_cli.core.errors import StoppedError
 from speculators_cli.core.models.checkpoint import find_checkpoints
 from speculators_cli.core.progress import SilentProgress, StepReport
 from speculators_cli.core.training.run import train
-from speculators_cli.core.training.signals import STOP_SIGNALS, StopSignals
+from speculators_cli.core.training.signals import SAME_PRESS_SECONDS, STOP_SIGNALS, StopSignals
 from tests.tiny import TinyInputs
 
 
@@ -55,8 +56,20 @@ def test_handlers_are_put_back() -> None:
     assert [signal.getsignal(number) for number in STOP_SIGNALS] == before
 
 
-def test_a_second_ctrl_c_is_not_caught() -> None:
+def test_a_ctrl_c_that_a_launcher_repeats_is_one() -> None:
     with StopSignals() as signals:
         os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
         assert signals.received == signal.SIGINT
-        assert signal.getsignal(signal.SIGINT) is signal.SIG_DFL
+
+
+def test_a_second_ctrl_c_ends_the_process() -> None:
+    pid = os.fork()
+    if pid == 0:
+        with StopSignals():
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(SAME_PRESS_SECONDS + 0.1)
+            os.kill(os.getpid(), signal.SIGINT)
+        os._exit(0)
+
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -signal.SIGINT
