@@ -1,5 +1,6 @@
 """Two ranks on gloo against one rank on the same global batches."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -28,6 +29,12 @@ def largest_difference(one: Path, other: Path) -> float:
     return max((a[name].double() - b[name].double()).abs().max().item() for name in a)
 
 
+def gradient_norms(save_path: Path) -> list[float]:
+    """Of the first steps, before their weights part in the last bits."""
+    lines = [json.loads(line) for line in (save_path / "metrics.jsonl").read_text().splitlines()]
+    return [line["grad_norm"] for line in lines if line["split"] == "train"][:4]
+
+
 @pytest.mark.parametrize("sharding", ["shard", "replicate"])
 def test_two_ranks_equal_one_that_accumulates(
     tiny: TinyInputs, tmp_path: Path, sharding: str
@@ -37,6 +44,8 @@ def test_two_ranks_equal_one_that_accumulates(
     train(tiny, one, num_ranks=1, gradient_accumulation_steps=2)
     train(tiny, two, num_ranks=2, sharding=sharding)
 
+    # AdamW does not see a gradient's scale: only its norm tells a sum from a mean.
+    assert gradient_norms(two) == pytest.approx(gradient_norms(one), rel=1e-3)
     start = load_file(one / "0" / "model.safetensors")["fc.weight"]
     moved = (load_file(one / "1" / "model.safetensors")["fc.weight"] - start).abs().max()
     # AdamW's steps of 3e-3 turn on gradients that float32 sums in another order.

@@ -33,3 +33,16 @@ def test_kl_gradient_near_convergence_is_exact_in_float32() -> None:
     expected = draft.detach().double().softmax(-1) - verifier.double().softmax(-1)
     # The gradient is a difference of numbers near 1/17, each with 24 bits.
     torch.testing.assert_close(draft.grad, expected.float(), rtol=1e-3, atol=1e-7)
+
+
+def test_half_precision_logits_are_compared_in_float32() -> None:
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(5, 300, generator=generator).bfloat16()
+    target = (logits.float() + 0.01 * torch.randn(5, 300, generator=generator)).log_softmax(-1)
+
+    loss = kl_loss(logits, target)
+
+    assert loss.dtype == torch.float32
+    torch.testing.assert_close(loss, kl_loss(logits.double().float(), target), rtol=0, atol=0)
+    exact = (target.exp() * (target - logits.double().log_softmax(-1))).sum(-1)
+    torch.testing.assert_close(loss.double(), exact.double(), rtol=1e-2, atol=1e-7)
