@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from speculators_cli.core.errors import DataError
+from speculators_cli.core.files import replacing
 
 FILE_NAME = "data_config.json"
 OUR_CONVENTION = "vllm"  # id k is the output after k decoder layers
@@ -56,6 +57,23 @@ def read_data_config(file: Path) -> DataConfig:
         convention=convention or _get(content, "layer_ids_convention"),
         version=None if version is None else str(version),
     )
+
+
+def write_data_config(folder: Path, *, verifier: str, layer_ids: Sequence[int]) -> None:
+    """Write a data_config.json beside v1 samples."""
+    content = {
+        "model": {"target_model_path": verifier},
+        "hidden_states": {"layer_ids": list(layer_ids), "layer_ids_convention": OUR_CONVENTION},
+        "format": {"data_format_version": 1},
+    }
+    with replacing(folder / FILE_NAME) as temporary:
+        temporary.write_text(json.dumps(content, indent=2) + "\n", "utf-8")
+
+
+def default_layer_ids(num_verifier_layers: int) -> tuple[int, ...]:
+    """The aux layers that vLLM captures unless told otherwise: early, middle and late."""
+    n = num_verifier_layers
+    return (2, n // 2, n - 3)
 
 
 def resolve_layer_ids(

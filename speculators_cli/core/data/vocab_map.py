@@ -1,5 +1,6 @@
 """VocabMap: which verifier tokens the draft can propose."""
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from functools import cached_property
 from hashlib import sha256
@@ -10,7 +11,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from speculators_cli.core.data.dataset import Dataset
 from speculators_cli.core.errors import SettingsError
+from speculators_cli.core.files import replacing
 
 HINT = "Make both maps again with `speculators build-vocab-map`, or pass `--full-vocab`"
 
@@ -51,6 +54,29 @@ class VocabMap:
     def full(cls, vocab_size: int) -> "VocabMap":
         """The verifier's whole vocabulary."""
         return cls(torch.zeros(vocab_size, dtype=torch.int64), torch.ones(vocab_size).bool())
+
+    @classmethod
+    def choose(
+        cls,
+        counts: NDArray[np.int64],  # [vocab]: how often each verifier token is supervised
+        draft_vocab_size: int,
+        *,
+        always: Collection[int] = (),
+    ) -> "VocabMap":
+        """Keep the most frequent tokens, ties to the lower id, and those of `always`."""
+        ranking = counts.astype(np.float64)
+        ranking[list(always)] = np.inf
+        # Stable: equal counts, zeros among them, stay in the order of their ids.
+        kept = np.sort(np.argsort(-ranking, kind="stable")[:draft_vocab_size])
+        t2d = np.zeros(len(counts), dtype=np.bool_)
+        t2d[kept] = True
+        return cls(torch.from_numpy(kept - np.arange(len(kept))), torch.from_numpy(t2d))
+
+    def save(self, d2t_file: Path, t2d_file: Path) -> None:
+        """Write both maps, each whole or not at all."""
+        for tensor, file in ((self.d2t, d2t_file), (self.t2d, t2d_file)):
+            with replacing(file) as temporary, temporary.open("wb") as stream:
+                np.save(stream, tensor.numpy())
 
     @classmethod
     def load(cls, d2t_file: Path, t2d_file: Path) -> "VocabMap":
@@ -100,3 +126,13 @@ def _read(file: Path, kinds: str) -> NDArray[np.generic]:
     if not isinstance(array, np.ndarray) or array.ndim != 1 or array.dtype.kind not in kinds:
         raise SettingsError(f"`{file}` is not a vector of whole numbers", hint=HINT)
     return array
+
+
+def count_tokens(dataset: Dataset, vocab_size: int) -> NDArray[np.int64]:
+    """How often each token is supervised in all samples; [vocab], int64."""
+    counts = np.zeros(vocab_size, dtype=np.int64)
+    for sample_id in range(len(dataset)):
+        sample = dataset.read(sample_id)
+        supervised = sample.input_ids[1:][sample.loss_mask[1:]]
+        counts += np.bincount(supervised.numpy(), minlength=vocab_size)
+    return counts

@@ -9,6 +9,7 @@ from itertools import accumulate, pairwise
 from typing import Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from speculators_cli.core.models.flash import FlashJointAttention, can_use_flash
@@ -50,6 +51,34 @@ class TTTMemory:
         return out
 
 
+class CausalMemory:
+    """Keys and values of one layer over one growing sequence, for drafting."""
+
+    def __init__(self) -> None:
+        self.keys: Tensor | None = None
+        self.values: Tensor | None = None
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """Attend from the newest positions to all up to their own; [seq_len, heads, head_dim]."""
+        self.keys = key if self.keys is None else torch.cat((self.keys, key))
+        self.values = value if self.values is None else torch.cat((self.values, value))
+        num_new, num_all = len(query), len(self.keys)
+        seen = torch.ones(num_new, num_all, dtype=torch.bool, device=query.device)
+        out = F.scaled_dot_product_attention(
+            query.transpose(0, 1)[None],
+            self.keys.transpose(0, 1)[None],
+            self.values.transpose(0, 1)[None],
+            attn_mask=seen.tril(num_all - num_new),
+            enable_gqa=True,
+        )
+        return out[0].transpose(0, 1)
+
+    def cut(self, length: int) -> None:
+        """Forget all positions from `length` on."""
+        if self.keys is not None and self.values is not None:
+            self.keys, self.values = self.keys[:length], self.values[:length]
+
+
 def plain_attention(
     query: Tensor,  # [seq_len, heads, head_dim]
     bounds: tuple[int, ...],  # where documents begin, and the end of the last
@@ -61,14 +90,12 @@ def plain_attention(
         [seq_len, heads, head_dim], in the dtype of the query.
     """
     num_steps = len(keys_and_values) // 2
-    keys, values = keys_and_values[:num_steps], keys_and_values[num_steps:]
+    lengths = [stop - start for start, stop in pairwise(bounds)]
+    # One split each: its backward is one copy, where a slice's would fill the whole sequence.
+    queries, *parts = (tensor.split(lengths) for tensor in (query, *keys_and_values))
     outputs = [
-        _document_attention(
-            query[start:stop],
-            [key[start:stop] for key in keys],
-            [value[start:stop] for value in values],
-        )
-        for start, stop in pairwise(bounds)
+        _document_attention(one, list(own[:num_steps]), list(own[num_steps:]))
+        for one, *own in zip(queries, *parts, strict=True)
     ]
     return torch.cat(outputs)
 

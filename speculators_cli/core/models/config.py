@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 from speculators_cli import __version__
 
@@ -89,3 +89,31 @@ class Eagle3Config:
             "dtype": "float32",
             "producer": {"name": PRODUCER, "version": __version__},
         }
+
+    @classmethod
+    def from_json(cls, content: Mapping[str, Any]) -> Self:
+        """The config that `to_json` wrote."""
+        layers, speculators = content["transformer_layer_config"], content["speculators_config"]
+        verifier = speculators["verifier"]
+        return cls(
+            arch=layers["model_type"],
+            hidden_size=layers["hidden_size"],
+            intermediate_size=layers["intermediate_size"],
+            num_layers=layers["num_hidden_layers"],
+            num_heads=layers["num_attention_heads"],
+            num_kv_heads=layers["num_key_value_heads"],
+            head_dim=layers["head_dim"],
+            rms_norm_eps=layers["rms_norm_eps"],
+            rope_parameters=layers["rope_parameters"],
+            max_position_embeddings=layers["max_position_embeddings"],
+            vocab_size=layers["vocab_size"],
+            draft_vocab_size=content["draft_vocab_size"],
+            target_layer_ids=tuple(content["eagle_aux_hidden_state_layer_ids"]),
+            norm_before_residual=content["norm_before_residual"],
+            norm_before_fc=content["norm_before_fc"],
+            fc_norm=content["fc_norm"],
+            norm_output=content["norm_output"],
+            ttt_steps=speculators["proposal_methods"][0]["speculative_tokens"],
+            verifier_name_or_path=verifier["name_or_path"],
+            verifier_architectures=tuple(verifier["architectures"]),
+        )

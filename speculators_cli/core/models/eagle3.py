@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from speculators_cli.core.data.batch import Batch
 from speculators_cli.core.data.vocab_map import VocabMap
 from speculators_cli.core.models.attention import AttentionMemory, TTTMemory
+from speculators_cli.core.models.checkpoint import Checkpoint
 from speculators_cli.core.models.config import Eagle3Config
 from speculators_cli.core.models.draft import DraftModel
 from speculators_cli.core.models.layers import (
@@ -19,7 +20,7 @@ from speculators_cli.core.models.layers import (
     RMSNorm,
     RotaryEmbedding,
 )
-from speculators_cli.core.models.losses import Loss
+from speculators_cli.core.models.losses import Loss, kl_loss
 from speculators_cli.core.models.ttt import StepSums, scored_positions, shifted, sum_steps
 from speculators_cli.core.models.verifier import FrozenVerifier
 
@@ -196,3 +197,19 @@ class Eagle3Draft(DraftModel):
         if not self.vocab_map.is_full:
             tensors |= {"d2t": self.vocab_map.d2t, "t2d": self.vocab_map.t2d}
         return tensors
+
+
+def load_draft(checkpoint: Checkpoint, verifier: FrozenVerifier) -> Eagle3Draft:
+    """The draft of a checkpoint, on the device of the verifier's parts, in float32."""
+    config = Eagle3Config.from_json(checkpoint.config)
+    tensors = checkpoint.read_tensors()
+    vocab_map = VocabMap.full(config.vocab_size)
+    if "d2t" in tensors:
+        vocab_map = VocabMap(tensors["d2t"], tensors["t2d"].bool())
+    with verifier.head.device:
+        draft = Eagle3Draft(
+            config, verifier, vocab_map, loss=kl_loss, loss_decay=1.0, train_head=False
+        )
+    frozen = draft.frozen_tensors()
+    draft.load_state_dict({name: x for name, x in tensors.items() if name not in frozen})
+    return draft.eval()

@@ -1,0 +1,22 @@
+"""Every setting of `speculators demo`."""
+
+from pathlib import Path
+
+from pydantic import Field
+
+from speculators_cli.settings.base import Settings
+
+
+class DemoRunSettings(Settings):
+    """Where the demo writes, and its randomness."""
+
+    output_dir: Path = Field(
+        Path("./speculators-demo"), description="Folder for samples, maps and checkpoints"
+    )
+    seed: int = Field(0, ge=0, description="Seed of the draft's weights, sample order and noise")
+
+
+class DemoSettings(Settings):
+    """All settings of the demo, in sections."""
+
+    run: DemoRunSettings = Field(default_factory=DemoRunSettings, title="Run")
