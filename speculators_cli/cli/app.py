@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from speculators_cli import __version__
+from speculators_cli.cli.demo import demo
 from speculators_cli.cli.output import Output
 from speculators_cli.cli.train import train
 from speculators_cli.core.errors import SpeculatorsError
@@ -19,6 +20,7 @@ app = typer.Typer(
     no_args_is_help=True,
 )
 app.command(rich_help_panel="Draft model")(train)
+app.command(rich_help_panel="Try")(demo)
 
 
 def _show_version(is_asked: bool) -> None:

@@ -9,13 +9,22 @@ import typer
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
+from speculators_cli.cli.output import Output
 from speculators_cli.settings.base import OffFlag, SettingField, Settings, setting_fields
+
+# The same on every command: parameter -> flags and help.
+OUTPUT_FLAGS = {
+    "is_json": (("--json",), "Write the result as JSON"),
+    "is_quiet": (("--quiet", "-q"), "Warnings and errors only"),
+    "is_verbose": (("--verbose", "-v"), "Full tracebacks"),
+}
 
 
 def with_settings(settings_class: type[Settings]) -> Callable[[Callable[..., Any]], Any]:
-    """Give a command one flag for each setting; it receives those given as `flags`.
+    """Give a command one flag for each setting, and those that choose how it speaks.
 
-    The command's own parameters, besides `flags`, stay options of their own.
+    It receives the settings given as `flags`, and an `Output` as `output`. Its other parameters
+    stay options of their own.
     """
 
     def decorate(command: Callable[..., Any]) -> Any:
@@ -24,11 +33,16 @@ def with_settings(settings_class: type[Settings]) -> Callable[[Callable[..., Any
         def run(**values: Any) -> Any:
             flags = {field.name: values.pop(field.name) for field in fields}
             given = {name: value for name, value in flags.items() if value not in (None, [])}
-            return command(flags=given, **values)
+            output = Output(**{name: values.pop(name) for name in OUTPUT_FLAGS})
+            return command(flags=given, output=output, **values)
 
-        own = [p for p in inspect.signature(command).parameters.values() if p.name != "flags"]
+        signature = inspect.signature(command)
+        own = [p for p in signature.parameters.values() if p.name not in ("flags", "output")]
         made = [_parameter(settings_class, field) for field in fields]
-        parameters = sorted([*made, *own], key=lambda p: p.default is not inspect.Parameter.empty)
+        spoken = [_output_parameter(name) for name in OUTPUT_FLAGS]
+        parameters = sorted(
+            [*made, *own, *spoken], key=lambda p: p.default is not inspect.Parameter.empty
+        )
         run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
         run.__name__ = command.__name__
         run.__doc__ = command.__doc__
@@ -57,6 +71,14 @@ def _parameter(settings_class: type[Settings], field: SettingField) -> inspect.P
         inspect.Parameter.KEYWORD_ONLY,
         default=None,
         annotation=Annotated[kind, option],
+    )
+
+
+def _output_parameter(name: str) -> inspect.Parameter:
+    flags, text = OUTPUT_FLAGS[name]
+    option = typer.Option(*flags, help=text, rich_help_panel="Output")
+    return inspect.Parameter(
+        name, inspect.Parameter.KEYWORD_ONLY, default=False, annotation=Annotated[bool, option]
     )
 
 

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.panel import Panel
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
@@ -84,9 +85,28 @@ class Output:
             table.add_row(Text(name), Text(value))
         self.stdout.print(Panel(table, title=title, title_align="left"))
 
+    def table(self, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+        """Write a table; every column but the first holds numbers."""
+        table = Table(box=SIMPLE_HEAD)
+        for index, name in enumerate(columns):
+            table.add_column(Text(name), justify="right" if index else "left")
+        for row in rows:
+            table.add_row(*map(Text, row))
+        self.stdout.print(table)
+
+    def line(self, text: str = "") -> None:
+        """Write a line of the result."""
+        self.stdout.print(text)
+
+    def marked(self, parts: Sequence[tuple[str, bool]]) -> None:
+        """Write text, some of its parts in colour and between guillemets."""
+        pieces = ((f"«{text}»", "green") if is_marked else (text, "") for text, is_marked in parts)
+        self.stdout.print(Text.assemble(*pieces))
+
     @contextmanager
     def task(self, description: str, total: int) -> Iterator[Task]:
         """Show a piece of work of `total` parts, where progress is drawn."""
+        self.close()
         if not self.is_live:
             yield _QuietTask()
             return

@@ -17,6 +17,7 @@ def train(
     context: typer.Context,
     *,
     flags: dict[str, Any],
+    output: Output,
     config: Annotated[
         Path | None,
         typer.Option(
@@ -44,21 +45,8 @@ def train(
             rich_help_panel="Run",
         ),
     ] = False,
-    is_json: Annotated[
-        bool,
-        typer.Option("--json", help="Write the result as JSON", rich_help_panel="Output"),
-    ] = False,
-    quiet: Annotated[
-        bool,
-        typer.Option("--quiet", "-q", help="Warnings and errors only", rich_help_panel="Output"),
-    ] = False,
-    verbose: Annotated[
-        bool,
-        typer.Option("--verbose", "-v", help="Full tracebacks", rich_help_panel="Output"),
-    ] = False,
 ) -> None:
     """Train a draft model on captured hidden states"""  # noqa: D415 - shown as help
-    output = Output(is_json=is_json, is_quiet=quiet, is_verbose=verbose)
     settings = load_settings(TrainSettings, flags, config)
     if nproc_per_node is not None and nproc_per_node > 1:
         from speculators_cli.cli.launch import launch
@@ -74,7 +62,7 @@ def train(
         output.close()
     if os.environ.get("RANK", "0") != "0":
         return
-    if is_json:
+    if output.is_json:
         output.result("train", report.to_json())
     else:
         output.panel("Dry run" if dry_run else "Trained", _rows(report))

@@ -1,9 +1,11 @@
-"""Files that appear whole or not at all."""
+"""Files that appear whole or not at all, and folders that can be written."""
 
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from speculators_cli.core.errors import SettingsError
 
 
 @contextmanager
@@ -15,3 +17,24 @@ def replacing(file: Path) -> Iterator[Path]:
         temporary.replace(file)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def check_output_dir(folder: Path, *, flag: str) -> None:
+    """Check that a folder can be written or made, without writing.
+
+    Args:
+        folder: May be missing, with any of its parents.
+        flag: The flag that named it.
+
+    Raises:
+        SettingsError: It cannot.
+    """
+    existing = next(p for p in (folder.absolute(), *folder.absolute().parents) if p.exists())
+    if not existing.is_dir():
+        raise SettingsError(
+            f"`{flag}`: `{existing}` is not a folder", hint="Name a folder, new or old"
+        )
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise SettingsError(
+            f"`{flag}`: `{existing}` cannot be written", hint="Name a folder you may write to"
+        )

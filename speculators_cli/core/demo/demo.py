@@ -1,16 +1,17 @@
 """run_demo(): capture, choose a vocabulary, train, draft and verify, on the embedded verifier.
 
-Each stage is what its command runs; only the inputs are the demo's own.
+Each stage is the code of its command; only the inputs are the demo's own.
 """
 
 import json
 import shutil
 import time
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from speculators_cli.core.capture.capture import CaptureReport, capture
@@ -18,11 +19,11 @@ from speculators_cli.core.data.data_config import default_layer_ids
 from speculators_cli.core.data.dataset import read_dataset
 from speculators_cli.core.data.vocab_map import VocabMap, count_tokens
 from speculators_cli.core.errors import SettingsError, SpeculatorsError
-from speculators_cli.core.evaluation.draft_and_verify import EvaluationReport, evaluate
-from speculators_cli.core.files import replacing
+from speculators_cli.core.evaluation.draft_and_verify import Answer, EvaluationReport, evaluate
+from speculators_cli.core.files import check_output_dir, replacing
 from speculators_cli.core.models.checkpoint import read_checkpoint
 from speculators_cli.core.models.drafter import Drafter
-from speculators_cli.core.models.eagle3 import load_draft
+from speculators_cli.core.models.eagle3 import Eagle3Draft, load_draft
 from speculators_cli.core.models.verifier import load_frozen_verifier, read_verifier_config
 from speculators_cli.core.models.verifier_files import VerifierFiles
 from speculators_cli.core.models.verifier_model import VerifierModel
@@ -40,7 +41,8 @@ MAX_NEW_TOKENS = 96
 DRAFT_VOCAB_SIZE = 1024
 NUM_DRAFT_TOKENS = 3
 MIN_ACCEPTANCE_LENGTH = 2.0
-RESULT_NAME = "demo.json"  # its presence says that the folder is a demo's
+RESULT_NAME = "demo.json"
+MADE_BY = {"made_by": "speculators demo"}  # in the result: says that the folder is a demo's
 OWN_NAMES = ("data", "checkpoints", "d2t.npy", "t2d.npy", RESULT_NAME)
 
 
@@ -48,13 +50,12 @@ OWN_NAMES = ("data", "checkpoints", "d2t.npy", "t2d.npy", RESULT_NAME)
 class DemoReport:
     """What the demo found."""
 
-    capture: CaptureReport
-    vocab_coverage: float  # share of supervised tokens that the draft vocabulary holds
+    captured: CaptureReport
     training: TrainReport
     untrained: EvaluationReport
     trained: EvaluationReport
-    sample: tuple[tuple[str, bool], ...]  # text of an answer, and whether the draft wrote it
     sample_prompt: str
+    sample: tuple[tuple[str, bool], ...]  # text of an answer, and whether the draft wrote it
     duration_seconds: float
 
     @property
@@ -70,10 +71,10 @@ class DemoReport:
             "untrained_acceptance_length": self.untrained.acceptance_length,
             "untrained_acceptance_rates": self.untrained.acceptance_rates,
             "lossless": self.is_lossless,
+            "num_samples": self.captured.num_samples,
+            "num_passes": self.trained.num_passes,
             "duration_seconds": self.duration_seconds,
             "checkpoint": str(self.training.best_checkpoint),
-            "num_samples": self.capture.num_samples,
-            "num_passes": self.trained.num_passes,
         }
 
 
@@ -81,20 +82,17 @@ def run_demo(settings: DemoSettings, *, progress: Progress) -> DemoReport:
     """Run all stages.
 
     Raises:
-        SettingsError: The output folder holds what the demo did not make.
-        SpeculatorsError: The draft missed its target, or an answer was not the verifier's own.
+        SettingsError: The output folder cannot be written, or holds what the demo did not make.
     """
     started_at = time.perf_counter()
-    output_dir = settings.run.output_dir
+    output_dir, seed = settings.run.output_dir, settings.run.seed
     prepare(output_dir)
     verifier = VerifierModel(str(VERIFIER_DIR), default_layer_ids(NUM_LAYERS), dtype=torch.float32)
-    prompts = [
-        verifier.tokenizer(f"{verifier.tokenizer.bos_token}{text}") for text in read_prompts()
-    ]
-    prompts = [prompt["input_ids"] for prompt in prompts]
+    texts = read_prompts()
+    prompts = [verifier.encode(text) for text in texts]
     to_evaluate, to_capture = prompts[:NUM_EVALUATION_PROMPTS], prompts[NUM_EVALUATION_PROMPTS:]
 
-    progress.info(f"1/4 The verifier answers {len(to_capture):,} prompts; its states are kept")
+    progress.info(f"1/4 Capture: the verifier answers {len(to_capture):,} prompts")
     captured = capture(
         verifier,
         to_capture,
@@ -105,36 +103,29 @@ def run_demo(settings: DemoSettings, *, progress: Progress) -> DemoReport:
     )
     progress.info(
         f"    {captured.num_samples:,} samples, {captured.num_tokens:,} tokens, "
-        f"{captured.num_supervised_tokens:,} of them to learn from"
+        f"{captured.num_supervised_tokens:,} of them supervised"
     )
-    coverage = choose_vocabulary(output_dir, progress)
-    progress.info(
-        f"2/4 The draft keeps the {DRAFT_VOCAB_SIZE:,} most frequent tokens: {coverage:.1%} of all"
-    )
-    progress.info("3/4 Training an EAGLE-3 draft")
-    training = train(train_settings(output_dir, settings.run.seed), progress=progress)
-    progress.info("4/4 Draft and verify on prompts that nothing was captured from")
-    untrained = evaluate_draft(verifier, training, to_evaluate, settings.run.seed, progress)
-    trained = evaluate_draft(verifier, training, to_evaluate, None, progress)
-    shown = max(range(len(to_evaluate)), key=lambda i: sum(trained.answers[i].is_accepted))
+    progress.info("2/4 Draft vocabulary: the tokens that the answers use most")
+    coverage = choose_vocabulary(verifier, output_dir, progress)
+    progress.info(f"    {DRAFT_VOCAB_SIZE:,} tokens cover {coverage:.1%} of the supervised ones")
+    progress.info("3/4 Train an EAGLE-3 draft")
+    training = train(train_settings(output_dir, seed), progress=progress)
+    progress.info("4/4 Draft and verify on other prompts, before training and after")
+    draft = load_best(training)
+    trained = draft_and_verify_all(verifier, draft, to_evaluate, progress)
+    draft.initialise(seed)
+    untrained = draft_and_verify_all(verifier, draft, to_evaluate, progress)
+    shown = choose_answer(trained.answers)
     report = DemoReport(
-        capture=captured,
-        vocab_coverage=coverage,
+        captured=captured,
         training=training,
         untrained=untrained,
         trained=trained,
-        sample=tuple(
-            (verifier.tokenizer.decode([token]), is_accepted)
-            for token, is_accepted in zip(
-                trained.answers[shown].tokens, trained.answers[shown].is_accepted, strict=True
-            )
-            if token not in verifier.end_ids
-        ),
-        sample_prompt=read_prompts()[shown],
+        sample_prompt=texts[shown],
+        sample=tuple(mark(verifier, trained.answers[shown])),
         duration_seconds=time.perf_counter() - started_at,
     )
-    with replacing(output_dir / RESULT_NAME) as temporary:
-        temporary.write_text(json.dumps(report.to_json(), indent=2) + "\n", "utf-8")
+    write_result(output_dir, report.to_json())
     return report
 
 
@@ -159,49 +150,61 @@ def check_report(report: DemoReport) -> None:
 
 
 def prepare(output_dir: Path) -> None:
-    """Empty the output folder of an earlier demo, or make it; everything else is left alone."""
-    if output_dir.exists():
-        if not output_dir.is_dir():
-            raise SettingsError(
-                f"`--output-dir`: `{output_dir}` is not a folder", hint="Name a folder"
-            )
-        is_own = (output_dir / RESULT_NAME).is_file()
-        if not is_own and any(output_dir.iterdir()):
-            raise SettingsError(
-                f"`--output-dir`: `{output_dir}` holds files that the demo did not make",
-                hint="Name another folder",
-            )
+    """Make the output folder, or take away what an earlier demo made in it and nothing else.
+
+    Raises:
+        SettingsError: It cannot be written, or holds files but none of an earlier demo.
+    """
+    check_output_dir(output_dir, flag="--output-dir")
+    if output_dir.exists() and any(output_dir.iterdir()) and not is_own(output_dir):
+        raise SettingsError(
+            f"`--output-dir`: `{output_dir}` holds files that the demo did not make",
+            hint="Name another folder",
+        )
     output_dir.mkdir(parents=True, exist_ok=True)
-    for name in OWN_NAMES:
-        path = output_dir / name
+    for path in (output_dir / name for name in OWN_NAMES):
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
         else:
             path.unlink(missing_ok=True)
-    # A demo that is stopped half-way can be run again.
-    (output_dir / RESULT_NAME).write_text("{}\n", "utf-8")
+    # Before anything else, so that a demo stopped half-way can be run again.
+    write_result(output_dir, {})
+
+
+def is_own(output_dir: Path) -> bool:
+    """Whether a folder holds the result of a demo, finished or not."""
+    try:
+        content = json.loads((output_dir / RESULT_NAME).read_text("utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(content, dict) and content.items() >= MADE_BY.items()
+
+
+def write_result(output_dir: Path, result: dict[str, Any]) -> None:
+    """Write the figures of a demo, so far empty or complete."""
+    with replacing(output_dir / RESULT_NAME) as temporary:
+        temporary.write_text(json.dumps(MADE_BY | result, indent=2) + "\n", "utf-8")
 
 
 def read_prompts() -> list[str]:
-    """Heads of functions of the standard library that the verifier was not trained on."""
+    """First halves of functions of the standard library that the verifier was not trained on."""
     lines = PROMPTS_FILE.read_text("utf-8").splitlines()
     return [json.loads(line)["prompt"] for line in lines]
 
 
-def choose_vocabulary(output_dir: Path, progress: Progress) -> float:
+def choose_vocabulary(verifier: VerifierModel, output_dir: Path, progress: Progress) -> float:
     """Write d2t and t2d; returns the share of supervised tokens they cover."""
     samples = read_dataset(
         [output_dir / "data"], version=1, index_file=None, max_bad_samples=0, progress=progress
     )
-    vocab_size = VerifierFiles(str(VERIFIER_DIR)).read_vocab_size(is_tied=True)
-    counts = count_tokens(samples, vocab_size)
-    vocab_map = VocabMap.choose(counts, DRAFT_VOCAB_SIZE, always=(0, 1))
+    counts = count_tokens(samples, verifier.vocab_size)
+    vocab_map = VocabMap.choose(counts, DRAFT_VOCAB_SIZE, always=verifier.end_ids)
     vocab_map.save(output_dir / "d2t.npy", output_dir / "t2d.npy")
-    return float(counts[np.asarray(vocab_map.t2d)].sum() / counts.sum())
+    return float(counts[vocab_map.t2d.numpy()].sum() / counts.sum())
 
 
 def train_settings(output_dir: Path, seed: int) -> TrainSettings:
-    """The settings `speculators train` would get from the command line that the demo shows."""
+    """The settings of the demo's training run, as `speculators train` gets them from its flags."""
     return TrainSettings.model_validate(
         {
             "draft": {
@@ -209,35 +212,53 @@ def train_settings(output_dir: Path, seed: int) -> TrainSettings:
                 "d2t_path": output_dir / "d2t.npy",
                 "t2d_path": output_dir / "t2d.npy",
             },
-            "data": {"data_path": (output_dir / "data",), "total_seq_len": 2048},
+            "data": {"data_path": (output_dir / "data",), "total_seq_len": 512},
             "run": {
                 "save_path": output_dir / "checkpoints",
-                "epochs": 8,
+                "epochs": 3,
                 "seed": seed,
-                "log_every_steps": 25,
+                "log_every_steps": 50,
             },
-            "optimizer": {"lr": 3e-3},
+            "eagle3": {"ttt_step_loss_decay": 0.6},
+            "optimizer": {"lr": 4e-3},
             "checkpoints": {"keep_checkpoints": 1},
             "distributed": {"device": "cpu"},
         }
     )
 
 
-def evaluate_draft(
-    verifier: VerifierModel,
-    training: TrainReport,
-    prompts: list[list[int]],
-    untrained_seed: int | None,
-    progress: Progress,
-) -> EvaluationReport:
-    """Draft and verify with the best checkpoint, or with its weights as they were at step 0."""
+def load_best(training: TrainReport) -> Eagle3Draft:
+    """The draft of the best checkpoint, beside the embedded verifier's frozen parts."""
     assert training.best_checkpoint is not None, "the demo's run saves and validates"
     checkpoint = read_checkpoint(training.best_checkpoint)
     assert checkpoint is not None, "it was just saved"
     files = VerifierFiles(str(VERIFIER_DIR))
     config = read_verifier_config(files, trust_remote_code=False)
-    draft = load_draft(checkpoint, load_frozen_verifier(files, config))
-    if untrained_seed is not None:
-        draft.initialise(untrained_seed)
+    return load_draft(checkpoint, load_frozen_verifier(files, config))
+
+
+def draft_and_verify_all(
+    verifier: VerifierModel,
+    draft: Eagle3Draft,
+    prompts: Sequence[Sequence[int]],
+    progress: Progress,
+) -> EvaluationReport:
+    """Draft and verify the answers to all prompts."""
     drafter = Drafter(draft, NUM_DRAFT_TOKENS)
     return evaluate(verifier, drafter, prompts, max_new_tokens=MAX_NEW_TOKENS, progress=progress)
+
+
+def choose_answer(answers: Sequence[Answer]) -> int:
+    """Which answer to show: of those as long as most, the one with the median acceptance."""
+    typical = sorted(len(answer.tokens) for answer in answers)[len(answers) // 2]
+    long_ones = [i for i, answer in enumerate(answers) if len(answer.tokens) >= typical]
+    by_acceptance = sorted(long_ones, key=lambda i: sum(answers[i].is_accepted))
+    return by_acceptance[len(by_acceptance) // 2]
+
+
+def mark(verifier: VerifierModel, answer: Answer) -> Iterator[tuple[str, bool]]:
+    """Text of an answer in runs of tokens, and whether the draft wrote each run."""
+    pairs = zip(answer.tokens, answer.is_accepted, strict=True)
+    shown = (pair for pair in pairs if pair[0] not in verifier.end_ids)
+    for is_accepted, run in groupby(shown, key=lambda pair: pair[1]):
+        yield verifier.tokenizer.decode([token for token, _ in run]), is_accepted

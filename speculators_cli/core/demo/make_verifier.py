@@ -1,9 +1,10 @@
 """Train the embedded verifier: `python -m speculators_cli.core.demo.make_verifier OUTPUT_DIR`.
 
-The corpus is every function of Python's standard library, tests included, that fits in a window: a
-document is one function, dedented, between the begin and the end token. Files whose path hashes to
-0 modulo 20 are held out, and so is any function whose text occurs outside them too. Prompts are the
-heads (signature and docstring) of held-out functions. Seeded; two machines agree up to rounding.
+The corpus is every function of Python's standard library, tests included, up to 3,000 characters
+long: a document is one function, dedented, between the begin and the end token. Files whose path
+hashes to 0 modulo 20 are held out, less the functions whose head (signature and docstring) occurs
+outside them too. Prompts are first halves of held-out functions. Seeded; two machines agree up to
+rounding.
 """
 
 import argparse
@@ -27,7 +28,8 @@ BEGIN, END = "<|begin|>", "<|end|>"
 VOCAB_SIZE = 2048
 MAX_FUNCTION_CHARACTERS = 3000
 HELD_OUT_MODULUS = 20
-NUM_PROMPTS = 640
+NUM_PROMPTS = 1024
+PROMPT_TOKENS = (16, 96)  # the fewest and the most
 WINDOW = 256  # tokens
 BATCH = 128  # windows an optimizer step
 PEAK_LR, WEIGHT_DECAY = 4e-3, 0.1
@@ -50,9 +52,9 @@ def read_functions(corpus: Path) -> tuple[list[Function], list[Function]]:
             continue
         is_held_out = int(sha256(name.encode()).hexdigest(), 16) % HELD_OUT_MODULUS == 0
         (held_out if is_held_out else training).extend(functions_of(text, tree))
-    seen = {head + body for head, body in training}
-    heads = {head for head, _ in training}
-    return training, [x for x in held_out if "".join(x) not in seen and x[0] not in heads]
+    # Stripped, as prompts are.
+    heads = {head.rstrip() for head, _ in training}
+    return training, [(head, body) for head, body in held_out if head.rstrip() not in heads]
 
 
 def functions_of(text: str, tree: ast.Module) -> Iterator[Function]:
@@ -166,12 +168,18 @@ def held_out_loss(model: LlamaForCausalLM, ids: Tensor) -> float:
 
 
 def choose_prompts(tokenizer: PreTrainedTokenizerFast, functions: list[Function]) -> list[str]:
-    """Heads of held-out functions, of 8 to 64 tokens, that differ, in a random order."""
-    # Without the line's end: the tokenizer joins it with the indentation that follows.
-    heads = sorted({head.rstrip() for head, _ in functions})
-    random.Random(0).shuffle(heads)  # noqa: S311 - an order, not a secret
-    fitting = [head for head in heads if 8 <= len(tokenizer(head)["input_ids"]) <= 64]
-    return fitting[:NUM_PROMPTS]
+    """Held-out functions up to the middle of their body, one each, in a random order."""
+    halves = set()
+    for head, body in functions:
+        lines = body.splitlines(keepends=True)
+        # Without the line's end: the tokenizer joins it with the indentation that follows.
+        half = (head + "".join(lines[: len(lines) // 2])).rstrip()
+        fewest, most = PROMPT_TOKENS
+        if len(lines) > 1 and fewest <= len(tokenizer(half)["input_ids"]) <= most:
+            halves.add(half)
+    prompts = sorted(halves)
+    random.Random(0).shuffle(prompts)  # noqa: S311 - an order, not a secret
+    return prompts[:NUM_PROMPTS]
 
 
 def main() -> None:
@@ -185,7 +193,8 @@ def main() -> None:
     training, held_out = read_functions(arguments.corpus)
     tokenizer = train_tokenizer(training)
     train_ids, held_out_ids = encode(tokenizer, training), encode(tokenizer, held_out)
-    model: Any = build_model().to(device)
+    model: Any = build_model()
+    model.to(device)
     print(  # noqa: T201
         f"{len(training):,} functions, {len(train_ids):,} tokens; held out {len(held_out):,}, "
         f"{len(held_out_ids):,}; {model.num_parameters():,} parameters"

@@ -107,7 +107,9 @@ class Eagle3Draft(DraftModel):
         generator = torch.Generator(self.fc.weight.device).manual_seed(seed)
         with torch.no_grad():
             for parameter in self.parameters():
-                if parameter.dim() == 2 and parameter is not self.lm_head.weight:
+                if parameter.dim() == 1:
+                    parameter.fill_(1.0)
+                elif parameter is not self.lm_head.weight:
                     parameter.normal_(std=INIT_STD, generator=generator)
             self.lm_head.weight.copy_(self.verifier_rows)
 

@@ -1,5 +1,6 @@
 """VerifierModel: the whole verifier, for capture and evaluation."""
 
+import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -57,6 +58,9 @@ class VerifierModel:
                 hint="Name a folder or hub id with weights and tokenizer",
             ) from None
         self.layer_ids = tuple(layer_ids)
+        # transformers 5.24 renamed it.
+        names = inspect.signature(self.model.forward).parameters
+        self._cache_name = "cache" if "cache" in names else "past_key_values"
         self._before_norm: Tensor | None = None
         norm = self.model.get_decoder().norm
         norm.register_forward_pre_hook(self._keep_last_hidden_states)
@@ -67,6 +71,17 @@ class VerifierModel:
         given = self.model.generation_config.eos_token_id
         ids = given if isinstance(given, list) else [given, self.tokenizer.eos_token_id]
         return frozenset(i for i in ids if i is not None)
+
+    @property
+    def vocab_size(self) -> int:
+        """Rows of the embedding."""
+        return int(self.model.get_input_embeddings().weight.shape[0])
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of a text, after the begin token where the verifier has one."""
+        ids: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        begin = self.tokenizer.bos_token_id
+        return ids if begin is None else [begin, *ids]
 
     def new_cache(self) -> DynamicCache:
         """An empty KV cache of one sequence."""
@@ -81,9 +96,9 @@ class VerifierModel:
         """Run over new tokens, which follow those in the cache and join them."""
         out = self.model(
             input_ids=tokens[None],
-            past_key_values=cache,
             use_cache=cache is not None,
             output_hidden_states=True,
+            **({} if cache is None else {self._cache_name: cache}),
         )
         last = self._before_norm
         assert last is not None, "the hook has run"

@@ -15,7 +15,7 @@ from typing import Any, Self
 from safetensors.torch import save_file
 from torch import Tensor
 
-from speculators_cli.core.errors import CheckpointError, MachineError, SettingsError
+from speculators_cli.core.errors import CheckpointError, MachineError
 from speculators_cli.core.files import replacing
 from speculators_cli.core.models.checkpoint import (
     CONFIG_NAME,
@@ -59,24 +59,6 @@ class TrainState:
     def from_json(cls, content: Mapping[str, Any]) -> Self:
         """The state saved in a checkpoint; keys of newer versions are left out."""
         return cls(**{field.name: content[field.name] for field in fields(cls)})
-
-
-def check_save_path(save_path: Path) -> None:
-    """Check that the save path can be written, without writing.
-
-    Raises:
-        SettingsError: It cannot.
-    """
-    existing = next(p for p in (save_path.absolute(), *save_path.absolute().parents) if p.exists())
-    if not existing.is_dir():
-        raise SettingsError(
-            f"`--save-path`: `{existing}` is not a folder", hint="Name a folder, new or old"
-        )
-    if not os.access(existing, os.W_OK | os.X_OK):
-        raise SettingsError(
-            f"`--save-path`: `{existing}` cannot be written",
-            hint="Name a folder you may write to",
-        )
 
 
 class RunFolder:

@@ -10,11 +10,12 @@ import torch
 from speculators_cli.core.data.dataset import Dataset
 from speculators_cli.core.data.loader import BatchLoader
 from speculators_cli.core.errors import MachineError, SpeculatorsError
+from speculators_cli.core.files import check_output_dir
 from speculators_cli.core.models.eagle3 import Eagle3Draft
 from speculators_cli.core.models.losses import LOSSES
 from speculators_cli.core.models.verifier import load_frozen_verifier
 from speculators_cli.core.progress import Progress, SilentProgress
-from speculators_cli.core.training.checkpoint import RunFolder, check_save_path
+from speculators_cli.core.training.checkpoint import RunFolder
 from speculators_cli.core.training.distributed import Ranks, shard, start_ranks
 from speculators_cli.core.training.inputs import Inputs, read_inputs
 from speculators_cli.core.training.loggers import MetricLogger, build_loggers
@@ -45,7 +46,7 @@ def train(settings: TrainSettings, *, progress: Progress, dry_run: bool = False)
         StoppedError: A signal asked the run to stop; its state is saved.
     """
     started_at = time.perf_counter()
-    check_save_path(settings.run.save_path)
+    check_output_dir(settings.run.save_path, flag="--save-path")
     with start_ranks(settings.distributed) as ranks:
         progress = progress if ranks.is_first else SilentProgress()
         index_file = None if dry_run else settings.run.save_path / RunFolder.INDEX_NAME

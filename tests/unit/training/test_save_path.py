@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 from speculators_cli.core.errors import CheckpointError, SettingsError
-from speculators_cli.core.training.checkpoint import RunFolder, check_save_path
+from speculators_cli.core.files import check_output_dir
+from speculators_cli.core.training.checkpoint import RunFolder
 
 NOBODY = 65534
 
@@ -18,7 +19,7 @@ def test_a_folder_of_another_user_is_refused() -> None:
     if pid == 0:
         os.setuid(NOBODY)
         try:
-            check_save_path(Path("/usr/speculators-checkpoints"))
+            check_output_dir(Path("/usr/speculators-checkpoints"), flag="--save-path")
         except SettingsError as error:
             os._exit(0 if "cannot be written" in error.message else 2)
         os._exit(1)
@@ -43,4 +44,4 @@ def test_a_save_path_below_a_file_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
 
     with pytest.raises(SettingsError, match="is not a folder"):
-        check_save_path(tmp_path / "file" / "checkpoints")
+        check_output_dir(tmp_path / "file" / "checkpoints", flag="--save-path")

@@ -1,0 +1,61 @@
+"""`speculators demo`."""
+
+from typing import TYPE_CHECKING, Any
+
+from speculators_cli.cli.options import with_settings
+from speculators_cli.cli.output import Output, format_duration
+from speculators_cli.settings.base import load_settings
+from speculators_cli.settings.demo import DemoSettings
+
+if TYPE_CHECKING:
+    from speculators_cli.core.demo.demo import DemoReport
+
+
+@with_settings(DemoSettings)
+def demo(*, flags: dict[str, Any], output: Output) -> None:
+    """Run the whole pipeline on an embedded verifier, on CPU, offline"""  # noqa: D415 - shown as help
+    settings = load_settings(DemoSettings, flags, None)
+    from speculators_cli.core.demo.demo import check_report, run_demo
+
+    try:
+        report = run_demo(settings, progress=output)
+    finally:
+        output.close()
+    if output.is_json:
+        output.result("demo", report.to_json())
+    else:
+        show(report, output)
+    check_report(report)
+
+
+def show(report: "DemoReport", output: Output) -> None:
+    """Write what the demo found, and how to do the same with data of one's own."""
+    before, after = report.untrained, report.trained
+    output.line()
+    output.line("Acceptance rate of each draft token, on prompts that nothing was captured from:")
+    pairs = zip(before.acceptance_rates, after.acceptance_rates, strict=True)
+    rates = [(str(k), f"{old:.2f}", f"{new:.2f}") for k, (old, new) in enumerate(pairs, 1)]
+    output.table(("position", "before training", "after training"), rates)
+    output.line("One answer; what the draft wrote and the verifier accepted stands in «»:")
+    output.line()
+    output.marked([(report.sample_prompt, False), *report.sample])
+    num_drafted = after.num_passes * after.num_draft_tokens
+    rows = [
+        (
+            "acceptance length",
+            f"{after.acceptance_length:.2f} tokens a verifier pass, "
+            f"{before.acceptance_length:.2f} before training",
+        ),
+        ("tokens drafted", f"{num_drafted:,}, {sum(after.num_accepted):,} of them accepted"),
+        (
+            "output identical to the verifier's own greedy output",
+            "yes" if report.is_lossless else "no",
+        ),
+        ("checkpoint", str(report.training.best_checkpoint)),
+        ("time", format_duration(report.duration_seconds)),
+    ]
+    output.panel("Demo", rows)
+    output.hint(
+        "Train on samples of your own verifier: `speculators train --verifier-name-or-path "
+        "VERIFIER --data-path SAMPLES --full-vocab`"
+    )

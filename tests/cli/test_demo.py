@@ -1,0 +1,165 @@
+"""`speculators demo` as the user types it."""
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from speculators_cli.cli.app import run
+from speculators_cli.core.capture.capture import CaptureReport
+from speculators_cli.core.demo.demo import (
+    MAX_NEW_TOKENS,
+    NUM_DRAFT_TOKENS,
+    NUM_EVALUATION_PROMPTS,
+    VERIFIER_DIR,
+    DemoReport,
+    check_report,
+    read_prompts,
+)
+from speculators_cli.core.errors import SpeculatorsError
+from speculators_cli.core.evaluation.draft_and_verify import EvaluationReport
+from speculators_cli.core.training.report import TrainReport
+from tests.cache_free import CacheFreeDraft, draft_and_verify, load_verifier
+
+Capture = pytest.CaptureFixture[str]
+
+
+def report_of(num_accepted: tuple[int, int, int], *, num_different: int = 0) -> DemoReport:
+    """A report of 100 passes, trained and untrained alike."""
+    evaluation = EvaluationReport(
+        num_draft_tokens=3,
+        num_passes=100,
+        num_accepted=num_accepted,
+        answers=(),
+        num_different=num_different,
+        duration_seconds=1.0,
+    )
+    training = TrainReport(
+        checkpoint=None,
+        best_checkpoint=None,
+        best_epoch=None,
+        step=1,
+        total_steps=1,
+        epochs=1,
+        duration_seconds=1.0,
+        tokens_per_second=1.0,
+        peak_memory_bytes=None,
+        validation_loss=None,
+        best_validation_loss=None,
+        acceptance_length=None,
+        acceptance_rates=(),
+        num_skipped_steps=0,
+        num_bad_samples=0,
+        is_resumed=False,
+        was_already_finished=False,
+        is_dry_run=False,
+    )
+    return DemoReport(
+        captured=CaptureReport(1, 2, 1, 1.0),
+        training=training,
+        untrained=evaluation,
+        trained=evaluation,
+        sample_prompt="",
+        sample=(),
+        duration_seconds=1.0,
+    )
+
+
+def test_a_draft_that_misses_the_target_fails_the_demo() -> None:
+    check_report(report_of((50, 30, 20)))
+
+    with pytest.raises(SpeculatorsError, match=r"acceptance length 1\.99, expected 2\.0") as error:
+        check_report(report_of((50, 30, 19)))
+
+    assert error.value.exit_code == 1
+
+
+def test_an_answer_that_is_not_the_verifiers_own_fails_the_demo() -> None:
+    good = report_of((50, 30, 20))
+    bad = replace(good, untrained=report_of((50, 30, 20), num_different=1).untrained)
+
+    with pytest.raises(SpeculatorsError, match="1 drafted answers are not the verifier's own"):
+        check_report(bad)
+
+    assert good.is_lossless
+    assert not bad.is_lossless
+
+
+@pytest.mark.parametrize("name", ["notes.txt", "demo.json", "data"])
+def test_a_folder_that_the_demo_did_not_make_is_left_alone(
+    tmp_path: Path, capsys: Capture, name: str
+) -> None:
+    (tmp_path / name).write_text("{}")
+
+    code = run(["demo", "--output-dir", str(tmp_path)])
+
+    out, err = capsys.readouterr()
+    assert (code, out) == (2, "")
+    assert "holds files that the demo did not make" in err
+    assert [file.name for file in tmp_path.iterdir()] == [name]
+
+
+def test_an_output_folder_below_a_file_is_refused(tmp_path: Path, capsys: Capture) -> None:
+    (tmp_path / "file").touch()
+
+    code = run(["demo", "--output-dir", str(tmp_path / "file" / "demo")])
+
+    assert code == 2
+    assert "`--output-dir`" in capsys.readouterr().err
+
+
+@pytest.mark.demo
+def test_the_whole_demo_holds_what_it_reports(tmp_path: Path) -> None:
+    folder = tmp_path / "demo"
+    command = [sys.executable, "-m", "speculators_cli", "demo", "--output-dir", str(folder)]
+    (folder / "data").mkdir(parents=True)
+    (folder / "data" / "of-an-earlier-demo.pt").touch()
+    (folder / "demo.json").write_text('{"made_by": "speculators demo"}')
+    (folder / "notes.txt").touch()
+
+    done = subprocess.run([*command, "--json"], capture_output=True, text=True, check=False)
+
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout)
+    assert report["lossless"] is True
+    assert report["acceptance_length"] >= 2.0
+    assert report["untrained_acceptance_length"] < 1.2
+    assert report["duration_seconds"] > 0
+    assert not (folder / "data" / "of-an-earlier-demo.pt").exists()
+    assert (folder / "notes.txt").exists()
+    assert json.loads((folder / "demo.json").read_text()).items() <= report.items() | {
+        ("made_by", "speculators demo")
+    }
+    check_acceptance(Path(report["checkpoint"]), report)
+
+
+def check_acceptance(checkpoint_dir: Path, report: dict[str, object]) -> None:
+    """The reported figures are those of a loop without caches over the saved checkpoint."""
+    verifier, draft = load_verifier(VERIFIER_DIR), CacheFreeDraft(checkpoint_dir)
+    begin = verifier.config.bos_token_id
+    accepted: list[int] = []
+    for prompt in encode(read_prompts()[:NUM_EVALUATION_PROMPTS]):
+        counts = draft_and_verify(
+            verifier,
+            draft,
+            [begin, *prompt],
+            num_draft_tokens=NUM_DRAFT_TOKENS,
+            max_new_tokens=MAX_NEW_TOKENS,
+        )
+        accepted += counts.num_accepted
+    assert report["num_passes"] == len(accepted)
+    assert report["acceptance_length"] == 1 + sum(accepted) / len(accepted)
+    assert report["acceptance_rates"] == [
+        sum(count > k for count in accepted) / len(accepted) for k in range(NUM_DRAFT_TOKENS)
+    ]
+
+
+def encode(texts: list[str]) -> list[list[int]]:
+    """Token ids, by the tokenizers library alone."""
+    from tokenizers import Tokenizer
+
+    tokenizer = Tokenizer.from_file(str(VERIFIER_DIR / "tokenizer.json"))
+    return [tokenizer.encode(text, add_special_tokens=False).ids for text in texts]

@@ -1,0 +1,129 @@
+"""Draft and verify against a loop without caches, and against transformers' own answers."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from speculators_cli.core.capture.capture import capture
+from speculators_cli.core.demo.demo import VERIFIER_DIR, read_prompts
+from speculators_cli.core.evaluation.draft_and_verify import evaluate
+from speculators_cli.core.models.checkpoint import read_checkpoint
+from speculators_cli.core.models.drafter import Drafter
+from speculators_cli.core.models.eagle3 import Eagle3Draft, load_draft
+from speculators_cli.core.models.verifier import load_frozen_verifier, read_verifier_config
+from speculators_cli.core.models.verifier_files import VerifierFiles
+from speculators_cli.core.models.verifier_model import VerifierModel
+from speculators_cli.core.progress import SilentProgress
+from speculators_cli.core.training.run import train
+from speculators_cli.settings.train import TrainSettings
+from tests.cache_free import CacheFreeDraft, draft_and_verify, load_verifier
+
+MAX_NEW_TOKENS = 24
+VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
+    "default": {},
+    "all-switches": {
+        "draft": {"num_layers": 2, "draft_arch": "qwen3"},
+        "eagle3": {"norm_before_residual": False, "fc_norm": True, "norm_output": True},
+    },
+    "norm-before-fc": {"eagle3": {"norm_before_fc": True}},
+}
+
+
+@pytest.fixture(scope="module")
+def verifier() -> VerifierModel:
+    return VerifierModel(str(VERIFIER_DIR), (2, 4, 5), dtype=torch.float32)
+
+
+@pytest.fixture(scope="module")
+def prompts(verifier: VerifierModel) -> list[list[int]]:
+    return [verifier.encode(text) for text in read_prompts()[:40]]
+
+
+@pytest.fixture(scope="module")
+def data_dir(
+    verifier: VerifierModel, prompts: list[list[int]], tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    folder = tmp_path_factory.mktemp("captured")
+    capture(
+        verifier,
+        prompts,
+        folder,
+        verifier_name=VERIFIER_DIR.name,
+        max_new_tokens=MAX_NEW_TOKENS,
+        progress=SilentProgress(),
+    )
+    return folder
+
+
+def train_draft(data_dir: Path, save_path: Path, variant: str) -> Path:
+    """The checkpoint of a short run on the very prompts that are drafted afterwards."""
+    sections: dict[str, dict[str, Any]] = {
+        "draft": {"verifier_name_or_path": str(VERIFIER_DIR), "full_vocab": True},
+        "data": {"data_path": (data_dir,), "total_seq_len": 512},
+        "run": {"save_path": save_path, "epochs": 6},
+        "optimizer": {"lr": 3e-3},
+        "distributed": {"device": "cpu"},
+    }
+    for section, fields in VARIANTS[variant].items():
+        sections[section] = sections.get(section, {}) | fields
+    report = train(TrainSettings.model_validate(sections), progress=SilentProgress())
+    assert report.checkpoint is not None
+    return report.checkpoint
+
+
+def load(checkpoint_dir: Path) -> Eagle3Draft:
+    checkpoint = read_checkpoint(checkpoint_dir)
+    assert checkpoint is not None
+    files = VerifierFiles(str(VERIFIER_DIR))
+    config = read_verifier_config(files, trust_remote_code=False)
+    return load_draft(checkpoint, load_frozen_verifier(files, config))
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_counts_are_those_of_a_loop_without_caches(
+    verifier: VerifierModel,
+    prompts: list[list[int]],
+    data_dir: Path,
+    tmp_path: Path,
+    variant: str,
+) -> None:
+    checkpoint_dir = train_draft(data_dir, tmp_path, variant)
+
+    report = evaluate(
+        verifier,
+        Drafter(load(checkpoint_dir), 3),
+        prompts[:8],
+        max_new_tokens=MAX_NEW_TOKENS,
+        progress=SilentProgress(),
+    )
+
+    plain, draft = load_verifier(VERIFIER_DIR), CacheFreeDraft(checkpoint_dir)
+    expected = [
+        draft_and_verify(plain, draft, prompt, num_draft_tokens=3, max_new_tokens=MAX_NEW_TOKENS)
+        for prompt in prompts[:8]
+    ]
+    assert [answer.num_accepted for answer in report.answers] == [x.num_accepted for x in expected]
+    assert [answer.tokens for answer in report.answers] == [x.tokens for x in expected]
+    assert report.is_lossless
+    assert {0, 1} <= {count for x in expected for count in x.num_accepted}
+    passes = [count for x in expected for count in x.num_accepted]
+    assert report.acceptance_length == pytest.approx(1 + sum(passes) / len(passes))
+    assert report.acceptance_rates[1] == sum(count >= 2 for count in passes) / len(passes)
+
+
+def test_answers_are_those_of_transformers(
+    verifier: VerifierModel, prompts: list[list[int]]
+) -> None:
+    plain = load_verifier(VERIFIER_DIR)
+
+    answers = verifier.answer(prompts[:5], MAX_NEW_TOKENS)
+
+    for prompt, answer in zip(prompts[:5], answers, strict=True):
+        ids = torch.tensor([prompt])
+        mask = torch.ones_like(ids)
+        out = plain.generate(
+            ids, attention_mask=mask, max_new_tokens=MAX_NEW_TOKENS, do_sample=False
+        )
+        assert out[0, len(prompt) :].tolist() == answer
