@@ -1,4 +1,4 @@
-"""Two ranks on gloo against one rank on the same global batches."""
+"""Two ranks, on gloo or NCCL, against one rank on the same global batches."""
 
 import json
 import subprocess
@@ -36,13 +36,15 @@ def gradient_norms(save_path: Path) -> list[float]:
 
 
 @pytest.mark.parametrize("sharding", ["shard", "replicate"])
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.multi_gpu)])
 def test_two_ranks_equal_one_that_accumulates(
-    tiny: TinyInputs, tmp_path: Path, sharding: str
+    tiny: TinyInputs, tmp_path: Path, device: str, sharding: str
 ) -> None:
     one, two = tmp_path / "one", tmp_path / "two"
+    same = {"device": device, "compute_dtype": "float32"}
 
-    train(tiny, one, num_ranks=1, gradient_accumulation_steps=2)
-    train(tiny, two, num_ranks=2, sharding=sharding)
+    train(tiny, one, num_ranks=1, gradient_accumulation_steps=2, **same)
+    train(tiny, two, num_ranks=2, sharding=sharding, **same)
 
     # AdamW does not see a gradient's scale: only its norm tells a sum from a mean.
     assert gradient_norms(two) == pytest.approx(gradient_norms(one), rel=1e-3)
