@@ -33,7 +33,7 @@ def test_flash_is_as_close_to_float32_as_the_plain_path(
         leaves = [x.to(dtype).requires_grad_() for x in (query, *keys_and_values)]
         out = attend(leaves[0], bounds, *leaves[1:])  # type: ignore[operator]
         out.backward(grad.to(dtype))
-        return [out, *(leaf.grad for leaf in leaves)]
+        return [out.detach(), *(leaf.grad for leaf in leaves)]
 
     exact = run(plain_attention, torch.float32)
     plain = run(plain_attention, torch.bfloat16)

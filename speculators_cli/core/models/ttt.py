@@ -4,7 +4,7 @@ TTT step k at position i scores the verifier's distribution of position i+k, if 
 same document and is supervised (EAGLE-3, arXiv 2503.01840, section 3.2).
 """
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -34,11 +34,12 @@ def scored_positions(
     return scored
 
 
-@dataclass(frozen=True)
-class StepSums:
+class StepSums(NamedTuple):
     """What each TTT step adds up over its positions; every tensor is [steps].
 
-    A chain is a position whose targets 0..k are all supervised and in the document.
+    A chain is a position whose targets 0..k are all supervised and in the document. A named tuple,
+    since FSDP2 must find the loss in what a draft returns: before torch 2.13 it does not look into
+    dataclasses, and leaves gradients unreduced without a word.
     """
 
     losses: Tensor  # float32, in nats; carries the gradient while training
@@ -50,15 +51,7 @@ class StepSums:
 
     def stacked(self) -> Tensor:
         """All sums as one tensor without gradient; [6, steps], float64."""
-        sums = (
-            self.losses.detach(),
-            self.num_scored,
-            self.num_agreed,
-            self.num_chains,
-            self.num_open_chains,
-            self.num_agreed_chains,
-        )
-        return torch.stack([x.double() for x in sums])
+        return torch.stack([sums.detach().double() for sums in self])
 
 
 def sum_steps(

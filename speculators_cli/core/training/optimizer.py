@@ -1,7 +1,6 @@
 """AdamW and the learning rate."""
 
 import math
-from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
@@ -60,7 +59,9 @@ class Optimizer:
         Returns:
             The gradient's norm before the clip, over all ranks: float32 scalar on the device.
         """
-        norm = torch.nn.utils.get_total_norm(_gradients(self.parameters), foreach=True)
+        gradients = [p.grad for p in self.parameters if p.grad is not None]
+        assert gradients, "a backward has reached the parameters"
+        norm = torch.nn.utils.get_total_norm(gradients, foreach=True)
         if isinstance(norm, DTensor):
             norm = norm.full_tensor()
         is_broken = ~norm.isfinite()
@@ -74,7 +75,3 @@ class Optimizer:
         self.num_skipped += is_broken
         self.num_skipped_in_a_row = (self.num_skipped_in_a_row + 1) * is_broken
         return norm
-
-
-def _gradients(parameters: Iterable[nn.Parameter]) -> list[Tensor]:
-    return [p.grad for p in parameters if p.grad is not None]
