@@ -39,14 +39,15 @@ def page(name: str, command: TyperCommand, settings_class: type[Settings] | None
         if isinstance(option, TyperOption):
             panels[getattr(option, "rich_help_panel", None) or "Options"].append(option)
     lines = [f"# `speculators {name}`", "", f"{command.help}.", ""]
-    if keys:
+    has_config = any(option.name == "config" for option in command.params)
+    if has_config:
         lines += [
             "In a `--config` file a setting stands in its section, under its flag's name with "
             "underscores: `total_seq_len` in `[data]`.",
             "",
         ]
     for panel, options in panels.items():
-        section = f" (`[{keys[panel]}]`)" if panel in keys else ""
+        section = f" (`[{keys[panel]}]`)" if has_config and panel in keys else ""
         lines += [f"## {panel}{section}", "", "| Flag | Meaning |", "| --- | --- |"]
         lines += [f"| {_flags(option)} | {_meaning(option)} |" for option in options]
         lines.append("")

@@ -39,6 +39,9 @@ def show(report: "DemoReport", output: Output) -> None:
     output.line("One answer; what the draft wrote and the verifier accepted stands in «»:")
     output.line()
     output.marked([(report.sample_prompt, False), *report.sample])
+    output.line()
+    answer = "yes" if report.is_lossless else "no"
+    output.line(f"Output identical to the verifier's own greedy output: {answer}")
     num_drafted = after.num_passes * after.num_draft_tokens
     rows = [
         (
@@ -47,15 +50,11 @@ def show(report: "DemoReport", output: Output) -> None:
             f"{before.acceptance_length:.2f} before training",
         ),
         ("tokens drafted", f"{num_drafted:,}, {sum(after.num_accepted):,} of them accepted"),
-        (
-            "output identical to the verifier's own greedy output",
-            "yes" if report.is_lossless else "no",
-        ),
         ("checkpoint", str(report.training.best_checkpoint)),
         ("time", format_duration(report.duration_seconds)),
     ]
     output.panel("Demo", rows)
-    output.hint(
-        "Train on samples of your own verifier: `speculators train --verifier-name-or-path "
-        "VERIFIER --data-path SAMPLES --full-vocab`"
-    )
+    settings_file = report.output_dir / "checkpoints" / "settings.json"
+    output.line("Stage 3 by itself, and with samples of your own verifier (a folder or hub id):")
+    output.line(f"  speculators train --config {settings_file} --save-path again")
+    output.line("  speculators train --verifier-name-or-path ID --data-path SAMPLES --full-vocab")

@@ -58,6 +58,7 @@ def report_of(num_accepted: tuple[int, int, int], *, num_different: int = 0) -> 
         is_dry_run=False,
     )
     return DemoReport(
+        output_dir=Path("demo"),
         captured=CaptureReport(1, 2, 1, 1.0),
         training=training,
         untrained=evaluation,

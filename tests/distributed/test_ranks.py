@@ -1,6 +1,7 @@
 """Two ranks, on gloo or NCCL, against one rank on the same global batches."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from speculators_cli import __version__
 from tests.tiny import TinyInputs
 
 
@@ -66,3 +68,21 @@ def test_a_run_goes_on_with_another_number_of_ranks(tiny: TinyInputs, tmp_path: 
     assert largest_difference(whole / "1", parts / "1") < 2e-4
     tensors = load_file(whole / "1" / "trainer" / "optimizer.safetensors")
     assert {x.dtype for x in tensors.values()} == {torch.float32}
+
+
+@pytest.mark.parametrize("rank", ["0", None])
+def test_a_rank_leaves_without_shutting_the_interpreter_down(rank: str | None) -> None:
+    script = (
+        "import atexit, sys; from speculators_cli.__main__ import main; "
+        "atexit.register(print, 'shut down'); sys.argv = ['speculators', '--version']; main()"
+    )
+    environment = {name: value for name, value in os.environ.items() if name != "RANK"}
+    if rank is not None:
+        environment["RANK"] = rank
+
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True, env=environment
+    )
+
+    assert done.stdout.startswith(__version__)
+    assert ("shut down" in done.stdout) == (rank is None)

@@ -1,6 +1,6 @@
 """run_demo(): capture, choose a vocabulary, train, draft and verify, on the embedded verifier.
 
-Each stage is the code of its command; only the inputs are the demo's own.
+Each stage is the package's ordinary code; only the inputs are the demo's own.
 """
 
 import json
@@ -43,13 +43,14 @@ NUM_DRAFT_TOKENS = 3
 MIN_ACCEPTANCE_LENGTH = 2.0
 RESULT_NAME = "demo.json"
 MADE_BY = {"made_by": "speculators demo"}  # in the result: says that the folder is a demo's
-OWN_NAMES = ("data", "checkpoints", "d2t.npy", "t2d.npy", RESULT_NAME)
+OWN_NAMES = ("verifier", "data", "checkpoints", "d2t.npy", "t2d.npy", RESULT_NAME)
 
 
 @dataclass(frozen=True)
 class DemoReport:
     """What the demo found."""
 
+    output_dir: Path
     captured: CaptureReport
     training: TrainReport
     untrained: EvaluationReport
@@ -87,7 +88,9 @@ def run_demo(settings: DemoSettings, *, progress: Progress) -> DemoReport:
     started_at = time.perf_counter()
     output_dir, seed = settings.run.output_dir, settings.run.seed
     prepare(output_dir)
-    verifier = VerifierModel(str(VERIFIER_DIR), default_layer_ids(NUM_LAYERS), dtype=torch.float32)
+    # A folder like any other, so that the commands can be tried on it afterwards.
+    name = str(shutil.copytree(VERIFIER_DIR, output_dir / "verifier"))
+    verifier = VerifierModel(name, default_layer_ids(NUM_LAYERS), dtype=torch.float32)
     texts = read_prompts()
     prompts = [verifier.encode(text) for text in texts]
     to_evaluate, to_capture = prompts[:NUM_EVALUATION_PROMPTS], prompts[NUM_EVALUATION_PROMPTS:]
@@ -97,7 +100,7 @@ def run_demo(settings: DemoSettings, *, progress: Progress) -> DemoReport:
         verifier,
         to_capture,
         output_dir / "data",
-        verifier_name=VERIFIER_DIR.name,
+        verifier_name=name,
         max_new_tokens=MAX_NEW_TOKENS,
         progress=progress,
     )
@@ -111,12 +114,13 @@ def run_demo(settings: DemoSettings, *, progress: Progress) -> DemoReport:
     progress.info("3/4 Train an EAGLE-3 draft")
     training = train(train_settings(output_dir, seed), progress=progress)
     progress.info("4/4 Draft and verify on other prompts, before training and after")
-    draft = load_best(training)
+    draft = load_best(training, name)
     trained = draft_and_verify_all(verifier, draft, to_evaluate, progress)
     draft.initialise(seed)
     untrained = draft_and_verify_all(verifier, draft, to_evaluate, progress)
     shown = choose_answer(trained.answers)
     report = DemoReport(
+        output_dir=output_dir,
         captured=captured,
         training=training,
         untrained=untrained,
@@ -208,7 +212,7 @@ def train_settings(output_dir: Path, seed: int) -> TrainSettings:
     return TrainSettings.model_validate(
         {
             "draft": {
-                "verifier_name_or_path": str(VERIFIER_DIR),
+                "verifier_name_or_path": str(output_dir / "verifier"),
                 "d2t_path": output_dir / "d2t.npy",
                 "t2d_path": output_dir / "t2d.npy",
             },
@@ -227,12 +231,12 @@ def train_settings(output_dir: Path, seed: int) -> TrainSettings:
     )
 
 
-def load_best(training: TrainReport) -> Eagle3Draft:
-    """The draft of the best checkpoint, beside the embedded verifier's frozen parts."""
+def load_best(training: TrainReport, verifier_name: str) -> Eagle3Draft:
+    """The draft of the best checkpoint, beside the verifier's frozen parts."""
     assert training.best_checkpoint is not None, "the demo's run saves and validates"
     checkpoint = read_checkpoint(training.best_checkpoint)
     assert checkpoint is not None, "it was just saved"
-    files = VerifierFiles(str(VERIFIER_DIR))
+    files = VerifierFiles(verifier_name)
     config = read_verifier_config(files, trust_remote_code=False)
     return load_draft(checkpoint, load_frozen_verifier(files, config))
 

@@ -38,7 +38,7 @@ class StepSums(NamedTuple):
     """What each TTT step adds up over its positions; every tensor is [steps].
 
     A chain is a position whose targets 0..k are all supervised and in the document. A named tuple,
-    since FSDP2 must find the loss in what a draft returns: before torch 2.13 it does not look into
+    since FSDP2 must find the loss in what a draft returns: in torch 2.11 it does not look into
     dataclasses, and leaves gradients unreduced without a word.
     """
 
