@@ -55,6 +55,7 @@ def show(report: "DemoReport", output: Output) -> None:
     ]
     output.panel("Demo", rows)
     settings_file = report.output_dir / "checkpoints" / "settings.json"
-    output.line("Stage 3 by itself, and with samples of your own verifier (a folder or hub id):")
+    output.line("Stage 3 by itself, then stages 2 and 3 for a verifier of your own:")
     output.line(f"  speculators train --config {settings_file} --save-path again")
-    output.line("  speculators train --verifier-name-or-path ID --data-path SAMPLES --full-vocab")
+    output.line("  speculators build-vocab-map --verifier-name-or-path ID --data-path SAMPLES")
+    output.line("  speculators train --verifier-name-or-path ID --data-path SAMPLES")

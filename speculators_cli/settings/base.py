@@ -6,10 +6,10 @@ import tomllib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, ValidationError
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails, PydanticCustomError
 
@@ -83,6 +83,24 @@ def path_error(path: Path, problem: str, *, hint: str | None = None) -> Pydantic
     return PydanticCustomError(
         "path", "`{path}` {problem}", {"path": str(path), "problem": problem, "hint": hint}
     )
+
+
+def _check_folders(folders: tuple[Path, ...]) -> tuple[Path, ...]:
+    for folder in folders:
+        if not folder.exists():
+            raise path_error(folder, "does not exist")
+        if not folder.is_dir():
+            raise path_error(folder, "is not a folder")
+    return folders
+
+
+def _read_number(value: object) -> object:
+    return int(value) if isinstance(value, str) and value.isdecimal() else value
+
+
+# Folders that must exist, and the version of a data format, as a flag gives them.
+Folders = Annotated[tuple[Path, ...], AfterValidator(_check_folders)]
+FormatVersion = Annotated[Literal[0, 1], BeforeValidator(_read_number)]
 
 
 def load_settings(

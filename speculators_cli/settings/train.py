@@ -10,6 +10,8 @@ from pydantic import Field, field_validator, model_validator
 from speculators_cli.settings.base import (
     REFUSED_ON_RESUME,
     WARNED_ON_RESUME,
+    Folders,
+    FormatVersion,
     OffFlag,
     Settings,
     path_error,
@@ -74,18 +76,18 @@ class RunSettings(Settings):
 class DataSettings(Settings):
     """Which samples are read, and how they become batches."""
 
-    data_path: tuple[Path, ...] = Field(
+    data_path: Folders = Field(
         (Path("./data"),),
         min_length=1,
         validate_default=True,
         description="Folder of samples, searched recursively; may be repeated",
     )
-    val_data_path: tuple[Path, ...] = Field(
+    val_data_path: Folders = Field(
         (),
         description="Folder of validation samples, in place of a part of the data path; "
         "may be repeated",
     )
-    data_format_version: Annotated[Literal[0, 1], WARNED_ON_RESUME] = Field(
+    data_format_version: Annotated[FormatVersion, WARNED_ON_RESUME] = Field(
         1, description="Format of the samples: 0 or 1"
     )
     train_data_ratio: Annotated[float, REFUSED_ON_RESUME] = Field(
@@ -109,21 +111,6 @@ class DataSettings(Settings):
     allow_changed_data: bool = Field(
         False, description="Resume although the samples are not the ones the run began with"
     )
-
-    @field_validator("data_format_version", mode="before")
-    @classmethod
-    def _version_is_a_number(cls, value: object) -> object:
-        return int(value) if isinstance(value, str) and value.isdecimal() else value
-
-    @field_validator("data_path", "val_data_path")
-    @classmethod
-    def _folders_exist(cls, value: tuple[Path, ...]) -> tuple[Path, ...]:
-        for folder in value:
-            if not folder.exists():
-                raise path_error(folder, "does not exist")
-            if not folder.is_dir():
-                raise path_error(folder, "is not a folder")
-        return value
 
 
 class DraftSettings(Settings):

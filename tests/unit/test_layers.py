@@ -11,7 +11,12 @@ ROOT = Path(speculators_cli.__file__).parent
 PACKAGE = "speculators_cli"
 # What each layer may import, besides itself; the longest prefix of a module names its layer.
 BASE = {"core.errors", "core.files", "core.progress"}
-JOBS = {"core.capture", "core.evaluation", "core.training"}  # do not import each other
+JOBS = {
+    "core.capture",
+    "core.evaluation",
+    "core.preparation",
+    "core.training",
+}  # do not import each other
 ALLOWED = {
     "core.errors": set(),
     "core.files": {"core.errors"},
@@ -21,9 +26,10 @@ ALLOWED = {
     "core.models": BASE | {"settings", "core.data", ""},
     "core.capture": BASE | {"settings", "core.data", "core.models"},
     "core.evaluation": BASE | {"settings", "core.data", "core.models"},
+    "core.preparation": BASE | {"settings", "core.data", "core.models"},
     "core.training": BASE | {"settings", "core.data", "core.models"},
     "core.demo": BASE | {"settings", "core.data", "core.models", *JOBS},
-    "cli": BASE | {"settings", "core.training", "core.demo", ""},
+    "cli": BASE | {"settings", "core.preparation", "core.training", "core.demo", ""},
     "__main__": {"cli"},
     "": set(),
 }

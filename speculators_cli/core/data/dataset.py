@@ -4,7 +4,7 @@ import json
 import math
 import os
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
@@ -17,7 +17,7 @@ import torch
 from speculators_cli.core.data.data_config import FILE_NAME, DataConfig, read_data_config
 from speculators_cli.core.data.formats import FORMATS
 from speculators_cli.core.data.packing import plan_epoch
-from speculators_cli.core.data.sample import BadSampleError, Sample, SampleHeader
+from speculators_cli.core.data.sample import BadSampleError, Sample, SampleHeader, SampleTokens
 from speculators_cli.core.errors import DataError
 from speculators_cli.core.files import replacing
 from speculators_cli.core.progress import Progress
@@ -160,6 +160,7 @@ def read_dataset(
     index_file: Path | None,
     max_bad_samples: int | None,
     progress: Progress,
+    on_tokens: Callable[[SampleTokens], None] | None = None,
 ) -> Dataset:
     """Scan folders for samples, reading headers only, and leave out broken files.
 
@@ -169,6 +170,8 @@ def read_dataset(
         index_file: Headers of an earlier scan, used for files that are as they were.
         max_bad_samples: Most files left out; None: 1 % of the folder.
         progress: Who hears of the scan and of files left out.
+        on_tokens: Is shown ids and mask of every sample that can be read, in order, also of those
+            that are then left out for their sizes; not to be used with an index.
 
     Raises:
         DataError: No samples, samples of another format, or too many broken files.
@@ -192,7 +195,11 @@ def read_dataset(
             if isinstance(result, BadSampleError):
                 broken.append((file, result))
             else:
-                entries.append(result)
+                entry, tokens = result
+                entries.append(entry)
+                if on_tokens is not None:
+                    assert tokens is not None, "no index was used"
+                    on_tokens(tokens)
             task.advance()
     _refuse_other_version(broken, len(files), version, shown)
     entries, odd = _split_off_odd(entries)
@@ -264,14 +271,18 @@ def _entry_from_json(path: str, fields: dict[str, dict[str, object]]) -> Entry:
     return Entry(Path(path), str(fields["name"]), stamp, SampleHeader(dtype=dtype, **header))  # type: ignore[arg-type]
 
 
-def _scan(name: str, file: Path, version: int, known: dict[str, Entry]) -> Entry | BadSampleError:
+def _scan(
+    name: str, file: Path, version: int, known: dict[str, Entry]
+) -> tuple[Entry, SampleTokens | None] | BadSampleError:
+    """Read a file, or find it in the index, which holds no tokens."""
     try:
         status = file.stat()
         stamp = FileStamp(status.st_size, status.st_mtime_ns)
         cached = known.get(str(file.absolute()))
         if cached is not None and cached.stamp == stamp:
-            return Entry(file, name, stamp, cached.header)
-        return Entry(file, name, stamp, FORMATS[version].read_header(file))
+            return Entry(file, name, stamp, cached.header), None
+        tokens = FORMATS[version].read_tokens(file)
+        return Entry(file, name, stamp, tokens.header), tokens
     except BadSampleError as error:
         return error
     except OSError as error:

@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+import numpy as np
+from numpy.typing import NDArray
 from torch import Tensor, dtype
 
 from speculators_cli.core.errors import DataError
@@ -18,6 +20,15 @@ class SampleHeader:
     dtype: dtype  # of the hidden states on disk
     is_normed: bool  # whether the last hidden states are after the verifier's final norm
     max_token_id: int  # -1 in an empty sample
+
+
+@dataclass(frozen=True)
+class SampleTokens:
+    """A sample without its hidden states."""
+
+    header: SampleHeader
+    input_ids: NDArray[np.int64]  # [seq_len]
+    loss_mask: NDArray[np.bool_]  # [seq_len]
 
 
 @dataclass(frozen=True)

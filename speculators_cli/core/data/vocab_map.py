@@ -11,7 +11,6 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from speculators_cli.core.data.dataset import Dataset
 from speculators_cli.core.errors import SettingsError
 from speculators_cli.core.files import replacing
 
@@ -63,7 +62,17 @@ class VocabMap:
         *,
         always: Collection[int] = (),
     ) -> "VocabMap":
-        """Keep the most frequent tokens, ties to the lower id, and those of `always`."""
+        """Keep the most frequent tokens, ties to the lower id, and those of `always`.
+
+        Raises:
+            SettingsError: There are fewer tokens than that, or more that are always kept.
+        """
+        if not len(always) <= draft_vocab_size <= len(counts):
+            raise SettingsError(
+                f"`--draft-vocab-size` must be from {len(always):,}, the tokens that are always "
+                f"kept, to {len(counts):,}, those of the verifier, got `{draft_vocab_size}`",
+                hint="Choose a size between, such as a quarter of the verifier's",
+            )
         ranking = counts.astype(np.float64)
         ranking[list(always)] = np.inf
         # Stable: equal counts, zeros among them, stay in the order of their ids.
@@ -126,13 +135,3 @@ def _read(file: Path, kinds: str) -> NDArray[np.generic]:
     if not isinstance(array, np.ndarray) or array.ndim != 1 or array.dtype.kind not in kinds:
         raise SettingsError(f"`{file}` is not a vector of whole numbers", hint=HINT)
     return array
-
-
-def count_tokens(dataset: Dataset, vocab_size: int) -> NDArray[np.int64]:
-    """How often each token is supervised in all samples; [vocab], int64."""
-    counts = np.zeros(vocab_size, dtype=np.int64)
-    for sample_id in range(len(dataset)):
-        sample = dataset.read(sample_id)
-        supervised = sample.input_ids[1:][sample.loss_mask[1:]]
-        counts += np.bincount(supervised.numpy(), minlength=vocab_size)
-    return counts

@@ -17,7 +17,8 @@ import torch
 from speculators_cli.core.capture.capture import CaptureReport, capture
 from speculators_cli.core.data.data_config import default_layer_ids
 from speculators_cli.core.data.dataset import read_dataset
-from speculators_cli.core.data.vocab_map import VocabMap, count_tokens
+from speculators_cli.core.data.token_counts import TokenCounts
+from speculators_cli.core.data.vocab_map import VocabMap
 from speculators_cli.core.errors import SettingsError, SpeculatorsError
 from speculators_cli.core.evaluation.draft_and_verify import Answer, EvaluationReport, evaluate
 from speculators_cli.core.files import check_output_dir, replacing
@@ -198,10 +199,16 @@ def read_prompts() -> list[str]:
 
 def choose_vocabulary(verifier: VerifierModel, output_dir: Path, progress: Progress) -> float:
     """Write d2t and t2d; returns the share of supervised tokens they cover."""
-    samples = read_dataset(
-        [output_dir / "data"], version=1, index_file=None, max_bad_samples=0, progress=progress
+    token_counts = TokenCounts(verifier.vocab_size)
+    read_dataset(
+        [output_dir / "data"],
+        version=1,
+        index_file=None,
+        max_bad_samples=0,
+        progress=progress,
+        on_tokens=token_counts.add,
     )
-    counts = count_tokens(samples, verifier.vocab_size)
+    counts = token_counts.total()
     vocab_map = VocabMap.choose(counts, DRAFT_VOCAB_SIZE, always=verifier.end_ids)
     vocab_map.save(output_dir / "d2t.npy", output_dir / "t2d.npy")
     return float(counts[vocab_map.t2d.numpy()].sum() / counts.sum())

@@ -11,7 +11,7 @@ import torch
 
 from speculators_cli.core.data.dataset import Dataset, find_files, read_dataset, split, write_index
 from speculators_cli.core.data.formats.format import SampleFormat
-from speculators_cli.core.data.sample import SampleHeader
+from speculators_cli.core.data.sample import SampleTokens
 from speculators_cli.core.errors import DataError
 from speculators_cli.core.progress import SilentProgress
 
@@ -120,13 +120,13 @@ def test_a_second_scan_opens_no_file_that_is_as_it_was(
     write_index(first, index)
     write(data / "data_2.pt", num_tokens=30)
     opened: list[str] = []
-    read_header = SampleFormat.read_header
+    read_tokens = SampleFormat.read_tokens
 
-    def spy(self: SampleFormat, file: Path) -> SampleHeader:
+    def spy(self: SampleFormat, file: Path) -> SampleTokens:
         opened.append(file.name)
-        return read_header(self, file)
+        return read_tokens(self, file)
 
-    monkeypatch.setattr(SampleFormat, "read_header", spy)
+    monkeypatch.setattr(SampleFormat, "read_tokens", spy)
 
     second = read(data, index_file=index)
 

@@ -55,7 +55,7 @@ def saved(folder: Path, content: object) -> Path:
 def refused(file: Path, version: int = 1) -> str:
     """Why a file is refused; header and sample must agree."""
     with pytest.raises(BadSampleError) as header_error:
-        FORMATS[version].read_header(file)
+        FORMATS[version].read_tokens(file)
     with pytest.raises(BadSampleError) as sample_error:
         FORMATS[version].read_sample(file)
     assert header_error.value.reason == sample_error.value.reason
@@ -78,7 +78,7 @@ def test_v1_is_read_as_torch_reads_it(tmp_path: Path) -> None:
     file = saved(tmp_path, content)
 
     sample = FORMATS[1].read_sample(file)
-    header = FORMATS[1].read_header(file)
+    header = FORMATS[1].read_tokens(file).header
 
     assert torch.equal(sample.input_ids, content["input_ids"])
     assert sample.loss_mask.tolist() == [False] * 3 + [True] * 4
@@ -109,7 +109,7 @@ def test_our_own_key_says_that_the_last_states_are_normed(tmp_path: Path, flag: 
     file = saved(tmp_path, v1_content(last_hidden_state_is_normed=flag))
 
     assert FORMATS[1].read_sample(file).is_normed
-    assert FORMATS[1].read_header(file).is_normed
+    assert FORMATS[1].read_tokens(file).header.is_normed
 
 
 @pytest.mark.parametrize("version", [0, 1])
@@ -161,7 +161,7 @@ def test_masks_of_any_type_are_read(tmp_path: Path, dtype: torch.dtype) -> None:
 
     assert FORMATS[1].read_sample(file).loss_mask.tolist() == [0, 1, 1, 0, 1, 0, 0]
     # The first token cannot be predicted; the rest of the mask counts.
-    assert FORMATS[1].read_header(file).num_supervised_tokens == 3
+    assert FORMATS[1].read_tokens(file).header.num_supervised_tokens == 3
 
 
 @pytest.mark.parametrize(
@@ -229,11 +229,11 @@ def test_foreign_content_is_named(
 
 def test_the_other_version_is_recognised(tmp_path: Path) -> None:
     with pytest.raises(BadSampleError, match="is a v0 sample, read as v1") as error:
-        FORMATS[1].read_header(saved(tmp_path, v0_content()))
+        FORMATS[1].read_tokens(saved(tmp_path, v0_content()))
     assert error.value.other_version == 0
 
     with pytest.raises(BadSampleError, match="is a v1 sample, read as v0") as error:
-        FORMATS[0].read_header(saved(tmp_path, v1_content()))
+        FORMATS[0].read_tokens(saved(tmp_path, v1_content()))
     assert error.value.other_version == 1
 
 

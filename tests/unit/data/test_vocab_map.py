@@ -6,6 +6,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from speculators_cli.core.data.vocab_map import VocabMap
 from speculators_cli.core.errors import SettingsError
@@ -84,3 +86,40 @@ def test_a_map_that_is_a_pickle_is_not_loaded(tmp_path: Path) -> None:
 def test_a_map_of_another_verifier_is_refused() -> None:
     with pytest.raises(SettingsError, match="covers 5 tokens, the verifier has 6"):
         VocabMap.full(5).check(6)
+
+
+@given(
+    counts=st.lists(st.integers(0, 3), min_size=1, max_size=40),
+    share=st.floats(0, 1),
+    always=st.sets(st.integers(0, 39), max_size=4),
+)
+def test_the_most_frequent_tokens_are_kept_and_ties_go_to_the_lower_id(
+    counts: list[int], share: float, always: set[int]
+) -> None:
+    vocab_size = len(counts)
+    always = {i for i in always if i < vocab_size}
+    size = max(len(always), 1, round(share * vocab_size))
+
+    vocab_map = VocabMap.choose(np.array(counts), size, always=always)
+
+    ranking = sorted(range(vocab_size), key=lambda i: (i not in always, -counts[i], i))
+    kept = sorted(ranking[:size])
+    assert vocab_map.kept_ids.tolist() == kept
+    assert vocab_map.t2d.nonzero().flatten().tolist() == kept
+    assert vocab_map.d2t.tolist() == [token_id - i for i, token_id in enumerate(kept)]
+
+
+@pytest.mark.parametrize("size", [1, 6])
+def test_a_size_that_cannot_be_chosen_names_the_bounds(size: int) -> None:
+    with pytest.raises(SettingsError, match=rf"from 2, .* to 5, .* got `{size}`"):
+        VocabMap.choose(np.ones(5, np.int64), size, always={0, 3})
+
+
+def test_saved_maps_load_as_they_were(tmp_path: Path) -> None:
+    vocab_map = VocabMap.choose(np.array([0, 5, 1, 5, 2]), 3)
+
+    vocab_map.save(tmp_path / "d2t.npy", tmp_path / "t2d.npy")
+
+    loaded = VocabMap.load(tmp_path / "d2t.npy", tmp_path / "t2d.npy")
+    assert torch.equal(loaded.d2t, vocab_map.d2t)
+    assert torch.equal(loaded.t2d, vocab_map.t2d)

@@ -3,10 +3,12 @@
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from speculators_cli.core.capture.capture import capture
+from speculators_cli.core.data.vocab_map import VocabMap
 from speculators_cli.core.demo.demo import VERIFIER_DIR, read_prompts
 from speculators_cli.core.evaluation.draft_and_verify import evaluate
 from speculators_cli.core.models.checkpoint import read_checkpoint
@@ -22,7 +24,7 @@ from tests.cache_free import CacheFreeDraft, draft_and_verify, load_verifier
 
 MAX_NEW_TOKENS = 24
 VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
-    "default": {},
+    "default": {"draft": {"full_vocab": False}},
     "all-switches": {
         "draft": {"num_layers": 2, "draft_arch": "qwen3"},
         "eagle3": {"norm_before_residual": False, "fc_norm": True, "norm_output": True},
@@ -46,6 +48,10 @@ def data_dir(
     verifier: VerifierModel, prompts: list[list[int]], tmp_path_factory: pytest.TempPathFactory
 ) -> Path:
     folder = tmp_path_factory.mktemp("captured")
+    kept = np.sort(np.random.default_rng(0).permutation(2048)[:1500])
+    counts = np.zeros(2048, np.int64)
+    counts[kept] = 1
+    VocabMap.choose(counts, 1500).save(folder / "d2t.npy", folder / "t2d.npy")
     capture(
         verifier,
         prompts,
@@ -60,7 +66,12 @@ def data_dir(
 def train_draft(data_dir: Path, save_path: Path, variant: str) -> Path:
     """The checkpoint of a short run on the very prompts that are drafted afterwards."""
     sections: dict[str, dict[str, Any]] = {
-        "draft": {"verifier_name_or_path": str(VERIFIER_DIR), "full_vocab": True},
+        "draft": {
+            "verifier_name_or_path": str(VERIFIER_DIR),
+            "full_vocab": True,
+            "d2t_path": data_dir / "d2t.npy",
+            "t2d_path": data_dir / "t2d.npy",
+        },
         "data": {"data_path": (data_dir,), "total_seq_len": 512},
         "run": {"save_path": save_path, "epochs": 6},
         "optimizer": {"lr": 3e-3},

@@ -8,10 +8,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from speculators_cli.core.data.dataset import read_dataset
 from speculators_cli.core.errors import CheckpointError, DataError
 from speculators_cli.core.progress import SilentProgress
+from speculators_cli.core.training.distributed import Ranks
 from speculators_cli.core.training.report import TrainReport
-from speculators_cli.core.training.run import train
+from speculators_cli.core.training.run import build_loader, train
 from tests.tiny import DRAFT_VOCAB, HIDDEN, LAYER_IDS, VOCAB, TinyInputs
 
 
@@ -255,3 +257,28 @@ def test_samples_of_another_verifier_are_refused_before_anything_is_written(
         run(tiny)
 
     assert not tiny.save_path.exists()
+
+
+def test_ranks_of_several_machines_share_the_samples(tiny: TinyInputs) -> None:
+    # Trap: the local rank in the sampler, which gives each machine the same data.
+    settings = tiny.settings(data={"num_workers": 0})
+    samples = read_dataset(
+        [tiny.data_dir], version=1, index_file=None, max_bad_samples=0, progress=SilentProgress()
+    )
+
+    def read_by(rank: int) -> list[int]:
+        ranks = Ranks(
+            rank=rank,
+            num_ranks=4,
+            local_rank=rank % 2,
+            num_local_ranks=2,
+            device=torch.device("cpu"),
+            store=None,
+        )
+        steps = build_loader(settings, samples, ranks, global_batch=4).epoch(0)
+        return [i for batches in steps for batch in batches for i in batch.sample_ids]
+
+    read = [read_by(rank) for rank in range(4)]
+
+    assert all(read)
+    assert sorted(i for ids in read for i in ids) == list(range(len(samples)))

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from speculators_cli.core.data.formats.archive import Archive
 from speculators_cli.core.data.formats.structure import TensorSpec
-from speculators_cli.core.data.sample import BadSampleError, Sample, SampleHeader
+from speculators_cli.core.data.sample import BadSampleError, Sample, SampleHeader, SampleTokens
 from speculators_cli.core.files import replacing
 
 HIDDEN_STATE_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
@@ -61,8 +61,8 @@ class SampleFormat:
             torch.from_numpy(input_ids), torch.from_numpy(loss_mask), tuple(aux), last, is_normed
         )
 
-    def read_header(self, file: Path) -> SampleHeader:
-        """Read what a scan wants to know of a sample; hidden states are not touched.
+    def read_tokens(self, file: Path) -> SampleTokens:
+        """Read header, ids and mask of a sample; hidden states are not touched.
 
         Raises:
             BadSampleError: The file is not a sample of this format.
@@ -72,7 +72,7 @@ class SampleFormat:
             layout = self._read_layout(archive)
             input_ids, loss_mask = _read_tokens(archive, layout)
             is_normed = _read_flag(archive, layout.is_normed)
-        return SampleHeader(
+        header = SampleHeader(
             num_tokens=len(input_ids),
             num_supervised_tokens=int(loss_mask[1:].sum()),
             hidden_size=layout.hidden_states[-1].shape[1],
@@ -81,6 +81,7 @@ class SampleFormat:
             is_normed=is_normed,
             max_token_id=int(input_ids.max()) if len(input_ids) else -1,
         )
+        return SampleTokens(header, input_ids, loss_mask)
 
     def write_sample(self, sample: Sample, file: Path) -> None:
         """Write a sample, so that the file is absent, as it was, or whole."""

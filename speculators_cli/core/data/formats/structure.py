@@ -11,8 +11,8 @@ import torch
 
 from speculators_cli.core.data.sample import BadSampleError
 
-# A sample has a few hundred operations; text beside the tensors counts as one.
-MAX_OPERATIONS = 200_000
+# A sample has a few hundred operations; a table of token counts has two for each token.
+MAX_OPERATIONS = 1_000_000
 MAX_SIZE = 2**63 - 1
 MAX_DIMENSIONS = 8
 
@@ -332,6 +332,12 @@ def _make_ordered_dict(*items: object) -> dict[object, object]:
     return {}
 
 
+def _make_counter(*items: object) -> dict[object, object]:
+    """A `collections.Counter` is read as the dict it was made of."""
+    (content,) = items or ({},)
+    return _expect(dict, content)
+
+
 def _make_size(sizes: object) -> tuple[int, ...]:
     return _sizes(sizes)
 
@@ -340,6 +346,7 @@ _MARK = object()
 _U8, _U16, _U32, _U64 = (struct.Struct(f"<{form}") for form in "BHIQ")
 _I32, _F64 = struct.Struct("<i"), struct.Struct(">d")
 _CALLS: dict[str, Callable[..., object]] = {
+    "collections.Counter": _make_counter,
     "collections.OrderedDict": _make_ordered_dict,
     "torch._utils._rebuild_tensor": _rebuild_tensor,
     "torch._utils._rebuild_tensor_v2": _rebuild_tensor,

@@ -1,0 +1,109 @@
+"""How often each verifier token is to be predicted: counted in samples, or read from a file."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from speculators_cli.core.data.formats.archive import Archive
+from speculators_cli.core.data.sample import BadSampleError, SampleTokens
+from speculators_cli.core.errors import DataError, SettingsError
+from speculators_cli.core.files import replacing
+
+FILE_NAME = "token_freq.pt"
+HELD_BACK_TOKENS = 2**20  # counted at once: a count costs a pass over the vocabulary
+
+
+class TokenCounts:
+    """Counts the tokens of samples as they are shown to it.
+
+    Args:
+        vocab_size: Tokens of the verifier.
+        all_tokens: Count every token, not only supervised ones.
+    """
+
+    def __init__(self, vocab_size: int, *, all_tokens: bool = False) -> None:
+        self.all_tokens = all_tokens
+        self._counts = np.zeros(vocab_size, dtype=np.int64)
+        self._held_back: list[NDArray[np.int64]] = []
+        self._num_held_back = 0
+
+    def add(self, tokens: SampleTokens) -> None:
+        """Count the tokens of a sample, or those that are supervised: never the first.
+
+        Raises:
+            DataError: The verifier has no such token.
+        """
+        vocab_size = len(self._counts)
+        if tokens.header.max_token_id >= vocab_size:
+            raise DataError(
+                f"The samples have token ids up to {tokens.header.max_token_id:,} or more, the "
+                f"verifier has {vocab_size:,} tokens",
+                hint="Pass the verifier that the samples were captured from",
+            )
+        ids = tokens.input_ids
+        self._held_back.append(ids if self.all_tokens else ids[1:][tokens.loss_mask[1:]])
+        self._num_held_back += len(self._held_back[-1])
+        if self._num_held_back >= HELD_BACK_TOKENS:
+            self._count()
+
+    def total(self) -> NDArray[np.int64]:
+        """The counts so far; [vocab]."""
+        self._count()
+        return self._counts
+
+    def _count(self) -> None:
+        if self._held_back:
+            ids = np.concatenate(self._held_back)
+            self._counts += np.bincount(ids, minlength=len(self._counts))
+        self._held_back, self._num_held_back = [], 0
+
+
+def write_token_freq(counts: NDArray[np.int64], file: Path) -> None:
+    """Write a `token_freq.pt`: a dict of the ids that occur and how often."""
+    ids = np.flatnonzero(counts).tolist()
+    with replacing(file) as temporary:
+        torch.save(dict(zip(ids, counts[ids].tolist(), strict=True)), temporary)
+
+
+def read_token_freq(files: Sequence[Path], vocab_size: int) -> NDArray[np.int64]:
+    """Read and add up `token_freq.pt` files; nothing in them runs.
+
+    Returns:
+        [vocab], int64.
+
+    Raises:
+        SettingsError: One is no such file, or counts tokens that the verifier does not have.
+    """
+    counts = np.zeros(vocab_size, dtype=np.int64)
+    for file in files:
+        for token_id, count in _read_table(file).items():
+            if not 0 <= token_id < vocab_size:
+                raise SettingsError(
+                    f"`--token-freq-path`: `{file}` counts token {token_id:,}, the verifier has "
+                    f"{vocab_size:,} tokens",
+                    hint="Pass the verifier whose tokens were counted",
+                )
+            counts[token_id] += count
+    return counts
+
+
+def _read_table(file: Path) -> dict[int, int]:
+    reason = "is not a table of token counts"
+    try:
+        with Archive(file) as archive:
+            content = archive.content
+    except BadSampleError as error:
+        content, reason = None, error.reason
+    except OSError as error:
+        content, reason = None, f"cannot be read: {error.strerror}"
+    if not isinstance(content, dict) or not all(
+        type(key) is int and type(value) is int and value >= 0 for key, value in content.items()
+    ):
+        raise SettingsError(
+            f"`--token-freq-path`: `{file}` {reason}",
+            hint="Name a file that holds a dict of token id to count, as `torch.save` writes it",
+        )
+    return content

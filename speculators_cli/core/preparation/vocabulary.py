@@ -1,0 +1,211 @@
+"""build_vocab_map(): choose the draft vocabulary by how often tokens are to be predicted."""
+
+from collections.abc import Collection
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from speculators_cli.core.data.dataset import Dataset, read_dataset
+from speculators_cli.core.data.token_counts import (
+    FILE_NAME,
+    TokenCounts,
+    read_token_freq,
+    write_token_freq,
+)
+from speculators_cli.core.data.vocab_map import VocabMap
+from speculators_cli.core.errors import DataError
+from speculators_cli.core.files import check_output_dir
+from speculators_cli.core.models.special_tokens import find_special_ids
+from speculators_cli.core.models.verifier import (
+    FrozenVerifier,
+    load_frozen_verifier,
+    read_verifier_config,
+)
+from speculators_cli.core.models.verifier_files import VerifierFiles
+from speculators_cli.core.progress import Progress
+from speculators_cli.settings.build_vocab_map import BuildVocabMapSettings, VocabularySettings
+
+COMPARED_SIZES = (8_000, 16_000, 32_000, 64_000)
+MASS_POSITIONS = 64  # of each sample, at most
+
+
+@dataclass(frozen=True)
+class VocabMapReport:
+    """What was kept, and how much of what is to be predicted it covers."""
+
+    draft_vocab_size: int
+    vocab_size: int
+    num_counted_tokens: int
+    num_special_tokens: int  # kept whatever their count
+    coverage: float  # share of the counted tokens that the draft vocabulary holds
+    coverage_by_size: dict[int, float]  # the same for other sizes
+    probability_mass: float | None  # of the verifier, within the draft vocabulary
+    d2t_path: Path
+    t2d_path: Path
+    token_freq_path: Path | None  # None where the counts came from such files
+
+    def to_json(self) -> dict[str, Any]:
+        """The fields, paths as text."""
+        return {
+            key: str(value) if isinstance(value, Path) else value
+            for key, value in asdict(self).items()
+        }
+
+
+def build_vocab_map(settings: BuildVocabMapSettings, *, progress: Progress) -> VocabMapReport:
+    """Count tokens, choose the draft vocabulary, write both maps.
+
+    Raises:
+        SettingsError: The verifier, the sizes or a file of counts cannot be used.
+        DataError: The samples cannot be used, or nothing in them is supervised.
+        MachineError: The hub cannot be reached.
+    """
+    vocabulary, output_dir = settings.vocabulary, settings.files.output_dir
+    check_output_dir(output_dir, flag="--output-dir")
+    vocab_size = read_vocab_size(vocabulary)
+    always = choose_special_ids(vocabulary, vocab_size, progress)
+    samples, counts = count(settings, vocab_size, progress)
+    if not counts.any():
+        raise DataError(
+            "No token is counted: nothing in the samples is supervised",
+            hint="Check the loss masks, or count all tokens with `--all-tokens`",
+        )
+    vocab_map = VocabMap.choose(counts, vocabulary.draft_vocab_size, always=always)
+    mass = None
+    if samples is not None and vocabulary.mass_samples and vocabulary.verifier_name_or_path:
+        mass = measure_mass(samples, vocabulary, vocab_map, progress)
+    output_dir.mkdir(parents=True, exist_ok=True)
+    d2t_path, t2d_path = output_dir / "d2t.npy", output_dir / "t2d.npy"
+    vocab_map.save(d2t_path, t2d_path)
+    token_freq_path = None
+    if samples is not None:
+        token_freq_path = output_dir / FILE_NAME
+        write_token_freq(counts, token_freq_path)
+    return VocabMapReport(
+        draft_vocab_size=vocab_map.draft_vocab_size,
+        vocab_size=vocab_size,
+        num_counted_tokens=int(counts.sum()),
+        num_special_tokens=len(always),
+        coverage=covered(counts, vocab_map),
+        coverage_by_size=compare_sizes(counts, always, vocab_map.draft_vocab_size),
+        probability_mass=mass,
+        d2t_path=d2t_path,
+        t2d_path=t2d_path,
+        token_freq_path=token_freq_path,
+    )
+
+
+def read_vocab_size(settings: VocabularySettings) -> int:
+    """Rows of the verifier's embedding, unless the settings say how many."""
+    if settings.target_vocab_size is not None:
+        return settings.target_vocab_size
+    assert settings.verifier_name_or_path is not None, "the settings name one of the two"
+    files = VerifierFiles(settings.verifier_name_or_path)
+    config = read_verifier_config(files, trust_remote_code=settings.trust_remote_code)
+    return files.read_vocab_size(is_tied=config.is_tied)
+
+
+def choose_special_ids(
+    settings: VocabularySettings, vocab_size: int, progress: Progress
+) -> frozenset[int]:
+    """Tokens that are kept whatever their count."""
+    name = settings.verifier_name_or_path
+    if not settings.keep_special:
+        return frozenset()
+    if name is None:
+        progress.warn(
+            "Without the verifier its special tokens are not known: they are kept by count alone",
+            hint="Pass `--verifier-name-or-path` in place of `--target-vocab-size`",
+        )
+        return frozenset()
+    ids, has_tokenizer = find_special_ids(name, trust_remote_code=settings.trust_remote_code)
+    if not has_tokenizer:
+        progress.warn(f"`{name}` has no tokenizer: the tokens of its chat template are not known")
+    return frozenset(i for i in ids if i < vocab_size)
+
+
+def count(
+    settings: BuildVocabMapSettings, vocab_size: int, progress: Progress
+) -> tuple[Dataset | None, NDArray[np.int64]]:
+    """Counts of all tokens, [vocab], and the samples they come from, unless from files."""
+    source = settings.counts
+    if source.token_freq_path:
+        return None, read_token_freq(source.token_freq_path, vocab_size)
+    counts = TokenCounts(vocab_size, all_tokens=source.all_tokens)
+    samples = read_dataset(
+        source.folders,
+        version=source.data_format_version,
+        index_file=None,
+        max_bad_samples=source.max_bad_samples,
+        progress=progress,
+        on_tokens=counts.add,
+    )
+    return samples, counts.total()
+
+
+def covered(counts: NDArray[np.int64], vocab_map: VocabMap) -> float:
+    """Share of the counted tokens that a draft vocabulary holds."""
+    return float(counts[vocab_map.t2d.numpy()].sum() / counts.sum())
+
+
+def compare_sizes(
+    counts: NDArray[np.int64], always: Collection[int], chosen_size: int
+) -> dict[int, float]:
+    """Coverage of the usual sizes below the verifier's, and of the chosen one, ascending."""
+    sizes = {size for size in COMPARED_SIZES if len(always) <= size < len(counts)} | {chosen_size}
+    return {
+        size: covered(counts, VocabMap.choose(counts, size, always=always))
+        for size in sorted(sizes)
+    }
+
+
+def measure_mass(
+    samples: Dataset, settings: VocabularySettings, vocab_map: VocabMap, progress: Progress
+) -> float | None:
+    """The verifier's mean probability within the draft vocabulary, where it is supervised.
+
+    A draft token is accepted with probability sum(min(p, q)) (Leviathan et al., arXiv 2211.17192),
+    so no draft over this vocabulary can be accepted more often when sampling. Measured on a few
+    samples, drawn with a seed; None if they hold nothing supervised.
+    """
+    name = settings.verifier_name_or_path
+    assert name is not None, "asked only with a verifier"
+    files = VerifierFiles(name)
+    config = read_verifier_config(files, trust_remote_code=settings.trust_remote_code)
+    if samples.hidden_size != config.hidden_size:
+        raise DataError(
+            f"The samples have hidden size {samples.hidden_size:,}, verifier `{name}` has "
+            f"{config.hidden_size:,}",
+            hint="Pass the verifier that the samples were captured from",
+        )
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    verifier = load_frozen_verifier(files, config).to(device)
+    drawn = np.random.default_rng(0).permutation(len(samples))[: settings.mass_samples]
+    masses = []
+    with progress.task("Measuring probabilities", len(drawn)) as task:
+        for sample_id in drawn.tolist():
+            masses.append(sample_mass(samples, sample_id, verifier, vocab_map))
+            task.advance()
+    mass = torch.cat(masses)
+    return float(mass.mean()) if len(mass) else None
+
+
+@torch.no_grad()
+def sample_mass(
+    samples: Dataset, sample_id: int, verifier: FrozenVerifier, vocab_map: VocabMap
+) -> torch.Tensor:
+    """Probability within the draft vocabulary at some supervised positions; [positions]."""
+    sample = samples.read(sample_id)
+    # The distribution of position i is over the token after it.
+    positions = sample.loss_mask[1:].nonzero().flatten()
+    keep = torch.linspace(0, len(positions) - 1, min(len(positions), MASS_POSITIONS)).long()
+    positions = positions[keep]
+    states = sample.last_hidden_states[positions].float().to(verifier.head.device)
+    is_normed = torch.full((len(states),), sample.is_normed, device=states.device)
+    normed = verifier.normed(states, is_normed)
+    probabilities = verifier.logits(normed, verifier.head).softmax(-1)
+    return probabilities[:, vocab_map.t2d.to(states.device)].sum(-1).cpu()

@@ -1,0 +1,98 @@
+"""Every setting of `speculators build-vocab-map`."""
+
+from pathlib import Path
+from typing import Self
+
+from pydantic import Field, model_validator
+
+from speculators_cli.settings.base import Folders, FormatVersion, Settings, path_error
+
+
+class CountSettings(Settings):
+    """Where the counts of tokens come from."""
+
+    token_freq_path: tuple[Path, ...] = Field(
+        (),
+        description="File of token counts, in place of samples; may be repeated: they are added up",
+    )
+    data_path: Folders = Field(
+        (),
+        description="Folder of samples, searched recursively; may be repeated; default: data",
+    )
+    data_format_version: FormatVersion = Field(1, description="Format of the samples: 0 or 1")
+    all_tokens: bool = Field(False, description="Count all tokens, not only supervised ones")
+    max_bad_samples: int | None = Field(
+        None,
+        ge=0,
+        description="Most samples that may be left out as broken; default: 1% of the folder",
+    )
+
+    @model_validator(mode="after")
+    def _one_source_that_exists(self) -> Self:
+        if self.token_freq_path and self.data_path:
+            raise ValueError("`--token-freq-path` and `--data-path` cannot both be given")
+        for file in self.token_freq_path:
+            if not file.is_file():
+                raise path_error(file, "does not exist")
+        if not self.token_freq_path and not self.folders[0].is_dir():
+            raise path_error(
+                self.folders[0],
+                "does not exist",
+                hint="Name the folder of samples with `--data-path`",
+            )
+        return self
+
+    @property
+    def folders(self) -> tuple[Path, ...]:
+        """Folders of samples: those given, or `data`."""
+        return self.data_path or (Path("./data"),)
+
+
+class VocabularySettings(Settings):
+    """The verifier's vocabulary, and how much of it the draft keeps."""
+
+    verifier_name_or_path: str | None = Field(
+        None, min_length=1, description="Hub id or folder of the verifier"
+    )
+    target_vocab_size: int | None = Field(
+        None, ge=1, description="Tokens of the verifier, in place of the verifier itself"
+    )
+    draft_vocab_size: int = Field(32000, ge=1, description="Tokens the draft keeps")
+    keep_special: bool = Field(
+        True,
+        description="Always keep the verifier's end tokens and the control tokens of its chat "
+        "template",
+    )
+    mass_samples: int = Field(
+        16,
+        ge=0,
+        description="Samples on which the verifier's probability within the draft vocabulary is "
+        "measured; 0 leaves it out",
+    )
+    trust_remote_code: bool = Field(
+        False, description="Run the Python code that comes with the verifier"
+    )
+
+    @model_validator(mode="after")
+    def _size_is_known(self) -> Self:
+        if (self.verifier_name_or_path is None) == (self.target_vocab_size is None):
+            raise ValueError(
+                "One of `--verifier-name-or-path` and `--target-vocab-size` must be given"
+            )
+        return self
+
+
+class MapFilesSettings(Settings):
+    """Where the maps go."""
+
+    output_dir: Path = Field(
+        Path(), description="Folder for d2t.npy, t2d.npy and token_freq.pt; old ones are replaced"
+    )
+
+
+class BuildVocabMapSettings(Settings):
+    """All settings of `speculators build-vocab-map`, in sections."""
+
+    vocabulary: VocabularySettings = Field(default_factory=VocabularySettings, title="Vocabulary")
+    counts: CountSettings = Field(default_factory=CountSettings, title="Counts")
+    files: MapFilesSettings = Field(default_factory=MapFilesSettings, title="Files")
