@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import typer
-from typer.core import TyperCommand, TyperGroup, TyperOption
+from typer.core import TyperArgument, TyperCommand, TyperGroup, TyperOption
 
 from speculators_cli.cli.app import app
 from speculators_cli.settings.base import Settings
@@ -38,7 +38,11 @@ def page(name: str, command: TyperCommand, settings_class: type[Settings] | None
     for option in command.params:
         if isinstance(option, TyperOption):
             panels[getattr(option, "rich_help_panel", None) or "Options"].append(option)
-    lines = [f"# `speculators {name}`", "", f"{command.help}.", ""]
+    arguments = [a for a in command.params if isinstance(a, TyperArgument)]
+    title = " ".join([name, *(str(argument.metavar) for argument in arguments)])
+    lines = [f"# `speculators {title}`", "", f"{command.help}.", ""]
+    for argument in arguments:
+        lines += [f"`{argument.metavar}`: {argument.help}.", ""]
     has_config = any(option.name == "config" for option in command.params)
     if has_config:
         lines += [

@@ -55,6 +55,13 @@ def with_settings(settings_class: type[Settings]) -> Callable[[Callable[..., Any
 
 def _parameter(settings_class: type[Settings], field: SettingField) -> inspect.Parameter:
     panel = settings_class.model_fields[field.section].title
+    if field.positional is not None:
+        argument = typer.Argument(
+            help=str(field.info.description), metavar=field.flag, show_default=False
+        )
+        return inspect.Parameter(
+            field.name, inspect.Parameter.KEYWORD_ONLY, annotation=Annotated[str, argument]
+        )
     is_switch = field.info.annotation is bool
     option = typer.Option(
         *_declarations(field),

@@ -7,11 +7,13 @@ from pathlib import Path
 
 from speculators_cli.core.errors import SettingsError
 
+TEMPORARY = ".tmp-"  # begins the name of a file that is not whole yet
+
 
 @contextmanager
 def replacing(file: Path) -> Iterator[Path]:
     """A path to write to; it takes the place of `file` once the block is done, never half."""
-    temporary = file.with_name(f".tmp-{file.name}.{os.getpid()}")
+    temporary = file.with_name(f"{TEMPORARY}{file.name}.{os.getpid()}")
     try:
         yield temporary
         temporary.replace(file)

@@ -5,6 +5,7 @@ import json
 import tomllib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -35,6 +36,13 @@ class OffFlag:
     flag: str
 
 
+@dataclass(frozen=True)
+class Positional:
+    """The value stands in the command line without a flag, under this name."""
+
+    name: str
+
+
 class Settings(BaseModel):
     """Base of all settings classes."""
 
@@ -53,8 +61,15 @@ class SettingField:
     info: FieldInfo
 
     @property
+    def positional(self) -> Positional | None:
+        """How it is named, if it is set without a flag."""
+        return next((m for m in self.info.metadata if isinstance(m, Positional)), None)
+
+    @property
     def flag(self) -> str:
-        """The flag that sets it."""
+        """The flag that sets it, or the name of its place."""
+        if self.positional is not None:
+            return self.positional.name
         return "--" + self.name.replace("_", "-")
 
 
@@ -98,9 +113,25 @@ def _read_number(value: object) -> object:
     return int(value) if isinstance(value, str) and value.isdecimal() else value
 
 
-# Folders that must exist, and the version of a data format, as a flag gives them.
+def _split(value: object) -> object:
+    return tuple(part.strip() for part in value.split(",")) if isinstance(value, str) else value
+
+
+def _check_layer_ids(ids: tuple[int, ...] | None) -> tuple[int, ...] | None:
+    if ids is not None and (
+        any(low >= high for low, high in pairwise(ids)) or min(ids, default=-1) < 0
+    ):
+        given = ",".join(map(str, ids))
+        raise ValueError(f"must be strictly ascending and not negative, got `{given}`")
+    return ids
+
+
+# Folders that must exist, the version of a data format, layer ids: as a flag gives them.
 Folders = Annotated[tuple[Path, ...], AfterValidator(_check_folders)]
 FormatVersion = Annotated[Literal[0, 1], BeforeValidator(_read_number)]
+LayerIdsSetting = Annotated[
+    tuple[int, ...] | None, BeforeValidator(_split), AfterValidator(_check_layer_ids)
+]
 
 
 def load_settings(

@@ -1,7 +1,6 @@
 """Every setting of `speculators train`."""
 
 from enum import StrEnum
-from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
@@ -12,6 +11,7 @@ from speculators_cli.settings.base import (
     WARNED_ON_RESUME,
     Folders,
     FormatVersion,
+    LayerIdsSetting,
     OffFlag,
     Settings,
     path_error,
@@ -138,7 +138,7 @@ class DraftSettings(Settings):
     draft_arch: Annotated[DraftArch, REFUSED_ON_RESUME] = Field(
         DraftArch.LLAMA, description="Kind of the draft's decoder layers"
     )
-    target_layer_ids: Annotated[tuple[int, ...] | None, REFUSED_ON_RESUME] = Field(
+    target_layer_ids: Annotated[LayerIdsSetting, REFUSED_ON_RESUME] = Field(
         None,
         description="Verifier layers the aux hidden states come from, ascending; id k is the "
         "output after k layers; default: what the data says",
@@ -157,23 +157,6 @@ class DraftSettings(Settings):
                 "does not exist",
                 hint="Make both maps with `speculators build-vocab-map`, or pass `--full-vocab`",
             )
-        return value
-
-    @field_validator("target_layer_ids", mode="before")
-    @classmethod
-    def _split_layer_ids(cls, value: object) -> object:
-        if isinstance(value, str):
-            return tuple(part.strip() for part in value.split(","))
-        return value
-
-    @field_validator("target_layer_ids")
-    @classmethod
-    def _layer_ids_ascend(cls, value: tuple[int, ...] | None) -> tuple[int, ...] | None:
-        if value is not None and (
-            any(low >= high for low, high in pairwise(value)) or min(value, default=-1) < 0
-        ):
-            given = ",".join(map(str, value))
-            raise ValueError(f"must be strictly ascending and not negative, got `{given}`")
         return value
 
 

@@ -22,6 +22,7 @@ class DataConfig:
     verifier: str | None  # name or path of the verifier the samples come from
     layer_ids: tuple[int, ...] | None  # as written: the convention is another field's matter
     convention: str | None  # `vllm` in files of our own
+    is_assumed: bool  # the file itself says that its layer ids were assumed
     version: str | None  # "2.0" in the files of the generator of December 2025
 
 
@@ -55,15 +56,26 @@ def read_data_config(file: Path) -> DataConfig:
         verifier=verifier if isinstance(verifier, str) else None,
         layer_ids=tuple(ids) if is_list else None,
         convention=convention or _get(content, "layer_ids_convention"),
+        is_assumed=_get(content, "hidden_states", "layer_ids_assumed") is True,
         version=None if version is None else str(version),
     )
 
 
-def write_data_config(folder: Path, *, verifier: str, layer_ids: Sequence[int]) -> None:
-    """Write a data_config.json beside v1 samples."""
+def write_data_config(
+    folder: Path,
+    *,
+    verifier: str | None,
+    layer_ids: Sequence[int] | None,
+    is_assumed: bool = False,
+) -> None:
+    """Write a data_config.json beside v1 samples; None is unknown."""
     content = {
         "model": {"target_model_path": verifier},
-        "hidden_states": {"layer_ids": list(layer_ids), "layer_ids_convention": OUR_CONVENTION},
+        "hidden_states": {
+            "layer_ids": None if layer_ids is None else list(layer_ids),
+            "layer_ids_convention": OUR_CONVENTION,
+            "layer_ids_assumed": is_assumed,
+        },
         "format": {"data_format_version": 1},
     }
     with replacing(folder / FILE_NAME) as temporary:
@@ -96,17 +108,18 @@ def resolve_layer_ids(
     """
     if given is not None:
         return LayerIds(_checked(given, num_verifier_layers, num_aux_layers), is_assumed=False)
-    said = {config.file: _read_ids(config, num_verifier_layers) for config in configs}
-    found = {ids for ids in said.values() if ids is not None}
+    said = [(config, _read_ids(config, num_verifier_layers)) for config in configs]
+    found = {ids for _, ids in said if ids is not None}
     if len(found) > 1:
-        lines = [f"  `{file}`: {_show(ids)}" for file, ids in said.items() if ids is not None]
+        lines = [f"  `{config.file}`: {_show(ids)}" for config, ids in said if ids is not None]
         raise DataError(
             "\n".join(["The folders of samples hold different verifier layers", *lines]),
             hint="Train on one of them at a time",
         )
     n = num_verifier_layers
     ids = found.pop() if found else (3, n // 2 + 1, n - 2)
-    return LayerIds(_checked(ids, n, num_aux_layers), is_assumed=not any(said.values()))
+    is_said = any(ids is not None and not config.is_assumed for config, ids in said)
+    return LayerIds(_checked(ids, n, num_aux_layers), is_assumed=not is_said)
 
 
 def _read_ids(config: DataConfig, num_verifier_layers: int) -> tuple[int, ...] | None:

@@ -198,7 +198,7 @@ def load_frozen_verifier(files: VerifierFiles, config: VerifierConfig) -> Frozen
     embedding = _read_tensor(files, names.embedding)
     is_tied = names.head == names.embedding
     head = embedding if is_tied else _read_tensor(files, names.head)
-    gain = _read_tensor(files, names.norm).float() + config.norm_offset
+    gain = load_final_norm_gain(files, config)
     expected = (embedding.shape[0], config.hidden_size)
     for name, tensor in ((names.embedding, embedding), (names.head, head)):
         if tensor.shape != expected:
@@ -208,6 +208,17 @@ def load_frozen_verifier(files: VerifierFiles, config: VerifierConfig) -> Frozen
                 hint="Download the verifier again",
             )
     return FrozenVerifier(embedding, gain, head, config)
+
+
+def load_final_norm_gain(files: VerifierFiles, config: VerifierConfig) -> Tensor:
+    """The gain of the final norm itself, `1 + w` already added up; [hidden], float32.
+
+    Raises:
+        SettingsError: The verifier has no such tensor.
+        MachineError: A file of the hub cannot be fetched, or a file is damaged.
+    """
+    names = files.find_parts(is_tied=config.is_tied)
+    return _read_tensor(files, names.norm).float() + config.norm_offset
 
 
 def _read_tensor(files: VerifierFiles, name: str) -> Tensor:

@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from speculators_cli.core.errors import CheckpointError, MachineError
-from speculators_cli.core.files import replacing
+from speculators_cli.core.files import TEMPORARY, replacing
 from speculators_cli.core.models.checkpoint import (
     CONFIG_NAME,
     MANIFEST_NAME,
@@ -33,7 +33,6 @@ from speculators_cli.core.models.checkpoint import (
 )
 
 BEST_LINK = "checkpoint_best"
-TEMPORARY = ".tmp-"  # a save that did not commit
 REPLACED = ".replaced-"  # an old checkpoint whose name a new one takes
 
 

@@ -49,4 +49,5 @@ def test_samples_hold_transformers_own_hidden_states(tmp_path: Path) -> None:
     assert written["hidden_states"] == {
         "layer_ids": list(LAYER_IDS),
         "layer_ids_convention": "vllm",
+        "layer_ids_assumed": False,
     }

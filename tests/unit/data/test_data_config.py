@@ -1,6 +1,7 @@
 """Layer ids: two conventions, one of which is ours."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -8,9 +9,15 @@ from speculators_cli.core.data.data_config import DataConfig, LayerIds, resolve_
 from speculators_cli.core.errors import DataError
 
 
-def make_config(ids: tuple[int, ...] | None, **changes: str | None) -> DataConfig:
-    fields: dict[str, str | None] = {"verifier": None, "convention": None, "version": None}
-    return DataConfig(Path("data_config.json"), layer_ids=ids, **(fields | changes))
+def make_config(ids: tuple[int, ...] | None, **changes: Any) -> DataConfig:
+    fields: dict[str, Any] = {
+        "file": Path("data_config.json"),
+        "verifier": None,
+        "convention": None,
+        "is_assumed": False,
+        "version": None,
+    }
+    return DataConfig(layer_ids=ids, **(fields | changes))
 
 
 def resolve(*configs: DataConfig, given: tuple[int, ...] | None = None, aux: int = 3) -> LayerIds:
@@ -45,7 +52,7 @@ def test_folders_that_disagree_are_refused() -> None:
     with pytest.raises(DataError, match="different verifier layers"):
         resolve(
             make_config((3, 16, 28), convention="vllm"),
-            DataConfig(Path("b/data_config.json"), None, (2, 16, 28), "vllm", None),
+            make_config((2, 16, 28), convention="vllm", file=Path("b/data_config.json")),
         )
 
 
@@ -55,3 +62,10 @@ def test_folders_that_disagree_are_refused() -> None:
 def test_ids_that_do_not_fit_are_refused(ids: tuple[int, ...], aux: int) -> None:
     with pytest.raises(DataError):
         resolve(given=ids, aux=aux)
+
+
+def test_ids_that_were_assumed_when_they_were_written_stay_assumed() -> None:
+    config = make_config((3, 17, 30), convention="vllm", is_assumed=True)
+
+    assert resolve(config) == LayerIds((3, 17, 30), is_assumed=True)
+    assert resolve(config, make_config((3, 17, 30), convention="vllm")).is_assumed is False

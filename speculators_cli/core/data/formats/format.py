@@ -85,8 +85,9 @@ class SampleFormat:
 
     def write_sample(self, sample: Sample, file: Path) -> None:
         """Write a sample, so that the file is absent, as it was, or whole."""
-        with replacing(file) as temporary:
-            torch.save(self.arrange(sample), temporary)
+        with replacing(file) as temporary, temporary.open("wb") as stream:
+            # A name would become part of the archive.
+            torch.save(self.arrange(sample), stream)
 
     def _read_layout(self, archive: Archive) -> Layout:
         content = archive.content

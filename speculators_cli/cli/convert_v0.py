@@ -1,0 +1,63 @@
+"""`speculators convert-v0`."""
+
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+from speculators_cli.cli.options import with_settings
+from speculators_cli.cli.output import Output, format_duration
+from speculators_cli.settings.base import load_settings
+from speculators_cli.settings.convert_v0 import ConvertV0Settings
+
+if TYPE_CHECKING:
+    from speculators_cli.core.preparation.conversion import ConversionReport
+
+MAX_NAMED = 20
+
+
+@with_settings(ConvertV0Settings)
+def convert_v0(*, flags: dict[str, Any], output: Output) -> None:
+    """Rewrite v0 samples in the v1 format"""  # noqa: D415 - shown as help
+    settings = load_settings(ConvertV0Settings, flags, None)
+    from speculators_cli.core.preparation import conversion
+
+    report = conversion.convert_v0(settings, progress=output)
+    if output.is_json:
+        output.result("convert-v0", report.to_json())
+    else:
+        show(report, str(settings.files.output_dir), output)
+    if report.problems:
+        raise typer.Exit(1)
+
+
+def show(report: "ConversionReport", output_dir: str, output: Output) -> None:
+    """Write what was converted, and what could not be."""
+    gib = report.num_bytes / 2**30
+    if report.is_dry_run:
+        rate = f"{gib:.2f} GiB; nothing written"
+    else:
+        seconds = report.duration_seconds
+        rate = f"{gib:.2f} GiB in {format_duration(seconds)}, {gib / seconds:.2f} GiB/s"
+    verb = "Would convert" if report.is_dry_run else "Converted"
+    is_kept = report.last_hidden_states_are_normed
+    states = "marked as normed" if is_kept else "from before the final norm"
+    output.line(
+        f"{verb} {report.num_converted:,} of {report.num_files:,} samples to `{output_dir}` "
+        f"({rate}); last hidden states {states}"
+    )
+    if report.num_already_converted:
+        output.line(f"{report.num_already_converted:,} had been converted before")
+    if report.largest_round_trip_error is not None:
+        error = report.largest_round_trip_error
+        output.line(f"The norm applied again is off by {error:.1e} of a token's largest value")
+    if report.layer_ids is None:
+        output.line("Layer ids unknown; `speculators train` will assume and name them")
+    else:
+        assumed = " (assumed)" if report.are_layer_ids_assumed else ""
+        output.line(f"Layer ids {','.join(map(str, report.layer_ids))}{assumed}")
+    for problem in report.problems[:MAX_NAMED]:
+        output.line(f"  `{problem.file}` {problem.problem}")
+    if len(report.problems) > MAX_NAMED:
+        output.line(f"  and {len(report.problems) - MAX_NAMED:,} more")
+    if report.problems:
+        output.line(f"Could not convert {len(report.problems):,} files")

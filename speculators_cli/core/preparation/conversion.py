@@ -1,0 +1,284 @@
+"""convert_v0(): rewrite a folder of v0 samples as v1 samples, each whole or not at all."""
+
+import errno
+import os
+import shutil
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from speculators_cli.core.data import data_config
+from speculators_cli.core.data.convert import convert_file, is_converted, is_same
+from speculators_cli.core.data.data_config import LayerIds, read_data_config, resolve_layer_ids
+from speculators_cli.core.data.dataset import NOT_SAMPLES, SUFFIXES, find_files
+from speculators_cli.core.data.formats import FORMATS
+from speculators_cli.core.data.sample import BadSampleError
+from speculators_cli.core.errors import DataError, MachineError, SettingsError
+from speculators_cli.core.files import TEMPORARY, check_output_dir
+from speculators_cli.core.models.verifier import (
+    VerifierConfig,
+    load_final_norm_gain,
+    read_verifier_config,
+)
+from speculators_cli.core.models.verifier_files import VerifierFiles
+from speculators_cli.core.progress import Progress
+from speculators_cli.settings.convert_v0 import ConvertV0Settings
+
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, None: None}
+MIN_GAIN = 1e-3  # of the final norm: below it, division magnifies rounding a thousandfold
+MAX_WORKERS = 4
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)  # the next file fails as well
+
+
+@dataclass(frozen=True)
+class Job:
+    """One file to convert."""
+
+    source: Path
+    target: Path
+    num_bytes: int
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A file that was not converted, and why."""
+
+    file: Path
+    problem: str
+
+
+@dataclass(frozen=True)
+class ConversionReport:
+    """What was converted."""
+
+    num_files: int
+    num_converted: int  # in this run; of a dry run, that would be
+    num_already_converted: int
+    num_bytes: int  # of the sources converted in this run
+    duration_seconds: float
+    layer_ids: tuple[int, ...] | None  # of the aux hidden states; None is unknown
+    are_layer_ids_assumed: bool
+    last_hidden_states_are_normed: bool
+    largest_round_trip_error: float | None  # relative; None where the norm was not undone
+    problems: tuple[Problem, ...]
+    is_dry_run: bool
+
+    def to_json(self) -> dict[str, Any]:
+        """The fields, paths as text."""
+        problems = [{"file": str(p.file), "problem": p.problem} for p in self.problems]
+        return {**asdict(self), "problems": problems}
+
+
+def convert_v0(settings: ConvertV0Settings, *, progress: Progress) -> ConversionReport:
+    """Convert what is not converted yet.
+
+    Raises:
+        SettingsError: A folder or the verifier cannot be used; nothing was written.
+        DataError: The folder holds no samples, or its layer ids cannot be right.
+        MachineError: The disk is or becomes full; what was converted stays.
+    """
+    started_at = time.perf_counter()
+    files = settings.files
+    check_output_dir(files.output_dir, flag="--output-dir")
+    gain = load_gain(settings)
+    found = list(find_files(files.v0_path))
+    sources = [(name, f) for name, f in found if is_sample_name(f.name)]
+    if not sources:
+        raise DataError(
+            f"`{files.v0_path}` holds no samples: no `.pt` or `.ckpt` file was found",
+            hint="Name the folder that holds the v0 samples",
+        )
+    jobs, problems = plan(sources, files.output_dir)
+    if not jobs:
+        raise DataError(
+            f"None of the {len(sources):,} files in `{files.v0_path}` can be converted; the first, "
+            f"`{problems[0].file}`, {problems[0].problem}",
+            hint="Name the folder that holds the v0 samples",
+        )
+    layer_ids = find_layer_ids(settings, [f for _, f in found], jobs)
+    to_do = [job for job in jobs if not is_converted(job.source, job.target)]
+    num_bytes = sum(job.num_bytes for job in to_do)
+    errors: list[float] = []
+    if not files.dry_run:
+        check_space(files.output_dir, num_bytes)
+        files.output_dir.mkdir(parents=True, exist_ok=True)
+        remove_leftovers(files.output_dir)
+        for result in convert_all(to_do, settings, gain, progress):
+            if isinstance(result, Problem):
+                problems.append(result)
+            else:
+                errors.append(result)
+        data_config.write_data_config(
+            files.output_dir,
+            verifier=settings.verifier.verifier_name_or_path,
+            layer_ids=layer_ids.ids if layer_ids else None,
+            is_assumed=layer_ids.is_assumed if layer_ids else False,
+        )
+    return ConversionReport(
+        num_files=len(sources),
+        num_converted=len(to_do) if files.dry_run else len(errors),
+        num_already_converted=len(jobs) - len(to_do),
+        num_bytes=num_bytes,
+        duration_seconds=time.perf_counter() - started_at,
+        layer_ids=layer_ids.ids if layer_ids else None,
+        are_layer_ids_assumed=bool(layer_ids and layer_ids.is_assumed),
+        last_hidden_states_are_normed=gain is None,
+        largest_round_trip_error=None if gain is None else max(errors, default=0.0),
+        problems=tuple(problems),
+        is_dry_run=files.dry_run,
+    )
+
+
+def is_sample_name(name: str) -> bool:
+    """Whether a file is a v0 sample by its name."""
+    return name.endswith(SUFFIXES[0]) and name not in NOT_SAMPLES and name[0] != "."
+
+
+def load_gain(settings: ConvertV0Settings) -> Tensor | None:
+    """Gain of the verifier's final norm, if the norm is to be undone; [hidden], float32."""
+    if not settings.verifier.undo_norm:
+        return None
+    verifier_files, config = read_verifier(settings)
+    gain = load_final_norm_gain(verifier_files, config)
+    smallest = gain.abs().min().item()
+    if smallest < MIN_GAIN:
+        raise SettingsError(
+            f"The final norm of `{config.name_or_path}` cannot be undone: its smallest gain is "
+            f"{smallest:.1e}",
+            hint="Leave `--undo-norm` out: `speculators train` reads normed states as they are",
+        )
+    return gain
+
+
+def read_verifier(settings: ConvertV0Settings) -> tuple[VerifierFiles, VerifierConfig]:
+    """Files and config of the verifier that the settings name."""
+    name = settings.verifier.verifier_name_or_path
+    assert name is not None, "the settings ask for it where it is needed"
+    files = VerifierFiles(name)
+    trust = settings.verifier.trust_remote_code
+    return files, read_verifier_config(files, trust_remote_code=trust)
+
+
+def plan(sources: Sequence[tuple[str, Path]], output_dir: Path) -> tuple[list[Job], list[Problem]]:
+    """Where each file goes, and which cannot be read or would take another's place."""
+    jobs: list[Job] = []
+    problems: list[Problem] = []
+    taken: set[Path] = set()
+    for name, source in sources:
+        target = (output_dir / name).with_suffix(".pt")
+        try:
+            FORMATS[0].read_tokens(source)
+            if target in taken:
+                raise BadSampleError(f"would be written to `{target}`, as another file is")
+            if any(folder.is_symlink() for folder in folders_below(output_dir, target)):
+                raise BadSampleError(f"would be written through a link, to `{target}`")
+            num_bytes = source.stat().st_size
+        except BadSampleError as error:
+            problems.append(Problem(source, error.reason))
+        except OSError as error:
+            problems.append(Problem(source, f"cannot be read: {error.strerror}"))
+        else:
+            taken.add(target)
+            jobs.append(Job(source, target, num_bytes))
+    return jobs, problems
+
+
+def folders_below(output_dir: Path, target: Path) -> Iterator[Path]:
+    """The folders between the output folder and a file in it."""
+    yield from (f for f in target.parents if output_dir in f.parents)
+
+
+def find_layer_ids(
+    settings: ConvertV0Settings, found: Sequence[Path], jobs: Sequence[Job]
+) -> LayerIds | None:
+    """Layer ids that were given or that the data says; None where the verifier must be known."""
+    given = settings.verifier.target_layer_ids
+    configs = [read_data_config(f) for f in found if f.name == data_config.FILE_NAME]
+    num_aux_layers = FORMATS[0].read_tokens(jobs[0].source).header.num_aux_layers
+    if settings.verifier.verifier_name_or_path is not None:
+        num_layers = read_verifier(settings)[1].num_layers
+    elif given is not None:
+        num_layers = max(given)
+    else:
+        # A file of version 2.0 ends its ids with the verifier's last layer.
+        said = [config for config in configs if config.layer_ids]
+        if not said:
+            return None
+        num_layers = max(max(config.layer_ids or ()) for config in said) + 1
+    return resolve_layer_ids(
+        configs, num_verifier_layers=num_layers, num_aux_layers=num_aux_layers, given=given
+    )
+
+
+def check_space(output_dir: Path, num_bytes: int) -> None:
+    """Refuse to begin what cannot end."""
+    existing = next(
+        p for p in (output_dir.absolute(), *output_dir.absolute().parents) if p.exists()
+    )
+    free = shutil.disk_usage(existing).free
+    if num_bytes > free:
+        raise MachineError(
+            f"`{output_dir}` has {free / 2**30:.1f} GiB free, the samples take "
+            f"{num_bytes / 2**30:.1f} GiB",
+            hint="Make room, write `--dtype bfloat16` if they are float32, or `--delete-source`",
+        )
+
+
+def remove_leftovers(output_dir: Path) -> None:
+    """Remove files that a killed run had not finished."""
+    for file in output_dir.rglob(f"{TEMPORARY}*"):
+        if file.is_file() and not file.is_symlink():
+            file.unlink()
+
+
+def convert_all(
+    jobs: Sequence[Job], settings: ConvertV0Settings, gain: Tensor | None, progress: Progress
+) -> Iterator[float | Problem]:
+    """Round-trip error of each file, or why it was not converted."""
+    files = settings.files
+    workers = files.workers or min(MAX_WORKERS, os.cpu_count() or 1)
+
+    def convert(job: Job) -> float | Problem:
+        return convert_job(job, DTYPES[files.dtype], gain, delete_source=files.delete_source)
+
+    total = sum(job.num_bytes for job in jobs)
+    with progress.task("Converting", total) as task, ThreadPoolExecutor(workers) as pool:
+        try:
+            for job, result in zip(jobs, pool.map(convert, jobs), strict=True):
+                task.advance(job.num_bytes)
+                yield result
+        except OSError as error:
+            pool.shutdown(cancel_futures=True)
+            raise MachineError(
+                f"`{files.output_dir}` cannot be written: {error.strerror}",
+                hint="Make room on the disk, then run the same command again: it goes on",
+            ) from None
+
+
+def convert_job(
+    job: Job, dtype: torch.dtype | None, gain: Tensor | None, *, delete_source: bool
+) -> float | Problem:
+    """Convert one file, then remove its source if that is wanted.
+
+    Raises:
+        OSError: The disk is full or fails.
+    """
+    try:
+        error = convert_file(job.source, job.target, dtype=dtype, gain=gain)
+        if delete_source:
+            if not is_same(job.source, job.target, dtype=dtype):
+                return Problem(job.source, f"is not what was read back from `{job.target}`")
+            job.source.unlink()
+    except BadSampleError as bad:
+        return Problem(job.source, bad.reason)
+    except OSError as failure:
+        if failure.errno in DISK_ERRORS:
+            raise
+        return Problem(job.source, f"cannot be converted: {failure.strerror}")
+    return error

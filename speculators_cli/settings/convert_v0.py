@@ -1,0 +1,75 @@
+"""Every setting of `speculators convert-v0`."""
+
+from pathlib import Path
+from typing import Annotated, Literal, Self
+
+from pydantic import Field, field_validator, model_validator
+
+from speculators_cli.settings.base import LayerIdsSetting, Positional, Settings, path_error
+
+
+class FilesSettings(Settings):
+    """What is read and what is written."""
+
+    v0_path: Annotated[Path, Positional("V0_PATH")] = Field(
+        description="Folder of v0 samples, searched recursively"
+    )
+    output_dir: Path = Field(description="Folder for the v1 samples, under the same names")
+    dtype: Literal["bfloat16", "float16"] | None = Field(
+        None, description="Type of the written hidden states: bfloat16 or float16; default: as read"
+    )
+    workers: int | None = Field(
+        None, ge=1, description="Files converted at once; default: by cores, at most 4"
+    )
+    dry_run: bool = Field(False, description="Say what would be converted, write nothing")
+    delete_source: bool = Field(
+        False, description="Remove each v0 file once its v1 file is on disk and was read back"
+    )
+
+    @field_validator("v0_path")
+    @classmethod
+    def _folder_exists(cls, value: Path) -> Path:
+        if not value.is_dir():
+            raise path_error(value, "is not a folder" if value.exists() else "does not exist")
+        return value
+
+    @model_validator(mode="after")
+    def _folders_differ(self) -> Self:
+        source, output = self.v0_path.resolve(), self.output_dir.resolve()
+        if output == source or source in output.parents:
+            raise ValueError("`--output-dir` must lie outside the folder of v0 samples")
+        return self
+
+
+class VerifierSettings(Settings):
+    """What is known of the verifier that the samples come from."""
+
+    verifier_name_or_path: str | None = Field(
+        None, min_length=1, description="Hub id or folder of the verifier"
+    )
+    undo_norm: bool = Field(
+        False,
+        description="Write last hidden states from before the final norm, for readers that do not "
+        "know `last_hidden_state_is_normed`",
+    )
+    target_layer_ids: LayerIdsSetting = Field(
+        None,
+        description="Verifier layers the aux hidden states come from, ascending; id k is the "
+        "output after k layers; default: what the data says",
+    )
+    trust_remote_code: bool = Field(
+        False, description="Run the Python code that comes with the verifier"
+    )
+
+    @model_validator(mode="after")
+    def _norm_is_known(self) -> Self:
+        if self.undo_norm and self.verifier_name_or_path is None:
+            raise ValueError("`--undo-norm` needs `--verifier-name-or-path`")
+        return self
+
+
+class ConvertV0Settings(Settings):
+    """All settings of `speculators convert-v0`, in sections."""
+
+    files: FilesSettings = Field(title="Files")
+    verifier: VerifierSettings = Field(default_factory=VerifierSettings, title="Verifier")

@@ -1,0 +1,322 @@
+"""`speculators convert-v0` as the user types it."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from speculators_cli.cli.app import run
+from tests.tiny import HIDDEN, TinyInputs
+
+Capture = pytest.CaptureFixture[str]
+
+
+def convert(*flags: object) -> int:
+    return run(["convert-v0", *map(str, flags)])
+
+
+def load(file: Path) -> dict[str, Any]:
+    """By torch's own reader."""
+    content: dict[str, Any] = torch.load(file, weights_only=True)
+    return content
+
+
+def final_norm(states: Tensor, gain: Tensor) -> Tensor:
+    return states * (states.pow(2).mean(-1, keepdim=True) + 1e-6).rsqrt() * gain
+
+
+@pytest.fixture
+def v0_dir(tiny: TinyInputs) -> Path:
+    """The tiny samples in format v0, some of them in a folder below, one as `.ckpt`."""
+    folder = tiny.folder / "v0"
+    (folder / "deeper").mkdir(parents=True)
+    gain = load_file(tiny.verifier_dir / "model.safetensors")["model.norm.weight"]
+    for index, file in enumerate(sorted(tiny.data_dir.glob("*.pt"))):
+        sample = load(file)
+        *aux, last = sample["hidden_states"]
+        v0 = {
+            "input_ids": sample["input_ids"],
+            "loss_mask": sample["loss_mask"],
+            "hidden_state": torch.cat(aux, dim=-1),
+            "target": final_norm(last, gain),
+        }
+        name = file.name if index else "data_0.ckpt"
+        torch.save(v0, folder / ("deeper" if index % 2 else "") / name)
+    return folder
+
+
+def losses(save_path: Path) -> list[float]:
+    lines = [json.loads(line) for line in (save_path / "metrics.jsonl").read_text().splitlines()]
+    return [line["loss"] for line in lines]
+
+
+def test_the_tree_and_every_value_are_kept(tiny: TinyInputs, v0_dir: Path, capsys: Capture) -> None:
+    out_dir = tiny.folder / "v1"
+    before = {file: file.read_bytes() for file in v0_dir.rglob("*.*")}
+
+    code = convert(v0_dir, "--output-dir", out_dir, "--json")
+
+    report = json.loads(capsys.readouterr().out)
+    assert code == 0
+    assert (report["num_converted"], report["num_files"], report["problems"]) == (24, 24, [])
+    assert report["last_hidden_states_are_normed"] is True
+    sources = [file for file in before if file.is_file()]
+    assert len(sources) == 24
+    for source in sources:
+        old, new = load(source), load((out_dir / source.relative_to(v0_dir)).with_suffix(".pt"))
+        *aux, last = new["hidden_states"]
+        assert torch.equal(torch.cat(aux, dim=-1), old["hidden_state"])
+        assert torch.equal(last, old["target"])
+        assert torch.equal(new["input_ids"], old["input_ids"])
+        assert torch.equal(new["loss_mask"].long(), old["loss_mask"])
+        assert bool(new["last_hidden_state_is_normed"])
+        assert source.read_bytes() == before[source]
+    sizes = [sum(f.stat().st_size for f in d.rglob("*") if f.is_file()) for d in (v0_dir, out_dir)]
+    # No tensor is written twice, although the aux layers share their memory.
+    assert sizes[1] < 1.2 * sizes[0]
+
+
+def test_training_on_either_gives_the_same_losses(tiny: TinyInputs, v0_dir: Path) -> None:
+    out_dir, one, two = tiny.folder / "v1", tiny.folder / "one", tiny.folder / "two"
+    # The one file that changes its name would change its place in the order.
+    (v0_dir / "data_0.ckpt").rename(v0_dir / "data_0.pt")
+    convert(v0_dir, "--output-dir", out_dir)
+
+    run(["train", *tiny.flags(data_path=v0_dir, data_format_version=0, save_path=one)])
+    run(["train", *tiny.flags(data_path=out_dir, save_path=two)])
+
+    assert losses(one) == losses(two)
+    assert len(losses(one)) > 4
+
+
+def test_the_norm_is_undone_so_that_any_reader_is_right(
+    tiny: TinyInputs, v0_dir: Path, capsys: Capture
+) -> None:
+    out_dir = tiny.folder / "v1"
+
+    code = convert(
+        *(v0_dir, "--output-dir", out_dir, "--undo-norm", "--json"),
+        *("--verifier-name-or-path", tiny.verifier_dir),
+    )
+
+    report = json.loads(capsys.readouterr().out)
+    gain = load_file(tiny.verifier_dir / "model.safetensors")["model.norm.weight"]
+    files = sorted((v0_dir / "deeper").iterdir())
+    assert code == 0
+    # float32 keeps 24 bits; four operations round.
+    assert 0 < report["largest_round_trip_error"] < 1e-6
+    assert (report["layer_ids"], report["are_layer_ids_assumed"]) == ([3, 5, 7], True)
+    assert len(files) == 12
+    for file in files:
+        new = load(out_dir / "deeper" / file.name)
+        assert "last_hidden_state_is_normed" not in new
+        torch.testing.assert_close(
+            final_norm(new["hidden_states"][-1], gain), load(file)["target"], rtol=1e-5, atol=1e-6
+        )
+
+
+def test_a_norm_with_a_gain_near_zero_is_not_undone(
+    tiny: TinyInputs, v0_dir: Path, capsys: Capture
+) -> None:
+    verifier_dir = tiny.folder / "odd-verifier"
+    verifier_dir.mkdir()
+    (verifier_dir / "config.json").write_bytes((tiny.verifier_dir / "config.json").read_bytes())
+    tensors = load_file(tiny.verifier_dir / "model.safetensors")
+    tensors["model.norm.weight"][5] = 1e-6
+    save_file(tensors, verifier_dir / "model.safetensors", {"format": "pt"})
+
+    code = convert(
+        *(v0_dir, "--output-dir", tiny.folder / "v1", "--undo-norm"),
+        *("--verifier-name-or-path", verifier_dir),
+    )
+
+    assert code == 2
+    assert "its smallest gain is 1.0e-06" in capsys.readouterr().err
+    assert not (tiny.folder / "v1").exists()
+
+
+def test_a_second_run_does_only_what_is_missing(
+    tiny: TinyInputs, v0_dir: Path, capsys: Capture
+) -> None:
+    out_dir = tiny.folder / "v1"
+    convert(v0_dir, "--output-dir", out_dir)
+    tree = {file: file.read_bytes() for file in out_dir.rglob("*.pt")}
+    lost, torn = sorted(tree)[:2]
+    lost.unlink()
+    torn.write_bytes(tree[torn][:100])
+    (out_dir / ".tmp-data_9.pt.123").touch()
+    kept = sorted(tree)[2]
+    kept_at = kept.stat().st_mtime_ns
+    capsys.readouterr()
+
+    code = convert(v0_dir, "--output-dir", out_dir, "--json")
+
+    report = json.loads(capsys.readouterr().out)
+    assert code == 0
+    assert (report["num_converted"], report["num_already_converted"]) == (2, 22)
+    assert {file: file.read_bytes() for file in out_dir.rglob("*.pt")} == tree
+    assert kept.stat().st_mtime_ns == kept_at
+    assert not list(out_dir.rglob(".tmp-*"))
+
+
+def test_float32_states_shrink_to_bfloat16(tiny: TinyInputs, v0_dir: Path) -> None:
+    out_dir = tiny.folder / "v1"
+
+    convert(v0_dir, "--output-dir", out_dir, "--dtype", "bfloat16")
+
+    old, new = load(v0_dir / "data_0.ckpt"), load(out_dir / "data_0.pt")
+    assert {states.dtype for states in new["hidden_states"]} == {torch.bfloat16}
+    assert torch.equal(new["hidden_states"][-1], old["target"].bfloat16())
+
+
+@pytest.mark.parametrize("dtype", [None, "bfloat16"])
+def test_sources_go_once_their_copies_were_read_back(
+    tiny: TinyInputs, v0_dir: Path, dtype: str | None
+) -> None:
+    out_dir = tiny.folder / "v1"
+    (v0_dir / "broken.pt").write_text("<html>")
+
+    code = convert(
+        *(v0_dir, "--output-dir", out_dir, "--delete-source"),
+        *(["--dtype", dtype] if dtype else []),
+    )
+
+    assert code == 1
+    assert [file.name for file in v0_dir.rglob("*") if file.is_file()] == ["broken.pt"]
+    assert len(list(out_dir.rglob("*.pt"))) == 24
+
+
+def test_a_dry_run_writes_nothing(tiny: TinyInputs, v0_dir: Path, capsys: Capture) -> None:
+    out_dir = tiny.folder / "v1"
+
+    code = convert(v0_dir, "--output-dir", out_dir, "--dry-run")
+
+    assert code == 0
+    assert "Would convert 24 of 24 samples" in capsys.readouterr().out
+    assert not out_dir.exists()
+
+
+def test_files_that_cannot_be_read_are_listed(
+    tiny: TinyInputs, v0_dir: Path, capsys: Capture
+) -> None:
+    sample = load(v0_dir / "data_0.ckpt")
+    torch.save({k: v for k, v in sample.items() if k != "target"}, v0_dir / "no_target.pt")
+    torch.save(sample | {"hidden_states": [torch.zeros(2, HIDDEN)]}, v0_dir / "data_0.pt")
+    (v0_dir / "torn.pt").write_bytes((v0_dir / "data_0.ckpt").read_bytes()[:500])
+
+    code = convert(v0_dir, "--output-dir", tiny.folder / "v1", "--json")
+
+    report = json.loads(capsys.readouterr().out)
+    problems = {Path(p["file"]).name: p["problem"] for p in report["problems"]}
+    assert code == 1
+    assert "has no `target`" in problems["no_target.pt"]
+    assert "truncated" in problems["torn.pt"]
+    # `data_0.ckpt` comes first and takes the name.
+    assert "as another file is" in problems["data_0.pt"]
+    assert len(list((tiny.folder / "v1").rglob("*.pt"))) == 24
+
+
+def test_nothing_is_written_through_a_link(tiny: TinyInputs, v0_dir: Path, capsys: Capture) -> None:
+    out_dir, elsewhere = tiny.folder / "v1", tiny.folder / "elsewhere"
+    out_dir.mkdir()
+    elsewhere.mkdir()
+    (out_dir / "deeper").symlink_to(elsewhere)
+
+    code = convert(v0_dir, "--output-dir", out_dir)
+
+    assert code == 1
+    assert "written through a link" in capsys.readouterr().out
+    assert list(elsewhere.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("flags", "code", "message"),
+    [
+        (["nowhere", "--output-dir", "v1"], 2, "`V0_PATH`: `nowhere` does not exist"),
+        (["v0"], 2, "`--output-dir` is required"),
+        (["v0", "--output-dir", "v0"], 2, "must lie outside"),
+        (["v0", "--output-dir", "v0/deeper/v1"], 2, "must lie outside"),
+        (["v0", "--output-dir", "v1", "--undo-norm"], 2, "needs `--verifier-name-or-path`"),
+        (["v0", "--output-dir", "v1", "--dtype", "int8"], 2, "`--dtype`"),
+        (["v0", "--output-dir", "v1", "--target-layer-ids", "5,3"], 2, "strictly ascending"),
+        (["v0", "--output-dir", "v1", "--target-layer-ids", "3,5"], 3, "hold 3 aux layers"),
+        (["data", "--output-dir", "v1"], 3, "is a v1 sample, read as v0"),
+        (["empty", "--output-dir", "v1"], 3, "holds no samples"),
+    ],
+)
+@pytest.mark.usefixtures("v0_dir")
+def test_bad_input_writes_nothing(
+    tiny: TinyInputs,
+    capsys: Capture,
+    monkeypatch: pytest.MonkeyPatch,
+    flags: list[str],
+    code: int,
+    message: str,
+) -> None:
+    monkeypatch.chdir(tiny.folder)
+    Path("empty").mkdir()
+
+    assert convert(*flags) == code
+
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert message in err
+    assert "Traceback" not in err
+    assert not Path("v1").exists()
+
+
+def test_layer_ids_go_with_the_samples(tiny: TinyInputs, v0_dir: Path) -> None:
+    (v0_dir / "data_config.json").write_text(
+        json.dumps({"version": "2.0", "hidden_states": {"layer_ids": [1, 4, 6, 8]}})
+    )
+    said, given = tiny.folder / "said", tiny.folder / "given"
+
+    convert(v0_dir, "--output-dir", said)
+    convert(v0_dir, "--output-dir", given, "--target-layer-ids", "1,2,9")
+
+    written = [json.loads((d / "data_config.json").read_text()) for d in (said, given)]
+    assert [x["hidden_states"]["layer_ids"] for x in written] == [[2, 5, 7], [1, 2, 9]]
+    assert [x["hidden_states"]["layer_ids_assumed"] for x in written] == [False, False]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="mounts a tmpfs")
+def test_a_full_disk_leaves_whole_files_only(tiny: TinyInputs, v0_dir: Path) -> None:
+    disk = tiny.folder / "disk"
+    disk.mkdir()
+    total = sum(file.stat().st_size for file in v0_dir.rglob("*") if file.is_file())
+    # The disk fills up behind the check of its space: so another file is written beside.
+    script = (
+        f"mount -t tmpfs -o size={total + 65536} none {disk} || exit 77; "
+        f"{sys.executable} -c '{FILL}' {v0_dir} {disk}; code=$?; "
+        f"find {disk} -name '.tmp-*' | wc -l; exit $code"
+    )
+
+    done = subprocess.run(
+        ["unshare", "--mount", "bash", "-c", script], capture_output=True, text=True, check=False
+    )
+
+    if done.returncode in (1, 77) and "mount" in done.stderr:
+        pytest.skip("may not mount a tmpfs")
+    assert done.returncode == 5, done.stderr
+    assert "cannot be written: No space left on device" in done.stderr
+    assert done.stdout.strip() == "0"
+
+
+FILL = """
+import sys
+from pathlib import Path
+from speculators_cli.core.preparation import conversion
+check = conversion.check_space
+def check_then_fill(output_dir, num_bytes):
+    check(output_dir, num_bytes)
+    (Path(sys.argv[2]) / "other").write_bytes(bytes(num_bytes // 2))
+conversion.check_space = check_then_fill
+from speculators_cli.cli.app import run
+sys.exit(run(["convert-v0", sys.argv[1], "--output-dir", sys.argv[2] + "/v1"]))
+"""
