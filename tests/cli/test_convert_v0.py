@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -285,6 +286,36 @@ def test_layer_ids_go_with_the_samples(tiny: TinyInputs, v0_dir: Path) -> None:
     assert [x["hidden_states"]["layer_ids_assumed"] for x in written] == [False, False]
 
 
+@pytest.mark.parametrize(
+    ("flags", "factor", "fits"),
+    [
+        ([], 0.9, False),
+        ([], 1.1, True),
+        (["--dtype", "bfloat16"], 0.6, True),
+        (["--dtype", "bfloat16"], 0.4, False),
+        (["--delete-source", "--workers", "2"], 0.3, True),
+        (["--delete-source", "--workers", "24"], 0.3, False),
+    ],
+)
+def test_room_is_checked_first(
+    tiny: TinyInputs,
+    v0_dir: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    flags: list[str],
+    factor: float,
+    fits: bool,
+) -> None:
+    out_dir = tiny.folder / "v1"
+    total = sum(file.stat().st_size for file in v0_dir.rglob("*") if file.is_file())
+    usage = SimpleNamespace(free=int(factor * total))
+    monkeypatch.setattr("shutil.disk_usage", lambda _: usage)
+
+    code = convert(v0_dir, "--output-dir", out_dir, *flags)
+
+    assert code == (0 if fits else 5)
+    assert out_dir.exists() == fits
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="mounts a tmpfs")
 def test_a_full_disk_leaves_whole_files_only(tiny: TinyInputs, v0_dir: Path) -> None:
     disk = tiny.folder / "disk"
@@ -313,8 +344,9 @@ import sys
 from pathlib import Path
 from speculators_cli.core.preparation import conversion
 check = conversion.check_space
-def check_then_fill(output_dir, num_bytes):
-    check(output_dir, num_bytes)
+def check_then_fill(jobs, files):
+    check(jobs, files)
+    num_bytes = sum(job.num_bytes for job in jobs)
     (Path(sys.argv[2]) / "other").write_bytes(bytes(num_bytes // 2))
 conversion.check_space = check_then_fill
 from speculators_cli.cli.app import run

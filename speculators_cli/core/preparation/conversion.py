@@ -28,7 +28,7 @@ from speculators_cli.core.models.verifier import (
 )
 from speculators_cli.core.models.verifier_files import VerifierFiles
 from speculators_cli.core.progress import Progress
-from speculators_cli.settings.convert_v0 import ConvertV0Settings
+from speculators_cli.settings.convert_v0 import ConvertV0Settings, FilesSettings
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, None: None}
 MIN_GAIN = 1e-3  # of the final norm: below it, division magnifies rounding a thousandfold
@@ -42,7 +42,8 @@ class Job:
 
     source: Path
     target: Path
-    num_bytes: int
+    num_bytes: int  # of the source
+    bytes_per_value: int  # of its hidden states
 
 
 @dataclass(frozen=True)
@@ -106,7 +107,7 @@ def convert_v0(settings: ConvertV0Settings, *, progress: Progress) -> Conversion
     num_bytes = sum(job.num_bytes for job in to_do)
     errors: list[float] = []
     if not files.dry_run:
-        check_space(files.output_dir, num_bytes)
+        check_space(to_do, files)
         files.output_dir.mkdir(parents=True, exist_ok=True)
         remove_leftovers(files.output_dir)
         for result in convert_all(to_do, settings, gain, progress):
@@ -173,7 +174,7 @@ def plan(sources: Sequence[tuple[str, Path]], output_dir: Path) -> tuple[list[Jo
     for name, source in sources:
         target = (output_dir / name).with_suffix(".pt")
         try:
-            FORMATS[0].read_tokens(source)
+            header = FORMATS[0].read_tokens(source).header
             if target in taken:
                 raise BadSampleError(f"would be written to `{target}`, as another file is")
             if any(folder.is_symlink() for folder in folders_below(output_dir, target)):
@@ -185,7 +186,7 @@ def plan(sources: Sequence[tuple[str, Path]], output_dir: Path) -> tuple[list[Jo
             problems.append(Problem(source, f"cannot be read: {error.strerror}"))
         else:
             taken.add(target)
-            jobs.append(Job(source, target, num_bytes))
+            jobs.append(Job(source, target, num_bytes, header.dtype.itemsize))
     return jobs, problems
 
 
@@ -216,18 +217,29 @@ def find_layer_ids(
     )
 
 
-def check_space(output_dir: Path, num_bytes: int) -> None:
+def check_space(jobs: Sequence[Job], files: FilesSettings) -> None:
     """Refuse to begin what cannot end."""
-    existing = next(
-        p for p in (output_dir.absolute(), *output_dir.absolute().parents) if p.exists()
-    )
-    free = shutil.disk_usage(existing).free
-    if num_bytes > free:
+    dtype = DTYPES[files.dtype]
+    sizes = [
+        job.num_bytes * (dtype.itemsize if dtype else job.bytes_per_value) // job.bytes_per_value
+        for job in jobs
+    ]
+    if files.delete_source:
+        # Each source makes room for the next copy.
+        sizes = sorted(sizes)[-count_workers(files) :]
+    path = files.output_dir.absolute()
+    free = shutil.disk_usage(next(p for p in (path, *path.parents) if p.exists())).free
+    if sum(sizes) > free:
         raise MachineError(
-            f"`{output_dir}` has {free / 2**30:.1f} GiB free, the samples take "
-            f"{num_bytes / 2**30:.1f} GiB",
-            hint="Make room, write `--dtype bfloat16` if they are float32, or `--delete-source`",
+            f"`{files.output_dir}` has {free / 2**30:.1f} GiB free, the samples take "
+            f"{sum(sizes) / 2**30:.1f} GiB",
+            hint="Make room, or pass `--delete-source`, or `--dtype bfloat16` for float32 samples",
         )
+
+
+def count_workers(files: FilesSettings) -> int:
+    """Files converted at once."""
+    return files.workers or min(MAX_WORKERS, os.cpu_count() or 1)
 
 
 def remove_leftovers(output_dir: Path) -> None:
@@ -242,13 +254,15 @@ def convert_all(
 ) -> Iterator[float | Problem]:
     """Round-trip error of each file, or why it was not converted."""
     files = settings.files
-    workers = files.workers or min(MAX_WORKERS, os.cpu_count() or 1)
 
     def convert(job: Job) -> float | Problem:
         return convert_job(job, DTYPES[files.dtype], gain, delete_source=files.delete_source)
 
     total = sum(job.num_bytes for job in jobs)
-    with progress.task("Converting", total) as task, ThreadPoolExecutor(workers) as pool:
+    with (
+        progress.task("Converting", total) as task,
+        ThreadPoolExecutor(count_workers(files)) as pool,
+    ):
         try:
             for job, result in zip(jobs, pool.map(convert, jobs), strict=True):
                 task.advance(job.num_bytes)
