@@ -10,7 +10,15 @@ from typing import Any
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.panel import Panel
-from rich.progress import BarColumn, Progress, TaskID, TextColumn
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
 from rich.table import Table
 from rich.text import Text
 
@@ -104,13 +112,15 @@ class Output:
         self.stdout.print(Text.assemble(*pieces))
 
     @contextmanager
-    def task(self, description: str, total: int) -> Iterator[Task]:
+    def task(self, description: str, total: int, *, is_bytes: bool = False) -> Iterator[Task]:
         """Show a piece of work of `total` parts, where progress is drawn."""
         self.close()
         if not self.is_live:
             yield _QuietTask()
             return
-        columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed:,}"))
+        count = TextColumn("{task.completed:,}/{task.total:,}")
+        done = (DownloadColumn(), TransferSpeedColumn()) if is_bytes else (count,)
+        columns = (TextColumn("{task.description}"), BarColumn(), *done, TimeRemainingColumn())
         with Progress(*columns, console=self.stderr, transient=True) as progress:
             yield _LiveTask(progress, progress.add_task(description, total=total))
 

@@ -48,8 +48,10 @@ class Progress(Protocol):
     def warn(self, message: str, *, hint: str | None = None) -> None:
         """Tell of something that does not stop the work but that the user should know."""
 
-    def task(self, description: str, total: int) -> AbstractContextManager[Task]:
-        """Open a piece of work of `total` parts, such as reading files."""
+    def task(
+        self, description: str, total: int, *, is_bytes: bool = False
+    ) -> AbstractContextManager[Task]:
+        """Open a piece of work of `total` parts, such as files, or bytes."""
 
     def trained(self, report: StepReport) -> None:
         """Show a log step of training."""
@@ -73,7 +75,13 @@ class SilentProgress:
         """Ignore the warning."""
 
     @contextmanager
-    def task(self, description: str, total: int) -> Iterator[Task]:  # noqa: ARG002
+    def task(
+        self,
+        description: str,  # noqa: ARG002
+        total: int,  # noqa: ARG002
+        *,
+        is_bytes: bool = False,  # noqa: ARG002
+    ) -> Iterator[Task]:
         """Open a piece of work that nobody watches."""
         yield _SilentTask()
 

@@ -260,7 +260,7 @@ def convert_all(
 
     total = sum(job.num_bytes for job in jobs)
     with (
-        progress.task("Converting", total) as task,
+        progress.task("Converting", total, is_bytes=True) as task,
         ThreadPoolExecutor(count_workers(files)) as pool,
     ):
         try:
