@@ -178,8 +178,7 @@ def read_dataset(
     """
     found = [(name, file) for folder in folders for name, file in find_files(folder)]
     configs = tuple(read_data_config(f) for _, f in found if f.name == FILE_NAME)
-    suffixes = SUFFIXES[version]
-    files = [x for x in found if x[1].name.endswith(suffixes) and x[1].name not in NOT_SAMPLES]
+    files = [x for x in found if is_sample_name(x[1].name, version)]
     shown = ", ".join(f"`{folder}`" for folder in folders)
     if not files:
         raise DataError(
@@ -211,6 +210,11 @@ def read_dataset(
             f"No sample of {shown} has two tokens or more", hint="Capture longer conversations"
         )
     return dataset
+
+
+def is_sample_name(name: str, version: int) -> bool:
+    """Whether a file of this name can be a sample."""
+    return name.endswith(SUFFIXES[version]) and name not in NOT_SAMPLES
 
 
 def find_files(folder: Path) -> Iterator[tuple[str, Path]]:

@@ -16,7 +16,7 @@ from torch import Tensor
 from speculators_cli.core.data import data_config
 from speculators_cli.core.data.convert import convert_file, is_converted, is_same
 from speculators_cli.core.data.data_config import LayerIds, read_data_config, resolve_layer_ids
-from speculators_cli.core.data.dataset import NOT_SAMPLES, SUFFIXES, find_files
+from speculators_cli.core.data.dataset import find_files, is_sample_name
 from speculators_cli.core.data.formats import FORMATS
 from speculators_cli.core.data.sample import BadSampleError
 from speculators_cli.core.errors import DataError, MachineError, SettingsError
@@ -89,7 +89,7 @@ def convert_v0(settings: ConvertV0Settings, *, progress: Progress) -> Conversion
     check_output_dir(files.output_dir, flag="--output-dir")
     gain = load_gain(settings)
     found = list(find_files(files.v0_path))
-    sources = [(name, f) for name, f in found if is_sample_name(f.name)]
+    sources = [(name, f) for name, f in found if is_sample_name(f.name, 0)]
     if not sources:
         raise DataError(
             f"`{files.v0_path}` holds no samples: no `.pt` or `.ckpt` file was found",
@@ -134,11 +134,6 @@ def convert_v0(settings: ConvertV0Settings, *, progress: Progress) -> Conversion
         problems=tuple(problems),
         is_dry_run=files.dry_run,
     )
-
-
-def is_sample_name(name: str) -> bool:
-    """Whether a file is a v0 sample by its name."""
-    return name.endswith(SUFFIXES[0]) and name not in NOT_SAMPLES and name[0] != "."
 
 
 def load_gain(settings: ConvertV0Settings) -> Tensor | None:

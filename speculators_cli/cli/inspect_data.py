@@ -1,0 +1,86 @@
+"""`speculators inspect-data`."""
+
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+from speculators_cli.cli.options import with_settings
+from speculators_cli.cli.output import Output
+from speculators_cli.settings.base import load_settings
+from speculators_cli.settings.inspect_data import InspectDataSettings
+
+if TYPE_CHECKING:
+    from speculators_cli.core.preparation.inspection_report import (
+        Distribution,
+        InspectionReport,
+    )
+
+BARS = "▁▂▃▄▅▆▇█"
+MAX_NAMED = 50
+
+
+@with_settings(InspectDataSettings)
+def inspect_data(*, flags: dict[str, Any], output: Output) -> None:
+    """Check a folder of samples and describe it"""  # noqa: D415 - shown as help
+    settings = load_settings(InspectDataSettings, flags, None)
+    from speculators_cli.core.preparation import inspection
+    from speculators_cli.core.preparation.text import read_text
+
+    if settings.inspect.show is not None:
+        output.marked(read_text(settings.inspect))
+        return
+    report = inspection.inspect_data(settings, progress=output)
+    if output.is_json:
+        output.result("inspect-data", report.to_json())
+    else:
+        show(report, str(settings.inspect.data_path), output)
+    if report.problems:
+        output.hint("Capture these samples again, or delete the files")
+        raise typer.Exit(1)
+
+
+def show(report: "InspectionReport", name: str, output: Output) -> None:
+    """Write the description, then the problems."""
+    ids = f" ({', '.join(map(str, report.layer_ids))})" if report.layer_ids else ""
+    verifier = f", from `{report.verifier}`" if report.verifier else ""
+    output.line(
+        f"{name}: {report.num_samples:,} samples, format {report.format}, {report.num_aux_layers} "
+        f"aux layers{ids}, hidden size {report.hidden_size:,}, {', '.join(report.dtypes)}, "
+        f"{report.num_bytes / 2**30:.2f} GiB{verifier}"
+    )
+    output.table(
+        ("", "min", "median", "p95", "max", "total", "distribution"),
+        [row("tokens", report.tokens), row("supervised tokens", report.supervised_tokens)],
+    )
+    output.line(
+        f"Packed at {report.total_seq_len:,} tokens: {report.num_packed_sequences:,} sequences, "
+        f"{report.fill:.1%} filled"
+    )
+    if report.layer_rms:
+        scales = "  ".join(f"{rms:.3g}" for rms in report.layer_rms)
+        output.line(
+            f"Scale of each layer, the last one last: {scales} "
+            f"(root mean square, {report.num_samples_looked_at:,} samples)"
+        )
+    if report.agreement is not None:
+        output.line(
+            f"The verifier's head has the next token first at {report.agreement.with_norm:.1%} of "
+            f"{report.agreement.num_positions:,} positions with its final norm, "
+            f"{report.agreement.without_norm:.1%} without"
+        )
+    if not report.problems:
+        output.line("Found no problem")
+        return
+    output.line(f"Found {len(report.problems):,} problems")
+    for problem in report.problems[:MAX_NAMED]:
+        output.line(f"  {problem.file}  {problem.problem}")
+    if len(report.problems) > MAX_NAMED:
+        output.line(f"  and {len(report.problems) - MAX_NAMED:,} more: `--json` lists all")
+
+
+def row(name: str, counts: "Distribution") -> tuple[str, ...]:
+    """One line of the table, with a histogram at its end."""
+    most = max(counts.histogram)
+    bars = "".join(BARS[round(n / most * (len(BARS) - 1))] if n else " " for n in counts.histogram)
+    numbers = (counts.min, counts.median, counts.p95, counts.max, counts.total)
+    return (name, *(f"{number:,.0f}" for number in numbers), bars)

@@ -1,0 +1,283 @@
+"""inspect_data(): describe a folder of samples, and find what is wrong with it."""
+
+import zipfile
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from hashlib import blake2b
+from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from speculators_cli.core.data.data_config import FILE_NAME, DataConfig, read_data_config
+from speculators_cli.core.data.dataset import find_files, is_sample_name
+from speculators_cli.core.data.formats import FORMATS
+from speculators_cli.core.data.formats.detect import detect
+from speculators_cli.core.data.packing import plan_epoch
+from speculators_cli.core.data.sample import BadSampleError, Sample, SampleHeader
+from speculators_cli.core.errors import DataError
+from speculators_cli.core.models.verifier import read_verifier_config
+from speculators_cli.core.models.verifier_files import VerifierFiles
+from speculators_cli.core.preparation.inspection_report import (
+    Agreement,
+    Distribution,
+    InspectionReport,
+    Problem,
+)
+from speculators_cli.core.preparation.states import StatesReport, look_at_states, measure_agreement
+from speculators_cli.core.progress import Progress
+from speculators_cli.settings.inspect_data import InspectDataSettings, InspectSettings
+
+READERS = 8  # threads
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Scan:
+    """What one sample says without its hidden states."""
+
+    file: Path
+    version: int
+    header: SampleHeader
+    num_bytes: int
+    tokens_hash: bytes  # the same in samples of the same ids
+    is_mask_full: bool  # every token is supervised
+
+
+def inspect_data(settings: InspectDataSettings, *, progress: Progress) -> InspectionReport:
+    """Read headers, ids and masks of all samples, and the hidden states of some.
+
+    Raises:
+        SettingsError: The verifier cannot be used.
+        DataError: The folder holds no samples, or none that can be read.
+        MachineError: The hub cannot be reached.
+    """
+    wanted = settings.inspect
+    found = [file for _, file in find_files(wanted.data_path)]
+    files = [file for file in found if is_sample_name(file.name, 0)]
+    if not files:
+        raise DataError(
+            f"`{wanted.data_path}` holds no samples: no `.pt` or `.ckpt` file was found",
+            hint="Name the folder that holds the captured hidden states",
+        )
+    scans, problems = scan_files(files, progress)
+    if not scans:
+        raise DataError(
+            f"None of the {len(files):,} files in `{wanted.data_path}` is a sample; the first, "
+            f"`{problems[0].file}`, {problems[0].problem}",
+            hint="Name the folder that holds the captured hidden states",
+        )
+    usual, more = find_odd(scans)
+    problems += [*more, *check_tokens(scans)]
+    drawn = draw(usual, wanted.samples)
+    states = look_at_states(drawn_samples(drawn), progress)
+    problems += [Problem(drawn[i].file, text) for i, text in states.problems]
+    agreement = None
+    if wanted.verifier_name_or_path is not None:
+        vocab_size, agreement = ask_verifier(wanted, drawn, progress)
+        problems += check_verifier(usual, vocab_size, agreement, wanted.data_path)
+    if wanted.verify:
+        problems += verify_checksums(files, progress)
+    configs = [read_data_config(f) for f in found if f.name == FILE_NAME]
+    return make_report(wanted, scans, usual, problems, states, agreement, configs)
+
+
+def scan_files(files: Sequence[Path], progress: Progress) -> tuple[list[Scan], list[Problem]]:
+    """Every file as a sample, or what is wrong with it."""
+    scans: list[Scan] = []
+    problems: list[Problem] = []
+    for file, result in in_threads(scan, files, "Reading samples", progress):
+        if isinstance(result, Scan):
+            scans.append(result)
+        else:
+            problems.append(Problem(file, result))
+    return scans, problems
+
+
+def scan(file: Path) -> Scan | str:
+    """Read a file without its hidden states, or say what is wrong with it."""
+    try:
+        version, tokens = detect(file)
+        return Scan(
+            file=file,
+            version=version,
+            header=tokens.header,
+            num_bytes=file.stat().st_size,
+            tokens_hash=blake2b(tokens.input_ids.tobytes(), digest_size=16).digest(),
+            is_mask_full=bool(tokens.loss_mask.all()),
+        )
+    except BadSampleError as error:
+        return error.reason
+    except OSError as error:
+        return f"cannot be read: {error.strerror}"
+
+
+def find_odd(scans: Sequence[Scan]) -> tuple[list[Scan], list[Problem]]:
+    """Part from the samples those of another format or of other sizes than most."""
+
+    def kind(scan: Scan) -> tuple[int, int, int]:
+        return scan.version, scan.header.hidden_size, scan.header.num_aux_layers
+
+    usual = Counter(map(kind, scans)).most_common(1)[0][0]
+    problems = [
+        Problem(
+            s.file,
+            f"is v{s.version} with hidden size {s.header.hidden_size:,} and "
+            f"{s.header.num_aux_layers} aux layers, most are v{usual[0]} with {usual[1]:,} and "
+            f"{usual[2]}",
+        )
+        for s in scans
+        if kind(s) != usual
+    ]
+    return [s for s in scans if kind(s) == usual], problems
+
+
+def check_tokens(scans: Sequence[Scan]) -> Iterator[Problem]:
+    """What ids and masks alone give away."""
+    first: dict[bytes, Path] = {}
+    for s in scans:
+        if s.header.num_tokens < 2:
+            yield Problem(s.file, f"has {s.header.num_tokens} tokens: nothing can be learnt")
+        elif s.header.num_supervised_tokens == 0:
+            yield Problem(s.file, "has no supervised token")
+        elif s.is_mask_full:
+            yield Problem(s.file, "has every token supervised, the prompt too: no chat template?")
+        other = first.setdefault(s.tokens_hash, s.file)
+        if other is not s.file and s.header.num_tokens:
+            yield Problem(s.file, f"has the same tokens as `{other}`")
+
+
+def draw(scans: Sequence[Scan], num_samples: int) -> list[Scan]:
+    """Some of the samples that have tokens, evenly spread; always the same ones."""
+    usable = [s for s in scans if s.header.num_tokens > 1]
+    chosen = np.linspace(0, len(usable) - 1, min(num_samples, len(usable))).astype(int)
+    return [usable[i] for i in chosen.tolist()]
+
+
+def drawn_samples(scans: Sequence[Scan]) -> list[Callable[[], Sample]]:
+    """Readers of samples, so that one at a time is in memory."""
+
+    def reader(s: Scan) -> Callable[[], Sample]:
+        return lambda: FORMATS[s.version].read_sample(s.file)
+
+    return [reader(s) for s in scans]
+
+
+def ask_verifier(
+    wanted: InspectSettings, drawn: Sequence[Scan], progress: Progress
+) -> tuple[int, Agreement | None]:
+    """Tokens of the verifier, and how well its head predicts the samples."""
+    name = wanted.verifier_name_or_path
+    assert name is not None, "asked only with a verifier"
+    files = VerifierFiles(name)
+    config = read_verifier_config(files, trust_remote_code=wanted.trust_remote_code)
+    vocab_size = files.read_vocab_size(is_tied=config.is_tied)
+    fitting = [
+        s
+        for s in drawn
+        if s.header.hidden_size == config.hidden_size and s.header.max_token_id < vocab_size
+    ]
+    return vocab_size, measure_agreement(files, config, drawn_samples(fitting), progress)
+
+
+def check_verifier(
+    scans: Sequence[Scan], vocab_size: int, agreement: Agreement | None, folder: Path
+) -> Iterator[Problem]:
+    """What contradicts the verifier that was named."""
+    for s in scans:
+        if s.header.max_token_id >= vocab_size:
+            yield Problem(
+                s.file,
+                f"has token id {s.header.max_token_id:,}, the verifier {vocab_size:,} tokens",
+            )
+    if agreement is None:
+        yield Problem(folder, "has another hidden size than the verifier")
+    elif (problem := agreement.problem) is not None:
+        yield Problem(folder, problem)
+
+
+def verify_checksums(files: Sequence[Path], progress: Progress) -> Iterator[Problem]:
+    """Read every byte of every archive."""
+    for file, part in in_threads(find_damage, files, "Verifying", progress):
+        if part is not None:
+            yield Problem(file, f"has flipped bytes in `{part}`")
+
+
+def find_damage(file: Path) -> str | None:
+    """The first part of an archive whose checksum is wrong; what is no archive is known by then."""
+    try:
+        with zipfile.ZipFile(file) as archive:
+            return archive.testzip()
+    except (zipfile.BadZipFile, OSError, EOFError, NotImplementedError):
+        return None
+
+
+def in_threads(
+    work: Callable[[Path], T], files: Sequence[Path], description: str, progress: Progress
+) -> Iterator[tuple[Path, T]]:
+    """Each file with what came of it, in order."""
+    with progress.task(description, len(files)) as task, ThreadPoolExecutor(READERS) as pool:
+        for file, result in zip(files, pool.map(work, files), strict=True):
+            task.advance()
+            yield file, result
+
+
+def make_report(
+    wanted: InspectSettings,
+    scans: Sequence[Scan],
+    usual: Sequence[Scan],
+    problems: Sequence[Problem],
+    states: StatesReport,
+    agreement: Agreement | None,
+    configs: Sequence[DataConfig],
+) -> InspectionReport:
+    """Everything that was found."""
+    versions = sorted({s.version for s in scans})
+    lengths = np.array([s.header.num_tokens for s in usual], dtype=np.int64)
+    supervised = np.array([s.header.num_supervised_tokens for s in usual], dtype=np.int64)
+    plan = plan_epoch(
+        np.maximum(lengths - 1, 0),
+        total_seq_len=wanted.total_seq_len,
+        seed=0,
+        epoch=0,
+        global_batch=1,
+    )
+    header = usual[0].header
+    dtypes = Counter(str(s.header.dtype).removeprefix("torch.") for s in usual)
+    return InspectionReport(
+        format="mixed" if len(versions) > 1 else f"v{versions[0]}",
+        num_samples=len(scans),
+        num_bytes=sum(s.num_bytes for s in scans),
+        tokens=describe(lengths),
+        supervised_tokens=describe(supervised),
+        hidden_size=header.hidden_size,
+        num_aux_layers=header.num_aux_layers,
+        dtypes=dict(dtypes),
+        is_normed=header.is_normed,
+        layer_ids=next((c.layer_ids for c in configs if c.layer_ids is not None), None),
+        layer_ids_convention=next((c.convention for c in configs if c.layer_ids), None),
+        verifier=next((c.verifier for c in configs if c.verifier is not None), None),
+        total_seq_len=wanted.total_seq_len,
+        num_packed_sequences=len(plan.sequences),
+        fill=plan.fill,
+        num_samples_looked_at=states.num_samples,
+        layer_rms=states.layer_rms,
+        agreement=agreement,
+        problems=tuple(sorted(set(problems), key=lambda p: (str(p.file), p.problem))),
+    )
+
+
+def describe(values: NDArray[np.int64]) -> Distribution:
+    """Minimum, median and so on, and a histogram of ten bins from the least to the most."""
+    histogram, _ = np.histogram(values, bins=10)
+    return Distribution(
+        min=int(values.min()),
+        median=float(np.median(values)),
+        p95=float(np.percentile(values, 95)),
+        max=int(values.max()),
+        total=int(values.sum()),
+        histogram=tuple(histogram.tolist()),
+    )

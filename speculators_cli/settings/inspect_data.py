@@ -1,0 +1,45 @@
+"""Every setting of `speculators inspect-data`."""
+
+from pathlib import Path
+from typing import Annotated
+
+from pydantic import Field, field_validator
+
+from speculators_cli.settings.base import Positional, Settings, path_error
+
+
+class InspectSettings(Settings):
+    """What is looked at, and how closely."""
+
+    data_path: Annotated[Path, Positional("DATA_PATH")] = Field(
+        description="Folder of samples, searched recursively"
+    )
+    samples: int = Field(
+        64, ge=0, description="Samples whose hidden states are looked at; ids and masks are of all"
+    )
+    verify: bool = Field(False, description="Read every byte and compare it with its checksum")
+    show: int | None = Field(
+        None, ge=0, description="Write the text of this sample, counted from 0, as the files sort"
+    )
+    verifier_name_or_path: str | None = Field(
+        None,
+        min_length=1,
+        description="Hub id or folder of the verifier; asked whether it predicts the samples",
+    )
+    total_seq_len: int = Field(8192, ge=2, description="Tokens in one packed sequence")
+    trust_remote_code: bool = Field(
+        False, description="Run the Python code that comes with the verifier"
+    )
+
+    @field_validator("data_path")
+    @classmethod
+    def _folder_exists(cls, value: Path) -> Path:
+        if not value.is_dir():
+            raise path_error(value, "is not a folder" if value.exists() else "does not exist")
+        return value
+
+
+class InspectDataSettings(Settings):
+    """All settings of `speculators inspect-data`, in sections."""
+
+    inspect: InspectSettings = Field(title="Inspect")

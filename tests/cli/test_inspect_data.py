@@ -1,0 +1,300 @@
+"""`speculators inspect-data` as the user types it."""
+
+import json
+import statistics
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from speculators_cli.cli.app import run
+from speculators_cli.core.capture.capture import capture
+from speculators_cli.core.demo.demo import VERIFIER_DIR, read_prompts
+from speculators_cli.core.models.verifier_model import VerifierModel
+from speculators_cli.core.progress import SilentProgress
+from tests.tiny import VOCAB, TinyInputs
+
+Capture = pytest.CaptureFixture[str]
+Content = dict[str, Any]
+
+
+def inspect(*flags: object) -> int:
+    return run(["inspect-data", *map(str, flags)])
+
+
+def report_of(capsys: Capture, *flags: object) -> tuple[int, Content]:
+    capsys.readouterr()
+    code = inspect(*flags, "--json")
+    report: Content = json.loads(capsys.readouterr().out)
+    return code, report
+
+
+def problems_of(report: Content) -> dict[str, str]:
+    return {Path(p["file"]).name: p["problem"] for p in report["problems"]}
+
+
+@pytest.fixture
+def data_dir(tiny: TinyInputs) -> Path:
+    """The tiny samples in a folder that may be written into."""
+    folder = tiny.folder / "copied"
+    folder.mkdir()
+    for file in tiny.data_dir.iterdir():
+        (folder / file.name).write_bytes(file.read_bytes())
+    return folder
+
+
+def change(file: Path, edit: Callable[[Content], object]) -> None:
+    content = torch.load(file, weights_only=True)
+    edit(content)
+    torch.save(content, file)
+
+
+def test_counts_are_those_of_the_files(tiny: TinyInputs, capsys: Capture) -> None:
+    code, report = report_of(capsys, tiny.data_dir, "--total-seq-len", 64)
+
+    samples = [torch.load(f, weights_only=True) for f in tiny.data_dir.glob("*.pt")]
+    lengths = [len(sample["input_ids"]) for sample in samples]
+    assert code == 0
+    assert report["format"] == "v1"
+    assert (report["num_samples"], report["num_tokens"]) == (24, sum(lengths))
+    assert report["tokens"]["median"] == statistics.median(lengths)
+    assert (report["tokens"]["min"], report["tokens"]["max"]) == (min(lengths), max(lengths))
+    assert sum(report["tokens"]["histogram"]) == 24
+    assert report["num_supervised_tokens"] == sum(n - 3 for n in lengths)
+    assert (report["hidden_size"], report["num_aux_layers"]) == (24, 3)
+    assert report["dtypes"] == {"float32": 24}
+    used = sum(n - 1 for n in lengths)
+    assert report["fill"] == used / (report["num_packed_sequences"] * 64) > 0.9
+    assert len(report["layer_rms"]) == 4
+    assert report["problems"] == []
+
+
+def test_the_page_for_people_has_the_same(tiny: TinyInputs, capsys: Capture) -> None:
+    code = inspect(tiny.data_dir)
+
+    out = capsys.readouterr().out
+    assert code == 0
+    assert "24 samples, format v1, 3 aux layers, hidden size 24, float32" in out
+    assert "supervised tokens" in out
+    assert "Found no problem" in out
+
+
+EDITS: dict[str, tuple[Callable[[Content], object], str]] = {
+    "nan": (
+        lambda x: x["hidden_states"][1][4, 2:4].fill_(float("nan")),
+        "has 2 values that are not finite in layer 1",
+    ),
+    "zeros": (lambda x: x["hidden_states"][0].zero_(), "has only zeros in layer 0"),
+    "constant": (
+        lambda x: x["hidden_states"][2].copy_(x["hidden_states"][2][:1].clone()),
+        "has the same states at every token in layer 2",
+    ),
+    "scale": (lambda x: x["hidden_states"][3].mul_(100), "has layer 3 at"),
+    "unsupervised": (lambda x: x["loss_mask"].zero_(), "has no supervised token"),
+    "full-mask": (lambda x: x["loss_mask"].fill_(1), "has every token supervised"),
+    "no-mask": (lambda x: x.pop("loss_mask"), "has no `loss_mask`"),
+    "unequal": (
+        lambda x: x.update(input_ids=x["input_ids"][:-1], loss_mask=x["loss_mask"][:-1]),
+        "hidden states in layer 0",
+    ),
+    "integers": (
+        lambda x: x.update(hidden_states=[h.long() for h in x["hidden_states"]]),
+        "expected floats",
+    ),
+    "two-layers": (lambda x: x["hidden_states"].pop(), "and 2 aux layers, most are v1"),
+    "v0": (
+        lambda x: x.update(
+            hidden_state=torch.cat(x["hidden_states"][:3], -1), target=x.pop("hidden_states")[3]
+        ),
+        "is v0 with hidden size 24",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", EDITS)
+def test_one_sick_sample_is_named(data_dir: Path, capsys: Capture, name: str) -> None:
+    edit, expected = EDITS[name]
+    change(data_dir / "data_5.pt", edit)
+
+    code, report = report_of(capsys, data_dir)
+
+    problems = problems_of(report)
+    assert code == 1
+    assert list(problems) == ["data_5.pt"]
+    assert expected in problems["data_5.pt"]
+
+
+def test_files_that_are_no_samples_are_named(data_dir: Path, capsys: Capture) -> None:
+    (data_dir / "page.pt").write_text("<html>")
+    (data_dir / "empty.pt").touch()
+    (data_dir / "token_freq.pt").touch()
+    (data_dir / "twice.pt").write_bytes((data_dir / "data_1.pt").read_bytes())
+
+    code, report = report_of(capsys, data_dir)
+
+    problems = problems_of(report)
+    assert code == 1
+    assert problems.keys() == {"page.pt", "empty.pt", "twice.pt"}
+    assert "web page" in problems["page.pt"]
+    assert "has the same tokens as" in problems["twice.pt"]
+
+
+def test_flipped_bytes_are_found_when_every_byte_is_read(data_dir: Path, capsys: Capture) -> None:
+    file = data_dir / "data_7.pt"
+    states = torch.load(file, weights_only=True)["hidden_states"][2]
+    content = bytearray(file.read_bytes())
+    # The lowest bit of one value of one layer.
+    content[content.index(states.numpy().tobytes()) + 40] ^= 1
+    file.write_bytes(bytes(content))
+
+    code, report = report_of(capsys, data_dir)
+    assert (code, report["problems"]) == (0, [])
+
+    code, report = report_of(capsys, data_dir, "--verify")
+    assert code == 1
+    assert "has flipped bytes in" in problems_of(report)["data_7.pt"]
+
+
+def test_ids_beyond_the_vocabulary_are_named(
+    tiny: TinyInputs, data_dir: Path, capsys: Capture
+) -> None:
+    change(data_dir / "data_3.pt", lambda x: x["input_ids"][2:3].fill_(VOCAB))
+
+    code, report = report_of(
+        capsys, data_dir, "--verifier-name-or-path", tiny.verifier_dir, "--samples", 24
+    )
+
+    assert code == 1
+    assert "has token id 37, the verifier 37 tokens" in problems_of(report)["data_3.pt"]
+
+
+@pytest.fixture(scope="module")
+def captured_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Samples of a real verifier, whose head predicts them."""
+    folder = tmp_path_factory.mktemp("captured")
+    verifier = VerifierModel(str(VERIFIER_DIR), (2, 4, 5), dtype=torch.float32)
+    capture(
+        verifier,
+        [verifier.encode(text) for text in read_prompts()[:6]],
+        folder,
+        verifier_name="the-verifier",
+        max_new_tokens=24,
+        progress=SilentProgress(),
+    )
+    return folder
+
+
+@pytest.fixture(scope="module")
+def verifier_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same verifier with its final norm's gain spread out, and the head made up for it.
+
+    The embedded one's gains are so even that the norm hardly changes which token comes first.
+    """
+    folder = tmp_path_factory.mktemp("verifier")
+    config = json.loads((VERIFIER_DIR / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": False}))
+    tensors = {k: x.float() for k, x in load_file(VERIFIER_DIR / "model.safetensors").items()}
+    spread = torch.randn(128, generator=torch.Generator().manual_seed(0)).exp()
+    tensors["model.norm.weight"] *= spread
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"] / spread
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    return folder
+
+
+def edited_copy(source: Path, target: Path, edit: Callable[[Content], object]) -> Path:
+    target.mkdir()
+    for file in source.glob("*.pt"):
+        content = torch.load(file, weights_only=True)
+        edit(content)
+        torch.save(content, target / file.name)
+    return target
+
+
+def test_the_verifiers_head_predicts_its_own_samples(
+    captured_dir: Path, verifier_dir: Path, capsys: Capture
+) -> None:
+    code, report = report_of(capsys, captured_dir, "--verifier-name-or-path", verifier_dir)
+
+    assert code == 0
+    assert report["agreement"]["with_norm"] > 0.95
+    assert report["agreement"]["without_norm"] < report["agreement"]["with_norm"] - 0.1
+    assert report["verifier"] == "the-verifier"
+    assert (report["layer_ids"], report["layer_ids_convention"]) == ([2, 4, 5], "vllm")
+
+
+def test_states_marked_wrongly_as_normed_are_found(
+    captured_dir: Path, verifier_dir: Path, tmp_path: Path, capsys: Capture
+) -> None:
+    # Trap: 25 % against 40 % acceptance.
+    folder = edited_copy(
+        captured_dir,
+        tmp_path / "marked",
+        lambda x: x.update(last_hidden_state_is_normed=torch.tensor(True)),
+    )
+
+    code, report = report_of(capsys, folder, "--verifier-name-or-path", verifier_dir)
+
+    assert code == 1
+    assert "marked as after the final norm" in problems_of(report)["marked"]
+
+
+def test_states_shifted_by_one_are_found(
+    captured_dir: Path, tmp_path: Path, capsys: Capture
+) -> None:
+    folder = edited_copy(
+        captured_dir,
+        tmp_path / "shifted",
+        lambda x: x["hidden_states"].append(x["hidden_states"].pop().roll(7, 0)),
+    )
+
+    code, report = report_of(capsys, folder, "--verifier-name-or-path", VERIFIER_DIR)
+
+    assert code == 1
+    assert "is not of this verifier, or is shifted" in problems_of(report)["shifted"]
+
+
+def test_the_text_of_a_sample_shows_what_is_supervised(captured_dir: Path, capsys: Capture) -> None:
+    code = inspect(captured_dir, "--show", 0, "--verifier-name-or-path", VERIFIER_DIR)
+
+    out = capsys.readouterr().out
+    prompt, answer = out.split("«")
+    assert code == 0
+    assert prompt.endswith(read_prompts()[0])
+    assert len(answer.strip()) > 10
+    assert "»" in answer
+
+
+@pytest.mark.parametrize(
+    ("flags", "code", "message"),
+    [
+        (["nowhere"], 2, "`DATA_PATH`: `nowhere` does not exist"),
+        (["empty"], 3, "holds no samples"),
+        (["foreign"], 3, "None of the 1 files in `foreign` is a sample"),
+        (["data", "--show", "99", "--verifier-name-or-path", "verifier"], 2, "no sample 99"),
+        (["data", "--show", "1"], 2, "needs the verifier's tokenizer"),
+        (["data", "--show", "1", "--verifier-name-or-path", "verifier"], 2, "has no tokenizer"),
+        (["data", "--verifier-name-or-path", "./nowhere"], 2, "does not exist"),
+    ],
+)
+def test_bad_input_is_explained(
+    tiny: TinyInputs,
+    capsys: Capture,
+    monkeypatch: pytest.MonkeyPatch,
+    flags: list[str],
+    code: int,
+    message: str,
+) -> None:
+    monkeypatch.chdir(tiny.folder)
+    Path("empty").mkdir()
+    Path("foreign").mkdir()
+    torch.save({"weights": torch.zeros(3)}, "foreign/model.pt")
+
+    assert inspect(*flags) == code
+
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert message in err
+    assert "Traceback" not in err
