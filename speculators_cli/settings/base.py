@@ -100,13 +100,14 @@ def path_error(path: Path, problem: str, *, hint: str | None = None) -> Pydantic
     )
 
 
+def _check_folder(folder: Path) -> Path:
+    if not folder.is_dir():
+        raise path_error(folder, "is not a folder" if folder.exists() else "does not exist")
+    return folder
+
+
 def _check_folders(folders: tuple[Path, ...]) -> tuple[Path, ...]:
-    for folder in folders:
-        if not folder.exists():
-            raise path_error(folder, "does not exist")
-        if not folder.is_dir():
-            raise path_error(folder, "is not a folder")
-    return folders
+    return tuple(map(_check_folder, folders))
 
 
 def _read_number(value: object) -> object:
@@ -126,7 +127,8 @@ def _check_layer_ids(ids: tuple[int, ...] | None) -> tuple[int, ...] | None:
     return ids
 
 
-# Folders that must exist, the version of a data format, layer ids: as a flag gives them.
+# A folder that must exist, folders, the version of a data format, layer ids: as a flag gives them.
+Folder = Annotated[Path, AfterValidator(_check_folder)]
 Folders = Annotated[tuple[Path, ...], AfterValidator(_check_folders)]
 FormatVersion = Annotated[Literal[0, 1], BeforeValidator(_read_number)]
 LayerIdsSetting = Annotated[

@@ -3,15 +3,15 @@
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, model_validator
 
-from speculators_cli.settings.base import LayerIdsSetting, Positional, Settings, path_error
+from speculators_cli.settings.base import Folder, LayerIdsSetting, Positional, Settings
 
 
 class FilesSettings(Settings):
     """What is read and what is written."""
 
-    v0_path: Annotated[Path, Positional("V0_PATH")] = Field(
+    v0_path: Annotated[Folder, Positional("V0_PATH")] = Field(
         description="Folder of v0 samples, searched recursively"
     )
     output_dir: Path = Field(description="Folder for the v1 samples, under the same names")
@@ -25,13 +25,6 @@ class FilesSettings(Settings):
     delete_source: bool = Field(
         False, description="Remove each v0 file once its v1 file is on disk and was read back"
     )
-
-    @field_validator("v0_path")
-    @classmethod
-    def _folder_exists(cls, value: Path) -> Path:
-        if not value.is_dir():
-            raise path_error(value, "is not a folder" if value.exists() else "does not exist")
-        return value
 
     @model_validator(mode="after")
     def _folders_differ(self) -> Self:

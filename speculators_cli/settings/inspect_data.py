@@ -1,17 +1,16 @@
 """Every setting of `speculators inspect-data`."""
 
-from pathlib import Path
 from typing import Annotated
 
-from pydantic import Field, field_validator
+from pydantic import Field
 
-from speculators_cli.settings.base import Positional, Settings, path_error
+from speculators_cli.settings.base import Folder, Positional, Settings
 
 
 class InspectSettings(Settings):
     """What is looked at, and how closely."""
 
-    data_path: Annotated[Path, Positional("DATA_PATH")] = Field(
+    data_path: Annotated[Folder, Positional("DATA_PATH")] = Field(
         description="Folder of samples, searched recursively"
     )
     samples: int = Field(
@@ -30,13 +29,6 @@ class InspectSettings(Settings):
     trust_remote_code: bool = Field(
         False, description="Run the Python code that comes with the verifier"
     )
-
-    @field_validator("data_path")
-    @classmethod
-    def _folder_exists(cls, value: Path) -> Path:
-        if not value.is_dir():
-            raise path_error(value, "is not a folder" if value.exists() else "does not exist")
-        return value
 
 
 class InspectDataSettings(Settings):

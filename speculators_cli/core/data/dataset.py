@@ -17,7 +17,13 @@ import torch
 from speculators_cli.core.data.data_config import FILE_NAME, DataConfig, read_data_config
 from speculators_cli.core.data.formats import FORMATS
 from speculators_cli.core.data.packing import plan_epoch
-from speculators_cli.core.data.sample import BadSampleError, Sample, SampleHeader, SampleTokens
+from speculators_cli.core.data.sample import (
+    BadSampleError,
+    Problem,
+    Sample,
+    SampleHeader,
+    SampleTokens,
+)
 from speculators_cli.core.errors import DataError
 from speculators_cli.core.files import replacing
 from speculators_cli.core.progress import Progress
@@ -49,20 +55,12 @@ class Entry:
 
 
 @dataclass(frozen=True)
-class BadSample:
-    """A file that was left out."""
-
-    file: Path
-    reason: str
-
-
-@dataclass(frozen=True)
 class Dataset:
     """Samples of one format, hidden size and number of aux layers; ids are indices into it."""
 
     entries: tuple[Entry, ...]
     version: int
-    bad: tuple[BadSample, ...]
+    bad: tuple[Problem, ...]
     configs: tuple[DataConfig, ...]
 
     def __len__(self) -> int:
@@ -202,7 +200,7 @@ def read_dataset(
             task.advance()
     _refuse_other_version(broken, len(files), version, shown)
     entries, odd = _split_off_odd(entries)
-    bad = (*(BadSample(file, error.reason) for file, error in broken), *odd)
+    bad = (*(Problem(file, error.reason) for file, error in broken), *odd)
     _judge_bad(bad, len(files), max_bad_samples, progress)
     dataset = Dataset(tuple(entries), version, bad, configs)
     if not dataset.lengths.any():
@@ -307,7 +305,7 @@ def _refuse_other_version(
     )
 
 
-def _split_off_odd(entries: list[Entry]) -> tuple[list[Entry], list[BadSample]]:
+def _split_off_odd(entries: list[Entry]) -> tuple[list[Entry], list[Problem]]:
     """Part from the samples those whose sizes are not the usual ones."""
     if not entries:
         return [], []
@@ -323,18 +321,18 @@ def _split_off_odd(entries: list[Entry]) -> tuple[list[Entry], list[BadSample]]:
                 f"has hidden size {size[0]:,} and {size[1]} aux layers, "
                 f"the others {usual[0]:,} and {usual[1]}"
             )
-            odd.append(BadSample(entry.file, reason))
+            odd.append(Problem(entry.file, reason))
     return kept, odd
 
 
 def _judge_bad(
-    bad: tuple[BadSample, ...], num_files: int, max_bad_samples: int | None, progress: Progress
+    bad: tuple[Problem, ...], num_files: int, max_bad_samples: int | None, progress: Progress
 ) -> None:
     """Warn of a few files left out; refuse many."""
     if not bad:
         return
     limit = math.ceil(BAD_SHARE * num_files) if max_bad_samples is None else max_bad_samples
-    lines = [f"  `{sample.file}` {sample.reason}" for sample in bad[:MAX_NAMED]]
+    lines = [f"  `{sample.file}` {sample.problem}" for sample in bad[:MAX_NAMED]]
     if len(bad) > MAX_NAMED:
         lines.append(f"  and {len(bad) - MAX_NAMED:,} more")
     if len(bad) == num_files or len(bad) > limit:

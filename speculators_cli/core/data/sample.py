@@ -1,6 +1,7 @@
 """Sample: the tensors of one conversation, and what makes it valid."""
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -45,6 +46,14 @@ class Sample:
     def num_tokens(self) -> int:
         """Tokens of the conversation."""
         return len(self.input_ids)
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What is wrong with a file, as the end of a sentence that begins with its name."""
+
+    file: Path
+    problem: str
 
 
 class BadSampleError(DataError):

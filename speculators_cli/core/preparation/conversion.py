@@ -18,7 +18,7 @@ from speculators_cli.core.data.convert import convert_file, is_converted, is_sam
 from speculators_cli.core.data.data_config import LayerIds, read_data_config, resolve_layer_ids
 from speculators_cli.core.data.dataset import find_files, is_sample_name
 from speculators_cli.core.data.formats import FORMATS
-from speculators_cli.core.data.sample import BadSampleError
+from speculators_cli.core.data.sample import BadSampleError, Problem
 from speculators_cli.core.errors import DataError, MachineError, SettingsError
 from speculators_cli.core.files import TEMPORARY, check_output_dir
 from speculators_cli.core.models.verifier import (
@@ -44,14 +44,6 @@ class Job:
     target: Path
     num_bytes: int  # of the source
     bytes_per_value: int  # of its hidden states
-
-
-@dataclass(frozen=True)
-class Problem:
-    """A file that was not converted, and why."""
-
-    file: Path
-    problem: str
 
 
 @dataclass(frozen=True)

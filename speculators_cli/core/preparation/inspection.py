@@ -17,7 +17,7 @@ from speculators_cli.core.data.dataset import find_files, is_sample_name
 from speculators_cli.core.data.formats import FORMATS
 from speculators_cli.core.data.formats.detect import detect
 from speculators_cli.core.data.packing import plan_epoch
-from speculators_cli.core.data.sample import BadSampleError, Sample, SampleHeader
+from speculators_cli.core.data.sample import BadSampleError, Problem, Sample, SampleHeader
 from speculators_cli.core.errors import DataError
 from speculators_cli.core.models.verifier import read_verifier_config
 from speculators_cli.core.models.verifier_files import VerifierFiles
@@ -25,7 +25,6 @@ from speculators_cli.core.preparation.inspection_report import (
     Agreement,
     Distribution,
     InspectionReport,
-    Problem,
 )
 from speculators_cli.core.preparation.states import StatesReport, look_at_states, measure_agreement
 from speculators_cli.core.progress import Progress

@@ -1,21 +1,14 @@
 """What an inspection of samples found."""
 
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
+
+from speculators_cli.core.data.sample import Problem
 
 # Agreement below this is no verifier's own output, whatever was sampled.
 LITTLE = 0.05
 # The norm changes nothing of the order within a token, so a real difference is large.
 CLEARLY = 0.1
-
-
-@dataclass(frozen=True)
-class Problem:
-    """What is wrong with a file, as the end of a sentence that begins with its name."""
-
-    file: Path
-    problem: str
 
 
 @dataclass(frozen=True)
