@@ -166,6 +166,26 @@ def test_a_second_run_does_only_what_is_missing(
     assert not list(out_dir.rglob(".tmp-*"))
 
 
+@pytest.mark.parametrize("flags", [["--undo-norm"], ["--dtype", "bfloat16"]])
+def test_files_converted_in_another_way_are_converted_again(
+    tiny: TinyInputs, v0_dir: Path, capsys: Capture, flags: list[str]
+) -> None:
+    out_dir = tiny.folder / "v1"
+    verifier = ["--verifier-name-or-path", tiny.verifier_dir]
+    convert(v0_dir, "--output-dir", out_dir, *verifier)
+    capsys.readouterr()
+
+    convert(v0_dir, "--output-dir", out_dir, *verifier, *flags, "--json")
+
+    report = json.loads(capsys.readouterr().out)
+    new = load(out_dir / "data_0.pt")
+    assert (report["num_converted"], report["num_already_converted"]) == (24, 0)
+    is_undone = flags == ["--undo-norm"]
+    assert report["last_hidden_states_are_normed"] is not is_undone
+    assert ("last_hidden_state_is_normed" not in new) == is_undone
+    assert (new["hidden_states"][0].dtype == torch.bfloat16) != is_undone
+
+
 def test_float32_states_shrink_to_bfloat16(tiny: TinyInputs, v0_dir: Path) -> None:
     out_dir = tiny.folder / "v1"
 

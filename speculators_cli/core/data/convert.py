@@ -1,6 +1,7 @@
 """Rewrite one v0 sample as a v1 sample."""
 
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import BinaryIO
 
@@ -90,30 +91,36 @@ def undo_norm(last: Tensor, gain: Tensor, dtype: torch.dtype) -> tuple[Tensor, f
     return undone, error
 
 
-def is_converted(source: Path, target: Path) -> bool:
-    """Whether a file written earlier is the v1 sample of a v0 file, as far as its tokens tell."""
+def is_converted(source: Path, target: Path, *, dtype: torch.dtype | None, is_normed: bool) -> bool:
+    """Whether a file is the v1 sample that `convert_file` would write, by its tokens and types."""
     try:
         old, new = V0.read_tokens(source), v1.FORMAT.read_tokens(target)
     except (BadSampleError, OSError):
         return False
+    expected = replace(old.header, dtype=dtype or old.header.dtype, is_normed=is_normed)
     return (
-        old.input_ids.tobytes() == new.input_ids.tobytes()
+        new.header == expected
+        and old.input_ids.tobytes() == new.input_ids.tobytes()
         and old.loss_mask.tobytes() == new.loss_mask.tobytes()
-        and old.header.hidden_size == new.header.hidden_size
-        and old.header.num_aux_layers == new.header.num_aux_layers
     )
 
 
-def is_same(source: Path, target: Path, *, dtype: torch.dtype | None) -> bool:
-    """Whether a v1 file holds every value of a v0 file, read back from both."""
+def is_same(source: Path, target: Path, *, dtype: torch.dtype | None, is_normed: bool) -> bool:
+    """Whether a v1 file holds every value of a v0 file, read back from both.
+
+    Last hidden states whose norm was undone are other values, and are not compared.
+    """
+    if not is_converted(source, target, dtype=dtype, is_normed=is_normed):
+        return False
     old, new = V0.read_sample(source), v1.FORMAT.read_sample(target)
     pairs = [*zip(old.aux_hidden_states, new.aux_hidden_states, strict=True)]
-    if new.is_normed:
+    if is_normed:
         pairs.append((old.last_hidden_states, new.last_hidden_states))
-    return is_converted(source, target) and all(
-        torch.equal(a.to(dtype or a.dtype).view(torch.uint8), b.contiguous().view(torch.uint8))
-        for a, b in ((a.contiguous(), b) for a, b in pairs)
-    )
+    return all(torch.equal(_bytes(a.to(dtype or a.dtype)), _bytes(b)) for a, b in pairs)
+
+
+def _bytes(tensor: Tensor) -> Tensor:
+    return tensor.contiguous().view(torch.uint8)
 
 
 def _flush(stream: BinaryIO) -> None:

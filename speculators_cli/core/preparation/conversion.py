@@ -95,7 +95,12 @@ def convert_v0(settings: ConvertV0Settings, *, progress: Progress) -> Conversion
             hint="Name the folder that holds the v0 samples",
         )
     layer_ids = find_layer_ids(settings, [f for _, f in found], jobs)
-    to_do = [job for job in jobs if not is_converted(job.source, job.target)]
+    dtype, is_normed = DTYPES[files.dtype], gain is None
+    to_do = [
+        job
+        for job in jobs
+        if not is_converted(job.source, job.target, dtype=dtype, is_normed=is_normed)
+    ]
     num_bytes = sum(job.num_bytes for job in to_do)
     errors: list[float] = []
     if not files.dry_run:
@@ -121,7 +126,7 @@ def convert_v0(settings: ConvertV0Settings, *, progress: Progress) -> Conversion
         duration_seconds=time.perf_counter() - started_at,
         layer_ids=layer_ids.ids if layer_ids else None,
         are_layer_ids_assumed=bool(layer_ids and layer_ids.is_assumed),
-        last_hidden_states_are_normed=gain is None,
+        last_hidden_states_are_normed=is_normed,
         largest_round_trip_error=None if gain is None else max(errors, default=0.0),
         problems=tuple(problems),
         is_dry_run=files.dry_run,
@@ -273,7 +278,7 @@ def convert_job(
     try:
         error = convert_file(job.source, job.target, dtype=dtype, gain=gain)
         if delete_source:
-            if not is_same(job.source, job.target, dtype=dtype):
+            if not is_same(job.source, job.target, dtype=dtype, is_normed=gain is None):
                 return Problem(job.source, f"is not what was read back from `{job.target}`")
             job.source.unlink()
     except BadSampleError as bad:

@@ -14,7 +14,7 @@ from speculators_cli.core.progress import Progress
 
 OUTLIER = 10.0  # times the median scale of a layer over the samples
 ROWS_AT_ONCE = 64
-POSITIONS = 64  # of each sample, at most, that the head is asked about
+POSITIONS = 64  # of each sample, at most, that the verifier's head is asked about
 
 
 @dataclass(frozen=True)
@@ -84,6 +84,14 @@ def check_layer(
     return None
 
 
+def spread(
+    positions: Tensor,  # [positions], int64
+) -> Tensor:
+    """`POSITIONS` of them at most, evenly spread."""
+    keep = torch.linspace(0, len(positions) - 1, min(len(positions), POSITIONS)).long()
+    return positions[keep]
+
+
 @torch.no_grad()
 def measure_agreement(
     files: VerifierFiles,
@@ -108,8 +116,7 @@ def measure_agreement(
             positions = sample.loss_mask[1:].nonzero().flatten()
             if not len(positions):
                 positions = torch.arange(sample.num_tokens - 1)
-            keep = torch.linspace(0, len(positions) - 1, min(len(positions), POSITIONS)).long()
-            positions = positions[keep]
+            positions = spread(positions)
             states = sample.last_hidden_states[positions].float().to(device)
             wanted = sample.input_ids[positions + 1].to(device)
             for index, skip_norm in enumerate((False, True)):

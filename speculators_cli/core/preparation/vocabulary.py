@@ -26,11 +26,11 @@ from speculators_cli.core.models.verifier import (
     read_verifier_config,
 )
 from speculators_cli.core.models.verifier_files import VerifierFiles
+from speculators_cli.core.preparation.states import spread
 from speculators_cli.core.progress import Progress
 from speculators_cli.settings.build_vocab_map import BuildVocabMapSettings, VocabularySettings
 
 COMPARED_SIZES = (8_000, 16_000, 32_000, 64_000)
-MASS_POSITIONS = 64  # of each sample, at most
 
 
 @dataclass(frozen=True)
@@ -201,9 +201,7 @@ def sample_mass(
     """Probability within the draft vocabulary at some supervised positions; [positions]."""
     sample = samples.read(sample_id)
     # The distribution of position i is over the token after it.
-    positions = sample.loss_mask[1:].nonzero().flatten()
-    keep = torch.linspace(0, len(positions) - 1, min(len(positions), MASS_POSITIONS)).long()
-    positions = positions[keep]
+    positions = spread(sample.loss_mask[1:].nonzero().flatten())
     states = sample.last_hidden_states[positions].float().to(verifier.head.device)
     is_normed = torch.full((len(states),), sample.is_normed, device=states.device)
     normed = verifier.normed(states, is_normed)
