@@ -10,7 +10,7 @@ from torch import Tensor
 
 from speculators_cli.core.data.formats import v1
 from speculators_cli.core.data.formats.archive import Archive
-from speculators_cli.core.data.formats.format import get_tensor
+from speculators_cli.core.data.formats.format import get_tensor, save
 from speculators_cli.core.data.formats.v0 import FORMAT as V0
 from speculators_cli.core.data.sample import BadSampleError
 from speculators_cli.core.files import replacing
@@ -66,8 +66,7 @@ def convert_file(
         sample[v1.IS_NORMED] = torch.tensor(True)
     target.parent.mkdir(parents=True, exist_ok=True)
     with replacing(target) as temporary, temporary.open("wb") as stream:
-        # To a stream: a name would become part of the archive.
-        torch.save(sample, stream)
+        save(sample, stream)
         _flush(stream)
     return error
 

@@ -1,5 +1,6 @@
 """v0 and v1 samples: what is read, what is refused, and that nothing in a file ever runs."""
 
+import errno
 import io
 import os
 import pickle
@@ -18,6 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from speculators_cli.core.data.formats import FORMATS
+from speculators_cli.core.data.formats.format import save
 from speculators_cli.core.data.sample import BadSampleError, Sample
 
 S, HIDDEN, AUX = 7, 6, 3
@@ -426,3 +428,23 @@ def test_a_damaged_byte_is_read_or_refused_but_never_an_error_of_ours(
     with suppress(BadSampleError):
         sample = FORMATS[1].read_sample(file)
         assert len(sample.input_ids) == len(sample.loss_mask) == len(sample.last_hidden_states)
+
+
+class FullDisk(io.BytesIO):
+    """Fails at one of its writes."""
+
+    def __init__(self, fails_at: int) -> None:
+        super().__init__()
+        self.writes_left = fails_at
+
+    def write(self, data: Any) -> int:
+        self.writes_left -= 1
+        if self.writes_left == 0:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return super().write(data)
+
+
+@pytest.mark.parametrize("fails_at", range(1, 30))
+def test_a_full_disk_is_an_os_error_whichever_write_it_stops(fails_at: int) -> None:
+    with pytest.raises(OSError, match="No space left"):
+        save({"a": torch.zeros(1000), "b": torch.zeros(50)}, FullDisk(fails_at))

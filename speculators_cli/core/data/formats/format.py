@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import torch
@@ -86,8 +87,7 @@ class SampleFormat:
     def write_sample(self, sample: Sample, file: Path) -> None:
         """Write a sample, so that the file is absent, as it was, or whole."""
         with replacing(file) as temporary, temporary.open("wb") as stream:
-            # A name would become part of the archive.
-            torch.save(self.arrange(sample), stream)
+            save(self.arrange(sample), stream)
 
     def _read_layout(self, archive: Archive) -> Layout:
         content = archive.content
@@ -98,6 +98,21 @@ class SampleFormat:
         for spec in (layout.input_ids, layout.loss_mask, *layout.hidden_states):
             archive.check(spec)
         return layout
+
+
+def save(content: Mapping[str, object], stream: BinaryIO) -> None:
+    """Write what a file holds; to a stream, since a name would become part of the archive.
+
+    Raises:
+        OSError: The disk is full or fails.
+    """
+    try:
+        torch.save(content, stream)
+    except RuntimeError as error:
+        # torch's writer hides the write that failed behind an error of its own.
+        if isinstance(error.__context__, OSError):
+            raise error.__context__ from None
+        raise
 
 
 def get_tensor(content: Mapping[object, object], key: str) -> TensorSpec:
