@@ -9,6 +9,7 @@ from speculators_cli import __version__
 from speculators_cli.cli.build_vocab_map import build_vocab_map
 from speculators_cli.cli.convert_v0 import convert_v0
 from speculators_cli.cli.demo import demo
+from speculators_cli.cli.export import export
 from speculators_cli.cli.inspect_data import inspect_data
 from speculators_cli.cli.output import Output
 from speculators_cli.cli.train import train
@@ -26,6 +27,7 @@ app.command(rich_help_panel="Data")(inspect_data)
 app.command(rich_help_panel="Data")(convert_v0)
 app.command(rich_help_panel="Data")(build_vocab_map)
 app.command(rich_help_panel="Draft model")(train)
+app.command(rich_help_panel="Draft model")(export)
 app.command(rich_help_panel="Try")(demo)
 
 

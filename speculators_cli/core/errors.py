@@ -35,6 +35,12 @@ class CheckpointError(SpeculatorsError):
     exit_code = 4
 
 
+class ExportError(SpeculatorsError):
+    """A draft cannot be exported, or its export is not what was trained."""
+
+    exit_code = 4
+
+
 class MachineError(SpeculatorsError):
     """The environment is in the way: disk, memory, device, hub, a missing package."""
 

@@ -1,6 +1,7 @@
 """Files that appear whole or not at all, and folders that can be written."""
 
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -40,3 +41,40 @@ def check_output_dir(folder: Path, *, flag: str) -> None:
         raise SettingsError(
             f"`{flag}`: `{existing}` cannot be written", hint="Name a folder you may write to"
         )
+
+
+@contextmanager
+def replacing_folder(folder: Path) -> Iterator[Path]:
+    """A folder to fill; it takes the place of `folder` once the block is done, never half.
+
+    What a killed process left of an earlier try is removed first.
+    """
+    folder = folder.absolute()
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    for leftover in folder.parent.glob(f"{TEMPORARY}{folder.name}.*"):
+        shutil.rmtree(leftover, ignore_errors=True)
+    temporary = folder.with_name(f"{TEMPORARY}{folder.name}.{os.getpid()}")
+    temporary.mkdir()
+    try:
+        yield temporary
+        for path in (*temporary.iterdir(), temporary):
+            sync(path)
+        if folder.exists():
+            old = folder.with_name(f"{TEMPORARY}{folder.name}.old")
+            folder.rename(old)
+            temporary.rename(folder)
+            shutil.rmtree(old, ignore_errors=True)
+        else:
+            temporary.rename(folder)
+        sync(folder.parent)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def sync(path: Path) -> None:
+    """Wait until a file or folder is on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -14,6 +14,7 @@ BASE = {"core.errors", "core.files", "core.progress"}
 JOBS = {
     "core.capture",
     "core.evaluation",
+    "core.export",
     "core.preparation",
     "core.training",
 }  # do not import each other
@@ -26,10 +27,11 @@ ALLOWED = {
     "core.models": BASE | {"settings", "core.data", ""},
     "core.capture": BASE | {"settings", "core.data", "core.models"},
     "core.evaluation": BASE | {"settings", "core.data", "core.models"},
+    "core.export": BASE | {"settings", "core.data", "core.models", ""},
     "core.preparation": BASE | {"settings", "core.data", "core.models"},
     "core.training": BASE | {"settings", "core.data", "core.models"},
     "core.demo": BASE | {"settings", "core.data", "core.models", *JOBS},
-    "cli": BASE | {"settings", "core.preparation", "core.training", "core.demo", ""},
+    "cli": BASE | {"settings", "core.export", "core.preparation", "core.training", "core.demo", ""},
     "__main__": {"cli"},
     "": set(),
 }

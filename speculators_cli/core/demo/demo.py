@@ -22,7 +22,8 @@ from speculators_cli.core.data.vocab_map import VocabMap
 from speculators_cli.core.errors import SettingsError, SpeculatorsError
 from speculators_cli.core.evaluation.draft_and_verify import Answer, EvaluationReport, evaluate
 from speculators_cli.core.files import check_output_dir, replacing
-from speculators_cli.core.models.checkpoint import read_checkpoint
+from speculators_cli.core.models.draft_config import Given
+from speculators_cli.core.models.draft_source import read_draft
 from speculators_cli.core.models.drafter import Drafter
 from speculators_cli.core.models.eagle3 import Eagle3Draft, load_draft
 from speculators_cli.core.models.verifier import load_frozen_verifier, read_verifier_config
@@ -241,11 +242,10 @@ def train_settings(output_dir: Path, seed: int) -> TrainSettings:
 def load_best(training: TrainReport, verifier_name: str) -> Eagle3Draft:
     """The draft of the best checkpoint, beside the verifier's frozen parts."""
     assert training.best_checkpoint is not None, "the demo's run saves and validates"
-    checkpoint = read_checkpoint(training.best_checkpoint)
-    assert checkpoint is not None, "it was just saved"
+    source = read_draft(str(training.best_checkpoint), Given(), flag="CHECKPOINT")
     files = VerifierFiles(verifier_name)
     config = read_verifier_config(files, trust_remote_code=False)
-    return load_draft(checkpoint, load_frozen_verifier(files, config))
+    return load_draft(source, load_frozen_verifier(files, config))
 
 
 def draft_and_verify_all(

@@ -16,6 +16,7 @@ from speculators_cli.core.models.config import PRODUCER
 
 CONFIG_NAME = "config.json"
 WEIGHTS_NAME = "model.safetensors"
+BEST_LINK = "checkpoint_best"
 TRAINER_DIR = "trainer"
 STATE_NAME = f"{TRAINER_DIR}/state.json"
 MOMENTS_NAME = f"{TRAINER_DIR}/optimizer.safetensors"

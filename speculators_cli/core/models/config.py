@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any
 
 from speculators_cli import __version__
 
@@ -14,7 +14,8 @@ class Eagle3Config:
     """Everything that fixes the shape and the mathematics of an EAGLE-3 draft."""
 
     arch: str  # kind of its decoder layers: `llama` or `qwen3`
-    hidden_size: int  # of draft and verifier alike
+    hidden_size: int
+    target_hidden_size: int  # the verifier's; a draft trained here has the same
     intermediate_size: int
     num_layers: int
     num_heads: int
@@ -44,7 +45,7 @@ class Eagle3Config:
         """Whether queries and keys are normalised per head."""
         return self.arch == "qwen3"
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self, *, dtype: str = "float32") -> dict[str, Any]:
         """Contents of config.json: what vLLM 0.32 reads, each value written out."""
         layers: dict[str, Any] = {
             "model_type": self.arch,
@@ -80,40 +81,48 @@ class Eagle3Config:
             },
             "transformer_layer_config": layers,
             "draft_vocab_size": self.draft_vocab_size,
-            "target_hidden_size": self.hidden_size,
+            "target_hidden_size": self.target_hidden_size,
             "eagle_aux_hidden_state_layer_ids": list(self.target_layer_ids),
             "norm_before_residual": self.norm_before_residual,
             "norm_before_fc": self.norm_before_fc,
             "fc_norm": self.fc_norm,
             "norm_output": self.norm_output,
-            "dtype": "float32",
+            "dtype": dtype,
             "producer": {"name": PRODUCER, "version": __version__},
         }
 
-    @classmethod
-    def from_json(cls, content: Mapping[str, Any]) -> Self:
-        """The config that `to_json` wrote."""
-        layers, speculators = content["transformer_layer_config"], content["speculators_config"]
-        verifier = speculators["verifier"]
-        return cls(
-            arch=layers["model_type"],
-            hidden_size=layers["hidden_size"],
-            intermediate_size=layers["intermediate_size"],
-            num_layers=layers["num_hidden_layers"],
-            num_heads=layers["num_attention_heads"],
-            num_kv_heads=layers["num_key_value_heads"],
-            head_dim=layers["head_dim"],
-            rms_norm_eps=layers["rms_norm_eps"],
-            rope_parameters=layers["rope_parameters"],
-            max_position_embeddings=layers["max_position_embeddings"],
-            vocab_size=layers["vocab_size"],
-            draft_vocab_size=content["draft_vocab_size"],
-            target_layer_ids=tuple(content["eagle_aux_hidden_state_layer_ids"]),
-            norm_before_residual=content["norm_before_residual"],
-            norm_before_fc=content["norm_before_fc"],
-            fc_norm=content["fc_norm"],
-            norm_output=content["norm_output"],
-            ttt_steps=speculators["proposal_methods"][0]["speculative_tokens"],
-            verifier_name_or_path=verifier["name_or_path"],
-            verifier_architectures=tuple(verifier["architectures"]),
-        )
+    def tensor_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Name and shape of every weight of the draft itself, as a checkpoint holds them."""
+        size, target, inner = self.hidden_size, self.target_hidden_size, self.intermediate_size
+        query, key = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
+        shapes: dict[str, tuple[int, ...]] = {
+            "fc.weight": (size, self.num_aux_layers * target),
+            "norm.weight": (size,),
+            "lm_head.weight": (self.draft_vocab_size, size),
+        }
+        if self.norm_before_fc:
+            shapes["input_norm.weight"] = (self.num_aux_layers * target,)
+        if self.fc_norm:
+            shapes |= {f"fc_norm.{i}.weight": (target,) for i in range(self.num_aux_layers)}
+        for index in range(self.num_layers):
+            width = 2 * size if index == 0 else size
+            layer: dict[str, tuple[int, ...]] = {
+                "input_layernorm": (size,),
+                "post_attention_layernorm": (size,),
+                "self_attn.q_proj": (query, width),
+                "self_attn.k_proj": (key, width),
+                "self_attn.v_proj": (key, width),
+                "self_attn.o_proj": (size, query),
+                "mlp.gate_proj": (inner, size),
+                "mlp.up_proj": (inner, size),
+                "mlp.down_proj": (size, inner),
+            }
+            if index == 0:
+                layer["hidden_norm"] = (size,)
+            if self.has_qk_norm:
+                layer |= {
+                    "self_attn.q_norm": (self.head_dim,),
+                    "self_attn.k_norm": (self.head_dim,),
+                }
+            shapes |= {f"layers.{index}.{name}.weight": shape for name, shape in layer.items()}
+        return shapes

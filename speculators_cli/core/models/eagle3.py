@@ -9,9 +9,9 @@ from torch import Tensor, nn
 from speculators_cli.core.data.batch import Batch
 from speculators_cli.core.data.vocab_map import VocabMap
 from speculators_cli.core.models.attention import AttentionMemory, TTTMemory
-from speculators_cli.core.models.checkpoint import Checkpoint
 from speculators_cli.core.models.config import Eagle3Config
 from speculators_cli.core.models.draft import DraftModel
+from speculators_cli.core.models.draft_source import DraftSource
 from speculators_cli.core.models.layers import (
     MLP,
     Attention,
@@ -89,12 +89,14 @@ class Eagle3Draft(DraftModel):
         self.verifier_rows = verifier.head[kept_ids] if not vocab_map.is_full else verifier.head
 
         size, eps = config.hidden_size, config.rms_norm_eps
-        num_aux = config.num_aux_layers
-        self.input_norm = RMSNorm(num_aux * size, eps) if config.norm_before_fc else None
+        num_aux, target_size = config.num_aux_layers, config.target_hidden_size
+        self.input_norm = RMSNorm(num_aux * target_size, eps) if config.norm_before_fc else None
         self.fc_norm = (
-            nn.ModuleList(RMSNorm(size, eps) for _ in range(num_aux)) if config.fc_norm else None
+            nn.ModuleList(RMSNorm(target_size, eps) for _ in range(num_aux))
+            if config.fc_norm
+            else None
         )
-        self.fc = Linear(num_aux * size, size)
+        self.fc = Linear(num_aux * target_size, size)
         self.layers = nn.ModuleList(
             [FirstLayer(config), *(DecoderLayer(config) for _ in range(config.num_layers - 1))]
         )
@@ -201,17 +203,16 @@ class Eagle3Draft(DraftModel):
         return tensors
 
 
-def load_draft(checkpoint: Checkpoint, verifier: FrozenVerifier) -> Eagle3Draft:
-    """The draft of a checkpoint, on the device of the verifier's parts, in float32."""
-    config = Eagle3Config.from_json(checkpoint.config)
-    tensors = checkpoint.read_tensors()
-    vocab_map = VocabMap.full(config.vocab_size)
-    if "d2t" in tensors:
-        vocab_map = VocabMap(tensors["d2t"], tensors["t2d"].bool())
-    with verifier.head.device:
+def load_draft(source: DraftSource, verifier: FrozenVerifier) -> Eagle3Draft:
+    """A trained draft on the device of the verifier's parts, in float32."""
+    with verifier.embedding.device:
         draft = Eagle3Draft(
-            config, verifier, vocab_map, loss=kl_loss, loss_decay=1.0, train_head=False
+            source.config,
+            verifier,
+            source.vocab_map,
+            loss=kl_loss,
+            loss_decay=1.0,
+            train_head=False,
         )
-    frozen = draft.frozen_tensors()
-    draft.load_state_dict({name: x for name, x in tensors.items() if name not in frozen})
+    draft.load_state_dict(dict(source.weights))
     return draft.eval()

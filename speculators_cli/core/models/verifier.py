@@ -187,6 +187,14 @@ class FrozenVerifier:
         return torch.cat([self.logits(part, self.head).argmax(-1) for part in parts])
 
 
+class EmbeddingOnly(FrozenVerifier):
+    """The part of a verifier that drafting needs; a loss finds neither norm nor head here."""
+
+    def __init__(self, embedding: Tensor) -> None:
+        # The rows that a draft would start its head from; a loaded draft has a head already.
+        self.embedding = self.head = embedding
+
+
 def load_frozen_verifier(files: VerifierFiles, config: VerifierConfig) -> FrozenVerifier:
     """Read embedding, final norm and head on the CPU; nothing else of the verifier is read.
 
@@ -208,6 +216,16 @@ def load_frozen_verifier(files: VerifierFiles, config: VerifierConfig) -> Frozen
                 hint="Download the verifier again",
             )
     return FrozenVerifier(embedding, gain, head, config)
+
+
+def load_embedding(files: VerifierFiles, config: VerifierConfig) -> Tensor:
+    """The verifier's embedding; [vocab, hidden], in its dtype.
+
+    Raises:
+        SettingsError: The verifier has no such tensor, or a quantised one.
+        MachineError: A file of the hub cannot be fetched, or a file is damaged.
+    """
+    return _read_tensor(files, files.find_parts(is_tied=config.is_tied).embedding)
 
 
 def load_final_norm_gain(files: VerifierFiles, config: VerifierConfig) -> Tensor:

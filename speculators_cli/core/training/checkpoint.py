@@ -18,6 +18,7 @@ from torch import Tensor
 from speculators_cli.core.errors import CheckpointError, MachineError
 from speculators_cli.core.files import TEMPORARY, replacing
 from speculators_cli.core.models.checkpoint import (
+    BEST_LINK,
     CONFIG_NAME,
     MANIFEST_NAME,
     MOMENTS_NAME,
@@ -32,7 +33,6 @@ from speculators_cli.core.models.checkpoint import (
     read_checkpoint,
 )
 
-BEST_LINK = "checkpoint_best"
 REPLACED = ".replaced-"  # an old checkpoint whose name a new one takes
 
 

@@ -31,6 +31,7 @@ class Inputs:
         return Eagle3Config(
             arch=settings.draft.draft_arch.value,
             hidden_size=verifier.hidden_size,
+            target_hidden_size=verifier.hidden_size,
             intermediate_size=verifier.intermediate_size,
             num_layers=settings.draft.num_layers,
             num_heads=verifier.num_heads,

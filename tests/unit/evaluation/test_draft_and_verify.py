@@ -11,7 +11,8 @@ from speculators_cli.core.capture.capture import capture
 from speculators_cli.core.data.vocab_map import VocabMap
 from speculators_cli.core.demo.demo import VERIFIER_DIR, read_prompts
 from speculators_cli.core.evaluation.draft_and_verify import evaluate
-from speculators_cli.core.models.checkpoint import read_checkpoint
+from speculators_cli.core.models.draft_config import Given
+from speculators_cli.core.models.draft_source import read_draft
 from speculators_cli.core.models.drafter import Drafter
 from speculators_cli.core.models.eagle3 import Eagle3Draft, load_draft
 from speculators_cli.core.models.verifier import load_frozen_verifier, read_verifier_config
@@ -85,11 +86,10 @@ def train_draft(data_dir: Path, save_path: Path, variant: str) -> Path:
 
 
 def load(checkpoint_dir: Path) -> Eagle3Draft:
-    checkpoint = read_checkpoint(checkpoint_dir)
-    assert checkpoint is not None
+    source = read_draft(str(checkpoint_dir), Given(), flag="CHECKPOINT")
     files = VerifierFiles(str(VERIFIER_DIR))
     config = read_verifier_config(files, trust_remote_code=False)
-    return load_draft(checkpoint, load_frozen_verifier(files, config))
+    return load_draft(source, load_frozen_verifier(files, config))
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

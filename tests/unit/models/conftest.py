@@ -25,6 +25,7 @@ def make_config() -> MakeConfig:
         fields: dict[str, Any] = {
             "arch": "llama",
             "hidden_size": 24,
+            "target_hidden_size": 24,
             "intermediate_size": 40,
             "num_layers": 1,
             "num_heads": 6,

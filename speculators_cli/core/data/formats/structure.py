@@ -223,6 +223,11 @@ class _Reader:
         keys = [_plain(key) for key in items[::2]]
         _expect(dict, self.stack[-1]).update(zip(keys, items[1::2], strict=True))
 
+    def drop_state(self) -> None:
+        """Leave out what a state dict holds beside its tensors: versions of modules."""
+        self.stack.pop()
+        _expect(dict, self.stack[-1])
+
     def push_global(self) -> None:
         module, name = self.take_line(), self.take_line()
         self.stack.append(Global(f"{module}.{name}"))
@@ -373,6 +378,7 @@ _HANDLERS: dict[int, Callable[[_Reader], object]] = {
     pickle.BINPUT[0]: lambda reader: reader.put(_U8),
     pickle.BINUNICODE[0]: lambda reader: reader.push_text(_U32),
     pickle.BINUNICODE8[0]: lambda reader: reader.push_text(_U64),
+    pickle.BUILD[0]: _Reader.drop_state,
     pickle.EMPTY_DICT[0]: _Reader.push_dict,
     pickle.EMPTY_LIST[0]: _Reader.push_list,
     pickle.FRAME[0]: lambda reader: reader.take_number(_U64),

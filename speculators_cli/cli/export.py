@@ -1,0 +1,48 @@
+"""`speculators export`."""
+
+from typing import TYPE_CHECKING, Any
+
+from speculators_cli.cli.options import with_settings
+from speculators_cli.cli.output import Output
+from speculators_cli.settings.base import load_settings
+from speculators_cli.settings.export import ExportSettings
+
+if TYPE_CHECKING:
+    from speculators_cli.core.export.export import ExportReport
+
+
+@with_settings(ExportSettings)
+def export(*, flags: dict[str, Any], output: Output) -> None:
+    """Write a draft model for a serving engine"""  # noqa: D415 - shown as help
+    settings = load_settings(ExportSettings, flags, None)
+    from speculators_cli.core.export import export as core
+
+    report = core.export(settings, progress=output)
+    if output.is_json:
+        output.result("export", report.to_json())
+    else:
+        show(report, output)
+    if report.serve_command is not None:
+        output.hint(report.serve_command)
+
+
+def show(report: "ExportReport", output: Output) -> None:
+    """Write what was exported, and how it was checked."""
+    embedding = "" if report.has_embedding else ", embedding shared from the verifier"
+    output.line(
+        f"Exported `{report.source}` to `{report.output_dir}` for {report.target}: "
+        f"{report.num_parameters / 1e6:,.1f}M parameters, {report.dtype}, "
+        f"{report.num_bytes / 2**20:,.1f} MiB{embedding}"
+    )
+    if report.verification is None:
+        output.line("Not verified")
+    else:
+        output.line(
+            f"Reloaded: names, shapes and values as they should be; logits off by "
+            f"{report.verification.logit_error:.1e} of their size, same best token at "
+            f"{report.verification.argmax_agreement:.0%} of positions"
+        )
+    if report.is_verifier_checked:
+        output.line(f"Fits verifier `{report.verifier}`")
+    if report.pushed_to is not None:
+        output.line(f"Uploaded to `{report.pushed_to}`")

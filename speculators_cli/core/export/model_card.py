@@ -1,0 +1,151 @@
+"""The model card of an export, and where it came from."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import ModelCard, ModelCardData
+
+from speculators_cli import __version__
+from speculators_cli.core.models.checkpoint import WEIGHTS_NAME
+from speculators_cli.core.models.config import PRODUCER, Eagle3Config
+from speculators_cli.core.models.draft_source import DraftSource
+from speculators_cli.settings.export import ExportSettings
+
+# Settings worth a line in the card: section, name, words.
+SHOWN = (
+    ("run", "epochs", "epochs"),
+    ("optimizer", "lr", "peak learning rate"),
+    ("eagle3", "ttt_steps", "TTT steps"),
+    ("eagle3", "ttt_step_loss_decay", "loss decay a TTT step"),
+    ("data", "total_seq_len", "tokens a packed sequence"),
+    ("data", "noise_std", "noise on aux hidden states"),
+)
+
+
+def build_provenance(source: DraftSource, settings: ExportSettings) -> dict[str, Any]:
+    """Tool, settings and data behind an export; folders of the training machine are left out."""
+    checkpoint = source.checkpoint
+    chosen = settings.export
+    training = None
+    if checkpoint is not None:
+        state = checkpoint.state
+        keys = ("run_id", "step", "epoch", "global_batch", "data_hash", "vocab_map_hash", "metrics")
+        training = {key: state.get(key) for key in keys}
+        training["settings"] = _without_folders(state.get("settings", {}))
+        training["weights_sha256"] = checkpoint.manifest["files"][WEIGHTS_NAME]["sha256"]
+    return {
+        "tool": {"name": PRODUCER, "version": __version__},
+        "source": {"kind": source.kind, "name": Path(source.name).name},
+        "export": {
+            "target": chosen.target,
+            "dtype": chosen.dtype,
+            "num_speculative_tokens": chosen.num_speculative_tokens or source.config.ttt_steps,
+            "has_embedding": chosen.embeddings and source.embedding is not None,
+        },
+        "training": training,
+    }
+
+
+def build_card(
+    source: DraftSource, served: Eagle3Config, settings: ExportSettings, command: str | None
+) -> str:
+    """README.md of an export, with the metadata that the hub reads."""
+    verifier = served.verifier_name_or_path
+    is_on_hub = not Path(verifier).exists()
+    # A folder of this machine tells nobody else anything but its name.
+    shown = verifier if is_on_hub else Path(verifier).name
+    data = ModelCardData(
+        license=settings.export.license or "unknown",
+        base_model=verifier if is_on_hub else None,
+        pipeline_tag="text-generation",
+        tags=["speculative-decoding", "eagle3", "speculators", settings.export.target],
+    )
+    parts = [
+        f"# EAGLE-3 draft for {shown}",
+        "A draft model for speculative decoding: it proposes tokens that the verifier checks, so "
+        "the output is the verifier's own, sooner.",
+        "## Serve it",
+        _how_to_serve(command, served, is_on_hub=is_on_hub),
+        "## What it is",
+        _table(_facts(source, served, shown, settings)),
+    ]
+    if source.checkpoint is not None:
+        state = source.checkpoint.state
+        parts += ["## How it was trained", _table(_training_facts(state))]
+        if state.get("metrics", {}).get("acceptance_length"):
+            parts += ["## Acceptance", _acceptance(state["metrics"])]
+    parts.append(f"Written by {PRODUCER} {__version__}; `provenance.json` has the rest.")
+    return str(ModelCard(f"---\n{data.to_yaml()}\n---\n\n" + "\n\n".join(parts) + "\n"))
+
+
+def _how_to_serve(command: str | None, served: Eagle3Config, *, is_on_hub: bool) -> str:
+    if command is None:
+        return (
+            "With SGLang: `--speculative-algorithm EAGLE3 --speculative-draft-model-path` and this "
+            "folder."
+        )
+    if not is_on_hub:
+        command = (
+            'vllm serve VERIFIER --speculative-config \'{"method": "eagle3", "model": '
+            f'"THIS_FOLDER", "num_speculative_tokens": {served.ttt_steps}}}\''
+        )
+    return f"```text\n{command}\n```"
+
+
+def _facts(
+    source: DraftSource, served: Eagle3Config, shown: str, settings: ExportSettings
+) -> list[tuple[str, object]]:
+    ids = ", ".join(map(str, served.target_layer_ids))
+    vocabulary = f"{served.draft_vocab_size:,} of {served.vocab_size:,} tokens"
+    return [
+        ("verifier", shown),
+        ("made from", f"{source.kind} `{Path(source.name).name}`"),
+        ("decoder layers", f"{served.num_layers} of kind {served.arch}"),
+        ("hidden size", f"{served.hidden_size:,}"),
+        ("draft vocabulary", vocabulary),
+        ("verifier layers read", ids),
+        ("tokens drafted at once", served.ttt_steps),
+        ("weights", settings.export.dtype),
+    ]
+
+
+def _training_facts(state: Mapping[str, Any]) -> list[tuple[str, object]]:
+    settings = state.get("settings", {})
+    facts: list[tuple[str, object]] = [("optimizer steps", f"{state['step']:,}")]
+    for section, name, words in SHOWN:
+        value = settings.get(section, {}).get(name)
+        if value is not None:
+            facts.append((words, value))
+    facts.append(("data hash", f"`{state['data_hash']}`"))
+    return facts
+
+
+def _acceptance(metrics: Mapping[str, float]) -> str:
+    rates = [
+        f"{metrics[key]:.3f}"
+        for key in sorted(key for key in metrics if key.startswith("acceptance_rate_"))
+    ]
+    return (
+        f"Simulated acceptance length on validation data, with teacher forcing: "
+        f"{metrics['acceptance_length']:.2f} tokens a verifier pass (acceptance rate at each "
+        f"position: {', '.join(rates)}). What an engine reaches depends on the prompts."
+    )
+
+
+def _table(rows: list[tuple[str, object]]) -> str:
+    return "\n".join(["| | |", "| --- | --- |", *(f"| {name} | {value} |" for name, value in rows)])
+
+
+def _without_folders(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings of a run but for where its files lay."""
+    kept = {}
+    for section, values in settings.items():
+        kept[section] = {
+            name: Path(str(value)).name
+            if name == "verifier_name_or_path" and str(value)[:1] == "/"
+            else value
+            for name, value in values.items()
+            if name == "verifier_name_or_path" or not name.endswith(("_path", "_dir"))
+        }
+    return kept

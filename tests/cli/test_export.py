@@ -1,0 +1,493 @@
+"""`speculators export` as the user types it."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from speculators_cli.cli.app import run
+from speculators_cli.core.export.contract import find_problems
+from tests.tiny import DRAFT_VOCAB, VOCAB, TinyInputs
+
+Capture = pytest.CaptureFixture[str]
+
+
+def export(*flags: object) -> int:
+    return run(["export", *map(str, flags)])
+
+
+def read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    content: dict[str, Any] = json.loads((folder / "config.json").read_text())
+    return content, load_file(folder / "model.safetensors")
+
+
+def write(folder: Path, content: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+    folder.mkdir(exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(content))
+    save_file(tensors, folder / "model.safetensors")
+
+
+@pytest.fixture(scope="module")
+def trained(
+    shared_inputs: TinyInputs, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[..., Path]:
+    """The save path of a short run, made once for each set of flags."""
+    made: dict[tuple[str, ...], Path] = {}
+
+    def train(*flags: str) -> Path:
+        if flags not in made:
+            made[flags] = tmp_path_factory.mktemp("run") / "checkpoints"
+            own = shared_inputs.flags(save_path=made[flags], epochs=1)
+            assert run(["train", *own, *flags]) == 0
+        return made[flags]
+
+    return train
+
+
+@pytest.fixture
+def checkpoints(trained: Callable[..., Path]) -> Path:
+    return trained()
+
+
+@pytest.fixture
+def served(checkpoints: Path, tmp_path: Path) -> Path:
+    """An export in float32."""
+    assert export(checkpoints, "--output-dir", tmp_path / "served", "--dtype", "float32") == 0
+    return tmp_path / "served"
+
+
+VARIANTS: dict[str, list[str]] = {
+    "plain": [],
+    "full-vocabulary": ["--full-vocab"],
+    "two-layers": ["--num-layers", "2"],
+    "qwen3": ["--draft-arch", "qwen3"],
+    "fc-norm": ["--fc-norm"],
+    "norm-before-fc": ["--norm-before-fc"],
+    "norm-output": ["--norm-output"],
+    "residual-before-norm": ["--no-norm-before-residual"],
+}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_an_export_is_the_checkpoint_in_another_type(
+    trained: Callable[..., Path], tmp_path: Path, capsys: Capture, variant: str, dtype: str
+) -> None:
+    save_path = trained(*VARIANTS[variant])
+    capsys.readouterr()
+
+    code = export(save_path, "--output-dir", tmp_path / "served", "--dtype", dtype, "--json")
+
+    report = json.loads(capsys.readouterr().out)
+    content, tensors = read(tmp_path / "served")
+    _, source = read(Path(report["source"]))
+    assert code == 0
+    assert (report["is_verified"], report["is_verifier_checked"]) == (True, True)
+    assert tensors.keys() == source.keys()
+    for name, tensor in source.items():
+        expected = tensor.to(getattr(torch, dtype)) if tensor.is_floating_point() else tensor
+        assert torch.equal(tensors[name], expected), name
+    assert ("d2t" in tensors) == (variant != "full-vocabulary")
+    assert content["eagle_aux_hidden_state_layer_ids"] == [3, 5, 7]
+    assert report["logit_error"] == 0 if dtype == "float32" else 0 < report["logit_error"] < 0.03
+
+
+def test_the_best_checkpoint_of_a_run_is_taken(checkpoints: Path, tmp_path: Path) -> None:
+    best = (checkpoints / "checkpoint_best").readlink()
+
+    codes = [
+        export(source, "--output-dir", tmp_path / str(index))
+        for index, source in enumerate(
+            (checkpoints, checkpoints / "checkpoint_best", checkpoints / best)
+        )
+    ]
+
+    files = [(tmp_path / str(index) / "model.safetensors").read_bytes() for index in range(3)]
+    assert codes == [0, 0, 0]
+    assert files[0] == files[1] == files[2]
+
+
+def test_an_export_can_be_exported_again(served: Path, tmp_path: Path) -> None:
+    assert export(served, "--output-dir", tmp_path / "again", "--dtype", "float32") == 0
+
+    assert read(tmp_path / "again")[0] == read(served)[0]
+    assert (tmp_path / "again/model.safetensors").read_bytes() == (
+        served / "model.safetensors"
+    ).read_bytes()
+
+
+def test_the_card_and_the_provenance_say_where_it_comes_from(
+    checkpoints: Path, tmp_path: Path
+) -> None:
+    flags = ("--license", "mit", "--verifier-name-or-path", "example/verifier")
+    export(checkpoints, "--output-dir", tmp_path / "served", *flags)
+
+    card = (tmp_path / "served/README.md").read_text()
+    provenance = json.loads((tmp_path / "served/provenance.json").read_text())
+    state = json.loads((checkpoints / "checkpoint_best/trainer/state.json").read_text())
+    assert "license: mit" in card
+    assert "base_model: example/verifier" in card
+    assert f"vllm serve {tmp_path / 'served'}" in card
+    assert f"{state['metrics']['acceptance_length']:.2f} tokens a verifier pass" in card
+    assert provenance["training"]["data_hash"] == state["data_hash"]
+    assert provenance["training"]["settings"]["optimizer"]["lr"] == 3e-3
+    assert "save_path" not in json.dumps(provenance)
+
+
+@pytest.mark.parametrize(
+    ("verifier", "line"),
+    [
+        ("example/verifier", "vllm serve {served}\n"),
+        (None, 'vllm serve {verifier} --speculative-config \'{{"method": "eagle3", "model": '),
+    ],
+)
+def test_the_serve_line_suits_the_verifier(
+    checkpoints: Path,
+    shared_inputs: TinyInputs,
+    tmp_path: Path,
+    capsys: Capture,
+    verifier: str | None,
+    line: str,
+) -> None:
+    flags = [] if verifier is None else ["--verifier-name-or-path", verifier]
+
+    export(checkpoints, "--output-dir", tmp_path / "served", *flags)
+
+    err = capsys.readouterr().err
+    expected = line.format(served=tmp_path / "served", verifier=shared_inputs.verifier_dir)
+    assert f"hint: {expected}" in err
+
+
+def test_large_weights_are_split_over_files(served: Path, tmp_path: Path) -> None:
+    flags = ("--dtype", "float32", "--max-shard-size", "10KB")
+
+    assert export(served, "--output-dir", tmp_path / "split", *flags) == 0
+
+    shards = sorted((tmp_path / "split").glob("*.safetensors"))
+    joined = {name: tensor for shard in shards for name, tensor in load_file(shard).items()}
+    whole = read(served)[1]
+    assert len(shards) > 2
+    assert joined.keys() == whole.keys()
+    assert all(torch.equal(joined[name], whole[name]) for name in whole)
+
+
+def test_the_embedding_can_be_left_to_the_verifier(served: Path, tmp_path: Path) -> None:
+    out = tmp_path / "small"
+
+    assert export(served, "--output-dir", out, "--without-embeddings") == 0
+
+    assert "embed_tokens.weight" not in read(out)[1]
+
+
+def test_another_embedding_is_not_left_out(served: Path, tmp_path: Path, capsys: Capture) -> None:
+    content, tensors = read(served)
+    tensors["embed_tokens.weight"][3, 4] += 1
+    write(tmp_path / "changed", content, tensors)
+
+    code = export(tmp_path / "changed", "--output-dir", tmp_path / "small", "--without-embeddings")
+
+    assert code == 4
+    assert "is not that of verifier" in capsys.readouterr().err
+    assert not (tmp_path / "small").exists()
+
+
+def change(key: str, value: object) -> Callable[[dict[str, Any], dict[str, Tensor]], None]:
+    """A fault: one value of config.json is another, or (None) missing."""
+
+    def fault(content: dict[str, Any], _: dict[str, Tensor]) -> None:
+        *parents, name = key.split(".")
+        for parent in parents:
+            content = content[int(parent)] if isinstance(content, list) else content[parent]
+        if value is None:
+            del content[name]
+        else:
+            content[name] = value
+
+    return fault
+
+
+def put(name: str, make: Callable[[dict[str, Tensor]], Tensor | None]) -> Any:
+    """A fault: one tensor is another, or (None) missing."""
+
+    def fault(_: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+        tensor = make(tensors)
+        if tensor is None:
+            del tensors[name]
+        else:
+            tensors[name] = tensor.contiguous()
+
+    return fault
+
+
+LAYERS = "transformer_layer_config"
+NAMES = [
+    "d2t",
+    "t2d",
+    "fc.weight",
+    "norm.weight",
+    "lm_head.weight",
+    "layers.0.hidden_norm.weight",
+    "layers.0.input_layernorm.weight",
+    "layers.0.post_attention_layernorm.weight",
+    "layers.0.self_attn.q_proj.weight",
+    "layers.0.self_attn.k_proj.weight",
+    "layers.0.self_attn.v_proj.weight",
+    "layers.0.self_attn.o_proj.weight",
+    "layers.0.mlp.gate_proj.weight",
+    "layers.0.mlp.up_proj.weight",
+    "layers.0.mlp.down_proj.weight",
+]
+FAULTS: dict[str, Any] = {
+    **{f"no {name}": put(name, lambda _: None) for name in NAMES},
+    "extra tensor": put("layers.1.mlp.up_proj.weight", lambda x: x["fc.weight"].clone()),
+    "verifier's norm left in": put("verifier_norm.weight", lambda x: x["norm.weight"].clone()),
+    "prefixed tensor": put("model.fc.weight", lambda x: x["fc.weight"].clone()),
+    "fc of two layers": put("fc.weight", lambda x: x["fc.weight"][:, :48]),
+    "q of one width": put("layers.0.self_attn.q_proj.weight", lambda _: torch.zeros(48, 24)),
+    "swapped axes": put("lm_head.weight", lambda x: x["lm_head.weight"].T),
+    "whole integers": put("norm.weight", lambda x: x["norm.weight"].long()),
+    "absolute d2t": put("d2t", lambda x: x["d2t"] + torch.arange(DRAFT_VOCAB)),
+    "shifted d2t": put("d2t", lambda x: x["d2t"] + 1),
+    "negative d2t": put("d2t", lambda x: x["d2t"] - 1),
+    "int32 d2t": put("d2t", lambda x: x["d2t"].int()),
+    "short d2t": put("d2t", lambda x: x["d2t"][:-1]),
+    "inverted t2d": put("t2d", lambda x: ~x["t2d"]),
+    "no layer ids": change("eagle_aux_hidden_state_layer_ids", None),
+    "null layer ids": lambda content, _: content.update(eagle_aux_hidden_state_layer_ids=None),
+    "repeated layer ids": change("eagle_aux_hidden_state_layer_ids", [3, 3, 7]),
+    "descending layer ids": change("eagle_aux_hidden_state_layer_ids", [7, 5, 3]),
+    "four layer ids": change("eagle_aux_hidden_state_layer_ids", [1, 3, 5, 7]),
+    "four aux states": change(f"{LAYERS}.num_aux_hidden_states", 4),
+    "no RoPE": change(f"{LAYERS}.rope_parameters", None),
+    "RoPE without theta": change(f"{LAYERS}.rope_parameters", {"rope_type": "default"}),
+    "no head_dim": change(f"{LAYERS}.head_dim", None),
+    "another head_dim": change(f"{LAYERS}.head_dim", 4),
+    "no rms_norm_eps": change(f"{LAYERS}.rms_norm_eps", None),
+    "another activation": change(f"{LAYERS}.hidden_act", "gelu"),
+    "biases": change(f"{LAYERS}.attention_bias", True),
+    "layers of mistral": change(f"{LAYERS}.model_type", "mistral"),
+    "layers of qwen3": change(f"{LAYERS}.model_type", "qwen3"),
+    "two layers": change(f"{LAYERS}.num_hidden_layers", 2),
+    "another hidden_size": change(f"{LAYERS}.hidden_size", 32),
+    "another target_hidden_size": change("target_hidden_size", 32),
+    "another vocab_size": change(f"{LAYERS}.vocab_size", VOCAB + 1),
+    "full vocabulary": change("draft_vocab_size", VOCAB),
+    "no draft_vocab_size": change("draft_vocab_size", None),
+    "norm_before_fc": change("norm_before_fc", True),
+    "fc_norm": change("fc_norm", True),
+    **{
+        f"no {key}": change(key, None)
+        for key in (
+            *("norm_before_residual", "norm_before_fc", "fc_norm", "norm_output"),
+            *("target_hidden_size", "speculators_model_type", "speculators_config"),
+            *("speculators_config.verifier.name_or_path", "speculators_config.proposal_methods"),
+            *("speculators_config.verifier.architectures", LAYERS),
+        )
+    },
+    "no tokens": change("speculators_config.proposal_methods.0.speculative_tokens", 0),
+    "another model_type": change("model_type", "llama"),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_single_fault_is_found_without_an_engine(served: Path, fault: str) -> None:
+    assert find_problems(served, "vllm") == []
+    content, tensors = read(served)
+    FAULTS[fault](content, tensors)
+    write(served, content, tensors)
+
+    assert find_problems(served, "vllm") != []
+
+
+@pytest.mark.parametrize("damage", ["cut", "second file", "no config", "no weights"])
+def test_damaged_folders_are_found(served: Path, damage: str) -> None:
+    weights = served / "model.safetensors"
+    if damage == "cut":
+        weights.write_bytes(weights.read_bytes()[:-7])
+    elif damage == "second file":
+        (served / "optimizer.safetensors").write_bytes(weights.read_bytes())
+    elif damage == "no config":
+        (served / "config.json").unlink()
+    else:
+        weights.unlink()
+
+    assert len(find_problems(served, "vllm")) == 1
+
+
+def test_a_wrong_export_is_not_kept(
+    checkpoints: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    from speculators_cli.core.export import export as module
+
+    def spoil(*args: Any, **options: Any) -> dict[str, Tensor]:
+        tensors = real(*args, **options)
+        return tensors | {"norm.weight": tensors["norm.weight"] * 1.01}
+
+    real = module.cast_tensors
+    monkeypatch.setattr(module, "cast_tensors", spoil)
+
+    code = export(checkpoints, "--output-dir", tmp_path / "served")
+
+    assert code == 4
+    assert "`norm.weight` is not the checkpoint's" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_weights_that_are_not_finite_are_refused(
+    served: Path, tmp_path: Path, capsys: Capture
+) -> None:
+    content, tensors = read(served)
+    tensors["fc.weight"][2, 3] = torch.nan
+    write(tmp_path / "broken", content, tensors)
+
+    assert export(tmp_path / "broken", "--output-dir", tmp_path / "out") == 4
+
+    assert "not finite in `fc.weight`" in capsys.readouterr().err
+
+
+def test_a_value_beyond_float16_is_refused(served: Path, tmp_path: Path, capsys: Capture) -> None:
+    content, tensors = read(served)
+    tensors["fc.weight"][2, 3] = 1e5
+    write(tmp_path / "large", content, tensors)
+
+    assert export(tmp_path / "large", "--output-dir", tmp_path / "o", "--dtype", "float16") == 4
+
+    assert "does not fit float16" in capsys.readouterr().err
+
+
+def test_gains_that_never_moved_are_warned_of(
+    served: Path, tmp_path: Path, capsys: Capture
+) -> None:
+    content, tensors = read(served)
+    assert export(served, "--output-dir", tmp_path / "one") == 0
+    assert "exactly 1.0" not in capsys.readouterr().err
+    gains = {name: torch.ones_like(x) for name, x in tensors.items() if "norm" in name}
+    write(tmp_path / "unmoved", content, tensors | gains)
+
+    assert export(tmp_path / "unmoved", "--output-dir", tmp_path / "two") == 0
+
+    assert len(gains) == 4
+    assert "are exactly 1.0" in capsys.readouterr().err
+
+
+def test_an_earlier_export_goes_only_when_asked(
+    checkpoints: Path, tmp_path: Path, capsys: Capture
+) -> None:
+    out = tmp_path / "served"
+    export(checkpoints, "--output-dir", out)
+    before = (out / "model.safetensors").read_bytes()
+
+    assert export(checkpoints, "--output-dir", out, "--dtype", "float32") == 2
+
+    assert "`--overwrite`" in capsys.readouterr().err
+    assert (out / "model.safetensors").read_bytes() == before
+    assert export(checkpoints, "--output-dir", out, "--dtype", "float32", "--overwrite") == 0
+    assert (out / "model.safetensors").read_bytes() != before
+    assert [path.name for path in tmp_path.iterdir()] == ["served"]
+
+
+@pytest.mark.parametrize("flags", [[], ["--overwrite"]])
+def test_a_folder_that_no_export_wrote_is_never_replaced(
+    checkpoints: Path, tmp_path: Path, capsys: Capture, flags: list[str]
+) -> None:
+    (tmp_path / "thesis.tex").write_text("years of work")
+
+    assert export(checkpoints, "--output-dir", tmp_path, *flags) == 2
+
+    assert "`thesis.tex`, which no export wrote" in capsys.readouterr().err
+    assert (tmp_path / "thesis.tex").read_text() == "years of work"
+
+
+def test_a_torn_checkpoint_is_refused(checkpoints: Path, tmp_path: Path, capsys: Capture) -> None:
+    copy = tmp_path / "copy"
+    subprocess.run(["cp", "-rL", checkpoints / "checkpoint_best", copy], check=True)
+    weights = bytearray((copy / "model.safetensors").read_bytes())
+    weights[-5] ^= 1
+    (copy / "model.safetensors").write_bytes(weights)
+
+    assert export(copy, "--output-dir", tmp_path / "out") == 4
+
+    assert "is not as it was saved" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("flags", "code", "message"),
+    [
+        (["./nowhere", "--output-dir", "out"], 2, "`CHECKPOINT`: the folder `./nowhere`"),
+        (["empty", "--output-dir", "out"], 4, "neither a whole checkpoint nor a config.json"),
+        (["verifier", "--output-dir", "out"], 4, "is no EAGLE-3 draft"),
+        (["verifier"], 2, "`--output-dir` is required"),
+        (["run/0", "--output-dir", "run/0"], 2, "holds the checkpoint"),
+        (["run", "--output-dir", "out", "--dtype", "int8"], 2, "`--dtype`"),
+        (["run", "--output-dir", "out", "--target", "onnx"], 2, "`--target`"),
+        (["run", "--output-dir", "out", "--max-shard-size", "big"], 2, "`--max-shard-size` must"),
+        (["run", "--output-dir", "out", "--target-layer-ids", "3,5"], 4, "has `fc.weight`"),
+        (["run", "--output-dir", "out", "--target-layer-ids", "3,5,70"], 4, "verifier layer 70"),
+        (["run", "--output-dir", "out", "--target", "sglang"], 4, "`norm_before_residual` is on"),
+        (["run", "--output-dir", "out", "--target", "eagle"], 4, "`norm_before_residual` is on"),
+        (["run", "--output-dir", "link"], 2, "is a link"),
+    ],
+)
+def test_bad_input_writes_nothing(
+    checkpoints: Path,
+    shared_inputs: TinyInputs,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: Capture,
+    flags: list[str],
+    code: int,
+    message: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("empty").mkdir()
+    Path("link").symlink_to("empty")
+    Path("verifier").symlink_to(shared_inputs.verifier_dir)
+    Path("run").symlink_to(checkpoints)
+    capsys.readouterr()
+
+    assert export(*flags) == code
+
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert message in err
+    assert "Traceback" not in err
+    assert not Path("out").exists()
+
+
+@pytest.mark.parametrize("stop_at", range(6))
+def test_a_killed_export_leaves_no_folder(checkpoints: Path, tmp_path: Path, stop_at: int) -> None:
+    out = tmp_path / "served"
+
+    done = subprocess.run(
+        [sys.executable, "-c", KILL, str(stop_at), str(checkpoints), str(out)], check=False
+    )
+
+    assert done.returncode == -9
+    assert not out.exists()
+    assert export(checkpoints, "--output-dir", out) == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["served"]
+
+
+KILL = """
+import os, signal, sys
+from speculators_cli.core.export import export as module
+names = ["write_weights", "write_json", "verify", "serve_command", "build_card", "sync"]
+name = names[int(sys.argv[1])]
+from speculators_cli.core import files
+owner = files if name == "sync" else module
+real = getattr(owner, name)
+def dying(*args, **options):
+    real(*args, **options)
+    os.kill(os.getpid(), signal.SIGKILL)
+setattr(owner, name, dying)
+module.export  # the functions above are looked up when it runs
+from speculators_cli.cli.app import run
+run(["export", sys.argv[2], "--output-dir", sys.argv[3]])
+"""
