@@ -9,6 +9,7 @@ from speculators_cli import __version__
 from speculators_cli.cli.build_vocab_map import build_vocab_map
 from speculators_cli.cli.convert_v0 import convert_v0
 from speculators_cli.cli.demo import demo
+from speculators_cli.cli.env import env
 from speculators_cli.cli.export import export
 from speculators_cli.cli.inspect_data import inspect_data
 from speculators_cli.cli.output import Output
@@ -29,6 +30,7 @@ app.command(rich_help_panel="Data")(build_vocab_map)
 app.command(rich_help_panel="Draft model")(train)
 app.command(rich_help_panel="Draft model")(export)
 app.command(rich_help_panel="Try")(demo)
+app.command(rich_help_panel="Try")(env)
 
 
 def _show_version(is_asked: bool) -> None:

@@ -122,6 +122,12 @@ class DraftSettings(Settings):
     num_layers: Annotated[int, REFUSED_ON_RESUME] = Field(
         1, ge=1, description="Decoder layers of the draft"
     )
+    from_checkpoint: Annotated[str | None, WARNED_ON_RESUME] = Field(
+        None,
+        min_length=1,
+        description="Begin with the weights of a trained draft: a checkpoint, or a folder or hub "
+        "id of a speculators or EAGLE-3 draft; its shape and vocabulary are kept",
+    )
     full_vocab: Annotated[bool, REFUSED_ON_RESUME] = Field(
         False, description="Draft over the verifier's whole vocabulary; d2t and t2d are not read"
     )
@@ -150,8 +156,9 @@ class DraftSettings(Settings):
     @field_validator("d2t_path", "t2d_path")
     @classmethod
     def _map_exists(cls, value: Path, info: object) -> Path:
-        full_vocab = getattr(info, "data", {}).get("full_vocab", False)
-        if not full_vocab and not value.is_file():
+        known = getattr(info, "data", {})
+        is_needed = not known.get("full_vocab") and known.get("from_checkpoint") is None
+        if is_needed and not value.is_file():
             raise path_error(
                 value,
                 "does not exist",

@@ -20,6 +20,7 @@ JOBS = {
 }  # do not import each other
 ALLOWED = {
     "core.errors": set(),
+    "core.environment": {""},
     "core.files": {"core.errors"},
     "core.progress": set(),
     "settings": BASE,
@@ -31,7 +32,16 @@ ALLOWED = {
     "core.preparation": BASE | {"settings", "core.data", "core.models"},
     "core.training": BASE | {"settings", "core.data", "core.models"},
     "core.demo": BASE | {"settings", "core.data", "core.models", *JOBS},
-    "cli": BASE | {"settings", "core.export", "core.preparation", "core.training", "core.demo", ""},
+    "cli": BASE
+    | {
+        "settings",
+        "core.environment",
+        "core.export",
+        "core.preparation",
+        "core.training",
+        "core.demo",
+        "",
+    },
     "__main__": {"cli"},
     "": set(),
 }

@@ -1,6 +1,6 @@
 """Inputs: everything a run reads and checks before it loads a weight or writes a file."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from speculators_cli.core.data.data_config import LayerIds, resolve_layer_ids
@@ -8,9 +8,11 @@ from speculators_cli.core.data.dataset import Dataset, read_dataset, split, writ
 from speculators_cli.core.data.vocab_map import VocabMap
 from speculators_cli.core.errors import DataError
 from speculators_cli.core.models.config import Eagle3Config
+from speculators_cli.core.models.draft_source import DraftSource
 from speculators_cli.core.models.verifier import VerifierConfig, read_verifier_config
 from speculators_cli.core.models.verifier_files import VerifierFiles
 from speculators_cli.core.progress import Progress
+from speculators_cli.core.training.warm_start import check_fit, choose_layer_ids, choose_vocab_map
 from speculators_cli.settings.train import TrainSettings
 
 
@@ -24,10 +26,19 @@ class Inputs:
     verifier_files: VerifierFiles
     verifier_config: VerifierConfig
     layer_ids: LayerIds
+    source: DraftSource | None  # the trained draft to begin with
 
     def draft_config(self, settings: TrainSettings) -> Eagle3Config:
         """Shape and mathematics of the draft: sizes and RoPE are the verifier's."""
         verifier, eagle3 = self.verifier_config, settings.eagle3
+        if self.source is not None:
+            return replace(
+                self.source.config,
+                target_layer_ids=self.layer_ids.ids,
+                ttt_steps=eagle3.ttt_steps,
+                verifier_name_or_path=verifier.name_or_path,
+                verifier_architectures=verifier.architectures,
+            )
         return Eagle3Config(
             arch=settings.draft.draft_arch.value,
             hidden_size=verifier.hidden_size,
@@ -54,12 +65,18 @@ class Inputs:
 
 
 def read_inputs(
-    settings: TrainSettings, *, num_ranks: int, index_file: Path | None, progress: Progress
+    settings: TrainSettings,
+    *,
+    source: DraftSource | None = None,
+    num_ranks: int,
+    index_file: Path | None,
+    progress: Progress,
 ) -> Inputs:
     """Read headers and configs, and check that they fit each other.
 
     Args:
         settings: Which samples, maps and verifier.
+        source: The trained draft to begin with.
         num_ranks: Ranks that share the samples.
         index_file: Where the headers of the samples are cached; None: nowhere.
         progress: Who hears of the reading, and of samples that are left out.
@@ -73,7 +90,10 @@ def read_inputs(
     files = VerifierFiles(draft.verifier_name_or_path)
     verifier = read_verifier_config(files, trust_remote_code=draft.trust_remote_code)
     vocab_size = files.read_vocab_size(is_tied=verifier.is_tied)
-    if draft.full_vocab:
+    if source is not None:
+        check_fit(source, verifier, vocab_size)
+        vocab_map = choose_vocab_map(source, settings)
+    elif draft.full_vocab:
         vocab_map = VocabMap.full(vocab_size)
     else:
         vocab_map = VocabMap.load(draft.d2t_path, draft.t2d_path)
@@ -92,6 +112,9 @@ def read_inputs(
         num_aux_layers=samples.num_aux_layers,
         given=draft.target_layer_ids,
     )
+    if source is not None:
+        is_given = draft.target_layer_ids is not None
+        layer_ids = choose_layer_ids(source, layer_ids, is_given=is_given)
     if data.val_data_path:
         validation = read_dataset(
             data.val_data_path,
@@ -108,7 +131,7 @@ def read_inputs(
     if index_file is not None:
         index_file.parent.mkdir(parents=True, exist_ok=True)
         write_index(scanned, index_file)
-    return Inputs(samples, validation, vocab_map, files, verifier, layer_ids)
+    return Inputs(samples, validation, vocab_map, files, verifier, layer_ids, source)
 
 
 def _check_fit(samples: Dataset, verifier: VerifierConfig, vocab_size: int) -> None:

@@ -25,6 +25,7 @@ from speculators_cli.core.training.resume import Start, find_start
 from speculators_cli.core.training.run_log import RunLog
 from speculators_cli.core.training.snapshot import restore
 from speculators_cli.core.training.trainer import Trainer
+from speculators_cli.core.training.warm_start import read_warm_start
 from speculators_cli.settings.base import write_settings
 from speculators_cli.settings.train import TrainSettings
 
@@ -50,10 +51,15 @@ def train(settings: TrainSettings, *, progress: Progress, dry_run: bool = False)
     with start_ranks(settings.distributed) as ranks:
         progress = progress if ranks.is_first else SilentProgress()
         index_file = None if dry_run else settings.run.save_path / RunFolder.INDEX_NAME
+        settings, source = ranks.first_then_others("draft", lambda: read_warm_start(settings))
         inputs = ranks.first_then_others(
             "inputs",
             lambda: read_inputs(
-                settings, num_ranks=ranks.num_ranks, index_file=index_file, progress=progress
+                settings,
+                source=source,
+                num_ranks=ranks.num_ranks,
+                index_file=index_file,
+                progress=progress,
             ),
         )
         with open_folder(settings, ranks, dry_run=dry_run) as folder:
@@ -193,6 +199,8 @@ def build_draft(settings: TrainSettings, inputs: Inputs, device: torch.device) -
             train_head=settings.eagle3.train_head,
         )
     draft.initialise(settings.run.seed)
+    if inputs.source is not None:
+        draft.load_state_dict(dict(inputs.source.weights))
     return draft
 
 

