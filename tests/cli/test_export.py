@@ -491,3 +491,133 @@ module.export  # the functions above are looked up when it runs
 from speculators_cli.cli.app import run
 run(["export", sys.argv[2], "--output-dir", sys.argv[3]])
 """
+
+
+@pytest.mark.parametrize("target", ["eagle", "sglang"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_plain_formats_hold_the_same_draft(
+    trained: Callable[..., Path], tmp_path: Path, capsys: Capture, target: str, dtype: str
+) -> None:
+    save_path = trained("--no-norm-before-residual")
+    out = tmp_path / "plain"
+    capsys.readouterr()
+
+    code = export(save_path, "--output-dir", out, "--target", target, "--dtype", dtype, "--json")
+
+    report = json.loads(capsys.readouterr().out)
+    content, tensors = read(out)
+    _, source = read(Path(report["source"]))
+    named = {name.replace("layers.0.", "midlayer."): x for name, x in source.items()}
+    assert code == 0
+    assert report["is_verified"] is True
+    assert content["architectures"] == ["LlamaForCausalLMEagle3"]
+    assert content["rope_parameters"]["rope_theta"] == 50000.0
+    assert "target_hidden_size" not in content
+    nested = content.get("eagle_config", {}).get("eagle_aux_hidden_state_layer_ids")
+    top = content.get("eagle_aux_hidden_state_layer_ids")
+    assert (top, nested) == {"eagle": ([3, 5, 7], None), "sglang": (None, [2, 4, 6])}[target]
+    assert tensors.keys() == named.keys()
+    assert torch.equal(
+        tensors["midlayer.mlp.up_proj.weight"],
+        named["midlayer.mlp.up_proj.weight"].to(getattr(torch, dtype)),
+    )
+    assert find_problems(out, target) == []
+    tensors.pop("midlayer.hidden_norm.weight")
+    write(out, content, tensors)
+    assert find_problems(out, target) == ["`layers.0.hidden_norm.weight` is missing"]
+
+
+@pytest.mark.parametrize("name", ["--fc-norm", "--norm-before-fc", "--norm-output"])
+def test_norms_that_an_engine_lacks_are_refused(
+    trained: Callable[..., Path], tmp_path: Path, capsys: Capture, name: str
+) -> None:
+    save_path = trained("--no-norm-before-residual", name)
+
+    assert export(save_path, "--output-dir", tmp_path / "out", "--target", "sglang") == 4
+
+    err = capsys.readouterr().err
+    assert f"its `{name[2:].replace('-', '_')}` is on" in err
+    assert "norm_before_residual" not in err
+
+
+def test_an_upload_that_fails_keeps_the_folder(
+    checkpoints: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    from huggingface_hub import HfApi
+
+    def refuse(*_: Any, **__: Any) -> None:
+        assert (tmp_path / "served/README.md").exists()
+        raise OSError("no route to the hub")
+
+    monkeypatch.setattr(HfApi, "create_repo", refuse)
+
+    code = export(checkpoints, "--output-dir", tmp_path / "served", "--push-to-hub", "me/draft")
+
+    assert code == 5
+    assert "is complete, but could not be uploaded to `me/draft`" in capsys.readouterr().err
+    assert find_problems(tmp_path / "served", "vllm") == []
+
+
+def test_a_finished_folder_is_uploaded(
+    checkpoints: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    from huggingface_hub import HfApi
+
+    uploaded: list[tuple[str, list[str]]] = []
+
+    def upload(_: object, *, repo_id: str, folder_path: Path) -> None:
+        uploaded.append((repo_id, sorted(path.name for path in folder_path.iterdir())))
+
+    monkeypatch.setattr(HfApi, "create_repo", lambda *_, **__: None)
+    monkeypatch.setattr(HfApi, "upload_folder", upload)
+
+    code = export(checkpoints, "--output-dir", tmp_path / "served", "--push-to-hub", "me/draft")
+
+    files = ["README.md", "config.json", "model.safetensors", "provenance.json"]
+    assert code == 0
+    assert uploaded == [("me/draft", files)]
+    assert "Uploaded to `me/draft`" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("vocab_size", 38, "of vocabulary 37, `"),
+        ("hidden_size", 48, "of hidden size 24, `"),
+        ("num_hidden_layers", 6, "reads verifier layer 7, `"),
+    ],
+)
+def test_another_verifier_is_refused(
+    checkpoints: Path, tmp_path: Path, capsys: Capture, key: str, value: int, message: str
+) -> None:
+    import transformers
+
+    sizes: dict[str, Any] = {
+        "hidden_size": 24,
+        "vocab_size": 37,
+        "num_hidden_layers": 9,
+        key: value,
+    }
+    config = transformers.LlamaConfig(
+        **sizes, intermediate_size=8, num_attention_heads=2, num_key_value_heads=2
+    )
+    transformers.LlamaForCausalLM(config).save_pretrained(tmp_path / "other")
+    verifier = ("--verifier-name-or-path", tmp_path / "other")
+
+    assert export(checkpoints, "--output-dir", tmp_path / "out", *verifier) == 4
+
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_verifier_out_of_reach_is_told_of(
+    checkpoints: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    verifier = ("--verifier-name-or-path", "example/verifier")
+
+    assert export(checkpoints, "--output-dir", tmp_path / "out", *verifier, "--json") == 0
+
+    out, err = capsys.readouterr()
+    assert json.loads(out)["is_verifier_checked"] is False
+    assert "warning: Verifier `example/verifier` could not be read" in err

@@ -216,30 +216,32 @@ def check_verifier(settings: ExportSettings, source: DraftSource, progress: Prog
     Raises:
         ExportError: It is another verifier, or its embedding is not the draft's but would be used.
     """
-    config = source.config
-    name = config.verifier_name_or_path
+    config, name = source.config, source.config.verifier_name_or_path
     leaves_out = not settings.export.embeddings and source.embedding is not None
+    embedding = None
     try:
         files = VerifierFiles(name)
         verifier = read_verifier_config(files, trust_remote_code=settings.source.trust_remote_code)
-        embedding = load_embedding(files, verifier)
+        # Of the hub, it would be a download of gigabytes for one number.
+        if files.is_local or leaves_out:
+            embedding = load_embedding(files, verifier)
     except SpeculatorsError as error:
         progress.warn(
             f"Verifier `{name}` could not be read, so the draft was not checked against it",
             hint=error.hint,
         )
         return False
-    for word, found, expected in (
-        ("hidden size", config.target_hidden_size, verifier.hidden_size),
-        ("vocabulary", config.vocab_size, embedding.shape[0]),
-    ):
+    sizes = [("hidden size", config.target_hidden_size, verifier.hidden_size)]
+    if embedding is not None:
+        sizes.append(("vocabulary", config.vocab_size, embedding.shape[0]))
+    for word, found, expected in sizes:
         if found != expected:
             raise ExportError(
                 f"`{source.name}` is for a verifier of {word} {found:,}, `{name}` has {expected:,}",
                 hint="Name its own verifier with `--verifier-name-or-path`",
             )
     check_layers(source, verifier)
-    if leaves_out and not is_same(source.embedding, embedding):
+    if leaves_out and embedding is not None and not is_same(source.embedding, embedding):
         raise ExportError(
             f"The embedding of `{source.name}` is not that of verifier `{name}`",
             hint="Leave out `--without-embeddings`",
