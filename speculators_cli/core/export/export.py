@@ -129,8 +129,9 @@ def export(settings: ExportSettings, *, progress: Progress) -> ExportReport:
             card = build_card(source, served, settings, command)
             (folder / CARD_NAME).write_text(card, "utf-8")
     except (OSError, SafetensorError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
         raise MachineError(
-            f"`{chosen.output_dir}` cannot be written: {error}",
+            f"`{chosen.output_dir}` cannot be written: {reason}",
             hint="Make room on the disk, or choose another `--output-dir`",
         ) from None
     if chosen.push_to_hub is not None:
