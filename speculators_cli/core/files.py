@@ -47,10 +47,13 @@ def check_output_dir(folder: Path, *, flag: str) -> None:
 def replacing_folder(folder: Path) -> Iterator[Path]:
     """A folder to fill; it takes the place of `folder` once the block is done, never half.
 
-    What a killed process left of an earlier try is removed first.
+    What a killed process left of an earlier try is removed; what it had moved away comes back.
     """
     folder = folder.absolute()
     folder.parent.mkdir(parents=True, exist_ok=True)
+    old = folder.with_name(f"{TEMPORARY}{folder.name}.old")
+    if old.exists() and not folder.exists():
+        old.rename(folder)
     for leftover in folder.parent.glob(f"{TEMPORARY}{folder.name}.*"):
         shutil.rmtree(leftover, ignore_errors=True)
     temporary = folder.with_name(f"{TEMPORARY}{folder.name}.{os.getpid()}")
@@ -60,7 +63,6 @@ def replacing_folder(folder: Path) -> Iterator[Path]:
         for path in (*temporary.iterdir(), temporary):
             sync(path)
         if folder.exists():
-            old = folder.with_name(f"{TEMPORARY}{folder.name}.old")
             folder.rename(old)
             temporary.rename(folder)
             shutil.rmtree(old, ignore_errors=True)

@@ -37,6 +37,14 @@ SERVE_FILE = Path(__file__).parent / "serve.py"
 LAYER_IDS = (2, 4, 5)
 NUM_PROMPTS, MAX_NEW_TOKENS = 12, 48
 RESIDUAL_OFF = ("--no-norm-before-residual",)
+QUESTIONS = (
+    "Explain gravity in simple terms.",
+    "Write a short story about penguins.",
+    "List five facts about the Moon.",
+    "Write a Python function that adds two numbers.",
+    "Why does sleep matter?",
+    "What is the history of tea?",
+)
 VARIANTS: dict[str, tuple[str, ...]] = {
     "default": (),
     "full vocabulary": ("--full-vocab",),
@@ -57,6 +65,7 @@ class Inputs:
     folder: Path
     verifier: VerifierModel
     prompts: list[list[int]]
+    verifier_name: str = str(VERIFIER_DIR)
 
     def train(self, *flags: str) -> Path:
         """Save path of a run on the very prompts that are drafted afterwards."""
@@ -85,7 +94,7 @@ class Inputs:
     def draft_and_verify(self, draft: Path) -> list[Answer]:
         """What this package answers and counts with the draft in a folder."""
         source = read_draft(str(draft), Given(), flag="CHECKPOINT")
-        files = VerifierFiles(str(VERIFIER_DIR))
+        files = VerifierFiles(self.verifier_name)
         config = read_verifier_config(files, trust_remote_code=False)
         drafter = Drafter(load_draft(source, load_frozen_verifier(files, config)), 3)
         return [
@@ -97,7 +106,7 @@ class Inputs:
         """What the engine answers to each prompt, and what it counts of each."""
         job, result = self.folder / "job.json", self.folder / "result.json"
         content = {
-            "verifier": str(VERIFIER_DIR),
+            "verifier": self.verifier_name,
             "draft": str(draft),
             "way": way,
             "prompts": self.prompts,
@@ -220,6 +229,28 @@ def test_an_eagle_checkpoint_is_served(
         twin = inputs.folder / "from-eagle-vllm"
         assert answers == alone
         assert counts == inputs.serve(twin, "explicit")[1]
+
+
+@pytest.mark.skipif("VLLM_DRAFT" not in os.environ, reason="`VLLM_DRAFT` names no draft")
+def test_a_draft_of_ones_own_is_served(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source, out = os.environ["VLLM_DRAFT"], tmp_path / "served"
+    assert run(["export", source, "--output-dir", str(out), "--dtype", "float32"]) == 0
+    config = read_draft(str(out), Given(), flag="CHECKPOINT").config
+    name = config.verifier_name_or_path
+    verifier = VerifierModel(name, config.target_layer_ids, dtype=torch.float32)
+    prompts = [
+        list(
+            verifier.tokenizer.apply_chat_template(
+                [{"role": "user", "content": text}], add_generation_prompt=True
+            )["input_ids"]
+        )
+        for text in QUESTIONS
+    ]
+    own = Inputs(tmp_path, verifier, prompts, name)
+
+    alone = own.serve(None, "alone")[0]
+
+    check(own, alone, out, "folder", source, capsys)
 
 
 def write_eagle(save_path: Path, folder: Path) -> Path:
