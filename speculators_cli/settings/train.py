@@ -108,6 +108,11 @@ class DataSettings(Settings):
         ge=0,
         description="Most samples that may be left out as broken; default: 1% of the folder",
     )
+    check_samples: bool = Field(
+        True,
+        description="Before the first step, ask the verifier's head whether it predicts a few "
+        "samples, and refuse states that are marked wrongly",
+    )
     allow_changed_data: bool = Field(
         False, description="Resume although the samples are not the ones the run began with"
     )

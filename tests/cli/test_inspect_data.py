@@ -8,13 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 
 from speculators_cli.cli.app import run
-from speculators_cli.core.capture.capture import capture
 from speculators_cli.core.demo.demo import VERIFIER_DIR, read_prompts
-from speculators_cli.core.models.verifier_model import VerifierModel
-from speculators_cli.core.progress import SilentProgress
 from tests.tiny import VOCAB, TinyInputs
 
 Capture = pytest.CaptureFixture[str]
@@ -169,39 +165,6 @@ def test_ids_beyond_the_vocabulary_are_named(
 
     assert code == 1
     assert "has token id 37, the verifier 37 tokens" in problems_of(report)["data_3.pt"]
-
-
-@pytest.fixture(scope="module")
-def captured_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Samples of a real verifier, whose head predicts them."""
-    folder = tmp_path_factory.mktemp("captured")
-    verifier = VerifierModel(str(VERIFIER_DIR), (2, 4, 5), dtype=torch.float32)
-    capture(
-        verifier,
-        [verifier.encode(text) for text in read_prompts()[:6]],
-        folder,
-        verifier_name="the-verifier",
-        max_new_tokens=24,
-        progress=SilentProgress(),
-    )
-    return folder
-
-
-@pytest.fixture(scope="module")
-def verifier_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same verifier with its final norm's gain spread out, and the head made up for it.
-
-    The embedded one's gains are so even that the norm hardly changes which token comes first.
-    """
-    folder = tmp_path_factory.mktemp("verifier")
-    config = json.loads((VERIFIER_DIR / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": False}))
-    tensors = {k: x.float() for k, x in load_file(VERIFIER_DIR / "model.safetensors").items()}
-    spread = torch.randn(128, generator=torch.Generator().manual_seed(0)).exp()
-    tensors["model.norm.weight"] *= spread
-    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"] / spread
-    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
-    return folder
 
 
 def edited_copy(source: Path, target: Path, edit: Callable[[Content], object]) -> Path:

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -320,3 +321,63 @@ def test_more_ranks_than_packed_sequences_are_refused(tiny: TinyInputs) -> None:
     assert done.returncode == 3, done.stderr
     assert "2 ranks need as many packed sequences" in done.stderr
     assert not tiny.save_path.exists()
+
+
+def with_wrong_states(source: Path, target: Path, *, shift: int = 0) -> Path:
+    """The samples of a folder with their last hidden states marked, or moved, wrongly."""
+    target.mkdir()
+    for file in source.glob("*.pt"):
+        sample = torch.load(file, weights_only=True)
+        sample["last_hidden_state_is_normed"] = torch.tensor(not shift)
+        sample["hidden_states"][-1] = sample["hidden_states"][-1].roll(shift, 0)
+        torch.save(sample, target / file.name)
+    return target
+
+
+def check_flags(tiny: TinyInputs, verifier_dir: Path, folder: Path, **more: object) -> list[str]:
+    flags = {"target_layer_ids": "2,4,5", "full_vocab": True, "epochs": 1} | more
+    return tiny.flags(verifier_name_or_path=verifier_dir, data_path=folder, **flags)
+
+
+def test_states_marked_wrongly_as_normed_are_refused_before_the_first_step(
+    tiny: TinyInputs, captured_dir: Path, verifier_dir: Path, capsys: Capture
+) -> None:
+    # Trap: 25 % against 40 % acceptance.
+    folder = with_wrong_states(captured_dir, tiny.folder / "marked")
+
+    code, err = fails(check_flags(tiny, verifier_dir, folder), capsys)
+
+    assert code == 3
+    assert "has last hidden states marked as after the final norm; right at" in err
+    assert "--no-check-samples" in err
+    assert "step 1/" not in err
+
+
+def test_states_marked_wrongly_are_trained_on_where_that_is_asked_for(
+    tiny: TinyInputs, captured_dir: Path, verifier_dir: Path
+) -> None:
+    folder = with_wrong_states(captured_dir, tiny.folder / "marked")
+
+    assert run(["train", *check_flags(tiny, verifier_dir, folder, no_check_samples=True)]) == 0
+
+
+def test_samples_that_the_verifier_does_not_predict_are_warned_of(
+    tiny: TinyInputs, captured_dir: Path, verifier_dir: Path, capsys: Capture
+) -> None:
+    folder = with_wrong_states(captured_dir, tiny.folder / "shifted", shift=7)
+
+    code = run(["train", *check_flags(tiny, verifier_dir, folder)])
+
+    assert code == 0
+    assert "is not of this verifier, or is shifted" in capsys.readouterr().err
+
+
+def test_samples_that_the_verifier_predicts_give_no_warning(
+    tiny: TinyInputs, captured_dir: Path, verifier_dir: Path, capsys: Capture
+) -> None:
+    code = run(["train", *check_flags(tiny, verifier_dir, captured_dir)])
+
+    err = capsys.readouterr().err
+    assert code == 0
+    assert "final norm" not in err
+    assert "shifted" not in err

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from speculators_cli.core.data.data_config import FILE_NAME, DataConfig, read_data_config
@@ -19,14 +20,11 @@ from speculators_cli.core.data.formats.detect import detect
 from speculators_cli.core.data.packing import plan_epoch
 from speculators_cli.core.data.sample import BadSampleError, Problem, Sample, SampleHeader
 from speculators_cli.core.errors import DataError
-from speculators_cli.core.models.verifier import read_verifier_config
+from speculators_cli.core.models.agreement import Agreement, measure_agreement
+from speculators_cli.core.models.verifier import load_frozen_verifier, read_verifier_config
 from speculators_cli.core.models.verifier_files import VerifierFiles
-from speculators_cli.core.preparation.inspection_report import (
-    Agreement,
-    Distribution,
-    InspectionReport,
-)
-from speculators_cli.core.preparation.states import StatesReport, look_at_states, measure_agreement
+from speculators_cli.core.preparation.inspection_report import Distribution, InspectionReport
+from speculators_cli.core.preparation.states import StatesReport, look_at_states
 from speculators_cli.core.progress import Progress
 from speculators_cli.settings.inspect_data import InspectDataSettings, InspectSettings
 
@@ -179,7 +177,18 @@ def ask_verifier(
         for s in drawn
         if s.header.hidden_size == config.hidden_size and s.header.max_token_id < vocab_size
     ]
-    return vocab_size, measure_agreement(files, config, drawn_samples(fitting), progress)
+    if not fitting:
+        return vocab_size, None
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    verifier = load_frozen_verifier(files, config).to(device)
+    with progress.task("Asking the verifier", len(fitting)) as task:
+
+        def read_all() -> Iterator[Sample]:
+            for read in drawn_samples(fitting):
+                yield read()
+                task.advance()
+
+        return vocab_size, measure_agreement(verifier, read_all())
 
 
 def check_verifier(

@@ -4,11 +4,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from speculators_cli.core.data.sample import Problem
-
-# Agreement below this is no verifier's own output, whatever was sampled.
-LITTLE = 0.05
-# The norm changes nothing of the order within a token, so a real difference is large.
-CLEARLY = 0.1
+from speculators_cli.core.models.agreement import Agreement
 
 
 @dataclass(frozen=True)
@@ -21,30 +17,6 @@ class Distribution:
     max: int
     total: int
     histogram: tuple[int, ...]  # ten bins from the least to the most
-
-
-@dataclass(frozen=True)
-class Agreement:
-    """How often the verifier's head, on the last hidden states, has the next token first."""
-
-    with_norm: float  # its final norm applied first
-    without_norm: float
-    is_marked_normed: bool  # what the samples say of their states
-    num_positions: int
-
-    @property
-    def problem(self) -> str | None:
-        """What contradicts the samples, if anything does."""
-        marked, other = self.without_norm, self.with_norm
-        if not self.is_marked_normed:
-            marked, other = other, marked
-        shares = f"{self.with_norm:.1%} with the final norm, {self.without_norm:.1%} without"
-        if max(marked, other) < LITTLE:
-            return f"is not of this verifier, or is shifted: its head is right at {shares}"
-        if other > marked + CLEARLY:
-            wrong = "after" if self.is_marked_normed else "before"
-            return f"has last hidden states marked as {wrong} the final norm; right at {shares}"
-        return None
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""What hidden states give away: values that are not finite, scales, and whose they are."""
+"""What hidden states give away of themselves: values that are not finite, and odd scales."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -7,14 +7,10 @@ import torch
 from torch import Tensor
 
 from speculators_cli.core.data.sample import BadSampleError, Sample
-from speculators_cli.core.models.verifier import VerifierConfig, load_frozen_verifier
-from speculators_cli.core.models.verifier_files import VerifierFiles
-from speculators_cli.core.preparation.inspection_report import Agreement
 from speculators_cli.core.progress import Progress
 
 OUTLIER = 10.0  # times the median scale of a layer over the samples
 ROWS_AT_ONCE = 64
-POSITIONS = 64  # of each sample, at most, that the verifier's head is asked about
 
 
 @dataclass(frozen=True)
@@ -82,49 +78,3 @@ def check_layer(
     if len(rms) > 1 and bool((rms == rms[0]).all()) and bool((states == states[:1]).all()):
         return f"has the same states at every token in layer {layer}"
     return None
-
-
-def spread(
-    positions: Tensor,  # [positions], int64
-) -> Tensor:
-    """`POSITIONS` of them at most, evenly spread."""
-    keep = torch.linspace(0, len(positions) - 1, min(len(positions), POSITIONS)).long()
-    return positions[keep]
-
-
-@torch.no_grad()
-def measure_agreement(
-    files: VerifierFiles,
-    config: VerifierConfig,
-    samples: Sequence[Callable[[], Sample]],
-    progress: Progress,
-) -> Agreement | None:
-    """How often the verifier's head on a token's last hidden states has the next token first.
-
-    Returns:
-        None if there is no sample to ask about.
-    """
-    if not samples:
-        return None
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    verifier = load_frozen_verifier(files, config).to(device)
-    num_right = torch.zeros(2, dtype=torch.int64)  # with the norm, without
-    num_positions, is_normed = 0, False
-    with progress.task("Asking the verifier", len(samples)) as task:
-        for read in samples:
-            sample = read()
-            positions = sample.loss_mask[1:].nonzero().flatten()
-            if not len(positions):
-                positions = torch.arange(sample.num_tokens - 1)
-            positions = spread(positions)
-            states = sample.last_hidden_states[positions].float().to(device)
-            wanted = sample.input_ids[positions + 1].to(device)
-            for index, skip_norm in enumerate((False, True)):
-                skip = torch.full((len(states),), skip_norm, device=device)
-                right = verifier.tokens(verifier.normed(states, skip)) == wanted
-                num_right[index] += int(right.sum())
-            num_positions += len(positions)
-            is_normed = sample.is_normed
-            task.advance()
-    with_norm, without_norm = (num_right / max(num_positions, 1)).tolist()
-    return Agreement(with_norm, without_norm, is_normed, num_positions)

@@ -19,6 +19,7 @@ from speculators_cli.core.data.token_counts import (
 from speculators_cli.core.data.vocab_map import VocabMap
 from speculators_cli.core.errors import DataError
 from speculators_cli.core.files import check_output_dir
+from speculators_cli.core.models.agreement import spread
 from speculators_cli.core.models.special_tokens import find_special_ids
 from speculators_cli.core.models.verifier import (
     FrozenVerifier,
@@ -26,7 +27,6 @@ from speculators_cli.core.models.verifier import (
     read_verifier_config,
 )
 from speculators_cli.core.models.verifier_files import VerifierFiles
-from speculators_cli.core.preparation.states import spread
 from speculators_cli.core.progress import Progress
 from speculators_cli.settings.build_vocab_map import BuildVocabMapSettings, VocabularySettings
 

@@ -13,9 +13,10 @@ from speculators_cli.core.errors import MachineError, SpeculatorsError
 from speculators_cli.core.files import check_output_dir
 from speculators_cli.core.models.eagle3 import Eagle3Draft
 from speculators_cli.core.models.losses import LOSSES
-from speculators_cli.core.models.verifier import load_frozen_verifier
+from speculators_cli.core.models.verifier import FrozenVerifier, load_frozen_verifier
 from speculators_cli.core.progress import Progress, SilentProgress
 from speculators_cli.core.training.checkpoint import RunFolder
+from speculators_cli.core.training.checks import check_samples
 from speculators_cli.core.training.distributed import Ranks, shard, start_ranks
 from speculators_cli.core.training.inputs import Inputs, read_inputs
 from speculators_cli.core.training.loggers import MetricLogger, build_loggers
@@ -142,7 +143,13 @@ def build_trainer(
     progress: Progress,
 ) -> Trainer:
     """Load the verifier's frozen parts, build the draft, shard it, give it its state."""
-    draft = build_draft(settings, inputs, ranks.device)
+    verifier = load_frozen_verifier(inputs.verifier_files, inputs.verifier_config)
+    verifier = verifier.to(ranks.device)
+    if settings.data.check_samples and not start.is_resumed:
+        check_samples(
+            inputs.samples, verifier, folder=settings.data.data_path[0], progress=progress
+        )
+    draft = build_draft(settings, inputs, verifier)
     shard(draft, ranks, settings.distributed.sharding)
     optimizer = Optimizer(draft, settings.optimizer)
     if start.is_resumed:
@@ -186,10 +193,9 @@ def build_trainer(
     )
 
 
-def build_draft(settings: TrainSettings, inputs: Inputs, device: torch.device) -> Eagle3Draft:
-    """A fresh draft on the device, with the verifier's frozen parts."""
-    verifier = load_frozen_verifier(inputs.verifier_files, inputs.verifier_config).to(device)
-    with device:
+def build_draft(settings: TrainSettings, inputs: Inputs, verifier: FrozenVerifier) -> Eagle3Draft:
+    """A fresh draft on the device of the verifier's frozen parts."""
+    with verifier.head.device:
         draft = Eagle3Draft(
             inputs.draft_config(settings),
             verifier,
