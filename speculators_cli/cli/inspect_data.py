@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from speculators_cli.cli.options import with_settings
-from speculators_cli.cli.output import Output
+from speculators_cli.cli.output import Output, format_duration
 from speculators_cli.settings.base import load_settings
 from speculators_cli.settings.inspect_data import InspectDataSettings
 
@@ -55,6 +55,11 @@ def show(report: "InspectionReport", name: str, output: Output) -> None:
     output.line(
         f"Packed at {report.total_seq_len:,} tokens: {report.num_packed_sequences:,} sequences, "
         f"{report.fill:.1%} filled"
+    )
+    output.line(
+        f"An epoch at {report.tokens_per_second:,.0f} tokens/s: "
+        f"{format_duration(report.epoch_seconds)}, "
+        f"{report.disk_bytes_per_second / 2**30:.2f} GiB/s from disk"
     )
     if report.layer_rms:
         scales = "  ".join(f"{rms:.3g}" for rms in report.layer_rms)

@@ -26,6 +26,12 @@ class InspectSettings(Settings):
         description="Hub id or folder of the verifier; asked whether it predicts the samples",
     )
     total_seq_len: int = Field(8192, ge=2, description="Tokens in one packed sequence")
+    tokens_per_second: float = Field(
+        50_000.0,
+        gt=0,
+        description="Speed of training that the time and disk rate of an epoch are told for; one "
+        "H100 trains a draft for an 8B verifier at about the default",
+    )
     trust_remote_code: bool = Field(
         False, description="Run the Python code that comes with the verifier"
     )

@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerFast
 
 from speculators_cli.cli.app import run
 from speculators_cli.core.data.vocab_map import VocabMap
+from tests.cli.golden import assert_golden
 from tests.tiny import VOCAB, TinyInputs
 
 Capture = pytest.CaptureFixture[str]
@@ -60,6 +61,7 @@ def test_maps_hold_the_most_frequent_supervised_tokens(tiny: TinyInputs, capsys:
     assert report["coverage"] == sum(counts[i] for i in kept) / sum(counts) < 1
     assert report["num_counted_tokens"] == sum(counts)
     assert 0 < report["probability_mass"] < 1
+    assert_golden(report, "build-vocab-map", tiny.folder)
     freq = torch.load(out_dir / "token_freq.pt", weights_only=True)
     assert freq == {i: count for i, count in enumerate(counts) if count}
 

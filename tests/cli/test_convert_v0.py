@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from speculators_cli.cli.app import run
+from tests.cli.golden import assert_golden
 from tests.tiny import HIDDEN, TinyInputs
 
 Capture = pytest.CaptureFixture[str]
@@ -67,6 +68,7 @@ def test_the_tree_and_every_value_are_kept(tiny: TinyInputs, v0_dir: Path, capsy
     assert code == 0
     assert (report["num_converted"], report["num_files"], report["problems"]) == (24, 24, [])
     assert report["last_hidden_states_are_normed"] is True
+    assert_golden(report, "convert-v0", tiny.folder)
     sources = [file for file in before if file.is_file()]
     assert len(sources) == 24
     for source in sources:

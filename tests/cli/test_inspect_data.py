@@ -11,6 +11,7 @@ import torch
 
 from speculators_cli.cli.app import run
 from speculators_cli.core.demo.demo import VERIFIER_DIR, read_prompts
+from tests.cli.golden import assert_golden
 from tests.tiny import VOCAB, TinyInputs
 
 Capture = pytest.CaptureFixture[str]
@@ -87,6 +88,10 @@ EDITS: dict[str, tuple[Callable[[Content], object], str]] = {
     "constant": (
         lambda x: x["hidden_states"][2].copy_(x["hidden_states"][2][:1].clone()),
         "has the same states at every token in layer 2",
+    ),
+    "equal-layers": (
+        lambda x: x["hidden_states"][1].copy_(x["hidden_states"][0]),
+        "has the same states in layers 0 and 1",
     ),
     "scale": (lambda x: x["hidden_states"][3].mul_(100), "has layer 3 at"),
     "unsupervised": (lambda x: x["loss_mask"].zero_(), "has no supervised token"),
@@ -261,3 +266,56 @@ def test_bad_input_is_explained(
     assert out == ""
     assert message in err
     assert "Traceback" not in err
+
+
+def write_layer_ids(folder: Path, ids: list[int], **content: object) -> None:
+    said = {"hidden_states": {"layer_ids": ids, "layer_ids_convention": "vllm"}, **content}
+    folder.mkdir(exist_ok=True)
+    (folder / "data_config.json").write_text(json.dumps(said))
+
+
+@pytest.mark.parametrize(
+    ("ids", "expected"),
+    [
+        ([3, 5], "The samples hold 3 aux layers, the layer ids are `3,5`"),
+        ([3, 3, 7], "Layer ids `3,3,7` are not strictly ascending"),
+        ([3, 5, 10], "within 0 and the verifier's 9 layers"),
+    ],
+)
+def test_layer_ids_that_contradict_the_samples_are_found(
+    data_dir: Path, tiny: TinyInputs, capsys: Capture, ids: list[int], expected: str
+) -> None:
+    write_layer_ids(data_dir, ids)
+
+    code, report = report_of(capsys, data_dir, "--verifier-name-or-path", tiny.verifier_dir)
+
+    assert code == 1
+    assert any(expected in p["problem"] for p in report["problems"])
+
+
+def test_folders_that_hold_different_layers_are_found(data_dir: Path, capsys: Capture) -> None:
+    write_layer_ids(data_dir, [3, 5, 7])
+    write_layer_ids(data_dir / "more", [2, 5, 7])
+
+    code, report = report_of(capsys, data_dir)
+
+    assert code == 1
+    assert "different verifier layers" in problems_of(report)["copied"]
+
+
+def test_time_and_disk_rate_of_an_epoch_follow_from_the_speed(
+    tiny: TinyInputs, capsys: Capture
+) -> None:
+    _, report = report_of(capsys, tiny.data_dir, "--tokens-per-second", 100)
+
+    num_bytes = sum(file.stat().st_size for file in tiny.data_dir.glob("*.pt"))
+    assert report["epoch_seconds"] == report["num_tokens"] / 100
+    assert report["disk_bytes_per_second"] == pytest.approx(num_bytes / report["epoch_seconds"])
+
+
+def test_the_report_is_the_golden_one(data_dir: Path, capsys: Capture) -> None:
+    change(data_dir / "data_5.pt", lambda x: x["loss_mask"].zero_())
+
+    _, report = report_of(capsys, data_dir, "--total-seq-len", 64)
+
+    assert_golden(report, "inspect-data", data_dir)

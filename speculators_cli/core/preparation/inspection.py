@@ -13,7 +13,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from speculators_cli.core.data.data_config import FILE_NAME, DataConfig, read_data_config
+from speculators_cli.core.data.data_config import (
+    FILE_NAME,
+    DataConfig,
+    read_data_config,
+    resolve_layer_ids,
+)
 from speculators_cli.core.data.dataset import find_files, is_sample_name
 from speculators_cli.core.data.formats import FORMATS
 from speculators_cli.core.data.formats.detect import detect
@@ -21,7 +26,11 @@ from speculators_cli.core.data.packing import plan_epoch
 from speculators_cli.core.data.sample import BadSampleError, Problem, Sample, SampleHeader
 from speculators_cli.core.errors import DataError
 from speculators_cli.core.models.agreement import Agreement, measure_agreement
-from speculators_cli.core.models.verifier import load_frozen_verifier, read_verifier_config
+from speculators_cli.core.models.verifier import (
+    VerifierConfig,
+    load_frozen_verifier,
+    read_verifier_config,
+)
 from speculators_cli.core.models.verifier_files import VerifierFiles
 from speculators_cli.core.preparation.inspection_report import Distribution, InspectionReport
 from speculators_cli.core.preparation.states import StatesReport, look_at_states
@@ -72,13 +81,17 @@ def inspect_data(settings: InspectDataSettings, *, progress: Progress) -> Inspec
     drawn = draw(usual, wanted.samples)
     states = look_at_states(drawn_samples(drawn), progress)
     problems += [Problem(drawn[i].file, text) for i, text in states.problems]
-    agreement = None
+    agreement = verifier = None
     if wanted.verifier_name_or_path is not None:
-        vocab_size, agreement = ask_verifier(wanted, drawn, progress)
+        verifier_files = VerifierFiles(wanted.verifier_name_or_path)
+        verifier = read_verifier_config(verifier_files, trust_remote_code=wanted.trust_remote_code)
+        vocab_size, agreement = ask_verifier(verifier_files, verifier, drawn, progress)
         problems += check_verifier(usual, vocab_size, agreement, wanted.data_path)
     if wanted.verify:
         problems += verify_checksums(files, progress)
     configs = [read_data_config(f) for f in found if f.name == FILE_NAME]
+    num_aux_layers = usual[0].header.num_aux_layers
+    problems += check_layer_ids(wanted.data_path, configs, num_aux_layers, verifier)
     return make_report(wanted, scans, usual, problems, states, agreement, configs)
 
 
@@ -164,13 +177,9 @@ def drawn_samples(scans: Sequence[Scan]) -> list[Callable[[], Sample]]:
 
 
 def ask_verifier(
-    wanted: InspectSettings, drawn: Sequence[Scan], progress: Progress
+    files: VerifierFiles, config: VerifierConfig, drawn: Sequence[Scan], progress: Progress
 ) -> tuple[int, Agreement | None]:
     """Tokens of the verifier, and how well its head predicts the samples."""
-    name = wanted.verifier_name_or_path
-    assert name is not None, "asked only with a verifier"
-    files = VerifierFiles(name)
-    config = read_verifier_config(files, trust_remote_code=wanted.trust_remote_code)
     vocab_size = files.read_vocab_size(is_tied=config.is_tied)
     fitting = [
         s
@@ -205,6 +214,30 @@ def check_verifier(
         yield Problem(folder, "has another hidden size than the verifier")
     elif (problem := agreement.problem) is not None:
         yield Problem(folder, problem)
+
+
+def check_layer_ids(
+    folder: Path,
+    configs: Sequence[DataConfig],
+    num_aux_layers: int,
+    verifier: VerifierConfig | None,
+) -> list[Problem]:
+    """What `data_config.json` says of the layers, where it contradicts samples or verifier."""
+    said = [config.layer_ids for config in configs if config.layer_ids]
+    if not said:
+        return []
+    # Without the verifier, the last layer that is named stands for its last.
+    num_layers = verifier.num_layers if verifier else max(max(ids) for ids in said) + 1
+    try:
+        resolve_layer_ids(
+            configs,
+            num_verifier_layers=num_layers,
+            num_aux_layers=num_aux_layers,
+            given=None,
+        )
+    except DataError as error:
+        return [Problem(folder, f"has layer ids that cannot be right: {error.message}")]
+    return []
 
 
 def verify_checksums(files: Sequence[Path], progress: Progress) -> Iterator[Problem]:
@@ -254,6 +287,7 @@ def make_report(
         global_batch=1,
     )
     header = usual[0].header
+    epoch_seconds = max(int(lengths.sum()), 1) / wanted.tokens_per_second
     dtypes = Counter(str(s.header.dtype).removeprefix("torch.") for s in usual)
     return InspectionReport(
         format="mixed" if len(versions) > 1 else f"v{versions[0]}",
@@ -271,6 +305,9 @@ def make_report(
         total_seq_len=wanted.total_seq_len,
         num_packed_sequences=len(plan.sequences),
         fill=plan.fill,
+        tokens_per_second=wanted.tokens_per_second,
+        epoch_seconds=epoch_seconds,
+        disk_bytes_per_second=sum(s.num_bytes for s in usual) / epoch_seconds,
         num_samples_looked_at=states.num_samples,
         layer_rms=states.layer_rms,
         agreement=agreement,

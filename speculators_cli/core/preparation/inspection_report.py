@@ -38,6 +38,9 @@ class InspectionReport:
     total_seq_len: int
     num_packed_sequences: int
     fill: float  # share of positions that hold a token
+    tokens_per_second: float  # what the next two are told for
+    epoch_seconds: float
+    disk_bytes_per_second: float  # that an epoch reads
     num_samples_looked_at: int
     layer_rms: tuple[float, ...]  # root mean square of each layer, the last one last
     agreement: Agreement | None

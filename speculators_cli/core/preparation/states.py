@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -38,6 +39,7 @@ def look_at_states(samples: Sequence[Callable[[], Sample]], progress: Progress) 
             pairs = zip(layers, rms, strict=True)
             checked = [check_layer(states, r, layer) for layer, (states, r) in enumerate(pairs)]
             found = [problem for problem in checked if problem is not None]
+            found = found or find_equal_layers(sample.aux_hidden_states)
             problems += [(index, problem) for problem in found]
             if not found:
                 # The median, since the first token carries thousands in many verifiers.
@@ -52,6 +54,16 @@ def look_at_states(samples: Sequence[Callable[[], Sample]], progress: Progress) 
             factor = float(ratio[layer])
             problems.append((index, f"has layer {layer} at {factor:.2g} times its usual scale"))
     return StatesReport(len(samples), tuple(usual.tolist()), tuple(problems))
+
+
+def find_equal_layers(layers: Sequence[Tensor]) -> list[str]:
+    """Neighbours that hold the same states: one layer captured twice, under two ids."""
+    return [
+        f"has the same states in layers {i} and {i + 1}"
+        for i, (low, high) in enumerate(pairwise(layers))
+        # The first rows differ nearly always, and the rest stays on disk.
+        if torch.equal(low[:1], high[:1]) and torch.equal(low, high)
+    ]
 
 
 def root_mean_square(
