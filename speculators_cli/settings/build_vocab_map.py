@@ -5,7 +5,7 @@ from typing import Self
 
 from pydantic import Field, model_validator
 
-from speculators_cli.settings.base import Folders, FormatVersion, Settings, path_error
+from speculators_cli.settings.base import DataFormat, Folders, FormatVersion, Settings, path_error
 
 
 class CountSettings(Settings):
@@ -19,7 +19,12 @@ class CountSettings(Settings):
         (),
         description="Folder of samples, searched recursively; may be repeated; default: data",
     )
-    data_format_version: FormatVersion = Field(1, description="Format of the samples: 0 or 1")
+    data_format: DataFormat = Field(
+        "auto",
+        description="Whose format the samples are in: pt, specforge, or auto: by what the folder "
+        "holds",
+    )
+    data_format_version: FormatVersion = Field(1, description="Format of `.pt` samples: 0 or 1")
     all_tokens: bool = Field(False, description="Count all tokens, not only supervised ones")
     max_bad_samples: int | None = Field(
         None,

@@ -9,6 +9,7 @@ from pydantic import Field, field_validator, model_validator
 from speculators_cli.settings.base import (
     REFUSED_ON_RESUME,
     WARNED_ON_RESUME,
+    DataFormat,
     Folders,
     FormatVersion,
     LayerIdsSetting,
@@ -87,8 +88,13 @@ class DataSettings(Settings):
         description="Folder of validation samples, in place of a part of the data path; "
         "may be repeated",
     )
+    data_format: Annotated[DataFormat, WARNED_ON_RESUME] = Field(
+        "auto",
+        description="Whose format the samples are in: pt, specforge, or auto: by what the folder "
+        "holds",
+    )
     data_format_version: Annotated[FormatVersion, WARNED_ON_RESUME] = Field(
-        1, description="Format of the samples: 0 or 1"
+        1, description="Format of `.pt` samples: 0 or 1"
     )
     train_data_ratio: Annotated[float, REFUSED_ON_RESUME] = Field(
         0.9, gt=0, le=1, description="Share of the samples to train on; the rest validates"

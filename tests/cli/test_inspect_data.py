@@ -319,3 +319,18 @@ def test_the_report_is_the_golden_one(data_dir: Path, capsys: Capture) -> None:
     _, report = report_of(capsys, data_dir, "--total-seq-len", 64)
 
     assert_golden(report, "inspect-data", data_dir)
+
+
+def test_a_folder_of_specforges_is_recognised(tiny: TinyInputs, capsys: Capture) -> None:
+    folder = tiny.folder / "specforge"
+    folder.mkdir()
+    for file in tiny.data_dir.glob("*.pt"):
+        sample = torch.load(file, weights_only=True)
+        *aux, last = sample.pop("hidden_states")
+        sample |= {"aux_hidden_state": torch.cat(aux, -1)[None], "hidden_state": last[None]}
+        torch.save(sample, folder / f"{file.stem}.ckpt")
+
+    code, report = report_of(capsys, folder)
+
+    assert code == 0
+    assert (report["format"], report["num_samples"], report["is_normed"]) == ("specforge", 24, True)

@@ -179,8 +179,7 @@ def test_the_wrong_format_version_names_both(tiny: TinyInputs, capsys: Capture) 
     code, err = fails(tiny.flags(data_format_version=0), capsys)
 
     assert code == 3
-    assert "v1 samples" in err
-    assert "`--data-format-version` is `0`" in err
+    assert "holds v1 samples, they were read as v0" in err
     assert "Pass `--data-format-version 1`" in err
 
 
@@ -321,6 +320,52 @@ def test_more_ranks_than_packed_sequences_are_refused(tiny: TinyInputs) -> None:
     assert done.returncode == 3, done.stderr
     assert "2 ranks need as many packed sequences" in done.stderr
     assert not tiny.save_path.exists()
+
+
+def write_twins(tiny: TinyInputs) -> tuple[Path, Path]:
+    """The tiny samples as v0 and as SpecForge's; what is before the final norm counts as after."""
+    v0, specforge = tiny.folder / "v0", tiny.folder / "specforge"
+    v0.mkdir()
+    specforge.mkdir()
+    for file in tiny.data_dir.glob("*.pt"):
+        sample = torch.load(file, weights_only=True)
+        *aux, last = sample.pop("hidden_states")
+        joined = torch.cat(aux, dim=-1)
+        torch.save(sample | {"hidden_state": joined, "target": last}, v0 / f"{file.stem}.ckpt")
+        content = sample | {"aux_hidden_state": joined[None], "hidden_state": last[None]}
+        torch.save(content, specforge / f"{file.stem}.ckpt")
+    return v0, specforge
+
+
+@pytest.mark.parametrize("data_format", ["auto", "specforge"])
+def test_specforge_samples_train_to_the_loss_of_their_v0_twins(
+    tiny: TinyInputs, capsys: Capture, data_format: str
+) -> None:
+    v0, specforge = write_twins(tiny)
+    one, two = tiny.folder / "one", tiny.folder / "two"
+
+    run(["train", *tiny.flags(data_path=v0, data_format_version=0, save_path=one)])
+    capsys.readouterr()
+    flags = tiny.flags(data_path=specforge, data_format=data_format, save_path=two)
+    code = run(["train", *flags])
+
+    # Their generators captured other layers.
+    assert "assumed `2,4,6`" in capsys.readouterr().err
+    lines = [(folder / "metrics.jsonl").read_text().splitlines() for folder in (one, two)]
+    losses = [[json.loads(line)["loss"] for line in part] for part in lines]
+    assert code == 0
+    assert losses[0] == losses[1]
+    assert len(losses[0]) > 4
+
+
+def test_v0_samples_read_as_specforges_are_refused(tiny: TinyInputs, capsys: Capture) -> None:
+    v0, _ = write_twins(tiny)
+
+    code, err = fails(tiny.flags(data_path=v0, data_format="specforge"), capsys)
+
+    assert code == 3
+    assert "holds v0 samples, they were read as specforge" in err
+    assert "`--data-format pt --data-format-version 0`" in err
 
 
 def with_wrong_states(source: Path, target: Path, *, shift: int = 0) -> Path:

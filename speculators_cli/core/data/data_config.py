@@ -93,6 +93,7 @@ def resolve_layer_ids(
     *,
     num_verifier_layers: int,
     num_aux_layers: int,
+    data_format: str,
     given: tuple[int, ...] | None,
 ) -> LayerIds:
     """Choose the layer ids: the user's, else the data's, else those its generators captured.
@@ -101,6 +102,7 @@ def resolve_layer_ids(
         configs: Every data_config.json among the samples.
         num_verifier_layers: Decoder layers of the verifier.
         num_aux_layers: Aux layers in each sample.
+        data_format: Of the samples; its generators' layers are assumed where nothing is said.
         given: The value of `--target-layer-ids`.
 
     Raises:
@@ -117,7 +119,8 @@ def resolve_layer_ids(
             hint="Train on one of them at a time",
         )
     n = num_verifier_layers
-    ids = found.pop() if found else (3, n // 2 + 1, n - 2)
+    usual = default_layer_ids(n) if data_format == "specforge" else (3, n // 2 + 1, n - 2)
+    ids = found.pop() if found else usual
     is_said = any(ids is not None and not config.is_assumed for config, ids in said)
     return LayerIds(_checked(ids, n, num_aux_layers), is_assumed=not is_said)
 

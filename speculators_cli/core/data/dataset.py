@@ -16,6 +16,7 @@ import torch
 
 from speculators_cli.core.data.data_config import FILE_NAME, DataConfig, read_data_config
 from speculators_cli.core.data.formats import FORMATS
+from speculators_cli.core.data.formats.detect import detect
 from speculators_cli.core.data.packing import plan_epoch
 from speculators_cli.core.data.sample import (
     BadSampleError,
@@ -28,12 +29,16 @@ from speculators_cli.core.errors import DataError
 from speculators_cli.core.files import replacing
 from speculators_cli.core.progress import Progress
 
-SUFFIXES = {0: (".pt", ".ckpt"), 1: (".pt",)}
 NOT_SAMPLES = {"token_freq.pt"}
 BAD_SHARE = 0.01  # of the folder, unless the settings say how many
 MAX_NAMED = 10
 SPLIT_SEED = 0  # the split is the same in every run on the same samples
-INDEX_VERSION = 1
+INDEX_VERSION = 2
+FLAGS = {  # that read samples of a format
+    "v0": "--data-format-version 0",
+    "v1": "--data-format-version 1",
+    "specforge": "--data-format specforge",
+}
 
 
 @dataclass(frozen=True)
@@ -59,7 +64,7 @@ class Dataset:
     """Samples of one format, hidden size and number of aux layers; ids are indices into it."""
 
     entries: tuple[Entry, ...]
-    version: int
+    format: str
     bad: tuple[Problem, ...]
     configs: tuple[DataConfig, ...]
 
@@ -124,7 +129,7 @@ class Dataset:
         try:
             if entry.file.stat().st_size != entry.stamp.num_bytes:
                 raise BadSampleError("has another size than when the run began")
-            return FORMATS[self.version].read_sample(entry.file)
+            return FORMATS[self.format].read_sample(entry.file)
         except (BadSampleError, OSError) as error:
             reason = error.reason if isinstance(error, BadSampleError) else str(error)
             raise DataError(
@@ -154,6 +159,7 @@ def split(dataset: Dataset, train_ratio: float) -> tuple[Dataset, Dataset]:
 def read_dataset(
     folders: Sequence[Path],
     *,
+    data_format: str = "auto",
     version: int,
     index_file: Path | None,
     max_bad_samples: int | None,
@@ -164,7 +170,8 @@ def read_dataset(
 
     Args:
         folders: Searched recursively.
-        version: Data format of the samples.
+        data_format: `pt`, `specforge`, or `auto`: by what the folders hold.
+        version: Of the format of `.pt` samples.
         index_file: Headers of an earlier scan, used for files that are as they were.
         max_bad_samples: Most files left out; None: 1 % of the folder.
         progress: Who hears of the scan and of files left out.
@@ -176,18 +183,19 @@ def read_dataset(
     """
     found = [(name, file) for folder in folders for name, file in find_files(folder)]
     configs = tuple(read_data_config(f) for _, f in found if f.name == FILE_NAME)
-    files = [x for x in found if is_sample_name(x[1].name, version)]
+    name = choose_format(found, data_format, version)
+    files = [x for x in found if is_sample_name(x[1].name, name)]
     shown = ", ".join(f"`{folder}`" for folder in folders)
     if not files:
         raise DataError(
-            f"{shown} holds no samples: no `.pt` file was found",
+            f"{shown} holds no samples: no `{FORMATS[name].suffixes[0]}` file was found",
             hint="Name the folder that holds the captured hidden states",
         )
-    known = read_index(index_file, version) if index_file is not None else {}
+    known = read_index(index_file, name) if index_file is not None else {}
     entries: list[Entry] = []
     broken: list[tuple[Path, BadSampleError]] = []
     with progress.task("Reading samples", len(files)) as task, ThreadPoolExecutor(8) as pool:
-        scans = pool.map(lambda x: _scan(x[0], x[1], version, known), files)
+        scans = pool.map(lambda x: _scan(x[0], x[1], name, known), files)
         for (_, file), result in zip(files, scans, strict=True):
             if isinstance(result, BadSampleError):
                 broken.append((file, result))
@@ -198,11 +206,11 @@ def read_dataset(
                     assert tokens is not None, "no index was used"
                     on_tokens(tokens)
             task.advance()
-    _refuse_other_version(broken, len(files), version, shown)
+    _refuse_other_format(broken, len(files), name, shown)
     entries, odd = _split_off_odd(entries)
     bad = (*(Problem(file, error.reason) for file, error in broken), *odd)
     _judge_bad(bad, len(files), max_bad_samples, progress)
-    dataset = Dataset(tuple(entries), version, bad, configs)
+    dataset = Dataset(tuple(entries), name, bad, configs)
     if not dataset.lengths.any():
         raise DataError(
             f"No sample of {shown} has two tokens or more", hint="Capture longer conversations"
@@ -210,9 +218,31 @@ def read_dataset(
     return dataset
 
 
-def is_sample_name(name: str, version: int) -> bool:
-    """Whether a file of this name can be a sample."""
-    return name.endswith(SUFFIXES[version]) and name not in NOT_SAMPLES
+def choose_format(found: Sequence[tuple[str, Path]], data_format: str, version: int) -> str:
+    """The format that files are read as: the one asked for, else by what they are.
+
+    `.pt` files are of the version that was asked for. Where there is none, the first `.ckpt` file
+    tells whose it is: SpecForge and the first generators of v0 named their files alike.
+    """
+    if data_format != "auto":
+        return data_format if data_format in FORMATS else f"v{version}"
+    files = [file for _, file in found if is_sample_name(file.name)]
+    if files and not any(file.suffix == ".pt" for file in files):
+        for file in files:
+            try:
+                if detect(file)[0] == "specforge":
+                    return "specforge"
+                break
+            except (BadSampleError, OSError):
+                continue
+    return f"v{version}"
+
+
+def is_sample_name(name: str, data_format: str | None = None) -> bool:
+    """Whether a file of this name can be a sample, of one format or of any."""
+    formats = FORMATS.values() if data_format is None else (FORMATS[data_format],)
+    suffixes = tuple(suffix for form in formats for suffix in form.suffixes)
+    return name.endswith(suffixes) and name not in NOT_SAMPLES
 
 
 def find_files(folder: Path) -> Iterator[tuple[str, Path]]:
@@ -239,11 +269,11 @@ def find_files(folder: Path) -> Iterator[tuple[str, Path]]:
         yield file.relative_to(folder).as_posix(), file
 
 
-def read_index(file: Path, version: int) -> dict[str, Entry]:
+def read_index(file: Path, data_format: str) -> dict[str, Entry]:
     """Entries of an earlier scan by path; empty if there is none that can be used."""
     try:
         content = json.loads(file.read_text("utf-8"))
-        if (content["index_version"], content["data_format_version"]) != (INDEX_VERSION, version):
+        if (content["index_version"], content["format"]) != (INDEX_VERSION, data_format):
             return {}
         return {path: _entry_from_json(path, fields) for path, fields in content["files"].items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
@@ -259,7 +289,7 @@ def write_index(dataset: Dataset, file: Path) -> None:
         files[str(entry.file.absolute())] = {"name": entry.name, "stamp": stamp, "header": header}
     content = {
         "index_version": INDEX_VERSION,
-        "data_format_version": dataset.version,
+        "format": dataset.format,
         "files": files,
     }
     with replacing(file) as temporary:
@@ -274,7 +304,7 @@ def _entry_from_json(path: str, fields: dict[str, dict[str, object]]) -> Entry:
 
 
 def _scan(
-    name: str, file: Path, version: int, known: dict[str, Entry]
+    name: str, file: Path, data_format: str, known: dict[str, Entry]
 ) -> tuple[Entry, SampleTokens | None] | BadSampleError:
     """Read a file, or find it in the index, which holds no tokens."""
     try:
@@ -283,7 +313,7 @@ def _scan(
         cached = known.get(str(file.absolute()))
         if cached is not None and cached.stamp == stamp:
             return Entry(file, name, stamp, cached.header), None
-        tokens = FORMATS[version].read_tokens(file)
+        tokens = FORMATS[data_format].read_tokens(file)
         return Entry(file, name, stamp, tokens.header), tokens
     except BadSampleError as error:
         return error
@@ -291,17 +321,18 @@ def _scan(
         return BadSampleError(f"cannot be read: {error.strerror}")
 
 
-def _refuse_other_version(
-    broken: list[tuple[Path, BadSampleError]], num_files: int, version: int, shown: str
+def _refuse_other_format(
+    broken: list[tuple[Path, BadSampleError]], num_files: int, data_format: str, shown: str
 ) -> None:
-    others = [error.other_version for _, error in broken if error.other_version is not None]
+    others = [error.other_format for _, error in broken if error.other_format is not None]
     if len(others) * 2 <= num_files:
         return
-    hint = f"Pass `--data-format-version {others[0]}`"
-    if others[0] == 0:
+    is_forced = data_format == "specforge"
+    hint = f"Pass `{'--data-format pt ' * is_forced}{FLAGS[others[0]]}`"
+    if others[0] == "v0":
         hint += ", or rewrite them with `speculators convert-v0`"
     raise DataError(
-        f"{shown} holds v{others[0]} samples, `--data-format-version` is `{version}`", hint=hint
+        f"{shown} holds {others[0]} samples, they were read as {data_format}", hint=hint
     )
 
 

@@ -61,10 +61,10 @@ class BadSampleError(DataError):
 
     Args:
         reason: What is wrong with it, as the end of a sentence that begins with its name.
-        other_version: The data format it is a sample of, if not of the one it was read as.
+        other_format: The data format it is a sample of, if not of the one it was read as.
     """
 
-    def __init__(self, reason: str, *, other_version: int | None = None) -> None:
+    def __init__(self, reason: str, *, other_format: str | None = None) -> None:
         super().__init__(f"Bad sample: {reason}")
         self.reason = reason
-        self.other_version = other_version
+        self.other_format = other_format

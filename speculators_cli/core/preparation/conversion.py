@@ -81,7 +81,7 @@ def convert_v0(settings: ConvertV0Settings, *, progress: Progress) -> Conversion
     check_output_dir(files.output_dir, flag="--output-dir")
     gain = load_gain(settings)
     found = list(find_files(files.v0_path))
-    sources = [(name, f) for name, f in found if is_sample_name(f.name, 0)]
+    sources = [(name, f) for name, f in found if is_sample_name(f.name, "v0")]
     if not sources:
         raise DataError(
             f"`{files.v0_path}` holds no samples: no `.pt` or `.ckpt` file was found",
@@ -166,7 +166,7 @@ def plan(sources: Sequence[tuple[str, Path]], output_dir: Path) -> tuple[list[Jo
     for name, source in sources:
         target = (output_dir / name).with_suffix(".pt")
         try:
-            header = FORMATS[0].read_tokens(source).header
+            header = FORMATS["v0"].read_tokens(source).header
             if target in taken:
                 raise BadSampleError(f"would be written to `{target}`, as another file is")
             if any(folder.is_symlink() for folder in folders_below(output_dir, target)):
@@ -193,7 +193,7 @@ def find_layer_ids(
     """Layer ids that were given or that the data says; None where the verifier must be known."""
     given = settings.verifier.target_layer_ids
     configs = [read_data_config(f) for f in found if f.name == data_config.FILE_NAME]
-    num_aux_layers = FORMATS[0].read_tokens(jobs[0].source).header.num_aux_layers
+    num_aux_layers = FORMATS["v0"].read_tokens(jobs[0].source).header.num_aux_layers
     if settings.verifier.verifier_name_or_path is not None:
         num_layers = read_verifier(settings)[1].num_layers
     elif given is not None:
@@ -205,7 +205,11 @@ def find_layer_ids(
             return None
         num_layers = max(max(config.layer_ids or ()) for config in said) + 1
     return resolve_layer_ids(
-        configs, num_verifier_layers=num_layers, num_aux_layers=num_aux_layers, given=given
+        configs,
+        num_verifier_layers=num_layers,
+        num_aux_layers=num_aux_layers,
+        data_format="v0",
+        given=given,
     )
 
 

@@ -46,7 +46,7 @@ class Scan:
     """What one sample says without its hidden states."""
 
     file: Path
-    version: int
+    format: str
     header: SampleHeader
     num_bytes: int
     tokens_hash: bytes  # the same in samples of the same ids
@@ -63,7 +63,7 @@ def inspect_data(settings: InspectDataSettings, *, progress: Progress) -> Inspec
     """
     wanted = settings.inspect
     found = [file for _, file in find_files(wanted.data_path)]
-    files = [file for file in found if is_sample_name(file.name, 0)]
+    files = [file for file in found if is_sample_name(file.name)]
     if not files:
         raise DataError(
             f"`{wanted.data_path}` holds no samples: no `.pt` or `.ckpt` file was found",
@@ -90,8 +90,7 @@ def inspect_data(settings: InspectDataSettings, *, progress: Progress) -> Inspec
     if wanted.verify:
         problems += verify_checksums(files, progress)
     configs = [read_data_config(f) for f in found if f.name == FILE_NAME]
-    num_aux_layers = usual[0].header.num_aux_layers
-    problems += check_layer_ids(wanted.data_path, configs, num_aux_layers, verifier)
+    problems += check_layer_ids(wanted.data_path, configs, usual[0], verifier)
     return make_report(wanted, scans, usual, problems, states, agreement, configs)
 
 
@@ -110,10 +109,10 @@ def scan_files(files: Sequence[Path], progress: Progress) -> tuple[list[Scan], l
 def scan(file: Path) -> Scan | str:
     """Read a file without its hidden states, or say what is wrong with it."""
     try:
-        version, tokens = detect(file)
+        name, tokens = detect(file)
         return Scan(
             file=file,
-            version=version,
+            format=name,
             header=tokens.header,
             num_bytes=file.stat().st_size,
             tokens_hash=blake2b(tokens.input_ids.tobytes(), digest_size=16).digest(),
@@ -128,15 +127,15 @@ def scan(file: Path) -> Scan | str:
 def find_odd(scans: Sequence[Scan]) -> tuple[list[Scan], list[Problem]]:
     """Part from the samples those of another format or of other sizes than most."""
 
-    def kind(scan: Scan) -> tuple[int, int, int]:
-        return scan.version, scan.header.hidden_size, scan.header.num_aux_layers
+    def kind(scan: Scan) -> tuple[str, int, int]:
+        return scan.format, scan.header.hidden_size, scan.header.num_aux_layers
 
     usual = Counter(map(kind, scans)).most_common(1)[0][0]
     problems = [
         Problem(
             s.file,
-            f"is v{s.version} with hidden size {s.header.hidden_size:,} and "
-            f"{s.header.num_aux_layers} aux layers, most are v{usual[0]} with {usual[1]:,} and "
+            f"is {s.format} with hidden size {s.header.hidden_size:,} and "
+            f"{s.header.num_aux_layers} aux layers, most are {usual[0]} with {usual[1]:,} and "
             f"{usual[2]}",
         )
         for s in scans
@@ -171,7 +170,7 @@ def drawn_samples(scans: Sequence[Scan]) -> list[Callable[[], Sample]]:
     """Readers of samples, so that one at a time is in memory."""
 
     def reader(s: Scan) -> Callable[[], Sample]:
-        return lambda: FORMATS[s.version].read_sample(s.file)
+        return lambda: FORMATS[s.format].read_sample(s.file)
 
     return [reader(s) for s in scans]
 
@@ -219,7 +218,7 @@ def check_verifier(
 def check_layer_ids(
     folder: Path,
     configs: Sequence[DataConfig],
-    num_aux_layers: int,
+    usual: Scan,
     verifier: VerifierConfig | None,
 ) -> list[Problem]:
     """What `data_config.json` says of the layers, where it contradicts samples or verifier."""
@@ -232,7 +231,8 @@ def check_layer_ids(
         resolve_layer_ids(
             configs,
             num_verifier_layers=num_layers,
-            num_aux_layers=num_aux_layers,
+            num_aux_layers=usual.header.num_aux_layers,
+            data_format=usual.format,
             given=None,
         )
     except DataError as error:
@@ -276,7 +276,7 @@ def make_report(
     configs: Sequence[DataConfig],
 ) -> InspectionReport:
     """Everything that was found."""
-    versions = sorted({s.version for s in scans})
+    formats = {s.format for s in scans}
     lengths = np.array([s.header.num_tokens for s in usual], dtype=np.int64)
     supervised = np.array([s.header.num_supervised_tokens for s in usual], dtype=np.int64)
     plan = plan_epoch(
@@ -290,7 +290,7 @@ def make_report(
     epoch_seconds = max(int(lengths.sum()), 1) / wanted.tokens_per_second
     dtypes = Counter(str(s.header.dtype).removeprefix("torch.") for s in usual)
     return InspectionReport(
-        format="mixed" if len(versions) > 1 else f"v{versions[0]}",
+        format="mixed" if len(formats) > 1 else scans[0].format,
         num_samples=len(scans),
         num_bytes=sum(s.num_bytes for s in scans),
         tokens=describe(lengths),

@@ -19,7 +19,7 @@ def read_text(settings: InspectSettings) -> list[tuple[str, bool]]:
         DataError: The file is not a sample.
     """
     found = find_files(settings.data_path)
-    files = [file for _, file in found if is_sample_name(file.name, 0)]
+    files = [file for _, file in found if is_sample_name(file.name)]
     index = settings.show
     assert index is not None, "asked only with `--show`"
     if index >= len(files):

@@ -138,6 +138,7 @@ def count(
     counts = TokenCounts(vocab_size, all_tokens=source.all_tokens)
     samples = read_dataset(
         source.folders,
+        data_format=source.data_format,
         version=source.data_format_version,
         index_file=None,
         max_bad_samples=source.max_bad_samples,

@@ -100,6 +100,7 @@ def read_inputs(
         vocab_map.check(vocab_size)
     samples = scanned = read_dataset(
         data.data_path,
+        data_format=data.data_format,
         version=data.data_format_version,
         index_file=index_file,
         max_bad_samples=data.max_bad_samples,
@@ -110,6 +111,7 @@ def read_inputs(
         samples.configs,
         num_verifier_layers=verifier.num_layers,
         num_aux_layers=samples.num_aux_layers,
+        data_format=samples.format,
         given=draft.target_layer_ids,
     )
     if source is not None:
@@ -118,6 +120,7 @@ def read_inputs(
     if data.val_data_path:
         validation = read_dataset(
             data.val_data_path,
+            data_format=data.data_format,
             version=data.data_format_version,
             index_file=None,
             max_bad_samples=data.max_bad_samples,

@@ -29,7 +29,7 @@ def test_samples_hold_transformers_own_hidden_states(tmp_path: Path) -> None:
     )
 
     plain = load_verifier(VERIFIER_DIR)
-    samples = [FORMATS[1].read_sample(tmp_path / f"data_{i}.pt") for i in range(3)]
+    samples = [FORMATS["v1"].read_sample(tmp_path / f"data_{i}.pt") for i in range(3)]
     for prompt, sample in zip(prompts, samples, strict=True):
         with torch.no_grad():
             out = plain(sample.input_ids[None], output_hidden_states=True, use_cache=False)

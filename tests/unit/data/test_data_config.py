@@ -20,8 +20,15 @@ def make_config(ids: tuple[int, ...] | None, **changes: Any) -> DataConfig:
     return DataConfig(layer_ids=ids, **(fields | changes))
 
 
-def resolve(*configs: DataConfig, given: tuple[int, ...] | None = None, aux: int = 3) -> LayerIds:
-    return resolve_layer_ids(configs, num_verifier_layers=32, num_aux_layers=aux, given=given)
+def resolve(
+    *configs: DataConfig,
+    given: tuple[int, ...] | None = None,
+    aux: int = 3,
+    data_format: str = "v1",
+) -> LayerIds:
+    return resolve_layer_ids(
+        configs, num_verifier_layers=32, num_aux_layers=aux, data_format=data_format, given=given
+    )
 
 
 def test_ids_of_version_2_are_raised_by_one_and_lose_the_last() -> None:
@@ -41,7 +48,9 @@ def test_our_own_metadata_is_taken_as_it_stands() -> None:
 
 
 def test_samples_that_say_nothing_get_what_their_generators_captured() -> None:
-    assert resolve() == LayerIds((3, 17, 30), is_assumed=True)
+    for data_format in ("v0", "v1"):
+        assert resolve(data_format=data_format) == LayerIds((3, 17, 30), is_assumed=True)
+    assert resolve(data_format="specforge") == LayerIds((2, 16, 29), is_assumed=True)
 
 
 def test_the_flag_wins() -> None:

@@ -48,13 +48,25 @@ def v0_content(**changes: Any) -> dict[str, Any]:
     return {key: value for key, value in content.items() if value is not None}
 
 
+def specforge_content(**changes: object) -> dict[str, Any]:
+    v0 = v0_content()
+    content = {
+        "input_ids": v0["input_ids"],
+        "loss_mask": v0["loss_mask"],
+        "aux_hidden_state": v0["hidden_state"][None],
+        "hidden_state": v0["target"][None],
+    }
+    content |= changes
+    return {key: value for key, value in content.items() if value is not None}
+
+
 def saved(folder: Path, content: object) -> Path:
     file = folder / "sample.pt"
     torch.save(content, file)
     return file
 
 
-def refused(file: Path, version: int = 1) -> str:
+def refused(file: Path, version: str = "v1") -> str:
     """Why a file is refused; header and sample must agree."""
     with pytest.raises(BadSampleError) as header_error:
         FORMATS[version].read_tokens(file)
@@ -79,8 +91,8 @@ def test_v1_is_read_as_torch_reads_it(tmp_path: Path) -> None:
     content = v1_content()
     file = saved(tmp_path, content)
 
-    sample = FORMATS[1].read_sample(file)
-    header = FORMATS[1].read_tokens(file).header
+    sample = FORMATS["v1"].read_sample(file)
+    header = FORMATS["v1"].read_tokens(file).header
 
     assert torch.equal(sample.input_ids, content["input_ids"])
     assert sample.loss_mask.tolist() == [False] * 3 + [True] * 4
@@ -98,7 +110,7 @@ def test_v1_is_read_as_torch_reads_it(tmp_path: Path) -> None:
 def test_v0_is_cut_into_layers_and_is_normed(tmp_path: Path) -> None:
     content = v0_content()
 
-    sample = FORMATS[0].read_sample(saved(tmp_path, content))
+    sample = FORMATS["v0"].read_sample(saved(tmp_path, content))
 
     assert torch.equal(torch.cat(sample.aux_hidden_states, -1), content["hidden_state"])
     assert all(layer.shape == (S, HIDDEN) for layer in sample.aux_hidden_states)
@@ -110,14 +122,15 @@ def test_v0_is_cut_into_layers_and_is_normed(tmp_path: Path) -> None:
 def test_our_own_key_says_that_the_last_states_are_normed(tmp_path: Path, flag: Any) -> None:
     file = saved(tmp_path, v1_content(last_hidden_state_is_normed=flag))
 
-    assert FORMATS[1].read_sample(file).is_normed
-    assert FORMATS[1].read_tokens(file).header.is_normed
+    assert FORMATS["v1"].read_sample(file).is_normed
+    assert FORMATS["v1"].read_tokens(file).header.is_normed
 
 
-@pytest.mark.parametrize("version", [0, 1])
+@pytest.mark.parametrize("version", FORMATS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
-def test_what_is_written_is_read_back(tmp_path: Path, version: int, dtype: torch.dtype) -> None:
-    content = {0: v0_content, 1: v1_content}[version]()
+def test_what_is_written_is_read_back(tmp_path: Path, version: str, dtype: torch.dtype) -> None:
+    contents = {"v0": v0_content, "v1": v1_content, "specforge": specforge_content}
+    content = contents[version]()
     first = FORMATS[version].read_sample(saved(tmp_path, content))
     first = replace(
         first,
@@ -131,12 +144,23 @@ def test_what_is_written_is_read_back(tmp_path: Path, version: int, dtype: torch
     assert sorted(file.name for file in tmp_path.iterdir()) == ["again.pt", "sample.pt"]
 
 
+def test_a_specforge_sample_holds_what_its_v0_twin_does(tmp_path: Path) -> None:
+    # Trap: `hidden_state` are the last hidden states here, and the aux ones in v0.
+    file = saved(tmp_path, specforge_content())
+    sample = FORMATS["specforge"].read_sample(file)
+    header = FORMATS["specforge"].read_tokens(file).header
+
+    assert equal(sample, FORMATS["v0"].read_sample(saved(tmp_path, v0_content())))
+    assert sample.is_normed
+    assert (header.num_tokens, header.num_aux_layers, header.hidden_size) == (S, AUX, HIDDEN)
+
+
 def test_a_v0_sample_becomes_a_v1_sample_that_says_it_is_normed(tmp_path: Path) -> None:
-    first = FORMATS[0].read_sample(saved(tmp_path, v0_content()))
+    first = FORMATS["v0"].read_sample(saved(tmp_path, v0_content()))
 
-    FORMATS[1].write_sample(first, tmp_path / "again.pt")
+    FORMATS["v1"].write_sample(first, tmp_path / "again.pt")
 
-    assert equal(FORMATS[1].read_sample(tmp_path / "again.pt"), first)
+    assert equal(FORMATS["v1"].read_sample(tmp_path / "again.pt"), first)
     # Views of a larger tensor are not saved with all of it.
     assert (tmp_path / "again.pt").stat().st_size < (tmp_path / "sample.pt").stat().st_size + 2048
 
@@ -149,7 +173,7 @@ def test_slices_of_a_larger_tensor_and_leading_dimensions_of_one_are_read(tmp_pa
         hidden_states=list(large[:, ::2]),
     )
 
-    sample = FORMATS[1].read_sample(saved(tmp_path, content))
+    sample = FORMATS["v1"].read_sample(saved(tmp_path, content))
 
     assert sample.input_ids.tolist() == list(range(100, 114, 2))
     assert torch.equal(sample.last_hidden_states, large[-1, ::2])
@@ -161,9 +185,9 @@ def test_slices_of_a_larger_tensor_and_leading_dimensions_of_one_are_read(tmp_pa
 def test_masks_of_any_type_are_read(tmp_path: Path, dtype: torch.dtype) -> None:
     file = saved(tmp_path, v1_content(loss_mask=torch.tensor([0, 1, 1, 0, 1, 0, 0]).to(dtype)))
 
-    assert FORMATS[1].read_sample(file).loss_mask.tolist() == [0, 1, 1, 0, 1, 0, 0]
+    assert FORMATS["v1"].read_sample(file).loss_mask.tolist() == [0, 1, 1, 0, 1, 0, 0]
     # The first token cannot be predicted; the rest of the mask counts.
-    assert FORMATS[1].read_tokens(file).header.num_supervised_tokens == 3
+    assert FORMATS["v1"].read_tokens(file).header.num_supervised_tokens == 3
 
 
 @pytest.mark.parametrize(
@@ -208,7 +232,7 @@ def test_what_is_not_a_v1_sample_is_refused(
 def test_what_is_not_a_v0_sample_is_refused(
     tmp_path: Path, changes: dict[str, Any], reason: str
 ) -> None:
-    assert reason in refused(saved(tmp_path, v0_content(**changes)), version=0)
+    assert reason in refused(saved(tmp_path, v0_content(**changes)), version="v0")
 
 
 @pytest.mark.parametrize(
@@ -222,21 +246,53 @@ def test_what_is_not_a_v0_sample_is_refused(
         ({}, "no names at all"),
     ],
 )
-@pytest.mark.parametrize("version", [0, 1])
+@pytest.mark.parametrize("version", ["v0", "v1"])
 def test_foreign_content_is_named(
-    tmp_path: Path, content: object, reason: str, version: int
+    tmp_path: Path, content: object, reason: str, version: str
 ) -> None:
     assert reason in refused(saved(tmp_path, content), version)
 
 
+@pytest.mark.parametrize(
+    ("content", "read_as", "found"),
+    [
+        (specforge_content, "v0", "specforge"),
+        (specforge_content, "v1", "specforge"),
+        (v0_content, "specforge", "v0"),
+        (v1_content, "specforge", "v1"),
+    ],
+)
+def test_another_tools_samples_are_recognised(
+    tmp_path: Path, content: Callable[[], dict[str, Any]], read_as: str, found: str
+) -> None:
+    with pytest.raises(BadSampleError) as error:
+        FORMATS[read_as].read_tokens(saved(tmp_path, content()))
+
+    assert error.value.other_format == found
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"hidden_state": None}, "has no `hidden_state`"),
+        ({"aux_hidden_state": torch.zeros(1, S, 17)}, "17 wide, not a multiple of the 6"),
+        ({"aux_hidden_state": torch.zeros(1, S + 1, 18)}, "hidden states in layer 0"),
+    ],
+)
+def test_what_is_not_a_specforge_sample_is_refused(
+    tmp_path: Path, changes: dict[str, Any], reason: str
+) -> None:
+    assert reason in refused(saved(tmp_path, specforge_content(**changes)), version="specforge")
+
+
 def test_the_other_version_is_recognised(tmp_path: Path) -> None:
     with pytest.raises(BadSampleError, match="is a v0 sample, read as v1") as error:
-        FORMATS[1].read_tokens(saved(tmp_path, v0_content()))
-    assert error.value.other_version == 0
+        FORMATS["v1"].read_tokens(saved(tmp_path, v0_content()))
+    assert error.value.other_format == "v0"
 
     with pytest.raises(BadSampleError, match="is a v1 sample, read as v0") as error:
-        FORMATS[0].read_tokens(saved(tmp_path, v1_content()))
-    assert error.value.other_version == 1
+        FORMATS["v0"].read_tokens(saved(tmp_path, v1_content()))
+    assert error.value.other_format == "v1"
 
 
 def _bytes_of(content: object) -> bytes:
@@ -426,7 +482,7 @@ def test_a_damaged_byte_is_read_or_refused_but_never_an_error_of_ours(
     file.write_bytes(content[:cut])
 
     with suppress(BadSampleError):
-        sample = FORMATS[1].read_sample(file)
+        sample = FORMATS["v1"].read_sample(file)
         assert len(sample.input_ids) == len(sample.loss_mask) == len(sample.last_hidden_states)
 
 

@@ -1,5 +1,5 @@
-"""The data formats, by version."""
+"""The data formats, by name."""
 
-from speculators_cli.core.data.formats import v0, v1
+from speculators_cli.core.data.formats import specforge, v0, v1
 
-FORMATS = {0: v0.FORMAT, 1: v1.FORMAT}
+FORMATS = {"v0": v0.FORMAT, "v1": v1.FORMAT, "specforge": specforge.FORMAT}

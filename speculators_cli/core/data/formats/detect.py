@@ -1,4 +1,4 @@
-"""Read a `.pt` file whose format version is not known."""
+"""Read a file whose format is not known."""
 
 from pathlib import Path
 
@@ -6,16 +6,16 @@ from speculators_cli.core.data.formats import FORMATS
 from speculators_cli.core.data.sample import BadSampleError, SampleTokens
 
 
-def detect(file: Path) -> tuple[int, SampleTokens]:
-    """The version of a sample, and its ids and mask.
+def detect(file: Path) -> tuple[str, SampleTokens]:
+    """The format of a sample, and its ids and mask.
 
     Raises:
-        BadSampleError: It is a sample of no version.
+        BadSampleError: It is a sample of no format.
         OSError: It cannot be opened.
     """
     try:
-        return 1, FORMATS[1].read_tokens(file)
+        return "v1", FORMATS["v1"].read_tokens(file)
     except BadSampleError as error:
-        if error.other_version is None:
+        if error.other_format is None:
             raise
-        return error.other_version, FORMATS[error.other_version].read_tokens(file)
+        return error.other_format, FORMATS[error.other_format].read_tokens(file)

@@ -40,9 +40,10 @@ class Layout:
 
 @dataclass(frozen=True)
 class SampleFormat:
-    """Reads and writes the samples of one format version."""
+    """Reads and writes the samples of one format."""
 
-    version: int
+    name: str
+    suffixes: tuple[str, ...]  # of the names of its files
     lay_out: Callable[[Mapping[object, object]], Layout]  # what a file holds -> where its parts are
     arrange: Callable[[Sample], dict[str, object]]  # a sample -> what a file of it holds
 
@@ -129,10 +130,32 @@ def get_tensor(content: Mapping[object, object], key: str) -> TensorSpec:
     return value.without_batch()
 
 
+def split_columns(
+    content: Mapping[object, object], key: str, last: TensorSpec, last_key: str
+) -> list[TensorSpec]:
+    """The layers that lie side by side in one matrix, each as wide as the last hidden states.
+
+    Raises:
+        BadSampleError: There is no such matrix.
+    """
+    aux = get_tensor(content, key)
+    if len(aux.shape) != 2 or len(last.shape) != 2:
+        raise BadSampleError(
+            f"has `{key}` of shape {list(aux.shape)} and `{last_key}` of shape "
+            f"{list(last.shape)}, expected [seq_len, aux*hidden] and [seq_len, hidden]"
+        )
+    width, hidden_size = aux.shape[1], last.shape[1]
+    if hidden_size == 0 or width == 0 or width % hidden_size:
+        raise BadSampleError(
+            f"has `{key}` {width:,} wide, not a multiple of the {hidden_size:,} of `{last_key}`"
+        )
+    return [aux.columns(start, start + hidden_size) for start in range(0, width, hidden_size)]
+
+
 def refuse_foreign(content: Mapping[object, object]) -> None:
     """Refuse, by name, what other tools write."""
     if "aux_hidden_state" in content:
-        raise BadSampleError("is a SpecForge sample, which cannot be read yet")
+        raise BadSampleError("is a SpecForge sample", other_format="specforge")
     if "token_ids" in content and "input_ids" not in content:
         raise BadSampleError("has `token_ids` in place of `input_ids`: another tool's format")
     if content and all(isinstance(key, int) for key in content):

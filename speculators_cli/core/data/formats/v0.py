@@ -10,6 +10,7 @@ from speculators_cli.core.data.formats.format import (
     get_tensor,
     own_memory,
     refuse_foreign,
+    split_columns,
 )
 from speculators_cli.core.data.sample import BadSampleError, Sample
 
@@ -22,20 +23,10 @@ def lay_out(content: Mapping[object, object]) -> Layout:
     """
     refuse_foreign(content)
     if "hidden_states" in content and "target" not in content:
-        raise BadSampleError("is a v1 sample, read as v0", other_version=1)
+        raise BadSampleError("is a v1 sample, read as v0", other_format="v1")
     input_ids, loss_mask = get_tensor(content, "input_ids"), get_tensor(content, "loss_mask")
-    aux, last = get_tensor(content, "hidden_state"), get_tensor(content, "target")
-    if len(aux.shape) != 2 or len(last.shape) != 2:
-        raise BadSampleError(
-            f"has `hidden_state` of shape {list(aux.shape)} and `target` of shape "
-            f"{list(last.shape)}, expected [seq_len, aux*hidden] and [seq_len, hidden]"
-        )
-    width, hidden_size = aux.shape[1], last.shape[1]
-    if hidden_size == 0 or width == 0 or width % hidden_size:
-        raise BadSampleError(
-            f"has `hidden_state` {width:,} wide, not a multiple of the {hidden_size:,} of `target`"
-        )
-    layers = [aux.columns(start, start + hidden_size) for start in range(0, width, hidden_size)]
+    last = get_tensor(content, "target")
+    layers = split_columns(content, "hidden_state", last, "target")
     return Layout(input_ids, loss_mask, (*layers, last), is_normed=True)
 
 
@@ -50,4 +41,4 @@ def arrange(sample: Sample) -> dict[str, object]:
     }
 
 
-FORMAT = SampleFormat(0, lay_out, arrange)
+FORMAT = SampleFormat("v0", (".pt", ".ckpt"), lay_out, arrange)

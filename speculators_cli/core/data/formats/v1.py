@@ -25,7 +25,7 @@ def lay_out(content: Mapping[object, object]) -> Layout:
     """
     refuse_foreign(content)
     if "hidden_state" in content and "target" in content:
-        raise BadSampleError("is a v0 sample, read as v1", other_version=0)
+        raise BadSampleError("is a v0 sample, read as v1", other_format="v0")
     input_ids, loss_mask = get_tensor(content, "input_ids"), get_tensor(content, "loss_mask")
     layers = content.get("hidden_states")
     if not isinstance(layers, list | tuple):
@@ -56,4 +56,4 @@ def arrange(sample: Sample) -> dict[str, object]:
     return content
 
 
-FORMAT = SampleFormat(1, lay_out, arrange)
+FORMAT = SampleFormat("v1", (".pt",), lay_out, arrange)
