@@ -130,7 +130,7 @@ def _check_layer_ids(ids: tuple[int, ...] | None) -> tuple[int, ...] | None:
 # A folder that must exist, folders, a data format and its version, layer ids: as a flag gives them.
 Folder = Annotated[Path, AfterValidator(_check_folder)]
 Folders = Annotated[tuple[Path, ...], AfterValidator(_check_folders)]
-DataFormat = Literal["auto", "pt", "specforge"]
+DataFormat = Literal["auto", "pt", "speculators", "specforge"]
 FormatVersion = Annotated[Literal[0, 1], BeforeValidator(_read_number)]
 LayerIdsSetting = Annotated[
     tuple[int, ...] | None, BeforeValidator(_split), AfterValidator(_check_layer_ids)

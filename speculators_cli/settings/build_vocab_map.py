@@ -21,8 +21,8 @@ class CountSettings(Settings):
     )
     data_format: DataFormat = Field(
         "auto",
-        description="Whose format the samples are in: pt, specforge, or auto: by what the folder "
-        "holds",
+        description="Whose format the samples are in: pt, speculators, specforge, or auto: by "
+        "what the folder holds",
     )
     data_format_version: FormatVersion = Field(1, description="Format of `.pt` samples: 0 or 1")
     all_tokens: bool = Field(False, description="Count all tokens, not only supervised ones")

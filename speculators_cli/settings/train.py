@@ -90,8 +90,8 @@ class DataSettings(Settings):
     )
     data_format: Annotated[DataFormat, WARNED_ON_RESUME] = Field(
         "auto",
-        description="Whose format the samples are in: pt, specforge, or auto: by what the folder "
-        "holds",
+        description="Whose format the samples are in: pt, speculators, specforge, or auto: by "
+        "what the folder holds",
     )
     data_format_version: Annotated[FormatVersion, WARNED_ON_RESUME] = Field(
         1, description="Format of `.pt` samples: 0 or 1"

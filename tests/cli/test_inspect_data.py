@@ -334,3 +334,15 @@ def test_a_folder_of_specforges_is_recognised(tiny: TinyInputs, capsys: Capture)
 
     assert code == 0
     assert (report["format"], report["num_samples"], report["is_normed"]) == ("specforge", 24, True)
+
+
+def test_a_folder_of_upstreams_is_recognised(capsys: Capture) -> None:
+    folder = Path(__file__).parents[1] / "oracle" / "upstream-0.9.0-data" / "fp8"
+
+    code, report = report_of(capsys, folder)
+
+    assert code == 0
+    assert (report["format"], report["num_samples"]) == ("speculators", 3)
+    assert report["dtypes"] == {"float8_e4m3fn": 3}
+    assert len(report["layer_rms"]) == 4
+    assert 0.5 < report["layer_rms"][0] < 2

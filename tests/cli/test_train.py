@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -11,6 +12,7 @@ import pytest
 import torch
 
 from speculators_cli.cli.app import run
+from speculators_cli.core.data.formats import FORMATS, v1
 from tests.tiny import TinyInputs
 
 Capture = pytest.CaptureFixture[str]
@@ -366,6 +368,45 @@ def test_v0_samples_read_as_specforges_are_refused(tiny: TinyInputs, capsys: Cap
     assert code == 3
     assert "holds v0 samples, they were read as specforge" in err
     assert "`--data-format pt --data-format-version 0`" in err
+
+
+UPSTREAM = Path(__file__).parents[1] / "oracle" / "upstream-0.9.0-data"
+
+
+@pytest.mark.parametrize("name", ["bf16", "fp8"])
+def test_upstreams_samples_train_to_the_loss_of_their_v1_twins(
+    tiny: TinyInputs, capsys: Capture, name: str
+) -> None:
+    twins, one, two = (tiny.folder / part for part in ("twins", "one", "two"))
+    twins.mkdir()
+    for file in sorted((UPSTREAM / name / "hidden_states").iterdir()):
+        sample = FORMATS["speculators"].read_sample(file)
+        v1.FORMAT.write_sample(sample, twins / f"{file.stem}.pt")
+
+    run(["train", *tiny.flags(data_path=twins, save_path=one)])
+    capsys.readouterr()
+    code = run(["train", *tiny.flags(data_path=UPSTREAM / name, save_path=two)])
+
+    # vLLM captures other layers than the generators of `.pt` files did.
+    assert "assumed `2,4,6`" in capsys.readouterr().err
+    lines = [(folder / "metrics.jsonl").read_text().splitlines() for folder in (one, two)]
+    losses = [[json.loads(line)["loss"] for line in part] for part in lines]
+    assert code == 0
+    assert losses[0] == losses[1]
+    assert len(losses[0]) >= 4
+
+
+def test_a_folder_of_several_formats_asks_for_one(tiny: TinyInputs, capsys: Capture) -> None:
+    mixed = tiny.folder / "mixed"
+    shutil.copytree(UPSTREAM / "bf16", mixed)
+    for file in tiny.data_dir.glob("*.pt"):
+        shutil.copy(file, mixed)
+
+    code, err = fails(tiny.flags(data_path=mixed), capsys)
+
+    assert code == 3
+    assert "are of several formats: `.pt`, `.safetensors`" in err
+    assert run(["train", *tiny.flags(data_path=mixed, data_format="pt", epochs=1)]) == 0
 
 
 def with_wrong_states(source: Path, target: Path, *, shift: int = 0) -> Path:

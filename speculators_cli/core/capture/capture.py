@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from speculators_cli.core.data.data_config import write_data_config
-from speculators_cli.core.data.formats import FORMATS
+from speculators_cli.core.data.formats import v1
 from speculators_cli.core.data.sample import Sample
 from speculators_cli.core.models.verifier_model import VerifierModel
 from speculators_cli.core.progress import Progress
@@ -57,7 +57,7 @@ def capture(
             answers = verifier.answer([prompts[i] for i in ids], max_new_tokens)
             for i, answer in zip(ids, answers, strict=True):
                 sample = capture_sample(verifier, prompts[i], answer)
-                FORMATS["v1"].write_sample(sample, output_dir / f"data_{i}.pt")
+                v1.FORMAT.write_sample(sample, output_dir / f"data_{i}.pt")
                 num_tokens += sample.num_tokens
                 num_supervised += len(answer)
                 task.advance()

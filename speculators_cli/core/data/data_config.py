@@ -119,7 +119,7 @@ def resolve_layer_ids(
             hint="Train on one of them at a time",
         )
     n = num_verifier_layers
-    usual = default_layer_ids(n) if data_format == "specforge" else (3, n // 2 + 1, n - 2)
+    usual = (3, n // 2 + 1, n - 2) if data_format in ("v0", "v1") else default_layer_ids(n)
     ids = found.pop() if found else usual
     is_said = any(ids is not None and not config.is_assumed for config, ids in said)
     return LayerIds(_checked(ids, n, num_aux_layers), is_assumed=not is_said)

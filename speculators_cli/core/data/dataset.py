@@ -16,7 +16,7 @@ import torch
 
 from speculators_cli.core.data.data_config import FILE_NAME, DataConfig, read_data_config
 from speculators_cli.core.data.formats import FORMATS
-from speculators_cli.core.data.formats.detect import detect
+from speculators_cli.core.data.formats.detect import detect, is_named_as
 from speculators_cli.core.data.packing import plan_epoch
 from speculators_cli.core.data.sample import (
     BadSampleError,
@@ -37,6 +37,7 @@ INDEX_VERSION = 2
 FLAGS = {  # that read samples of a format
     "v0": "--data-format-version 0",
     "v1": "--data-format-version 1",
+    "speculators": "--data-format speculators",
     "specforge": "--data-format specforge",
 }
 
@@ -89,7 +90,10 @@ class Dataset:
     @cached_property
     def dtype(self) -> torch.dtype:
         """The most common type of the hidden states; others are cast to it once."""
-        return Counter(entry.header.dtype for entry in self.entries).most_common(1)[0][0]
+        dtypes = Counter(entry.header.dtype for entry in self.entries)
+        common = dtypes.most_common(1)[0][0]
+        # One byte alone is no value: its scale is another tensor's.
+        return torch.bfloat16 if common.itemsize == 1 else common
 
     @cached_property
     def lengths(self) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
@@ -170,7 +174,7 @@ def read_dataset(
 
     Args:
         folders: Searched recursively.
-        data_format: `pt`, `specforge`, or `auto`: by what the folders hold.
+        data_format: `pt`, `speculators`, `specforge`, or `auto`: by what the folders hold.
         version: Of the format of `.pt` samples.
         index_file: Headers of an earlier scan, used for files that are as they were.
         max_bad_samples: Most files left out; None: 1 % of the folder.
@@ -227,7 +231,16 @@ def choose_format(found: Sequence[tuple[str, Path]], data_format: str, version: 
     if data_format != "auto":
         return data_format if data_format in FORMATS else f"v{version}"
     files = [file for _, file in found if is_sample_name(file.name)]
-    if files and not any(file.suffix == ".pt" for file in files):
+    suffixes = {file.suffix for file in files}
+    if ".safetensors" in suffixes:
+        if len(suffixes) > 1:
+            raise DataError(
+                "The samples are of several formats: "
+                + ", ".join(f"`{suffix}`" for suffix in sorted(suffixes)),
+                hint="Pass `--data-format` to choose one of them",
+            )
+        return "speculators"
+    if files and ".pt" not in suffixes:
         for file in files:
             try:
                 if detect(file)[0] == "specforge":
@@ -241,8 +254,7 @@ def choose_format(found: Sequence[tuple[str, Path]], data_format: str, version: 
 def is_sample_name(name: str, data_format: str | None = None) -> bool:
     """Whether a file of this name can be a sample, of one format or of any."""
     formats = FORMATS.values() if data_format is None else (FORMATS[data_format],)
-    suffixes = tuple(suffix for form in formats for suffix in form.suffixes)
-    return name.endswith(suffixes) and name not in NOT_SAMPLES
+    return name not in NOT_SAMPLES and any(is_named_as(name, form) for form in formats)
 
 
 def find_files(folder: Path) -> Iterator[tuple[str, Path]]:
@@ -327,7 +339,7 @@ def _refuse_other_format(
     others = [error.other_format for _, error in broken if error.other_format is not None]
     if len(others) * 2 <= num_files:
         return
-    is_forced = data_format == "specforge"
+    is_forced = data_format not in ("v0", "v1")
     hint = f"Pass `{'--data-format pt ' * is_forced}{FLAGS[others[0]]}`"
     if others[0] == "v0":
         hint += ", or rewrite them with `speculators convert-v0`"

@@ -23,7 +23,7 @@ class Distribution:
 class InspectionReport:
     """A folder of samples; None is unknown. Sizes are those of most samples."""
 
-    format: str  # `v0`, `v1`, `specforge` or `mixed`
+    format: str  # `v0`, `v1`, `speculators`, `specforge` or `mixed`
     num_samples: int  # that can be read
     num_bytes: int
     tokens: Distribution

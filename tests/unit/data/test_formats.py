@@ -18,8 +18,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from speculators_cli.core.data.formats import FORMATS
-from speculators_cli.core.data.formats.format import save
+from speculators_cli.core.data.formats import FORMATS, specforge, v0, v1
+from speculators_cli.core.data.formats.format import SampleFormat, save
 from speculators_cli.core.data.sample import BadSampleError, Sample
 
 S, HIDDEN, AUX = 7, 6, 3
@@ -126,21 +126,23 @@ def test_our_own_key_says_that_the_last_states_are_normed(tmp_path: Path, flag: 
     assert FORMATS["v1"].read_tokens(file).header.is_normed
 
 
-@pytest.mark.parametrize("version", FORMATS)
+@pytest.mark.parametrize("form", [v0.FORMAT, v1.FORMAT, specforge.FORMAT])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
-def test_what_is_written_is_read_back(tmp_path: Path, version: str, dtype: torch.dtype) -> None:
+def test_what_is_written_is_read_back(
+    tmp_path: Path, form: SampleFormat, dtype: torch.dtype
+) -> None:
     contents = {"v0": v0_content, "v1": v1_content, "specforge": specforge_content}
-    content = contents[version]()
-    first = FORMATS[version].read_sample(saved(tmp_path, content))
+    content = contents[form.name]()
+    first = form.read_sample(saved(tmp_path, content))
     first = replace(
         first,
         aux_hidden_states=tuple(layer.to(dtype) for layer in first.aux_hidden_states),
         last_hidden_states=first.last_hidden_states.to(dtype),
     )
 
-    FORMATS[version].write_sample(first, tmp_path / "again.pt")
+    form.write_sample(first, tmp_path / "again.pt")
 
-    assert equal(FORMATS[version].read_sample(tmp_path / "again.pt"), first)
+    assert equal(form.read_sample(tmp_path / "again.pt"), first)
     assert sorted(file.name for file in tmp_path.iterdir()) == ["again.pt", "sample.pt"]
 
 
@@ -158,7 +160,7 @@ def test_a_specforge_sample_holds_what_its_v0_twin_does(tmp_path: Path) -> None:
 def test_a_v0_sample_becomes_a_v1_sample_that_says_it_is_normed(tmp_path: Path) -> None:
     first = FORMATS["v0"].read_sample(saved(tmp_path, v0_content()))
 
-    FORMATS["v1"].write_sample(first, tmp_path / "again.pt")
+    v1.FORMAT.write_sample(first, tmp_path / "again.pt")
 
     assert equal(FORMATS["v1"].read_sample(tmp_path / "again.pt"), first)
     # Views of a larger tensor are not saved with all of it.

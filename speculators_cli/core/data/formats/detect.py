@@ -3,7 +3,13 @@
 from pathlib import Path
 
 from speculators_cli.core.data.formats import FORMATS
+from speculators_cli.core.data.formats.format import Format
 from speculators_cli.core.data.sample import BadSampleError, SampleTokens
+
+
+def is_named_as(name: str, form: Format) -> bool:
+    """Whether a file of this name can be a sample of a format."""
+    return name.startswith(form.prefix) and name.endswith(form.suffixes)
 
 
 def detect(file: Path) -> tuple[str, SampleTokens]:
@@ -13,6 +19,8 @@ def detect(file: Path) -> tuple[str, SampleTokens]:
         BadSampleError: It is a sample of no format.
         OSError: It cannot be opened.
     """
+    if is_named_as(file.name, FORMATS["speculators"]):
+        return "speculators", FORMATS["speculators"].read_tokens(file)
     try:
         return "v1", FORMATS["v1"].read_tokens(file)
     except BadSampleError as error:

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, Protocol
 
 import numpy as np
 import torch
@@ -38,14 +38,37 @@ class Layout:
     is_normed: bool | TensorSpec
 
 
+class Format(Protocol):
+    """Reads the samples of one format."""
+
+    @property
+    def name(self) -> str:
+        """What it is called in settings and messages."""
+
+    @property
+    def prefix(self) -> str:
+        """How the names of its files begin."""
+
+    @property
+    def suffixes(self) -> tuple[str, ...]:
+        """How they may end."""
+
+    def read_sample(self, file: Path) -> Sample:
+        """Read a sample, its hidden states mapped where that can be."""
+
+    def read_tokens(self, file: Path) -> SampleTokens:
+        """Read header, ids and mask of a sample; hidden states are not touched."""
+
+
 @dataclass(frozen=True)
 class SampleFormat:
-    """Reads and writes the samples of one format."""
+    """Reads and writes samples that are one file of `torch.save` each."""
 
     name: str
     suffixes: tuple[str, ...]  # of the names of its files
     lay_out: Callable[[Mapping[object, object]], Layout]  # what a file holds -> where its parts are
     arrange: Callable[[Sample], dict[str, object]]  # a sample -> what a file of it holds
+    prefix: str = ""
 
     def read_sample(self, file: Path) -> Sample:
         """Read a sample: ids and mask into memory, hidden states mapped and read when used.

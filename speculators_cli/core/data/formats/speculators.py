@@ -1,0 +1,164 @@
+"""Upstream speculators since 0.5: `hs_{i}.safetensors`, and row `i` of an Arrow table for its mask.
+
+The table is what `datasets` saves to disk, in the folder of the states or in the one above. Last
+hidden states are from before the verifier's final norm.
+"""
+
+import json
+import re
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from speculators_cli.core.data.sample import BadSampleError, Sample, SampleHeader, SampleTokens
+from speculators_cli.core.errors import MachineError
+
+STATES, SCALES, TOKENS = "hidden_states", "hidden_states_scales", "token_ids"
+NAME = re.compile(r"hs_(\d+)\.safetensors")
+DTYPES = {
+    "BF16": torch.bfloat16,
+    "F16": torch.float16,
+    "F32": torch.float32,
+    "F8_E4M3": torch.float8_e4m3fn,
+}
+
+
+class SpeculatorsFormat:
+    """Reads samples whose states and masks lie in different files."""
+
+    name = "speculators"
+    prefix = "hs_"
+    suffixes = (".safetensors",)
+
+    def read_sample(self, file: Path) -> Sample:
+        """Read a sample: ids and mask into memory, hidden states mapped unless they are float8.
+
+        Raises:
+            BadSampleError: The file, or its row of the table, is not a sample.
+            MachineError: pyarrow is not installed.
+            OSError: It cannot be opened.
+        """
+        tokens = self.read_tokens(file)
+        with safe_open(file, framework="pt") as tensors:
+            states: Tensor = tensors.get_tensor(STATES)  # [seq_len, layers, hidden]
+            if states.dtype == torch.float8_e4m3fn:
+                # One float32 scale a token; the product is rounded once.
+                states = (states.float() * tensors.get_tensor(SCALES)).bfloat16()
+        *aux, last = states.unbind(1)
+        return Sample(
+            torch.from_numpy(tokens.input_ids),
+            torch.from_numpy(tokens.loss_mask),
+            tuple(aux),
+            last,
+            is_normed=False,
+        )
+
+    def read_tokens(self, file: Path) -> SampleTokens:
+        """Read header, ids and mask of a sample; hidden states are not touched.
+
+        Raises:
+            BadSampleError: The file, or its row of the table, is not a sample.
+            MachineError: pyarrow is not installed.
+            OSError: It cannot be opened.
+        """
+        try:
+            with safe_open(file, framework="pt") as tensors:
+                shape, dtype = _read_shape(tensors)
+                token_ids = tensors.get_tensor(TOKENS).numpy().astype(np.int64)
+        except SafetensorError as error:
+            raise BadSampleError(f"is no safetensors file: {error}") from None
+        if token_ids.shape != (shape[0],):
+            raise BadSampleError(f"has {token_ids.size:,} token ids but {shape[0]:,} hidden states")
+        if len(token_ids) and token_ids.min() < 0:
+            raise BadSampleError(f"has negative ids in `{TOKENS}`")
+        loss_mask = _read_mask(file, token_ids)
+        header = SampleHeader(
+            num_tokens=len(token_ids),
+            num_supervised_tokens=int(loss_mask[1:].sum()),
+            hidden_size=shape[2],
+            num_aux_layers=shape[1] - 1,
+            dtype=dtype,
+            is_normed=False,
+            max_token_id=int(token_ids.max()) if len(token_ids) else -1,
+        )
+        return SampleTokens(header, token_ids, loss_mask)
+
+
+def _read_shape(tensors: Any) -> tuple[tuple[int, ...], torch.dtype]:
+    """Shape and type of the hidden states, checked; nothing of them is read."""
+    names = set(tensors.keys())
+    missing = [name for name in (STATES, TOKENS) if name not in names]
+    if missing:
+        raise BadSampleError(f"has no `{missing[0]}`; found {', '.join(sorted(names)[:8])}")
+    states = tensors.get_slice(STATES)
+    shape, kind = tuple(states.get_shape()), states.get_dtype()
+    if len(shape) != 3 or shape[1] < 2 or shape[2] == 0:
+        raise BadSampleError(f"has `{STATES}` {list(shape)}, expected [seq_len, layers, hidden]")
+    if kind not in DTYPES:
+        raise BadSampleError(f"has hidden states of type {kind}, expected floats")
+    if kind == "F8_E4M3":
+        if SCALES not in names:
+            raise BadSampleError(f"has float8 states without `{SCALES}`")
+        scales = tuple(tensors.get_slice(SCALES).get_shape())
+        if scales != (shape[0], 1, 1):
+            raise BadSampleError(f"has `{SCALES}` {list(scales)}, expected {[shape[0], 1, 1]}")
+    return shape, DTYPES[kind]
+
+
+def _read_mask(file: Path, token_ids: NDArray[np.int64]) -> NDArray[np.bool_]:
+    """The loss mask of the sample's row, whose ids must be those of the states."""
+    match = NAME.fullmatch(file.name)
+    if match is None:
+        raise BadSampleError("is not named `hs_` and the number of a row")
+    row = int(match[1])
+    folder = next(
+        (x for x in (file.parent, file.parent.parent) if (x / "state.json").is_file()), None
+    )
+    if folder is None:
+        raise BadSampleError("has no Arrow table beside it or in the folder above")
+    table = _open_table(folder)
+    if row >= table.num_rows:
+        raise BadSampleError(f"has no row: `{folder}` has {table.num_rows:,} of them")
+    ids, mask = (
+        table.column(name)[row].values.to_numpy(zero_copy_only=False)
+        for name in ("input_ids", "loss_mask")
+    )
+    if not np.array_equal(ids, token_ids):
+        raise BadSampleError(f"has other tokens than row {row:,} of the Arrow table")
+    is_supervised: NDArray[np.bool_] = mask == 1
+    if mask.shape != token_ids.shape or not (is_supervised | (mask == 0)).all():
+        raise BadSampleError(f"has no loss mask of zeros and ones in row {row:,} of the table")
+    return is_supervised
+
+
+@lru_cache(maxsize=64)
+def _open_table(folder: Path) -> Any:
+    """The Arrow table in a folder, mapped into memory."""
+    try:
+        import pyarrow as pa
+    except ModuleNotFoundError:
+        raise MachineError(
+            f"The loss masks in `{folder}` are in an Arrow table, and pyarrow is not installed",
+            hint="Run `pip install 'speculators-cli[arrow]'`",
+        ) from None
+    try:
+        listed = json.loads((folder / "state.json").read_text("utf-8"))["_data_files"]
+        files = [folder / Path(entry["filename"]).name for entry in listed]
+        parts = [pa.ipc.open_stream(pa.memory_map(str(f))).read_all() for f in files]
+        table = pa.concat_tables(parts).select(["input_ids", "loss_mask"])
+    except (OSError, ValueError, LookupError, TypeError, pa.ArrowException) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise BadSampleError(f"has an Arrow table that cannot be read: {reason}") from None
+    for column in table.columns:
+        if not pa.types.is_list(column.type) and not pa.types.is_large_list(column.type):
+            raise BadSampleError("has an Arrow table without lists of ids and masks")
+    return table
+
+
+FORMAT = SpeculatorsFormat()

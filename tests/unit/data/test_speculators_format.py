@@ -1,0 +1,167 @@
+"""Samples as upstream speculators 0.9.0 and `datasets` wrote them: see `tests/oracle/`."""
+
+import json
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from speculators_cli.core.data.formats import FORMATS
+from speculators_cli.core.data.sample import BadSampleError
+from speculators_cli.core.errors import MachineError
+
+RECORDED = Path(__file__).parents[2] / "oracle" / "upstream-0.9.0-data"
+CAPTURED = (0, 1, 3)
+SPECULATORS = FORMATS["speculators"]
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A copy of the recorded folder that may be written into."""
+    return Path(shutil.copytree(RECORDED / "bf16", tmp_path / "data"))
+
+
+def states_file(folder: Path, row: int) -> Path:
+    return folder / "hidden_states" / f"hs_{row}.safetensors"
+
+
+# Upstream rounds a float8 state's scale to bfloat16 before it multiplies, we round once: the two
+# are up to two of bfloat16's roundings apart, 2^-8 each.
+@pytest.mark.parametrize(("name", "rtol"), [("bf16", 0.0), ("fp8", 2**-7)])
+def test_upstreams_samples_are_what_upstream_reads(name: str, rtol: float) -> None:
+    expected = load_file(RECORDED / f"{name}-expected.safetensors")
+
+    for row in CAPTURED:
+        sample = SPECULATORS.read_sample(states_file(RECORDED / name, row))
+        header = SPECULATORS.read_tokens(states_file(RECORDED / name, row)).header
+
+        assert torch.equal(sample.input_ids, expected[f"{row}.input_ids"])
+        assert torch.equal(sample.loss_mask.long(), expected[f"{row}.loss_mask"])
+        aux = torch.cat(sample.aux_hidden_states, dim=-1)
+        last = sample.last_hidden_states
+        for found, key in ((aux, "hidden_states"), (last, "verifier_last_hidden_states")):
+            assert found.dtype == torch.bfloat16
+            torch.testing.assert_close(found, expected[f"{row}.{key}"], rtol=rtol, atol=0)
+        assert not sample.is_normed
+        assert header.num_supervised_tokens == int(expected[f"{row}.loss_mask"].sum())
+        assert (header.num_aux_layers, header.hidden_size) == (3, 24)
+        on_disk = {"bf16": torch.bfloat16, "fp8": torch.float8_e4m3fn}
+        assert header.dtype == on_disk[name]
+
+
+def test_the_table_may_lie_beside_the_states(folder: Path) -> None:
+    for file in (folder / "hidden_states").iterdir():
+        file.rename(folder / file.name)
+
+    tokens = SPECULATORS.read_tokens(folder / "hs_3.safetensors")
+
+    assert tokens.header.num_tokens == 9
+
+
+def without(name: str) -> Callable[[dict[str, Tensor]], object]:
+    return lambda tensors: tensors.pop(name)
+
+
+EDITS: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
+    "no-states": (without("hidden_states"), "has no `hidden_states`; found token_ids"),
+    "no-ids": (without("token_ids"), "has no `token_ids`"),
+    "other-ids": (lambda x: x["token_ids"].add_(1), "has other tokens than row 1"),
+    "negative-ids": (lambda x: x["token_ids"].sub_(99), "has negative ids"),
+    "unequal": (
+        lambda x: x.update(token_ids=x["token_ids"][1:].clone()),
+        "has 7 token ids but 8 hidden states",
+    ),
+    "flat": (lambda x: x.update(hidden_states=torch.zeros(8, 24)), "expected [seq_len, layers"),
+    "integers": (
+        lambda x: x.update(hidden_states=x["hidden_states"].int()),
+        "has hidden states of type I32",
+    ),
+    "no-scales": (
+        lambda x: x.update(hidden_states=x["hidden_states"].to(torch.float8_e4m3fn)),
+        "has float8 states without `hidden_states_scales`",
+    ),
+    "one-scale": (
+        lambda x: x.update(
+            hidden_states=x["hidden_states"].to(torch.float8_e4m3fn),
+            hidden_states_scales=torch.ones(1),
+        ),
+        "has `hidden_states_scales` [1], expected [8, 1, 1]",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", EDITS)
+def test_what_is_no_sample_is_refused(folder: Path, name: str) -> None:
+    edit, reason = EDITS[name]
+    file = states_file(folder, 1)
+    tensors = load_file(file)
+    edit(tensors)
+    save_file(tensors, file)
+
+    with pytest.raises(BadSampleError) as error:
+        SPECULATORS.read_sample(file)
+
+    assert reason in error.value.reason
+
+
+@pytest.mark.parametrize("content", [b"", b"<html>", b"version https://git-lfs.github.com/spec/v1"])
+def test_what_is_no_safetensors_file_is_refused(folder: Path, content: bytes) -> None:
+    states_file(folder, 1).write_bytes(content)
+
+    with pytest.raises(BadSampleError, match="is no safetensors file"):
+        SPECULATORS.read_tokens(states_file(folder, 1))
+
+
+def test_a_truncated_file_is_refused(folder: Path) -> None:
+    file = states_file(folder, 1)
+    file.write_bytes(file.read_bytes()[:-1])
+
+    with pytest.raises(BadSampleError, match="is no safetensors file"):
+        SPECULATORS.read_sample(file)
+
+
+def test_a_file_without_a_row_is_refused(folder: Path) -> None:
+    file = states_file(folder, 1).rename(states_file(folder, 4))
+
+    with pytest.raises(BadSampleError, match="has no row"):
+        SPECULATORS.read_tokens(file)
+
+
+def test_states_without_a_table_are_refused(folder: Path) -> None:
+    (folder / "state.json").unlink()
+
+    with pytest.raises(BadSampleError, match="has no Arrow table"):
+        SPECULATORS.read_tokens(states_file(folder, 1))
+
+
+@pytest.mark.parametrize("state", ["{}", "[]", "no json", '{"_data_files": [{"filename": "no"}]}'])
+def test_a_table_that_cannot_be_read_is_named(folder: Path, state: str) -> None:
+    (folder / "state.json").write_text(state)
+
+    with pytest.raises(BadSampleError, match="has an Arrow table that cannot be read"):
+        SPECULATORS.read_tokens(states_file(folder, 1))
+
+
+def test_a_damaged_table_is_named(folder: Path) -> None:
+    for entry in json.loads((folder / "state.json").read_text())["_data_files"]:
+        (folder / entry["filename"]).write_bytes(b"ARROW1" * 9)
+
+    with pytest.raises(BadSampleError, match="has an Arrow table that cannot be read"):
+        SPECULATORS.read_tokens(states_file(folder, 1))
+
+
+def test_a_missing_pyarrow_says_what_to_install(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+
+    with pytest.raises(MachineError, match="pyarrow is not installed") as error:
+        SPECULATORS.read_tokens(states_file(folder, 1))
+
+    assert "speculators-cli[arrow]" in str(error.value.hint)
