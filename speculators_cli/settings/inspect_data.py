@@ -1,5 +1,6 @@
 """Every setting of `speculators inspect-data`."""
 
+from pathlib import Path
 from typing import Annotated
 
 from pydantic import Field
@@ -19,6 +20,9 @@ class InspectSettings(Settings):
     verify: bool = Field(False, description="Read every byte and compare it with its checksum")
     show: int | None = Field(
         None, ge=0, description="Write the text of this sample, counted from 0, as the files sort"
+    )
+    html: Path | None = Field(
+        None, description="Write the report as a page with plots, all in one file"
     )
     verifier_name_or_path: str | None = Field(
         None,

@@ -5,6 +5,7 @@ import statistics
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import pytest
 import torch
@@ -346,3 +347,42 @@ def test_a_folder_of_upstreams_is_recognised(capsys: Capture) -> None:
     assert report["dtypes"] == {"float8_e4m3fn": 3}
     assert len(report["layer_rms"]) == 4
     assert 0.5 < report["layer_rms"][0] < 2
+
+
+def test_the_page_is_whole_and_needs_nothing_from_elsewhere(
+    data_dir: Path, tmp_path: Path, capsys: Capture
+) -> None:
+    folder = data_dir.rename(tmp_path / "a<b>")
+    change(folder / "data_5.pt", lambda x: x["loss_mask"].zero_())
+    page = tmp_path / "report.html"
+
+    code, report = report_of(capsys, folder, "--html", page)
+
+    text = page.read_text()
+    svgs = [part.split("</svg>")[0] + "</svg>" for part in text.split("<svg")[1:]]
+    bars = [ElementTree.fromstring("<svg" + svg).findall("rect") for svg in svgs]  # noqa: S314
+    heights = [float(bar.get("height", 0)) for bar in bars[0]]
+    histogram = report["tokens"]["histogram"]
+    assert code == 1
+    assert [len(x) for x in bars] == [10, 10, 10, len(report["coverage_by_size"]), 4]
+    # Written to a tenth of a pixel.
+    assert heights == pytest.approx([144 * n / max(histogram) for n in histogram], abs=0.06)
+    assert "a&lt;b&gt;" in text
+    assert "a<b>" not in text
+    assert "has no supervised token" in text
+    assert "http" not in text
+
+
+def test_coverage_is_that_of_the_most_frequent_supervised_tokens(
+    tiny: TinyInputs, capsys: Capture
+) -> None:
+    _, report = report_of(capsys, tiny.data_dir)
+
+    samples = [torch.load(file, weights_only=True) for file in tiny.data_dir.glob("*.pt")]
+    ids = torch.cat([x["input_ids"][1:][x["loss_mask"][1:] == 1] for x in samples])
+    counts = ids.bincount().sort(descending=True).values
+    num_seen = int((counts > 0).sum())
+    assert list(report["coverage_by_size"]) == ["1", "2", "4", "8", "16", "32", str(num_seen)]
+    for size, share in report["coverage_by_size"].items():
+        assert share == pytest.approx(float(counts[: int(size)].sum() / len(ids)))
+    assert sum(report["supervised_fractions"]) == 24

@@ -20,13 +20,14 @@ class TokenCounts:
     """Counts the tokens of samples as they are shown to it.
 
     Args:
-        vocab_size: Tokens of the verifier.
+        vocab_size: Tokens of the verifier; None: as many as are seen.
         all_tokens: Count every token, not only supervised ones.
     """
 
-    def __init__(self, vocab_size: int, *, all_tokens: bool = False) -> None:
+    def __init__(self, vocab_size: int | None, *, all_tokens: bool = False) -> None:
+        self.vocab_size = vocab_size
         self.all_tokens = all_tokens
-        self._counts = np.zeros(vocab_size, dtype=np.int64)
+        self._counts = np.zeros(vocab_size or 0, dtype=np.int64)
         self._held_back: list[NDArray[np.int64]] = []
         self._num_held_back = 0
 
@@ -36,8 +37,8 @@ class TokenCounts:
         Raises:
             DataError: The verifier has no such token.
         """
-        vocab_size = len(self._counts)
-        if tokens.header.max_token_id >= vocab_size:
+        vocab_size = self.vocab_size
+        if vocab_size is not None and tokens.header.max_token_id >= vocab_size:
             raise DataError(
                 f"The samples have token ids up to {tokens.header.max_token_id:,} or more, the "
                 f"verifier has {vocab_size:,} tokens",
@@ -57,7 +58,9 @@ class TokenCounts:
     def _count(self) -> None:
         if self._held_back:
             ids = np.concatenate(self._held_back)
-            self._counts += np.bincount(ids, minlength=len(self._counts))
+            counts = np.bincount(ids, minlength=len(self._counts))
+            counts[: len(self._counts)] += self._counts
+            self._counts = counts
         self._held_back, self._num_held_back = [], 0
 
 

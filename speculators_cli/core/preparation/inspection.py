@@ -23,8 +23,16 @@ from speculators_cli.core.data.dataset import find_files, is_sample_name
 from speculators_cli.core.data.formats import FORMATS
 from speculators_cli.core.data.formats.detect import detect
 from speculators_cli.core.data.packing import plan_epoch
-from speculators_cli.core.data.sample import BadSampleError, Problem, Sample, SampleHeader
+from speculators_cli.core.data.sample import (
+    BadSampleError,
+    Problem,
+    Sample,
+    SampleHeader,
+    SampleTokens,
+)
+from speculators_cli.core.data.token_counts import TokenCounts
 from speculators_cli.core.errors import DataError
+from speculators_cli.core.files import check_output_dir
 from speculators_cli.core.models.agreement import Agreement, measure_agreement
 from speculators_cli.core.models.verifier import (
     VerifierConfig,
@@ -32,6 +40,7 @@ from speculators_cli.core.models.verifier import (
     read_verifier_config,
 )
 from speculators_cli.core.models.verifier_files import VerifierFiles
+from speculators_cli.core.preparation.inspection_page import write_page
 from speculators_cli.core.preparation.inspection_report import Distribution, InspectionReport
 from speculators_cli.core.preparation.states import StatesReport, look_at_states
 from speculators_cli.core.progress import Progress
@@ -62,6 +71,8 @@ def inspect_data(settings: InspectDataSettings, *, progress: Progress) -> Inspec
         MachineError: The hub cannot be reached.
     """
     wanted = settings.inspect
+    if wanted.html is not None:
+        check_output_dir(wanted.html.parent, flag="--html")
     found = [file for _, file in find_files(wanted.data_path)]
     files = [file for file in found if is_sample_name(file.name)]
     if not files:
@@ -69,7 +80,8 @@ def inspect_data(settings: InspectDataSettings, *, progress: Progress) -> Inspec
             f"`{wanted.data_path}` holds no samples: no `.pt` or `.ckpt` file was found",
             hint="Name the folder that holds the captured hidden states",
         )
-    scans, problems = scan_files(files, progress)
+    counts = TokenCounts(None)
+    scans, problems = scan_files(files, counts, progress)
     if not scans:
         raise DataError(
             f"None of the {len(files):,} files in `{wanted.data_path}` is a sample; the first, "
@@ -91,26 +103,32 @@ def inspect_data(settings: InspectDataSettings, *, progress: Progress) -> Inspec
         problems += verify_checksums(files, progress)
     configs = [read_data_config(f) for f in found if f.name == FILE_NAME]
     problems += check_layer_ids(wanted.data_path, configs, usual[0], verifier)
-    return make_report(wanted, scans, usual, problems, states, agreement, configs)
+    report = make_report(wanted, scans, usual, counts.total(), problems, states, agreement, configs)
+    if wanted.html is not None:
+        write_page(report, wanted.html, name=str(wanted.data_path))
+    return report
 
 
-def scan_files(files: Sequence[Path], progress: Progress) -> tuple[list[Scan], list[Problem]]:
-    """Every file as a sample, or what is wrong with it."""
+def scan_files(
+    files: Sequence[Path], counts: TokenCounts, progress: Progress
+) -> tuple[list[Scan], list[Problem]]:
+    """Every file as a sample, or what is wrong with it; supervised tokens are counted."""
     scans: list[Scan] = []
     problems: list[Problem] = []
     for file, result in in_threads(scan, files, "Reading samples", progress):
-        if isinstance(result, Scan):
-            scans.append(result)
-        else:
+        if isinstance(result, str):
             problems.append(Problem(file, result))
+        else:
+            scans.append(result[0])
+            counts.add(result[1])
     return scans, problems
 
 
-def scan(file: Path) -> Scan | str:
+def scan(file: Path) -> tuple[Scan, SampleTokens] | str:
     """Read a file without its hidden states, or say what is wrong with it."""
     try:
         name, tokens = detect(file)
-        return Scan(
+        found = Scan(
             file=file,
             format=name,
             header=tokens.header,
@@ -118,6 +136,7 @@ def scan(file: Path) -> Scan | str:
             tokens_hash=blake2b(tokens.input_ids.tobytes(), digest_size=16).digest(),
             is_mask_full=bool(tokens.loss_mask.all()),
         )
+        return found, tokens
     except BadSampleError as error:
         return error.reason
     except OSError as error:
@@ -270,6 +289,7 @@ def make_report(
     wanted: InspectSettings,
     scans: Sequence[Scan],
     usual: Sequence[Scan],
+    counts: NDArray[np.int64],
     problems: Sequence[Problem],
     states: StatesReport,
     agreement: Agreement | None,
@@ -295,6 +315,8 @@ def make_report(
         num_bytes=sum(s.num_bytes for s in scans),
         tokens=describe(lengths),
         supervised_tokens=describe(supervised),
+        supervised_fractions=spread_fractions(supervised, lengths),
+        coverage_by_size=cover(counts),
         hidden_size=header.hidden_size,
         num_aux_layers=header.num_aux_layers,
         dtypes=dict(dtypes),
@@ -313,6 +335,20 @@ def make_report(
         agreement=agreement,
         problems=tuple(sorted(set(problems), key=lambda p: (str(p.file), p.problem))),
     )
+
+
+def spread_fractions(supervised: NDArray[np.int64], lengths: NDArray[np.int64]) -> tuple[int, ...]:
+    """Samples by their share of supervised tokens, in ten bins from none to all."""
+    shares = supervised / np.maximum(lengths, 1)
+    return tuple(np.histogram(shares, bins=10, range=(0, 1))[0].tolist())
+
+
+def cover(counts: NDArray[np.int64]) -> dict[int, float]:
+    """Share of the supervised tokens that so many most frequent ones are; powers of two."""
+    shares = np.sort(counts)[::-1].cumsum() / max(int(counts.sum()), 1)
+    num_seen = int(np.count_nonzero(counts))
+    sizes = [2**k for k in range(20) if 2**k < num_seen] + ([num_seen] if num_seen else [])
+    return {size: float(shares[size - 1]) for size in sizes}
 
 
 def describe(values: NDArray[np.int64]) -> Distribution:

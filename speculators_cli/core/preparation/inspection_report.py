@@ -28,6 +28,8 @@ class InspectionReport:
     num_bytes: int
     tokens: Distribution
     supervised_tokens: Distribution
+    supervised_fractions: tuple[int, ...]  # samples by share of supervised tokens, in ten bins
+    coverage_by_size: dict[int, float]  # of supervised tokens, by so many most frequent ones
     hidden_size: int
     num_aux_layers: int
     dtypes: dict[str, int]  # samples of each type of hidden states
