@@ -1,12 +1,14 @@
 """Files that appear whole or not at all, and folders that can be written."""
 
+import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
-from speculators_cli.core.errors import SettingsError
+from speculators_cli.core.errors import MachineError, SettingsError
 
 TEMPORARY = ".tmp-"  # begins the name of a file that is not whole yet
 
@@ -80,3 +82,28 @@ def sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def write_json(content: Mapping[str, Any], file: Path) -> None:
+    """Write an object as JSON that people can read."""
+    file.write_text(json.dumps(content, indent=2) + "\n", "utf-8")
+
+
+def check_free_space(folder: Path, num_bytes: int, *, what: str, hint: str) -> None:
+    """Check that a disk has room for what is about to be written.
+
+    Args:
+        folder: On the disk.
+        num_bytes: Needed; a little more is asked for, for what lies beside it.
+        what: Takes that room, as the middle of a sentence.
+        hint: What to do where there is too little.
+
+    Raises:
+        MachineError: There is too little.
+    """
+    free = shutil.disk_usage(folder).free
+    if free < num_bytes + 2**20:
+        raise MachineError(
+            f"`{folder}` has {free / 2**30:.2f} GiB free, {what} takes {num_bytes / 2**30:.2f} GiB",
+            hint=hint,
+        )

@@ -10,7 +10,14 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, ValidationError
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+)
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails, PydanticCustomError
 
@@ -130,8 +137,21 @@ def _check_layer_ids(ids: tuple[int, ...] | None) -> tuple[int, ...] | None:
 # A folder that must exist, folders, a data format and its version, layer ids: as a flag gives them.
 Folder = Annotated[Path, AfterValidator(_check_folder)]
 Folders = Annotated[tuple[Path, ...], AfterValidator(_check_folders)]
-DataFormat = Literal["auto", "pt", "speculators", "specforge"]
-FormatVersion = Annotated[Literal[0, 1], BeforeValidator(_read_number)]
+DataFormat = Annotated[
+    Literal["auto", "pt", "speculators", "specforge"],
+    Field(
+        description="Whose format the samples are in: pt, speculators, specforge, or auto: by what "
+        "the folder holds"
+    ),
+]
+FormatVersion = Annotated[
+    Literal[0, 1],
+    BeforeValidator(_read_number),
+    Field(description="Format of `.pt` samples: 0 or 1"),
+]
+TrustRemoteCode = Annotated[
+    bool, Field(description="Run the Python code that comes with the verifier")
+]
 LayerIdsSetting = Annotated[
     tuple[int, ...] | None, BeforeValidator(_split), AfterValidator(_check_layer_ids)
 ]

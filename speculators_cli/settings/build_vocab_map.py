@@ -5,7 +5,14 @@ from typing import Self
 
 from pydantic import Field, model_validator
 
-from speculators_cli.settings.base import DataFormat, Folders, FormatVersion, Settings, path_error
+from speculators_cli.settings.base import (
+    DataFormat,
+    Folders,
+    FormatVersion,
+    Settings,
+    TrustRemoteCode,
+    path_error,
+)
 
 
 class CountSettings(Settings):
@@ -19,12 +26,8 @@ class CountSettings(Settings):
         (),
         description="Folder of samples, searched recursively; may be repeated; default: data",
     )
-    data_format: DataFormat = Field(
-        "auto",
-        description="Whose format the samples are in: pt, speculators, specforge, or auto: by "
-        "what the folder holds",
-    )
-    data_format_version: FormatVersion = Field(1, description="Format of `.pt` samples: 0 or 1")
+    data_format: DataFormat = "auto"
+    data_format_version: FormatVersion = 1
     all_tokens: bool = Field(False, description="Count all tokens, not only supervised ones")
     max_bad_samples: int | None = Field(
         None,
@@ -74,9 +77,7 @@ class VocabularySettings(Settings):
         description="Samples on which the verifier's probability within the draft vocabulary is "
         "measured; 0 leaves it out",
     )
-    trust_remote_code: bool = Field(
-        False, description="Run the Python code that comes with the verifier"
-    )
+    trust_remote_code: TrustRemoteCode = False
 
     @model_validator(mode="after")
     def _size_is_known(self) -> Self:

@@ -5,7 +5,13 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from speculators_cli.settings.base import Folder, LayerIdsSetting, Positional, Settings
+from speculators_cli.settings.base import (
+    Folder,
+    LayerIdsSetting,
+    Positional,
+    Settings,
+    TrustRemoteCode,
+)
 
 
 class FilesSettings(Settings):
@@ -50,9 +56,7 @@ class VerifierSettings(Settings):
         description="Verifier layers the aux hidden states come from, ascending; id k is the "
         "output after k layers; default: what the data says",
     )
-    trust_remote_code: bool = Field(
-        False, description="Run the Python code that comes with the verifier"
-    )
+    trust_remote_code: TrustRemoteCode = False
 
     @model_validator(mode="after")
     def _norm_is_known(self) -> Self:

@@ -6,7 +6,13 @@ from typing import Annotated, Literal
 
 from pydantic import Field, field_validator
 
-from speculators_cli.settings.base import LayerIdsSetting, OffFlag, Positional, Settings
+from speculators_cli.settings.base import (
+    LayerIdsSetting,
+    OffFlag,
+    Positional,
+    Settings,
+    TrustRemoteCode,
+)
 
 
 class DraftSourceSettings(Settings):
@@ -28,9 +34,7 @@ class DraftSourceSettings(Settings):
         description="Verifier layers the draft was trained on, ascending; id k is the output after "
         "k layers; default: what the checkpoint says, else early, middle and late",
     )
-    trust_remote_code: bool = Field(
-        False, description="Run the Python code that comes with the verifier"
-    )
+    trust_remote_code: TrustRemoteCode = False
 
 
 class ExportFolderSettings(Settings):

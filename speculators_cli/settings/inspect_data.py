@@ -5,7 +5,7 @@ from typing import Annotated
 
 from pydantic import Field
 
-from speculators_cli.settings.base import Folder, Positional, Settings
+from speculators_cli.settings.base import Folder, Positional, Settings, TrustRemoteCode
 
 
 class InspectSettings(Settings):
@@ -36,9 +36,7 @@ class InspectSettings(Settings):
         description="Speed of training that the time and disk rate of an epoch are told for; one "
         "H100 trains a draft for an 8B verifier at about the default",
     )
-    trust_remote_code: bool = Field(
-        False, description="Run the Python code that comes with the verifier"
-    )
+    trust_remote_code: TrustRemoteCode = False
 
 
 class InspectDataSettings(Settings):

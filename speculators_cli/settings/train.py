@@ -15,6 +15,7 @@ from speculators_cli.settings.base import (
     LayerIdsSetting,
     OffFlag,
     Settings,
+    TrustRemoteCode,
     path_error,
 )
 
@@ -88,14 +89,8 @@ class DataSettings(Settings):
         description="Folder of validation samples, in place of a part of the data path; "
         "may be repeated",
     )
-    data_format: Annotated[DataFormat, WARNED_ON_RESUME] = Field(
-        "auto",
-        description="Whose format the samples are in: pt, speculators, specforge, or auto: by "
-        "what the folder holds",
-    )
-    data_format_version: Annotated[FormatVersion, WARNED_ON_RESUME] = Field(
-        1, description="Format of `.pt` samples: 0 or 1"
-    )
+    data_format: Annotated[DataFormat, WARNED_ON_RESUME] = "auto"
+    data_format_version: Annotated[FormatVersion, WARNED_ON_RESUME] = 1
     train_data_ratio: Annotated[float, REFUSED_ON_RESUME] = Field(
         0.9, gt=0, le=1, description="Share of the samples to train on; the rest validates"
     )
@@ -160,9 +155,7 @@ class DraftSettings(Settings):
         description="Verifier layers the aux hidden states come from, ascending; id k is the "
         "output after k layers; default: what the data says",
     )
-    trust_remote_code: bool = Field(
-        False, description="Run the Python code that comes with the verifier"
-    )
+    trust_remote_code: TrustRemoteCode = False
 
     @field_validator("d2t_path", "t2d_path")
     @classmethod

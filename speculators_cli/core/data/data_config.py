@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from speculators_cli.core.errors import DataError
-from speculators_cli.core.files import replacing
+from speculators_cli.core.files import replacing, write_json
 
 FILE_NAME = "data_config.json"
 OUR_CONVENTION = "vllm"  # id k is the output after k decoder layers
@@ -79,7 +79,7 @@ def write_data_config(
         "format": {"data_format_version": 1},
     }
     with replacing(folder / FILE_NAME) as temporary:
-        temporary.write_text(json.dumps(content, indent=2) + "\n", "utf-8")
+        write_json(content, temporary)
 
 
 def default_layer_ids(num_verifier_layers: int) -> tuple[int, ...]:

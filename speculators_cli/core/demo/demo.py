@@ -21,7 +21,7 @@ from speculators_cli.core.data.token_counts import TokenCounts
 from speculators_cli.core.data.vocab_map import VocabMap
 from speculators_cli.core.errors import SettingsError, SpeculatorsError
 from speculators_cli.core.evaluation.draft_and_verify import Answer, EvaluationReport, evaluate
-from speculators_cli.core.files import check_output_dir, replacing
+from speculators_cli.core.files import check_output_dir, replacing, write_json
 from speculators_cli.core.models.draft_config import Given
 from speculators_cli.core.models.draft_source import read_draft
 from speculators_cli.core.models.drafter import Drafter
@@ -189,7 +189,7 @@ def is_own(output_dir: Path) -> bool:
 def write_result(output_dir: Path, result: dict[str, Any]) -> None:
     """Write the figures of a demo, so far empty or complete."""
     with replacing(output_dir / RESULT_NAME) as temporary:
-        temporary.write_text(json.dumps(MADE_BY | result, indent=2) + "\n", "utf-8")
+        write_json(MADE_BY | result, temporary)
 
 
 def read_prompts() -> list[str]:

@@ -1,6 +1,5 @@
 """export(settings): a trained draft as a folder that a serving engine reads, checked and whole."""
 
-import json
 import shlex
 import shutil
 from collections.abc import Mapping
@@ -16,14 +15,19 @@ from torch import Tensor
 
 from speculators_cli.core.errors import ExportError, MachineError, SettingsError, SpeculatorsError
 from speculators_cli.core.export.model_card import build_card, build_provenance
-from speculators_cli.core.export.targets import TARGETS, Target
+from speculators_cli.core.export.targets import TARGETS, Target, vllm_command
 from speculators_cli.core.export.verification import (
     Verification,
     find_broken_values,
     has_untrained_gains,
     verify,
 )
-from speculators_cli.core.files import check_output_dir, replacing_folder
+from speculators_cli.core.files import (
+    check_free_space,
+    check_output_dir,
+    replacing_folder,
+    write_json,
+)
 from speculators_cli.core.models.config import Eagle3Config
 from speculators_cli.core.models.draft_config import Given
 from speculators_cli.core.models.draft_source import EMBEDDING, DraftSource, read_draft
@@ -303,13 +307,12 @@ def write_weights(
     folder = config_file.parent
     renamed = {target.rename(name): x.contiguous() for name, x in tensors.items()}
     needed = sum(x.nbytes for x in renamed.values())
-    free = shutil.disk_usage(folder).free
-    if free < needed + 2**20:
-        raise MachineError(
-            f"`{folder.parent}` has {free / 2**30:.2f} GiB free, the export takes "
-            f"{needed / 2**30:.2f} GiB",
-            hint="Make room on the disk, or choose another `--output-dir`",
-        )
+    check_free_space(
+        folder.parent,
+        needed,
+        what="the export",
+        hint="Make room on the disk, or choose another `--output-dir`",
+    )
     plan = split_torch_state_dict_into_shards(renamed, max_shard_size=max_shard_size)
     for file, names in plan.filename_to_tensors.items():
         save_file({name: renamed[name] for name in names}, folder / file, {"format": "pt"})
@@ -320,11 +323,6 @@ def write_weights(
     return needed
 
 
-def write_json(content: Mapping[str, Any], file: Path) -> None:
-    """Write a file of JSON."""
-    file.write_text(json.dumps(content, indent=2) + "\n", "utf-8")
-
-
 def serve_command(served: Eagle3Config, output_dir: Path, target: str) -> str | None:
     """The command that serves the verifier with this draft."""
     verifier = served.verifier_name_or_path
@@ -332,13 +330,7 @@ def serve_command(served: Eagle3Config, output_dir: Path, target: str) -> str | 
         return None
     if target == "vllm" and not Path(verifier).exists():
         return f"vllm serve {shlex.quote(str(output_dir))}"
-    options = {
-        "method": "eagle3",
-        "model": str(output_dir),
-        "num_speculative_tokens": served.ttt_steps,
-    }
-    line = shlex.quote(json.dumps(options))
-    return f"vllm serve {shlex.quote(verifier)} --speculative-config {line}"
+    return vllm_command(verifier, str(output_dir), served.ttt_steps)
 
 
 def push(folder: Path, repo_id: str) -> None:

@@ -7,9 +7,10 @@ from typing import Any
 from huggingface_hub import ModelCard, ModelCardData
 
 from speculators_cli import __version__
-from speculators_cli.core.models.checkpoint import WEIGHTS_NAME
+from speculators_cli.core.export.targets import vllm_command
 from speculators_cli.core.models.config import PRODUCER, Eagle3Config
 from speculators_cli.core.models.draft_source import DraftSource
+from speculators_cli.core.models.repo_files import WEIGHTS_NAME
 from speculators_cli.settings.export import ExportSettings
 
 # Settings worth a line in the card: section, name, words.
@@ -86,10 +87,7 @@ def _how_to_serve(command: str | None, served: Eagle3Config, *, is_on_hub: bool)
             "folder."
         )
     if not is_on_hub:
-        command = (
-            'vllm serve VERIFIER --speculative-config \'{"method": "eagle3", "model": '
-            f'"THIS_FOLDER", "num_speculative_tokens": {served.ttt_steps}}}\''
-        )
+        command = vllm_command("VERIFIER", "THIS_FOLDER", served.ttt_steps)
     return f"```text\n{command}\n```"
 
 

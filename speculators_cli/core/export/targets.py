@@ -1,5 +1,7 @@
 """Targets: how each serving engine wants a draft written, and which drafts it cannot run."""
 
+import json
+import shlex
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -46,15 +48,15 @@ def _plain_obstacles(config: Eagle3Config) -> list[str]:
 
 
 def _plain_config(config: Eagle3Config, dtype: str) -> dict[str, Any]:
-    layers = config.to_json()["transformer_layer_config"]
+    whole = config.to_json()
     content = {
         "architectures": ["LlamaForCausalLMEagle3"],
-        **layers,
+        **whole["transformer_layer_config"],
         "draft_vocab_size": config.draft_vocab_size,
         "eagle_aux_hidden_state_layer_ids": list(config.target_layer_ids),
         "norm_before_residual": False,
         "dtype": dtype,
-        "producer": config.to_json()["producer"],
+        "producer": whole["producer"],
     }
     if config.target_hidden_size != config.hidden_size:
         content["target_hidden_size"] = config.target_hidden_size
@@ -75,6 +77,13 @@ def _sglang_obstacles(config: Eagle3Config) -> list[str]:
     if 0 in config.target_layer_ids:
         found.append("it reads the verifier's embedding output, which the engine cannot give it")
     return found
+
+
+def vllm_command(verifier: str, draft: str, num_tokens: int) -> str:
+    """The command that serves a verifier with a draft, wherever the two lie."""
+    options = {"method": "eagle3", "model": draft, "num_speculative_tokens": num_tokens}
+    line = shlex.quote(json.dumps(options))
+    return f"vllm serve {shlex.quote(verifier)} --speculative-config {line}"
 
 
 def _keep(name: str) -> str:

@@ -13,9 +13,8 @@ from torch import Tensor
 
 from speculators_cli.core.errors import CheckpointError
 from speculators_cli.core.models.config import PRODUCER
+from speculators_cli.core.models.repo_files import CONFIG_NAME, WEIGHTS_NAME
 
-CONFIG_NAME = "config.json"
-WEIGHTS_NAME = "model.safetensors"
 BEST_LINK = "checkpoint_best"
 TRAINER_DIR = "trainer"
 STATE_NAME = f"{TRAINER_DIR}/state.json"

@@ -16,22 +16,21 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from speculators_cli.core.errors import CheckpointError, MachineError
-from speculators_cli.core.files import TEMPORARY, replacing
+from speculators_cli.core.files import TEMPORARY, check_free_space, replacing, sync, write_json
 from speculators_cli.core.models.checkpoint import (
     BEST_LINK,
-    CONFIG_NAME,
     MANIFEST_NAME,
     MOMENTS_NAME,
     SCHEMA_VERSION,
     STATE_NAME,
     TRAINER_DIR,
-    WEIGHTS_NAME,
     Checkpoint,
     find_checkpoints,
     hash_file,
     is_ours,
     read_checkpoint,
 )
+from speculators_cli.core.models.repo_files import CONFIG_NAME, WEIGHTS_NAME
 
 REPLACED = ".replaced-"  # an old checkpoint whose name a new one takes
 
@@ -133,20 +132,25 @@ class RunFolder:
         Raises:
             MachineError: The disk is full or fails; what was there before is intact.
         """
-        _check_space(self.save_path, [*tensors.values(), *trainer_tensors.values()])
+        check_free_space(
+            self.save_path,
+            sum(tensor.nbytes for tensor in (*tensors.values(), *trainer_tensors.values())),
+            what="a checkpoint",
+            hint="Make room on the disk, then run the same command again to go on",
+        )
         temporary = self.save_path / f"{TEMPORARY}{name}"
         folder = self.save_path / name
         try:
             (temporary / TRAINER_DIR).mkdir(parents=True)
             save_file(_contiguous(tensors), temporary / WEIGHTS_NAME, {"format": "pt"})
             save_file(_contiguous(trainer_tensors), temporary / MOMENTS_NAME)
-            _write_json(config, temporary / CONFIG_NAME)
-            _write_json(asdict(state), temporary / STATE_NAME)
+            write_json(config, temporary / CONFIG_NAME)
+            write_json(asdict(state), temporary / STATE_NAME)
             _seal(temporary)
             if folder.exists():
                 folder.rename(self.save_path / f"{REPLACED}{name}")
             temporary.rename(folder)
-            _sync(self.save_path)
+            sync(self.save_path)
         except OSError as error:
             shutil.rmtree(temporary, ignore_errors=True)
             raise MachineError(
@@ -184,7 +188,7 @@ class RunFolder:
     def write_result(self, result: Mapping[str, Any]) -> None:
         """Write how the run ended: torchrun hides the exit code."""
         with replacing(self.save_path / "result.json") as temporary:
-            temporary.write_text(json.dumps(result, indent=2) + "\n", "utf-8")
+            write_json(result, temporary)
 
 
 class _Lock:
@@ -251,22 +255,11 @@ def _clean(save_path: Path) -> None:
             leftover.unlink()
 
 
-def _check_space(save_path: Path, tensors: list[Tensor]) -> None:
-    needed = sum(tensor.nbytes for tensor in tensors)
-    free = shutil.disk_usage(save_path).free
-    if free < needed + 2**20:
-        raise MachineError(
-            f"`{save_path}` has {free / 2**30:.2f} GiB free, a checkpoint takes "
-            f"{needed / 2**30:.2f} GiB",
-            hint="Make room on the disk, then run the same command again to go on",
-        )
-
-
 def _seal(folder: Path) -> None:
     """Flush every file, then write the manifest that makes the folder a checkpoint."""
     names = (CONFIG_NAME, WEIGHTS_NAME, STATE_NAME, MOMENTS_NAME)
     for name in names:
-        _sync(folder / name)
+        sync(folder / name)
     files = {
         name: {
             "num_bytes": (folder / name).stat().st_size,
@@ -274,21 +267,9 @@ def _seal(folder: Path) -> None:
         }
         for name in names
     }
-    _write_json({"schema_version": SCHEMA_VERSION, "files": files}, folder / MANIFEST_NAME)
+    write_json({"schema_version": SCHEMA_VERSION, "files": files}, folder / MANIFEST_NAME)
     for path in (folder / MANIFEST_NAME, folder / TRAINER_DIR, folder):
-        _sync(path)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _write_json(content: Mapping[str, Any], file: Path) -> None:
-    file.write_text(json.dumps(content, indent=2) + "\n", "utf-8")
+        sync(path)
 
 
 def _contiguous(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
