@@ -150,3 +150,15 @@ def write_vocab_map(folder: Path) -> None:
     t2d[kept] = True
     np.save(folder / "d2t.npy", kept - np.arange(len(kept)))
     np.save(folder / "t2d.npy", t2d)
+
+
+def write_as_specforge(data_dir: Path, folder: Path) -> Path:
+    """The v1 samples of a folder as SpecForge's, their last states taken for normed ones."""
+    folder.mkdir()
+    for file in data_dir.glob("*.pt"):
+        sample = torch.load(file, weights_only=True)
+        *aux, last = sample.pop("hidden_states")
+        joined = torch.cat(aux, dim=-1)
+        content = sample | {"aux_hidden_state": joined[None], "hidden_state": last[None]}
+        torch.save(content, folder / f"{file.stem}.ckpt")
+    return folder

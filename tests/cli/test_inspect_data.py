@@ -13,7 +13,7 @@ import torch
 from speculators_cli.cli.app import run
 from speculators_cli.core.demo.demo import VERIFIER_DIR, read_prompts
 from tests.cli.golden import assert_golden
-from tests.tiny import VOCAB, TinyInputs
+from tests.tiny import VOCAB, TinyInputs, write_as_specforge
 
 Capture = pytest.CaptureFixture[str]
 Content = dict[str, Any]
@@ -323,13 +323,7 @@ def test_the_report_is_the_golden_one(data_dir: Path, capsys: Capture) -> None:
 
 
 def test_a_folder_of_specforges_is_recognised(tiny: TinyInputs, capsys: Capture) -> None:
-    folder = tiny.folder / "specforge"
-    folder.mkdir()
-    for file in tiny.data_dir.glob("*.pt"):
-        sample = torch.load(file, weights_only=True)
-        *aux, last = sample.pop("hidden_states")
-        sample |= {"aux_hidden_state": torch.cat(aux, -1)[None], "hidden_state": last[None]}
-        torch.save(sample, folder / f"{file.stem}.ckpt")
+    folder = write_as_specforge(tiny.data_dir, tiny.folder / "specforge")
 
     code, report = report_of(capsys, folder)
 

@@ -13,7 +13,7 @@ import torch
 
 from speculators_cli.cli.app import run
 from speculators_cli.core.data.formats import FORMATS, v1
-from tests.tiny import TinyInputs
+from tests.tiny import TinyInputs, write_as_specforge
 
 Capture = pytest.CaptureFixture[str]
 
@@ -326,16 +326,14 @@ def test_more_ranks_than_packed_sequences_are_refused(tiny: TinyInputs) -> None:
 
 def write_twins(tiny: TinyInputs) -> tuple[Path, Path]:
     """The tiny samples as v0 and as SpecForge's; what is before the final norm counts as after."""
-    v0, specforge = tiny.folder / "v0", tiny.folder / "specforge"
+    v0 = tiny.folder / "v0"
     v0.mkdir()
-    specforge.mkdir()
     for file in tiny.data_dir.glob("*.pt"):
         sample = torch.load(file, weights_only=True)
         *aux, last = sample.pop("hidden_states")
         joined = torch.cat(aux, dim=-1)
         torch.save(sample | {"hidden_state": joined, "target": last}, v0 / f"{file.stem}.ckpt")
-        content = sample | {"aux_hidden_state": joined[None], "hidden_state": last[None]}
-        torch.save(content, specforge / f"{file.stem}.ckpt")
+    specforge = write_as_specforge(tiny.data_dir, tiny.folder / "specforge")
     return v0, specforge
 
 

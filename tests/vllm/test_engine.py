@@ -19,7 +19,6 @@ from safetensors.torch import load_file
 
 from speculators_cli.cli.app import run
 from speculators_cli.core.capture.capture import capture
-from speculators_cli.core.data.vocab_map import VocabMap
 from speculators_cli.core.demo.demo import VERIFIER_DIR, read_prompts
 from speculators_cli.core.evaluation.draft_and_verify import Answer, draft_and_verify
 from speculators_cli.core.models.draft_config import Given
@@ -30,6 +29,7 @@ from speculators_cli.core.models.verifier import load_frozen_verifier, read_veri
 from speculators_cli.core.models.verifier_files import VerifierFiles
 from speculators_cli.core.models.verifier_model import VerifierModel
 from speculators_cli.core.progress import SilentProgress
+from tests.embedded import write_vocab_map
 
 pytestmark = pytest.mark.vllm
 
@@ -137,10 +137,7 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Inputs:
     folder = tmp_path_factory.mktemp("vllm")
     verifier = VerifierModel(str(VERIFIER_DIR), LAYER_IDS, dtype=torch.float32)
     prompts = [verifier.encode(text) for text in read_prompts()[:60]]
-    kept = np.sort(np.random.default_rng(0).permutation(2048)[:1500])
-    counts = np.zeros(2048, np.int64)
-    counts[kept] = 1
-    VocabMap.choose(counts, 1500).save(folder / "d2t.npy", folder / "t2d.npy")
+    write_vocab_map(folder)
     capture(
         verifier,
         prompts,

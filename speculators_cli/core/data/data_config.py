@@ -88,6 +88,14 @@ def default_layer_ids(num_verifier_layers: int) -> tuple[int, ...]:
     return (2, n // 2, n - 3)
 
 
+def guess_num_layers(configs: Sequence[DataConfig]) -> int | None:
+    """Layers of a verifier that is not at hand; None where nothing is said of any layer.
+
+    A file of version 2.0 ends its ids with the verifier's last layer.
+    """
+    return max((max(c.layer_ids) + 1 for c in configs if c.layer_ids), default=None)
+
+
 def resolve_layer_ids(
     configs: Sequence[DataConfig],
     *,

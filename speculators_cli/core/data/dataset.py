@@ -222,6 +222,12 @@ def read_dataset(
     return dataset
 
 
+def spread_evenly(num_items: int, most: int) -> list[int]:
+    """Indices of `most` items or all of them, evenly spread; always the same ones."""
+    indices: list[int] = np.linspace(0, num_items - 1, min(most, num_items)).astype(int).tolist()
+    return indices
+
+
 def choose_format(found: Sequence[tuple[str, Path]], data_format: str, version: int) -> str:
     """The format that files are read as: the one asked for, else by what they are.
 

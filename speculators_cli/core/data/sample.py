@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,6 +31,29 @@ class SampleTokens:
     header: SampleHeader
     input_ids: NDArray[np.int64]  # [seq_len]
     loss_mask: NDArray[np.bool_]  # [seq_len]
+
+    @classmethod
+    def with_header(
+        cls,
+        input_ids: NDArray[np.int64],  # [seq_len]
+        loss_mask: NDArray[np.bool_],  # [seq_len]
+        *,
+        hidden_size: int,
+        num_aux_layers: int,
+        dtype: dtype,
+        is_normed: bool,
+    ) -> Self:
+        """Ids and mask with the header that follows from them."""
+        header = SampleHeader(
+            num_tokens=len(input_ids),
+            num_supervised_tokens=int(loss_mask[1:].sum()),
+            hidden_size=hidden_size,
+            num_aux_layers=num_aux_layers,
+            dtype=dtype,
+            is_normed=is_normed,
+            max_token_id=int(input_ids.max()) if len(input_ids) else -1,
+        )
+        return cls(header, input_ids, loss_mask)
 
 
 @dataclass(frozen=True)

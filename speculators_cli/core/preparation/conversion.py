@@ -15,7 +15,12 @@ from torch import Tensor
 
 from speculators_cli.core.data import data_config
 from speculators_cli.core.data.convert import convert_file, is_converted, is_same
-from speculators_cli.core.data.data_config import LayerIds, read_data_config, resolve_layer_ids
+from speculators_cli.core.data.data_config import (
+    LayerIds,
+    guess_num_layers,
+    read_data_config,
+    resolve_layer_ids,
+)
 from speculators_cli.core.data.dataset import find_files, is_sample_name
 from speculators_cli.core.data.formats import FORMATS
 from speculators_cli.core.data.sample import BadSampleError, Problem
@@ -195,15 +200,11 @@ def find_layer_ids(
     configs = [read_data_config(f) for f in found if f.name == data_config.FILE_NAME]
     num_aux_layers = FORMATS["v0"].read_tokens(jobs[0].source).header.num_aux_layers
     if settings.verifier.verifier_name_or_path is not None:
-        num_layers = read_verifier(settings)[1].num_layers
-    elif given is not None:
-        num_layers = max(given)
+        num_layers: int | None = read_verifier(settings)[1].num_layers
     else:
-        # A file of version 2.0 ends its ids with the verifier's last layer.
-        said = [config for config in configs if config.layer_ids]
-        if not said:
-            return None
-        num_layers = max(max(config.layer_ids or ()) for config in said) + 1
+        num_layers = max(given) if given is not None else guess_num_layers(configs)
+    if num_layers is None:
+        return None
     return resolve_layer_ids(
         configs,
         num_verifier_layers=num_layers,

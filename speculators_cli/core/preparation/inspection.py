@@ -16,10 +16,11 @@ from numpy.typing import NDArray
 from speculators_cli.core.data.data_config import (
     FILE_NAME,
     DataConfig,
+    guess_num_layers,
     read_data_config,
     resolve_layer_ids,
 )
-from speculators_cli.core.data.dataset import find_files, is_sample_name
+from speculators_cli.core.data.dataset import find_files, is_sample_name, spread_evenly
 from speculators_cli.core.data.formats import FORMATS
 from speculators_cli.core.data.formats.detect import detect
 from speculators_cli.core.data.packing import plan_epoch
@@ -181,8 +182,7 @@ def check_tokens(scans: Sequence[Scan]) -> Iterator[Problem]:
 def draw(scans: Sequence[Scan], num_samples: int) -> list[Scan]:
     """Some of the samples that have tokens, evenly spread; always the same ones."""
     usable = [s for s in scans if s.header.num_tokens > 1]
-    chosen = np.linspace(0, len(usable) - 1, min(num_samples, len(usable))).astype(int)
-    return [usable[i] for i in chosen.tolist()]
+    return [usable[i] for i in spread_evenly(len(usable), num_samples)]
 
 
 def drawn_samples(scans: Sequence[Scan]) -> list[Callable[[], Sample]]:
@@ -241,15 +241,13 @@ def check_layer_ids(
     verifier: VerifierConfig | None,
 ) -> list[Problem]:
     """What `data_config.json` says of the layers, where it contradicts samples or verifier."""
-    said = [config.layer_ids for config in configs if config.layer_ids]
-    if not said:
+    num_layers = guess_num_layers(configs)
+    if num_layers is None:
         return []
-    # Without the verifier, the last layer that is named stands for its last.
-    num_layers = verifier.num_layers if verifier else max(max(ids) for ids in said) + 1
     try:
         resolve_layer_ids(
             configs,
-            num_verifier_layers=num_layers,
+            num_verifier_layers=verifier.num_layers if verifier else num_layers,
             num_aux_layers=usual.header.num_aux_layers,
             data_format=usual.format,
             given=None,

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from speculators_cli.core.data.dataset import Dataset
+from speculators_cli.core.data.dataset import Dataset, spread_evenly
 from speculators_cli.core.data.sample import Sample
 from speculators_cli.core.errors import DataError
 from speculators_cli.core.models.agreement import measure_agreement
@@ -48,6 +48,5 @@ def check_samples(
 def _read_some(samples: Dataset) -> Iterator[Sample]:
     """Some samples that have tokens to predict, evenly spread, one at a time in memory."""
     usable = np.flatnonzero(samples.lengths)
-    chosen = np.linspace(0, len(usable) - 1, min(NUM_SAMPLES, len(usable))).astype(int)
-    for sample_id in usable[chosen].tolist():
-        yield samples.read(sample_id)
+    for i in spread_evenly(len(usable), NUM_SAMPLES):
+        yield samples.read(int(usable[i]))

@@ -3,12 +3,10 @@
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 
 from speculators_cli.core.capture.capture import capture
-from speculators_cli.core.data.vocab_map import VocabMap
 from speculators_cli.core.demo.demo import VERIFIER_DIR, read_prompts
 from speculators_cli.core.evaluation.draft_and_verify import evaluate
 from speculators_cli.core.models.draft_config import Given
@@ -22,6 +20,7 @@ from speculators_cli.core.progress import SilentProgress
 from speculators_cli.core.training.run import train
 from speculators_cli.settings.train import TrainSettings
 from tests.cache_free import CacheFreeDraft, draft_and_verify, load_verifier
+from tests.embedded import write_vocab_map
 
 MAX_NEW_TOKENS = 24
 VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
@@ -49,10 +48,7 @@ def data_dir(
     verifier: VerifierModel, prompts: list[list[int]], tmp_path_factory: pytest.TempPathFactory
 ) -> Path:
     folder = tmp_path_factory.mktemp("captured")
-    kept = np.sort(np.random.default_rng(0).permutation(2048)[:1500])
-    counts = np.zeros(2048, np.int64)
-    counts[kept] = 1
-    VocabMap.choose(counts, 1500).save(folder / "d2t.npy", folder / "t2d.npy")
+    write_vocab_map(folder)
     capture(
         verifier,
         prompts,

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from speculators_cli.core.data.formats.archive import Archive
 from speculators_cli.core.data.formats.structure import TensorSpec
-from speculators_cli.core.data.sample import BadSampleError, Sample, SampleHeader, SampleTokens
+from speculators_cli.core.data.sample import BadSampleError, Sample, SampleTokens
 from speculators_cli.core.files import replacing
 
 HIDDEN_STATE_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
@@ -97,16 +97,14 @@ class SampleFormat:
             layout = self._read_layout(archive)
             input_ids, loss_mask = _read_tokens(archive, layout)
             is_normed = _read_flag(archive, layout.is_normed)
-        header = SampleHeader(
-            num_tokens=len(input_ids),
-            num_supervised_tokens=int(loss_mask[1:].sum()),
+        return SampleTokens.with_header(
+            input_ids,
+            loss_mask,
             hidden_size=layout.hidden_states[-1].shape[1],
             num_aux_layers=len(layout.hidden_states) - 1,
             dtype=layout.hidden_states[-1].dtype,
             is_normed=is_normed,
-            max_token_id=int(input_ids.max()) if len(input_ids) else -1,
         )
-        return SampleTokens(header, input_ids, loss_mask)
 
     def write_sample(self, sample: Sample, file: Path) -> None:
         """Write a sample, so that the file is absent, as it was, or whole."""

@@ -6,6 +6,8 @@ hidden states are from before the verifier's final norm.
 
 import json
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -16,7 +18,7 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from speculators_cli.core.data.sample import BadSampleError, Sample, SampleHeader, SampleTokens
+from speculators_cli.core.data.sample import BadSampleError, Sample, SampleTokens
 from speculators_cli.core.errors import MachineError
 
 STATES, SCALES, TOKENS = "hidden_states", "hidden_states_scales", "token_ids"
@@ -44,8 +46,8 @@ class SpeculatorsFormat:
             MachineError: pyarrow is not installed.
             OSError: It cannot be opened.
         """
-        tokens = self.read_tokens(file)
-        with safe_open(file, framework="pt") as tensors:
+        with _open(file) as tensors:
+            tokens = _read_tokens(file, tensors)
             states: Tensor = tensors.get_tensor(STATES)  # [seq_len, layers, hidden]
             if states.dtype == torch.float8_e4m3fn:
                 # One float32 scale a token; the product is rounded once.
@@ -67,27 +69,34 @@ class SpeculatorsFormat:
             MachineError: pyarrow is not installed.
             OSError: It cannot be opened.
         """
-        try:
-            with safe_open(file, framework="pt") as tensors:
-                shape, dtype = _read_shape(tensors)
-                token_ids = tensors.get_tensor(TOKENS).numpy().astype(np.int64)
-        except SafetensorError as error:
-            raise BadSampleError(f"is no safetensors file: {error}") from None
-        if token_ids.shape != (shape[0],):
-            raise BadSampleError(f"has {token_ids.size:,} token ids but {shape[0]:,} hidden states")
-        if len(token_ids) and token_ids.min() < 0:
-            raise BadSampleError(f"has negative ids in `{TOKENS}`")
-        loss_mask = _read_mask(file, token_ids)
-        header = SampleHeader(
-            num_tokens=len(token_ids),
-            num_supervised_tokens=int(loss_mask[1:].sum()),
-            hidden_size=shape[2],
-            num_aux_layers=shape[1] - 1,
-            dtype=dtype,
-            is_normed=False,
-            max_token_id=int(token_ids.max()) if len(token_ids) else -1,
-        )
-        return SampleTokens(header, token_ids, loss_mask)
+        with _open(file) as tensors:
+            return _read_tokens(file, tensors)
+
+
+@contextmanager
+def _open(file: Path) -> Iterator[Any]:
+    try:
+        with safe_open(file, framework="pt") as tensors:
+            yield tensors
+    except SafetensorError as error:
+        raise BadSampleError(f"is no safetensors file: {error}") from None
+
+
+def _read_tokens(file: Path, tensors: Any) -> SampleTokens:
+    shape, dtype = _read_shape(tensors)
+    token_ids = tensors.get_tensor(TOKENS).numpy().astype(np.int64)
+    if token_ids.shape != (shape[0],):
+        raise BadSampleError(f"has {token_ids.size:,} token ids but {shape[0]:,} hidden states")
+    if len(token_ids) and token_ids.min() < 0:
+        raise BadSampleError(f"has negative ids in `{TOKENS}`")
+    return SampleTokens.with_header(
+        token_ids,
+        _read_mask(file, token_ids),
+        hidden_size=shape[2],
+        num_aux_layers=shape[1] - 1,
+        dtype=dtype,
+        is_normed=False,
+    )
 
 
 def _read_shape(tensors: Any) -> tuple[tuple[int, ...], torch.dtype]:
