@@ -1,10 +1,16 @@
 """A tiny run, ready to train; a terminal that writes no escape codes."""
 
+import os
 from pathlib import Path
 
 import pytest
+import torch
 
-from tests.tiny import TinyInputs, write_inputs
+# Without a GPU, Triton's interpreter runs the kernels; it is asked for before they are imported.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+from tests.tiny import TinyInputs, write_inputs  # noqa: E402
 
 
 @pytest.fixture(scope="session")

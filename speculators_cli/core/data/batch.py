@@ -30,6 +30,7 @@ class Batch:
     loss_mask: Tensor  # [seq_len], bool
     document_ids: Tensor  # [seq_len], int64: from 0 in order, -1 is padding
     position_ids: Tensor  # [seq_len], int64: from 1 in each document, 0 is padding
+    host_mask: Tensor  # [seq_len], bool: the loss mask as read, and on the CPU wherever the rest is
     lengths: tuple[int, ...]  # tokens of each document, in order
     sample_ids: tuple[int, ...]  # the sample of each document: its index in the dataset
 
@@ -104,6 +105,7 @@ def collate(
         loss_mask=loss_mask,
         document_ids=document_ids,
         position_ids=position_ids,
+        host_mask=loss_mask,
         lengths=tuple(lengths),
         sample_ids=tuple(sample_ids),
     )

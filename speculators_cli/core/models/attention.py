@@ -5,6 +5,7 @@ the keys of steps 1..k at position i alone (EAGLE-3, arXiv 2503.01840, section 3
 """
 
 from collections.abc import Sequence
+from importlib.util import find_spec
 from itertools import accumulate, pairwise
 from typing import Protocol
 
@@ -12,7 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from speculators_cli.core.models.flash import FlashJointAttention, can_use_flash
+from speculators_cli.core.models.fast.causal_attention import can_use_flash
+from speculators_cli.core.models.fast.spans import Spans
 
 
 class AttentionMemory(Protocol):
@@ -39,6 +41,7 @@ class TTTMemory:
         self.lengths = tuple(lengths)
         self.keys: list[Tensor] = []
         self.values: list[Tensor] = []
+        self.spans: Spans | None = None
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """Attend as the next TTT step; [seq_len, heads, head_dim]."""
@@ -46,9 +49,13 @@ class TTTMemory:
         self.values.append(value)
         padding = query.shape[0] - sum(self.lengths)
         bounds = tuple(accumulate((*self.lengths, padding) if padding else self.lengths, initial=0))
-        attend = FlashJointAttention.apply if can_use_flash(query) else plain_attention
-        out: Tensor = attend(query, bounds, *self.keys, *self.values)
-        return out
+        if not (can_use_flash(query) and find_spec("triton")):
+            return plain_attention(query, bounds, *self.keys, *self.values)
+        from speculators_cli.core.models.fast.joint_attention import joint_attention
+
+        if self.spans is None:
+            self.spans = Spans.of_documents(bounds, query.device)
+        return joint_attention(query, self.keys, self.values, self.spans)
 
 
 class CausalMemory:

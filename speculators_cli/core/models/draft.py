@@ -23,8 +23,12 @@ class DraftModel(nn.Module, ABC):
         """Positions each TTT step will score, known from masks alone; [steps], int64."""
 
     @abstractmethod
-    def forward(self, batch: Batch) -> StepSums:
-        """Run all TTT steps over a batch that is on the device, in the compute dtype."""
+    def forward(self, batch: Batch, weights: Tensor | None = None) -> StepSums:
+        """Run all TTT steps over a batch that is on the device, in the compute dtype.
+
+        `weights`, [steps], float32, is what a scored position of each step weighs in the loss,
+        by default 1. A backward begins at the loss itself, not at a multiple of it.
+        """
 
     @abstractmethod
     def checkpoint_config(self) -> dict[str, Any]:

@@ -66,6 +66,7 @@ class Eagle3Draft(DraftModel):
         loss: Distance of each position, from `LOSSES`.
         loss_decay: Loss weight of a TTT step over the one before.
         train_head: Whether the lm_head is trained.
+        use_fast_kernels: Whether a step computes only what reaches the loss, with kernels of a GPU.
     """
 
     def __init__(
@@ -77,8 +78,11 @@ class Eagle3Draft(DraftModel):
         loss: Loss,
         loss_decay: float,
         train_head: bool,
+        use_fast_kernels: bool = False,
     ) -> None:
         super().__init__()
+        assert loss is kl_loss or not use_fast_kernels, "the fast kernels know one loss"
+        self.use_fast_kernels = use_fast_kernels
         self.config = config
         self.verifier = verifier
         self.vocab_map = vocab_map
@@ -127,8 +131,15 @@ class Eagle3Draft(DraftModel):
     def _scored(self, batch: Batch) -> Tensor:
         return scored_positions(batch.loss_mask, batch.document_ids, self.config.ttt_steps)
 
-    def forward(self, batch: Batch) -> StepSums:
+    def forward(self, batch: Batch, weights: Tensor | None = None) -> StepSums:
         """Unroll the draft on its own hidden states, with the true tokens as input."""
+        if self.use_fast_kernels:
+            # Triton is there where a GPU is.
+            from speculators_cli.core.models.fast.unroll import unroll
+
+            if weights is None:
+                weights = torch.ones(self.config.ttt_steps, device=self.fc.weight.device)
+            return unroll(self, batch, weights)
         log_probs, tokens = self.targets(batch)
         hidden = self.fuse(batch.aux_hidden_states)
         memories = [TTTMemory(batch.lengths) for _ in self.layers]
@@ -141,7 +152,7 @@ class Eagle3Draft(DraftModel):
             losses.append(self.loss(logits, shifted(log_probs, step)))
             agreed.append(self.kept_ids[logits.detach().argmax(-1)] == shifted(tokens, step))
             hidden = normed if self.config.norm_output else hidden
-        return sum_steps(torch.stack(losses), torch.stack(agreed), self._scored(batch))
+        return sum_steps(torch.stack(losses), torch.stack(agreed), self._scored(batch), weights)
 
     @torch.no_grad()
     def targets(self, batch: Batch) -> tuple[Tensor, Tensor]:
@@ -164,14 +175,21 @@ class Eagle3Draft(DraftModel):
         aux_hidden_states: Tensor,  # [seq_len, aux*hidden]
     ) -> Tensor:
         """Bring the verifier's aux hidden states to the draft's width; [seq_len, hidden]."""
+        fused: Tensor = self.fc(self.normed_aux(aux_hidden_states))
+        return fused
+
+    def normed_aux(
+        self,
+        aux_hidden_states: Tensor,  # [seq_len, aux*hidden]
+    ) -> Tensor:
+        """Aux hidden states after the norms before `fc`, if there are any."""
         if self.input_norm is not None:
             aux_hidden_states = self.input_norm(aux_hidden_states)
         if self.fc_norm is not None:
             parts = aux_hidden_states.chunk(self.config.num_aux_layers, dim=-1)
             normed = [norm(part) for norm, part in zip(self.fc_norm, parts, strict=True)]
             aux_hidden_states = torch.cat(normed, dim=-1)
-        fused: Tensor = self.fc(aux_hidden_states)
-        return fused
+        return aux_hidden_states
 
     def embed(self, tokens: Tensor, dtype: torch.dtype) -> Tensor:
         """The verifier's embedding of verifier ids [seq_len]; [seq_len, hidden]."""

@@ -35,14 +35,15 @@ def scored_positions(
 
 
 class StepSums(NamedTuple):
-    """What each TTT step adds up over its positions; every tensor is [steps].
+    """What each TTT step adds up over its positions; every tensor but the loss is [steps].
 
     A chain is a position whose targets 0..k are all supervised and in the document. A named tuple,
     since FSDP2 must find the loss in what a draft returns: in torch 2.11 it does not look into
     dataclasses, and leaves gradients unreduced without a word.
     """
 
-    losses: Tensor  # float32, in nats; carries the gradient while training
+    loss: Tensor  # float32 scalar: what is trained on; carries the gradient
+    losses: Tensor  # float32, in nats, without weights
     num_scored: Tensor  # positions of the loss
     num_agreed: Tensor  # of these, the draft's token is the verifier's
     num_chains: Tensor
@@ -50,22 +51,25 @@ class StepSums(NamedTuple):
     num_agreed_chains: Tensor  # chains whose steps 0..k all agreed
 
     def stacked(self) -> Tensor:
-        """All sums as one tensor without gradient; [6, steps], float64."""
-        return torch.stack([sums.detach().double() for sums in self])
+        """All sums but the loss as one tensor without gradient; [6, steps], float64."""
+        return torch.stack([sums.detach().double() for sums in self[1:]])
 
 
 def sum_steps(
     losses: Tensor,  # [steps, seq_len], float32
     agreed: Tensor,  # [steps, seq_len], bool: the draft's token is the verifier's
     scored: Tensor,  # [steps, seq_len], bool
+    weights: Tensor | None = None,  # [steps]: what a position of each step weighs in the loss
 ) -> StepSums:
     """Add up what the TTT steps found."""
+    losses = losses.masked_fill(~scored, 0.0).sum(-1)
     chains = _all_so_far(scored)
     agreed_chains = _all_so_far(scored & agreed)
     # Step 0 has no step before it: every chain is open.
     before = torch.cat([torch.ones_like(agreed[:1]), agreed_chains[:-1]])
     return StepSums(
-        losses=losses.masked_fill(~scored, 0.0).sum(-1),
+        loss=(losses if weights is None else losses * weights).sum(),
+        losses=losses,
         num_scored=scored.sum(-1),
         num_agreed=(scored & agreed).sum(-1),
         num_chains=chains.sum(-1),

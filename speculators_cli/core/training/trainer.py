@@ -72,8 +72,8 @@ class Trainer:
         num_scored = torch.stack([self.draft.count_scored(batch) for batch in ready]).sum(0)
         weights = self.loss_weights / self.ranks.sum(num_scored).clamp(min=1)
         for batch in ready:
-            sums = self.draft(batch)
-            (sums.losses * weights).sum().backward()
+            sums = self.draft(batch, weights)
+            sums.loss.backward()
             self.log.add(sums, batch)
         lr = learning_rate(
             self.state.step,

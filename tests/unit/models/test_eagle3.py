@@ -164,13 +164,15 @@ class Reference:
         return losses, counts
 
 
+@pytest.mark.parametrize("kernels", ["plain", "fast"])
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_losses_and_gradients_equal_the_definition_on_packed_documents(
-    variant: str, make_config: MakeConfig, make_draft: MakeDraft, rng: torch.Generator
+    variant: str, kernels: str, make_config: MakeConfig, make_draft: MakeDraft, rng: torch.Generator
 ) -> None:
     # Traps: a neighbour's targets leak; own tokens fed back; final norm left out; head frozen.
     config = make_config(**VARIANTS[variant])
     draft = filled_draft(config, make_draft, rng)
+    draft.use_fast_kernels = kernels == "fast"
     samples = [make_sample(n, config.num_aux_layers, rng) for n in (9, 2, 13)]
     weights = {
         name: parameter.detach().double().requires_grad_()
@@ -183,8 +185,8 @@ def test_losses_and_gradients_equal_the_definition_on_packed_documents(
     (losses * decays.double() / counts.clamp(min=1)).sum().backward()
 
     batch = pack(*samples)
-    sums = draft(batch)
-    (sums.losses * torch.tensor(draft.loss_weights) / counts.clamp(min=1)).sum().backward()
+    sums = draft(batch, torch.tensor(draft.loss_weights) / counts.clamp(min=1))
+    sums.loss.backward()
 
     assert torch.equal(sums.num_scored, counts)
     assert torch.equal(draft.count_scored(batch), counts)
@@ -217,7 +219,7 @@ def test_the_verifier_gets_no_gradient(
     for tensor in frozen:
         tensor.requires_grad_()
 
-    draft(pack(make_sample(12, 3, rng))).losses.sum().backward()
+    draft(pack(make_sample(12, 3, rng))).loss.backward()
 
     assert all(tensor.grad is None for tensor in frozen)
     names = {name for name, _ in draft.named_parameters()}

@@ -92,6 +92,7 @@ def one_document(inputs: dict[str, Tensor], *, is_normed: bool) -> Batch:
         loss_mask=inputs["loss_mask"],
         document_ids=torch.zeros(length, dtype=torch.int64),
         position_ids=torch.arange(1, length + 1),
+        host_mask=inputs["loss_mask"],
         lengths=(length,),
         sample_ids=(0,),
     )

@@ -23,6 +23,7 @@ def make_batch(num_tokens: int, num_supervised: int, seq_len: int = 10) -> Batch
         "loss_mask": positions < num_supervised,
         "document_ids": torch.where(positions < num_tokens, 0, -1),
         "position_ids": positions,
+        "host_mask": positions < num_supervised,
         "lengths": (num_tokens,),
         "sample_ids": (0,),
     }
@@ -31,7 +32,7 @@ def make_batch(num_tokens: int, num_supervised: int, seq_len: int = 10) -> Batch
 
 def make_sums(losses: list[float], scored: list[int], agreed: list[int]) -> StepSums:
     counts = [torch.tensor(x) for x in (scored, agreed, [4, 2], [4, 2], [2, 1])]
-    return StepSums(torch.tensor(losses), *counts)
+    return StepSums(torch.tensor(sum(losses)), torch.tensor(losses), *counts)
 
 
 def test_a_loss_weighs_every_position_alike() -> None:

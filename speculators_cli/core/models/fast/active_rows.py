@@ -1,0 +1,106 @@
+"""ActiveRows: which positions of a packed sequence can reach a loss, known before the forward.
+
+TTT step k >= 1 reads earlier draft steps at its own position only, so a position none of whose steps
+is scored is needed for its step-0 keys and values and for nothing else. All of this follows from the
+loss mask and the lengths of documents, both on the host, so no step waits for the device.
+"""
+
+from dataclasses import dataclass
+from itertools import accumulate
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from speculators_cli.core.data.batch import Batch
+from speculators_cli.core.models.fast.spans import Spans
+
+Indices = NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class ActiveRows:
+    """Index tensors of one packed sequence, on its device; all int64.
+
+    `rows` are ascending and distinct, and never empty: a sequence without a supervised token keeps
+    one row, which no loss reads.
+    """
+
+    rows: Tensor  # [active]: positions that are scored in some TTT step
+    num_inside: tuple[int, ...]  # for each step k, the first rows with row + k < seq_len
+    shifted_rows: tuple[Tensor, ...]  # for each step k, row + k, at most the last position
+    needed: Tensor  # [needed]: positions that are some row + k, ascending
+    needed_rows: tuple[Tensor, ...]  # for each step k, where row + k is among `needed`
+    targets: Tensor  # [targets]: supervised positions of documents
+    target_rows: Tensor  # [steps, targets]: which active row scores the target in step k, or -1
+    spans: Spans  # what the active rows attend to
+    all_spans: Spans  # what all positions attend to
+
+
+def find_active_rows(batch: Batch, num_steps: int) -> ActiveRows:
+    """Plan one packed sequence; enqueues one small copy to the batch's device."""
+    mask = batch.host_mask.numpy()
+    seq_len, device = len(mask), batch.input_ids.device
+    bounds = _bounds(batch.lengths, seq_len)
+    documents = np.repeat(np.arange(len(bounds) - 1), np.diff(bounds))
+    documents[sum(batch.lengths) :] = -1
+
+    targets = np.flatnonzero(mask & (documents >= 0))
+    positions = targets - np.arange(num_steps)[:, None]  # [steps, targets]
+    inside = positions >= 0
+    inside &= documents[np.maximum(positions, 0)] == documents[targets]
+    is_active = np.zeros(seq_len, dtype=bool)
+    is_active[positions[inside]] = True
+    is_active[0] |= not is_active.any()
+    rows = np.flatnonzero(is_active)
+    target_rows = np.where(inside, _places(rows, seq_len)[np.maximum(positions, 0)], -1)
+
+    shifted = np.minimum(rows + np.arange(num_steps)[:, None], seq_len - 1)  # [steps, active]
+    needed = np.unique(shifted)
+    parts = {
+        "rows": rows,
+        "shifted": shifted,
+        "needed": needed,
+        "needed_rows": _places(needed, seq_len)[shifted],
+        "targets": targets,
+        "target_rows": target_rows,
+    }
+    moved = _move(parts, device)
+    return ActiveRows(
+        rows=moved["rows"],
+        num_inside=tuple(int(np.searchsorted(rows, seq_len - k)) for k in range(num_steps)),
+        shifted_rows=moved["shifted"].unbind(),
+        needed=moved["needed"],
+        needed_rows=moved["needed_rows"].unbind(),
+        targets=moved["targets"],
+        target_rows=moved["target_rows"],
+        spans=Spans.of_rows(bounds, rows, device),
+        all_spans=Spans.of_documents(bounds, device),
+    )
+
+
+def _bounds(lengths: tuple[int, ...], seq_len: int) -> tuple[int, ...]:
+    """Where documents begin, and the end of the last; padding counts as one."""
+    padding = seq_len - sum(lengths)
+    return tuple(accumulate((*lengths, padding) if padding else lengths, initial=0))
+
+
+def _places(rows: Indices, seq_len: int) -> Indices:
+    """Where each position stands in `rows`, or -1."""
+    places = np.full(seq_len, -1)
+    places[rows] = np.arange(len(rows))
+    return places
+
+
+def _move(parts: dict[str, Indices], device: torch.device) -> dict[str, Tensor]:
+    """Bring arrays to the device in one copy that nothing waits for."""
+    flat = torch.from_numpy(np.concatenate([part.ravel() for part in parts.values()]))
+    if device.type == "cuda":
+        flat = flat.pin_memory().to(device, non_blocking=True)
+    sizes = [part.size for part in parts.values()]
+    pieces = flat.split(sizes)
+    return {
+        name: piece.view(part.shape)
+        for (name, part), piece in zip(parts.items(), pieces, strict=True)
+    }

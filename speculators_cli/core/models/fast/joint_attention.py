@@ -1,0 +1,236 @@
+r"""Joint attention: step 0's keys through a library kernel, later steps' own keys merged in.
+
+With :math:`s_{ij}` the scaled scores of step 0, :math:`t_{ik}` the score of step k's own key, and
+:math:`L_i = \log(\sum_j e^{s_{ij}} + \sum_k e^{t_{ik}})`, the output is
+:math:`o_i = \sum_j e^{s_{ij} - L_i} v_j + \sum_k e^{t_{ik} - L_i} v_{ik}`. The causal kernel gives
+the first sum with a log-sum-exp of its own, which one pass then rescales to :math:`L`. A softmax's
+backward needs :math:`L` and :math:`\Delta_i = o_i \cdot do_i` only, so the kernel's backward, given
+the joint output and the joint :math:`L`, returns the exact gradients of its part.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from speculators_cli.core.models.fast import causal_attention
+from speculators_cli.core.models.fast.spans import Spans
+
+
+def joint_attention(
+    query: Tensor,  # [active, heads, head_dim]
+    keys: Sequence[Tensor],  # step 0: [seq_len, kv_heads, head_dim]; later: [active, ...]
+    values: Sequence[Tensor],  # as the keys
+    spans: Spans,
+) -> Tensor:
+    """Attend from each row; [active, heads, head_dim]."""
+    out: Tensor = _JointAttention.apply(query, spans, *keys, *values)
+    return out
+
+
+class _JointAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, spans: Spans, *keys_and_values: Tensor) -> Tensor:
+        num_steps = len(keys_and_values) // 2
+        causal = causal_attention.forward(
+            spans.lay_out(query), keys_and_values[0], keys_and_values[num_steps], spans
+        )
+        own_keys, own_values = _own(keys_and_values, num_steps)
+        out, lse = _merge(query, own_keys, own_values, causal.out, causal.lse, spans.places)
+        ctx.save_for_backward(query, *keys_and_values, out, lse, *causal.saved)
+        ctx.spans, ctx.num_steps = spans, num_steps
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        spans, num_steps = ctx.spans, ctx.num_steps
+        query, *rest = ctx.saved_tensors
+        keys_and_values, (out, lse, *saved) = rest[: 2 * num_steps], rest[2 * num_steps :]
+        grad_out = grads[0].contiguous()
+        grad_causal, grad_key, grad_value = causal_attention.backward(
+            spans.lay_out(grad_out),
+            spans.lay_out(query),
+            keys_and_values[0],
+            keys_and_values[num_steps],
+            spans.lay_out(out),
+            spans.lay_out(lse[:, :, None])[:, :, 0].T.contiguous(),
+            saved,
+            spans,
+        )
+        own_keys, own_values = _own(keys_and_values, num_steps)
+        grad_query, grad_own_keys, grad_own_values = _merge_backward(
+            query, own_keys, own_values, out, lse, grad_out, grad_causal, spans.places
+        )
+        return (
+            grad_query,
+            None,
+            grad_key,
+            *grad_own_keys.unbind(),
+            grad_value,
+            *grad_own_values.unbind(),
+        )
+
+
+def _own(keys_and_values: Sequence[Tensor], num_steps: int) -> tuple[Tensor, Tensor]:
+    """Own keys and values of the later steps, each [steps-1, active, kv_heads, head_dim]."""
+    if num_steps == 1:
+        nothing = keys_and_values[0].new_empty(0, 1, *keys_and_values[0].shape[1:])
+        return nothing, nothing
+    return (
+        torch.stack(tuple(keys_and_values[1:num_steps])),
+        torch.stack(tuple(keys_and_values[num_steps + 1 :])),
+    )
+
+
+def _sizes(query: Tensor, own_keys: Tensor) -> dict[str, int]:
+    _, num_heads, head_dim = query.shape
+    num_kv_heads = own_keys.shape[2]
+    group = num_heads // num_kv_heads
+    return {
+        "NUM_OWN": len(own_keys),
+        "GROUP": group,
+        "HEAD_DIM": head_dim,
+        "GROUP_BLOCK": triton.next_power_of_2(group),
+        "DIM_BLOCK": triton.next_power_of_2(head_dim),
+        "num_warps": 2,
+    }
+
+
+def _merge(
+    query: Tensor,
+    own_keys: Tensor,
+    own_values: Tensor,
+    causal_out: Tensor,  # [queries, heads, head_dim]: softmax over step 0 alone
+    causal_lse: Tensor,  # [heads, queries], float32: its log-sum-exp
+    places: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """Output of the joint softmax, [active, heads, head_dim]; its log-sum-exp, [active, heads]."""
+    num_rows, num_heads, _ = query.shape
+    out = torch.empty_like(query, memory_format=torch.contiguous_format)
+    lse = torch.empty(num_rows, num_heads, dtype=torch.float32, device=query.device)
+    _merge_kernel[(num_rows, own_keys.shape[2])](
+        query, query.stride(0), own_keys, own_values, own_keys.stride(0),
+        causal_out, causal_lse, causal_lse.stride(0),
+        query if places is None else places, out, lse, num_heads, query.shape[-1] ** -0.5,
+        HAS_PLACES=places is not None, **_sizes(query, own_keys),
+    )  # fmt: skip
+    return out, lse
+
+
+def _merge_backward(
+    query: Tensor,
+    own_keys: Tensor,
+    own_values: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    grad_out: Tensor,
+    grad_causal: Tensor,  # [queries, heads, head_dim]: gradient of the query through step 0
+    places: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradient of the query, through all keys; of own keys; of own values."""
+    num_rows, num_heads, _ = query.shape
+    grad_query = torch.empty_like(query, memory_format=torch.contiguous_format)
+    grad_keys, grad_values = torch.empty_like(own_keys), torch.empty_like(own_values)
+    _merge_backward_kernel[(num_rows, own_keys.shape[2])](
+        query, query.stride(0), own_keys, own_values, own_keys.stride(0),
+        out, lse, grad_out, grad_causal, query if places is None else places,
+        grad_query, grad_keys, grad_values, num_heads, query.shape[-1] ** -0.5,
+        HAS_PLACES=places is not None, **_sizes(query, own_keys),
+    )  # fmt: skip
+    return grad_query, grad_keys, grad_values
+
+
+@triton.jit
+def _merge_kernel(
+    query, query_stride, keys, values, step_stride, causal_out, causal_lse, lse_stride, places,
+    out, lse, num_heads, scale,
+    HAS_PLACES: tl.constexpr,
+    NUM_OWN: tl.constexpr,
+    GROUP: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    GROUP_BLOCK: tl.constexpr,
+    DIM_BLOCK: tl.constexpr,
+):  # fmt: skip
+    """One row and key head: a running softmax that begins with step 0's result."""
+    row = tl.program_id(0).to(tl.int64)
+    kv_head = tl.program_id(1)
+    place = row
+    if HAS_PLACES:
+        place = tl.load(places + row)
+    member = tl.arange(0, GROUP_BLOCK)
+    i = tl.arange(0, DIM_BLOCK)
+    heads = kv_head * GROUP + member
+    is_head = member < GROUP
+    inside = is_head[:, None] & (i < HEAD_DIM)[None, :]
+    at = heads[:, None] * HEAD_DIM + i[None, :]
+
+    q = tl.load(query + row * query_stride + at, mask=inside, other=0.0).to(tl.float32) * scale
+    total = tl.load(causal_out + place * num_heads * HEAD_DIM + at, mask=inside, other=0.0)
+    total = total.to(tl.float32)
+    largest = tl.load(causal_lse + heads * lse_stride + place, mask=is_head, other=0.0)
+    weight = tl.full([GROUP_BLOCK], 1.0, dtype=tl.float32)
+    own = (row * tl.num_programs(1) + kv_head) * HEAD_DIM + i
+    for step in tl.static_range(NUM_OWN):
+        k = tl.load(keys + step * step_stride + own, mask=i < HEAD_DIM, other=0.0).to(tl.float32)
+        v = tl.load(values + step * step_stride + own, mask=i < HEAD_DIM, other=0.0).to(tl.float32)
+        score = tl.sum(q * k[None, :], axis=1)
+        new_largest = tl.maximum(largest, score)
+        shrink = tl.exp(largest - new_largest)
+        share = tl.exp(score - new_largest)
+        total = total * shrink[:, None] + share[:, None] * v[None, :]
+        weight = weight * shrink + share
+        largest = new_largest
+    merged = total / weight[:, None]
+    tl.store(out + row * num_heads * HEAD_DIM + at, merged.to(out.dtype.element_ty), mask=inside)
+    tl.store(lse + row * num_heads + heads, largest + tl.log(weight), mask=is_head)
+
+
+@triton.jit
+def _merge_backward_kernel(
+    query, query_stride, keys, values, step_stride, out, lse, grad_out, grad_causal, places,
+    grad_query, grad_keys, grad_values, num_heads, scale,
+    HAS_PLACES: tl.constexpr,
+    NUM_OWN: tl.constexpr,
+    GROUP: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    GROUP_BLOCK: tl.constexpr,
+    DIM_BLOCK: tl.constexpr,
+):  # fmt: skip
+    """One row and key head; a softmax weight's gradient is p (do.v - Delta)."""
+    row = tl.program_id(0).to(tl.int64)
+    kv_head = tl.program_id(1)
+    place = row
+    if HAS_PLACES:
+        place = tl.load(places + row)
+    member = tl.arange(0, GROUP_BLOCK)
+    i = tl.arange(0, DIM_BLOCK)
+    heads = kv_head * GROUP + member
+    is_head = member < GROUP
+    inside = is_head[:, None] & (i < HEAD_DIM)[None, :]
+    at = heads[:, None] * HEAD_DIM + i[None, :]
+    row_at = row * num_heads * HEAD_DIM + at
+
+    q = tl.load(query + row * query_stride + at, mask=inside, other=0.0).to(tl.float32)
+    do = tl.load(grad_out + row_at, mask=inside, other=0.0).to(tl.float32)
+    o = tl.load(out + row_at, mask=inside, other=0.0).to(tl.float32)
+    joint = tl.load(lse + row * num_heads + heads, mask=is_head, other=0.0)
+    delta = tl.sum(o * do, axis=1)
+    dq = tl.load(grad_causal + place * num_heads * HEAD_DIM + at, mask=inside, other=0.0)
+    dq = dq.to(tl.float32)
+    own = (row * tl.num_programs(1) + kv_head) * HEAD_DIM + i
+    for step in tl.static_range(NUM_OWN):
+        k = tl.load(keys + step * step_stride + own, mask=i < HEAD_DIM, other=0.0).to(tl.float32)
+        v = tl.load(values + step * step_stride + own, mask=i < HEAD_DIM, other=0.0).to(tl.float32)
+        p = tl.where(is_head, tl.exp(tl.sum(q * k[None, :], axis=1) * scale - joint), 0.0)
+        ds = p * (tl.sum(do * v[None, :], axis=1) - delta) * scale
+        dq += ds[:, None] * k[None, :]
+        dk = tl.sum(ds[:, None] * q, axis=0).to(grad_keys.dtype.element_ty)
+        dv = tl.sum(p[:, None] * do, axis=0).to(grad_values.dtype.element_ty)
+        tl.store(grad_keys + step * step_stride + own, dk, mask=i < HEAD_DIM)
+        tl.store(grad_values + step * step_stride + own, dv, mask=i < HEAD_DIM)
+    tl.store(grad_query + row_at, dq.to(grad_query.dtype.element_ty), mask=inside)

@@ -1,0 +1,209 @@
+"""What all TTT steps use: its gradient is summed in one buffer, where autograd would add copies.
+
+Both kinds hang on a token: a scalar that carries no value. Each use takes the token, so autograd
+runs the node that made it after the last of them, and that node hands out the finished sum.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+
+class GradientSum:
+    """The gradient of a shared tensor, so far; None before the first use's backward."""
+
+    def __init__(self) -> None:
+        self.total: Tensor | None = None
+
+    def add_product(
+        self,
+        grad: Tensor,  # [rows, out]
+        x: Tensor,  # [rows, in]
+    ) -> None:
+        """Add `grad.T @ x`, [out, in], in float32: the GEMM itself adds up."""
+        if grad.dtype != torch.float32 and not grad.is_cuda:
+            grad, x = grad.float(), x.float()
+        if grad.dtype == torch.float32:
+            if self.total is None:
+                self.total = grad.T @ x
+            else:
+                self.total.addmm_(grad.T, x)
+        elif self.total is None:
+            self.total = torch.mm(grad.T, x, out_dtype=torch.float32)
+        else:
+            torch.addmm(self.total, grad.T, x, out_dtype=torch.float32, out=self.total)
+
+
+class SharedWeight:
+    """Weights of one input, below each other, cast to the compute dtype once for all uses.
+
+    Args:
+        weights: Each [out, in], float32.
+        dtype: The compute dtype.
+    """
+
+    def __init__(self, weights: Sequence[Tensor], dtype: torch.dtype) -> None:
+        first = weights[0]
+        num_rows = sum(len(weight) for weight in weights)
+        self.value = torch.empty(num_rows, first.shape[1], dtype=dtype, device=first.device)
+        with torch.no_grad():
+            for part, weight in zip(
+                self.value.split([len(weight) for weight in weights]), weights, strict=True
+            ):
+                part.copy_(weight)
+        # The sum does not know the token: a cycle would keep all of this until Python collects.
+        self.gradient = GradientSum()
+        self.token: Tensor = _ShareWeights.apply(self.gradient, *weights)
+
+    def linear(
+        self,
+        x: Tensor,  # [rows, in]
+        *,
+        add: Tensor | None = None,  # [rows, out]
+    ) -> Tensor:
+        """Multiply with the weights, add to what is given; [rows, out]."""
+        out: Tensor = _Linear.apply(x, add, self.token, self.value, self.gradient)
+        return out
+
+
+class _ShareWeights(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, gradient: GradientSum, *weights: Tensor) -> Tensor:
+        ctx.gradient, ctx.sizes = gradient, [len(weight) for weight in weights]
+        return torch.zeros((), device=weights[0].device)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *_grads: Tensor) -> tuple[Tensor | None, ...]:
+        total, ctx.gradient.total = ctx.gradient.total, None
+        if total is None:
+            return (None,) * (1 + len(ctx.sizes))
+        return (None, *total.split(ctx.sizes))
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        add: Tensor | None,
+        token: Tensor,
+        weight: Tensor,
+        gradient: GradientSum,
+    ) -> Tensor:
+        ctx.save_for_backward(x, weight, token)
+        ctx.gradient = gradient
+        return x @ weight.T if add is None else torch.addmm(add, x, weight.T)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, token = ctx.saved_tensors
+        grad = grads[0].contiguous()
+        needs_x, needs_add, needs_weight, *_ = ctx.needs_input_grad
+        if needs_weight:
+            ctx.gradient.add_product(grad, x)
+        return (
+            grad @ weight if needs_x else None,
+            grad if needs_add else None,
+            torch.zeros_like(token) if needs_weight else None,
+            None,
+            None,
+        )
+
+
+class SharedRows:
+    """Rows that TTT steps read, each step at places of its own.
+
+    Args:
+        rows: [rows, out].
+    """
+
+    def __init__(self, rows: Tensor) -> None:
+        self.value = rows.detach()
+        self.gradient = GradientSum()
+        self.token: Tensor = _ShareRows.apply(rows, self.gradient)
+
+    def read(
+        self,
+        places: Tensor | None = None,  # [active], int64; None: all rows, as they are
+        *,
+        num_inside: int | None = None,
+    ) -> Tensor:
+        """These rows, [active, out].
+
+        The first `num_inside` places are distinct; what is read at others gets no gradient.
+        """
+        out: Tensor = _Read.apply(self.token, self.value, places, num_inside, self.gradient)
+        return out
+
+
+class _ShareRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, gradient: GradientSum) -> Tensor:
+        ctx.gradient = gradient
+        return torch.zeros((), device=rows.device)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *_grads: Tensor) -> tuple[Tensor | None, ...]:
+        total, ctx.gradient.total = ctx.gradient.total, None
+        return total, None
+
+
+class _Read(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        token: Tensor,
+        rows: Tensor,
+        places: Tensor | None,
+        num_inside: int | None,
+        gradient: GradientSum,
+    ) -> Tensor:
+        ctx.save_for_backward(token, places)
+        ctx.num_rows, ctx.num_inside, ctx.gradient = len(rows), num_inside, gradient
+        return rows.view_as(rows) if places is None else rows.index_select(0, places)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        token, places = ctx.saved_tensors
+        grad, gradient = grads[0], ctx.gradient
+        if places is None:
+            gradient.total = grad.clone() if gradient.total is None else gradient.total.add_(grad)
+        else:
+            if gradient.total is None:
+                gradient.total = grad.new_zeros(ctx.num_rows, grad.shape[1])
+            grad, places = grad[: ctx.num_inside], places[: ctx.num_inside]
+            # Distinct places: read, add, write. An index_add would add atomically.
+            grad = gradient.total.index_select(0, places).add_(grad)
+            gradient.total.index_copy_(0, places, grad)
+        return torch.zeros_like(token), None, None, None, None
+
+
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, rows: Tensor) -> Tensor:
+        ctx.save_for_backward(rows)
+        ctx.num_rows = len(x)
+        return x.index_select(0, rows)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (rows,) = ctx.saved_tensors
+        spread = grads[0].new_zeros(ctx.num_rows, *grads[0].shape[1:])
+        return spread.index_copy_(0, rows, grads[0]), None
+
+
+def gather(
+    x: Tensor,  # [seq_len, ...]
+    rows: Tensor,  # [active], int64, distinct
+) -> Tensor:
+    """Those rows, [active, ...]; since they are distinct, the backward is a copy."""
+    out: Tensor = _Gather.apply(x, rows)
+    return out

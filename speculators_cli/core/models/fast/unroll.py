@@ -1,0 +1,218 @@
+"""The training step over active rows: the same function as `Eagle3Draft`'s plain forward."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from speculators_cli.core.data.batch import Batch
+from speculators_cli.core.models.eagle3 import Eagle3Draft, FirstLayer
+from speculators_cli.core.models.fast.active_rows import ActiveRows, find_active_rows
+from speculators_cli.core.models.fast.joint_attention import joint_attention
+from speculators_cli.core.models.fast.linear_kl import Scores, linear_kl
+from speculators_cli.core.models.fast.rotary import rotate
+from speculators_cli.core.models.fast.shared import SharedRows, SharedWeight, gather
+from speculators_cli.core.models.fast.swiglu import swiglu
+from speculators_cli.core.models.layers import DecoderLayer
+from speculators_cli.core.models.ttt import StepSums, sum_steps
+
+Rope = tuple[Tensor, Tensor]
+
+
+def unroll(draft: Eagle3Draft, batch: Batch, weights: Tensor) -> StepSums:
+    """Unroll the draft over the rows that can reach a loss.
+
+    Args:
+        draft: Its weights are read once, cast to the dtype of the batch.
+        batch: On the device.
+        weights: [steps], float32: what a position of each TTT step weighs in the loss.
+    """
+    config, dtype = draft.config, batch.aux_hidden_states.dtype
+    rows = find_active_rows(batch, config.ttt_steps)
+    fc = SharedWeight([draft.fc.weight], dtype)
+    hidden = fc.linear(draft.normed_aux(batch.aux_hidden_states))
+    layers = build_layers(draft, batch, rows)
+    rope = draft.rotary(batch.position_ids)  # of all positions, in step 0
+    normed_steps = []
+    for step in range(config.ttt_steps):
+        active_rope = draft.rotary(batch.position_ids[rows.rows] + step)
+        for layer in layers:
+            hidden = layer(hidden, rope if step == 0 else active_rope, active_rope)
+        normed = draft.norm(hidden)
+        normed_steps.append(normed)
+        hidden = normed if config.norm_output else hidden
+    return score(draft, batch, rows, torch.cat(normed_steps), weights)
+
+
+class FastLayer:
+    """A decoder layer in one batch: its working weights, and the keys of the steps so far.
+
+    Args:
+        layer: Whose weights these are.
+        rows: The active rows.
+        embedded: [seq_len, hidden]: normalised embeddings, without their gain, for a first layer.
+        is_last: Whether step 0 leaves off the other rows once their keys are known.
+    """
+
+    def __init__(
+        self,
+        layer: FirstLayer | DecoderLayer,
+        rows: ActiveRows,
+        dtype: torch.dtype,
+        *,
+        embedded: Tensor | None,
+        is_last: bool,
+    ) -> None:
+        self.layer, self.rows, self.is_last = layer, rows, is_last
+        self.step = 0
+        self.keys: list[Tensor] = []
+        self.values: list[Tensor] = []
+        attention, mlp = layer.self_attn, layer.mlp
+        projections = (attention.q_proj, attention.k_proj, attention.v_proj)
+        q, k, v = (projection.weight for projection in projections)
+        self.query_rows: SharedRows | None = None
+        self.kv_rows: SharedRows | None = None
+        if isinstance(layer, FirstLayer):
+            assert embedded is not None
+            gain = layer.input_layernorm.weight
+            halves = [weight.split(len(gain), dim=1) for weight in (q, k, v)]
+            # The gain goes into the weights: with it in the rows, its gradient would cost a GEMM.
+            embedding_q, *embedding_kv = (half * gain for half, _ in halves)
+            (_, q), (_, k), (_, v) = halves
+            needed = embedded.index_select(0, rows.needed) if is_last else embedded
+            self.query_rows = SharedRows(SharedWeight([embedding_q], dtype).linear(needed))
+            self.kv_rows = SharedRows(SharedWeight(embedding_kv, dtype).linear(embedded))
+        self.q = SharedWeight([q], dtype)
+        self.kv = SharedWeight([k, v], dtype)
+        self.o = SharedWeight([attention.o_proj.weight], dtype)
+        self.gate_up = SharedWeight([mlp.gate_proj.weight, mlp.up_proj.weight], dtype)
+        self.down = SharedWeight([mlp.down_proj.weight], dtype)
+
+    def __call__(self, hidden: Tensor, key_rope: Rope, active_rope: Rope) -> Tensor:
+        """One TTT step.
+
+        Args:
+            hidden: [seq_len, hidden] in step 0, [active, hidden] later.
+            key_rope: Of the rows of `hidden`.
+            active_rope: Of the active rows.
+
+        Returns:
+            Rows of `hidden`; active rows only in the last layer.
+        """
+        layer, rows = self.layer, self.rows
+        narrows = self.step == 0 and self.is_last
+        keeps_all = self.step == 0 and not self.is_last
+        if isinstance(layer, FirstLayer):
+            normed = layer.hidden_norm(hidden)
+            residual = normed if layer.norm_before_residual else hidden
+        else:
+            normed, residual = layer.input_layernorm(hidden), hidden
+        key, value = self.project_kv(normed, key_rope)
+        self.keys.append(key)
+        self.values.append(value)
+        if narrows:
+            is_shared = residual is normed
+            normed = gather(normed, rows.rows)
+            residual = normed if is_shared else gather(residual, rows.rows)
+        query = self.project_query(normed, key_rope if keeps_all else active_rope)
+        spans = rows.all_spans if keeps_all else rows.spans
+        attended = joint_attention(query, self.keys, self.values, spans)
+        hidden = self.o.linear(attended.flatten(1), add=residual)
+        activated = swiglu(self.gate_up.linear(layer.post_attention_layernorm(hidden)))
+        self.step += 1
+        return self.down.linear(activated, add=hidden)
+
+    def project_kv(self, normed: Tensor, rope: Rope) -> tuple[Tensor, Tensor]:
+        """Keys and values of these rows, each [rows, kv_heads, head_dim]."""
+        attention = self.layer.self_attn
+        add = None
+        if self.kv_rows is not None:
+            add = self.kv_rows.read() if self.step == 0 else self.read(self.kv_rows, of_needed=False)
+        key, value = self.kv.linear(normed, add=add).chunk(2, dim=1)
+        heads = (len(normed), -1, attention.head_dim)
+        return rotate(attention.k_norm(key.view(heads)), rope), value.view(heads)
+
+    def project_query(self, normed: Tensor, rope: Rope) -> Tensor:
+        """Queries of these rows, [rows, heads, head_dim]."""
+        attention = self.layer.self_attn
+        add = None
+        if self.query_rows is not None:
+            keeps_all = self.step == 0 and not self.is_last
+            add = (
+                self.query_rows.read()
+                if keeps_all
+                else self.read(self.query_rows, of_needed=self.is_last)
+            )
+        query = self.q.linear(normed, add=add)
+        return rotate(attention.q_norm(query.view(len(normed), -1, attention.head_dim)), rope)
+
+    def read(self, shared: SharedRows, *, of_needed: bool) -> Tensor:
+        """What the active rows read of the embedding's part, shifted by the step."""
+        rows = self.rows
+        places = rows.needed_rows if of_needed else rows.shifted_rows
+        return shared.read(places[self.step], num_inside=rows.num_inside[self.step])
+
+
+def build_layers(draft: Eagle3Draft, batch: Batch, rows: ActiveRows) -> list[FastLayer]:
+    """The draft's layers, ready for step 0."""
+    dtype = batch.aux_hidden_states.dtype
+    embedded = draft.embed(batch.input_ids, dtype)
+    embedded = F.rms_norm(embedded, embedded.shape[-1:], eps=draft.config.rms_norm_eps)
+    num_layers = len(draft.layers)
+    return [
+        FastLayer(
+            layer,  # type: ignore[arg-type]
+            rows,
+            dtype,
+            embedded=embedded if index == 0 else None,
+            is_last=index == num_layers - 1,
+        )
+        for index, layer in enumerate(draft.layers)
+    ]
+
+
+def score(
+    draft: Eagle3Draft,
+    batch: Batch,
+    rows: ActiveRows,
+    normed: Tensor,  # [steps*active, hidden]: after the final norm
+    weights: Tensor,  # [steps]
+) -> StepSums:
+    """Losses and agreement of all steps at once."""
+    num_steps, verifier = len(weights), draft.verifier
+    # A document with broken states was taken out of the mask on the device.
+    is_scored = (rows.target_rows >= 0) & batch.loss_mask[rows.targets]
+    first_rows = torch.arange(num_steps, device=normed.device)[:, None] * len(rows.rows)
+    last_hidden = verifier.normed(
+        batch.last_hidden_states[rows.targets], batch.is_normed[rows.targets]
+    )
+    scores = linear_kl(
+        normed,
+        SharedWeight([draft.lm_head.weight], normed.dtype),
+        torch.where(is_scored, rows.target_rows + first_rows, -1),
+        weights,
+        last_hidden,
+        verifier,
+        draft.verifier_rows,
+    )
+    if draft.training:
+        tokens = draft.kept_ids[scores.verifier_tokens.long()]
+    else:
+        tokens = verifier.tokens(last_hidden)
+    agreed = draft.kept_ids[scores.tokens.long()] == tokens
+    return place_sums(scores, agreed, is_scored, rows, seq_len=len(batch.input_ids))
+
+
+def place_sums(
+    scores: Scores, agreed: Tensor, is_scored: Tensor, rows: ActiveRows, *, seq_len: int
+) -> StepSums:
+    """Bring what is known by target back to positions, and add up."""
+    positions = rows.rows[rows.target_rows.clamp(min=0)]
+    # One place more: there goes what is not scored.
+    positions = torch.where(is_scored, positions, seq_len)
+
+    def placed(values: Tensor) -> Tensor:
+        empty = values.new_zeros(len(values), seq_len + 1)
+        return empty.scatter_(1, positions, values)[:, :seq_len]
+
+    sums = sum_steps(placed(scores.losses), placed(agreed), placed(is_scored))
+    return sums._replace(loss=scores.loss)
