@@ -257,6 +257,11 @@ class DistributedSettings(Settings):
         description="Precision of the layers: auto is bfloat16 on a GPU, float32 on CPU; weights "
         "and optimizer state are always float32",
     )
+    kernels: Literal["auto", "plain", "fast"] = Field(
+        "auto",
+        description="How a step is computed: fast (only the positions that reach the loss, with "
+        "kernels of a GPU), plain (every position, PyTorch's own), auto: fast where it can run",
+    )
     sharding: Literal["shard", "replicate", "auto"] = Field(
         "shard",
         description="Spread weights and optimizer state over all ranks (shard), keep a copy on "

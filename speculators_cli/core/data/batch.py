@@ -1,6 +1,6 @@
 """Batch: the tensors of one packed sequence."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Self
 
@@ -34,21 +34,38 @@ class Batch:
     lengths: tuple[int, ...]  # tokens of each document, in order
     sample_ids: tuple[int, ...]  # the sample of each document: its index in the dataset
 
-    def to(self, device: torch.device, dtype: torch.dtype, *, non_blocking: bool = False) -> Self:
-        """The same on a device; hidden states move as they are and are cast there."""
+    def to(self, device: torch.device) -> Self:
+        """The same on a device, but for the host mask; from pinned memory nothing waits for it."""
+        return self._map(lambda tensor: tensor.to(device, non_blocking=True))
 
-        def move(tensor: Tensor) -> Tensor:
-            return tensor.to(device, non_blocking=non_blocking)
-
+    def cast(self, dtype: torch.dtype) -> Self:
+        """The same with hidden states of another dtype."""
         return replace(
             self,
-            input_ids=move(self.input_ids),
-            aux_hidden_states=move(self.aux_hidden_states).to(dtype),
-            last_hidden_states=move(self.last_hidden_states).to(dtype),
-            is_normed=move(self.is_normed),
-            loss_mask=move(self.loss_mask),
-            document_ids=move(self.document_ids),
-            position_ids=move(self.position_ids),
+            aux_hidden_states=self.aux_hidden_states.to(dtype),
+            last_hidden_states=self.last_hidden_states.to(dtype),
+        )
+
+    def record_stream(self, stream: torch.cuda.Stream) -> None:
+        """Say that `stream` uses the tensors, so that their memory is not given away too soon."""
+
+        def record(tensor: Tensor) -> Tensor:
+            tensor.record_stream(stream)
+            return tensor
+
+        self._map(record)
+
+    def _map(self, change: Callable[[Tensor], Tensor]) -> Self:
+        """Change every tensor that lives on the device."""
+        return replace(
+            self,
+            input_ids=change(self.input_ids),
+            aux_hidden_states=change(self.aux_hidden_states),
+            last_hidden_states=change(self.last_hidden_states),
+            is_normed=change(self.is_normed),
+            loss_mask=change(self.loss_mask),
+            document_ids=change(self.document_ids),
+            position_ids=change(self.position_ids),
         )
 
 

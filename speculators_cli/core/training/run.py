@@ -12,6 +12,7 @@ from speculators_cli.core.data.loader import BatchLoader
 from speculators_cli.core.errors import MachineError, SpeculatorsError
 from speculators_cli.core.files import check_output_dir
 from speculators_cli.core.models.eagle3 import Eagle3Draft
+from speculators_cli.core.models.kernels import use_fast_kernels
 from speculators_cli.core.models.losses import LOSSES
 from speculators_cli.core.models.verifier import FrozenVerifier, load_frozen_verifier
 from speculators_cli.core.progress import Progress, SilentProgress
@@ -72,7 +73,7 @@ def train(settings: TrainSettings, *, progress: Progress, dry_run: bool = False)
                 announce(settings, inputs, trainer, start, progress)
                 with out_of_memory_explained(settings):
                     if dry_run:
-                        trainer.train_step(next(trainer.loader.epoch(0)), epoch=0)
+                        trainer.train_step(next(trainer.feed.steps(trainer.loader.epoch(0))), epoch=0)
                     elif not is_finished:
                         trainer.fit()
             report = make_report(
@@ -195,14 +196,21 @@ def build_trainer(
 
 def build_draft(settings: TrainSettings, inputs: Inputs, verifier: FrozenVerifier) -> Eagle3Draft:
     """A fresh draft on the device of the verifier's frozen parts."""
+    config = inputs.draft_config(settings)
     with verifier.head.device:
         draft = Eagle3Draft(
-            inputs.draft_config(settings),
+            config,
             verifier,
             inputs.vocab_map,
             loss=LOSSES[settings.eagle3.loss],
             loss_decay=settings.eagle3.ttt_step_loss_decay,
             train_head=settings.eagle3.train_head,
+            use_fast_kernels=use_fast_kernels(
+                settings.distributed.kernels,
+                verifier.head.device,
+                choose_compute_dtype(settings, verifier.head.device),
+                head_dim=config.head_dim,
+            ),
         )
     draft.initialise(settings.run.seed)
     if inputs.source is not None:

@@ -15,6 +15,8 @@ from speculators_cli.core.training.metrics import Metrics, MetricSums
 
 # Broken samples named at one log step, at most, by each rank.
 MAX_NAMED = 16
+# Share of the time spent waiting for samples from which on it is worth a warning.
+MAX_WAIT_SHARE = 0.05
 
 
 class RunLog:
@@ -49,6 +51,7 @@ class RunLog:
         self.logger = logger
         self.progress = progress
         self.sums = MetricSums(loss_weights)
+        self.is_warned_of_waiting = False
         self.broken: list[tuple[tuple[int, ...], Tensor]] = []
         self.clock, self.clock_step = time.perf_counter(), 0
         self.num_tokens, self.seconds, self.num_broken_samples = 0.0, 0.0, 0
@@ -71,7 +74,14 @@ class RunLog:
         self.broken.append((sample_ids, is_broken))
 
     def log_step(
-        self, step: int, epoch: int, *, lr: float, grad_norm: Tensor, skipped: int
+        self,
+        step: int,
+        epoch: int,
+        *,
+        lr: float,
+        grad_norm: Tensor,
+        skipped: int,
+        wait_seconds: float,
     ) -> None:
         """Reduce what was added up since the last log step, and tell of it. All ranks call."""
         metrics = self.sums.reduce(self.ranks)
@@ -89,7 +99,9 @@ class RunLog:
             "tokens_per_second": tokens / seconds,
             "num_skipped_steps": skipped,
             "num_broken_samples": self.num_broken_samples,
+            "data_wait_share": self.ranks.max(wait_seconds / seconds),
         }
+        self._warn_of_waiting(step, metrics["data_wait_share"])
         self._log("train", step, epoch, metrics)
         self.progress.trained(
             StepReport(
@@ -121,6 +133,16 @@ class RunLog:
     def _log(self, split: str, step: int, epoch: int, metrics: Metrics) -> None:
         if self.logger is not None:
             self.logger.log(step, split, {"epoch": epoch, **metrics})
+
+    def _warn_of_waiting(self, step: int, share: float) -> None:
+        """Say once that samples come too slowly; the first ones always take their time."""
+        if step == 1 or share <= MAX_WAIT_SHARE or self.is_warned_of_waiting:
+            return
+        self.is_warned_of_waiting = True
+        self.progress.warn(
+            f"{share:.0%} of the time up to step {step:,} went by waiting for samples",
+            hint="Raise `--num-workers`, or put the samples on a faster disk",
+        )
 
     def _name_broken(self) -> None:
         """Warn of samples whose hidden states are not finite, wherever they were met."""

@@ -12,6 +12,7 @@ from speculators_cli.core.errors import DivergedError, StoppedError
 from speculators_cli.core.models.draft import DraftModel
 from speculators_cli.core.training.checkpoint import RunFolder, TrainState
 from speculators_cli.core.training.distributed import Ranks
+from speculators_cli.core.training.feed import DeviceFeed
 from speculators_cli.core.training.metrics import Metrics, MetricSums
 from speculators_cli.core.training.optimizer import Optimizer, learning_rate
 from speculators_cli.core.training.run_log import RunLog
@@ -38,6 +39,7 @@ class Trainer:
 
     def __post_init__(self) -> None:
         self.signals = StopSignals()
+        self.feed = DeviceFeed(self.ranks.device)
         self.loss_weights = torch.tensor(self.draft.loss_weights, device=self.ranks.device)
 
     def fit(self) -> None:
@@ -56,7 +58,7 @@ class Trainer:
         """Train through the rest of an epoch, or up to the last step."""
         self.draft.train()
         self.log.start_clock(self.state.step)
-        for batches in self.loader.epoch(epoch, start_step=self.state.step_in_epoch):
+        for batches in self.feed.steps(self.loader.epoch(epoch, self.state.step_in_epoch)):
             self.train_step(batches, epoch)
             self.stop_if_asked()
             if self.state.step == self.total_steps:
@@ -66,7 +68,7 @@ class Trainer:
                 self.log.start_clock(self.state.step)
 
     def train_step(self, batches: Sequence[Batch], epoch: int) -> None:
-        """One optimizer step over this rank's packed sequences."""
+        """One optimizer step over this rank's packed sequences, which are on the device."""
         ready = [self.prepare(batch, epoch) for batch in batches]
         # Known from masks alone, so the sum over ranks precedes the first forward.
         num_scored = torch.stack([self.draft.count_scored(batch) for batch in ready]).sum(0)
@@ -86,13 +88,19 @@ class Trainer:
         self.state = replace(self.state, step=step, step_in_epoch=step_in_epoch)
         if self.is_log_due(epoch):
             skipped = int(self.optimizer.num_skipped)
-            self.log.log_step(step, epoch, lr=lr, grad_norm=grad_norm, skipped=skipped)
+            self.log.log_step(
+                step,
+                epoch,
+                lr=lr,
+                grad_norm=grad_norm,
+                skipped=skipped,
+                wait_seconds=self.feed.take_wait_seconds(),
+            )
             self.check_gradients()
 
     def prepare(self, batch: Batch, epoch: int) -> Batch:
-        """Bring a training batch to the device, leave out broken documents, add noise."""
-        batch = batch.to(self.ranks.device, self.compute_dtype, non_blocking=True)
-        batch, is_broken = drop_non_finite(batch)
+        """Cast a training batch, leave out broken documents, add noise."""
+        batch, is_broken = drop_non_finite(batch.cast(self.compute_dtype))
         self.log.add_broken(batch.sample_ids, is_broken)
         std, seed = self.settings.data.noise_std, self.settings.run.seed
         return add_noise(batch, std, seed=seed, epoch=epoch)
@@ -104,10 +112,10 @@ class Trainer:
             return None
         self.draft.eval()
         sums = MetricSums(self.draft.loss_weights)
-        for (host_batch,) in self.validation_loader.epoch(0):
-            batch = host_batch.to(self.ranks.device, self.compute_dtype, non_blocking=True)
-            batch, _ = drop_non_finite(batch)
-            sums.add(self.draft(batch), batch)
+        for (batch,) in self.feed.steps(self.validation_loader.epoch(0)):
+            finite, _ = drop_non_finite(batch.cast(self.compute_dtype))
+            sums.add(self.draft(finite), finite)
+        self.feed.take_wait_seconds()
         return sums.reduce(self.ranks)
 
     def finish_epoch(self, epoch: int) -> None:

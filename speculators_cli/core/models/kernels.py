@@ -1,0 +1,45 @@
+"""Whether the fast kernels run: they compute the same as the plain path, on a recent GPU."""
+
+from importlib.util import find_spec
+
+import torch
+
+from speculators_cli.core.errors import MachineError
+
+
+def use_fast_kernels(
+    setting: str, device: torch.device, dtype: torch.dtype, *, head_dim: int
+) -> bool:
+    """Resolve `--kernels`.
+
+    Args:
+        setting: `auto`, `plain` or `fast`.
+        device: Where the draft computes.
+        dtype: The compute dtype.
+        head_dim: Of the draft's attention.
+
+    Raises:
+        MachineError: `fast` was asked for where it cannot run.
+    """
+    if setting == "plain":
+        return False
+    reason = why_not_fast(device)
+    if setting == "fast" and reason is not None:
+        raise MachineError(
+            f"`--kernels fast`: {reason}", hint="Pass `--kernels auto`, or `--kernels plain`"
+        )
+    # In float32, or with heads that FlashAttention does not take, attention would be the slow one.
+    is_worth_it = dtype == torch.bfloat16 and head_dim % 8 == 0 and head_dim <= 256
+    return reason is None and (setting == "fast" or is_worth_it)
+
+
+def why_not_fast(device: torch.device) -> str | None:
+    """What keeps the fast kernels from running on a device; None if nothing does."""
+    if device.type != "cuda":
+        return "they need a GPU"
+    major, minor = torch.cuda.get_device_capability(device)
+    if (major, minor) < (8, 0):
+        return f"this GPU has compute capability {major}.{minor}, they need 8.0"
+    if find_spec("triton") is None:
+        return "the package `triton` is not installed"
+    return None
