@@ -10,7 +10,7 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-from tests.tiny import TinyInputs, write_inputs  # noqa: E402
+from tests.tiny import TinyInputs, write_inputs
 
 
 @pytest.fixture(scope="session")

@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from speculators_cli import __version__
+from speculators_cli.cli.bench import bench
 from speculators_cli.cli.build_vocab_map import build_vocab_map
 from speculators_cli.cli.convert_v0 import convert_v0
 from speculators_cli.cli.demo import demo
@@ -30,6 +31,7 @@ app.command(rich_help_panel="Data")(build_vocab_map)
 app.command(rich_help_panel="Draft model")(train)
 app.command(rich_help_panel="Draft model")(export)
 app.command(rich_help_panel="Try")(demo)
+app.command(rich_help_panel="Try")(bench)
 app.command(rich_help_panel="Try")(env)
 
 

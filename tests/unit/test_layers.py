@@ -32,6 +32,7 @@ ALLOWED = {
     "core.preparation": BASE | {"settings", "core.data", "core.models"},
     "core.training": BASE | {"settings", "core.data", "core.models"},
     "core.demo": BASE | {"settings", "core.data", "core.models", *JOBS},
+    "core.bench": BASE | {"settings", "core.data", "core.models", "core.training"},
     "cli": BASE
     | {
         "settings",
@@ -39,6 +40,7 @@ ALLOWED = {
         "core.export",
         "core.preparation",
         "core.training",
+        "core.bench",
         "core.demo",
         "",
     },

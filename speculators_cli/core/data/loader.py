@@ -4,10 +4,21 @@ from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import islice
+from typing import Protocol
 
 from speculators_cli.core.data.batch import Batch, collate
 from speculators_cli.core.data.dataset import Dataset
 from speculators_cli.core.data.packing import Packed, PackingPlan, plan_epoch
+
+
+class BatchSource(Protocol):
+    """Where a training loop gets its batches from."""
+
+    def steps_in(self, epoch: int) -> int:
+        """Optimizer steps of an epoch."""
+
+    def epoch(self, epoch: int, start_step: int = 0) -> Iterator[tuple[Batch, ...]]:
+        """Batches of each optimizer step of an epoch, from `start_step` on."""
 
 
 class BatchLoader:

@@ -73,7 +73,9 @@ def train(settings: TrainSettings, *, progress: Progress, dry_run: bool = False)
                 announce(settings, inputs, trainer, start, progress)
                 with out_of_memory_explained(settings):
                     if dry_run:
-                        trainer.train_step(next(trainer.feed.steps(trainer.loader.epoch(0))), epoch=0)
+                        trainer.train_step(
+                            next(trainer.feed.steps(trainer.loader.epoch(0))), epoch=0
+                        )
                     elif not is_finished:
                         trainer.fit()
             report = make_report(
@@ -326,7 +328,7 @@ def make_report(
             if f"acceptance_rate_{step}" in state.metrics
         ),
         num_skipped_steps=int(trainer.optimizer.num_skipped),
-        num_bad_samples=len(trainer.loader.dataset.bad) + trainer.log.num_broken_samples,
+        num_bad_samples=len(trainer.log.samples.bad) + trainer.log.num_broken_samples,
         is_resumed=start.is_resumed,
         was_already_finished=was_already_finished,
         is_dry_run=is_dry_run,

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from speculators_cli.core.data.batch import Batch, drop_non_finite
-from speculators_cli.core.data.loader import BatchLoader
+from speculators_cli.core.data.loader import BatchSource
 from speculators_cli.core.data.noise import add_noise
 from speculators_cli.core.errors import DivergedError, StoppedError
 from speculators_cli.core.models.draft import DraftModel
@@ -29,8 +29,8 @@ class Trainer:
     ranks: Ranks  # connected
     draft: DraftModel  # on its device, sharded
     optimizer: Optimizer
-    loader: BatchLoader  # training batches of this rank
-    validation_loader: BatchLoader | None  # None without validation
+    loader: BatchSource  # training batches of this rank
+    validation_loader: BatchSource | None  # None without validation
     compute_dtype: torch.dtype
     state: TrainState
     total_steps: int  # optimizer steps of the whole run

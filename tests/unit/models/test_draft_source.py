@@ -18,14 +18,14 @@ from speculators_cli.core.models.config import Eagle3Config
 from speculators_cli.core.models.draft_config import Given
 from speculators_cli.core.models.draft_source import read_draft
 from speculators_cli.core.models.eagle3 import Eagle3Draft
+from tests.drafts import make_config, make_draft
 from tests.tiny import write_verifier
-from tests.unit.models.conftest import MakeConfig, MakeDraft
 
 VERIFIER = Given(verifier_name_or_path="example/verifier", verifier_architectures=("Any",))
 
 
 @pytest.fixture
-def tensors(make_config: MakeConfig) -> dict[str, Tensor]:
+def tensors() -> dict[str, Tensor]:
     """A draft's, under the names of a checkpoint; it keeps every other verifier token."""
     generator = torch.Generator().manual_seed(0)
     made = {
@@ -280,9 +280,7 @@ def test_what_is_not_a_whole_draft_is_refused(
         {"norm_before_fc": True, "target_layer_ids": (1, 2, 3, 4)},
     ],
 )
-def test_the_table_of_shapes_is_that_of_the_model(
-    make_config: MakeConfig, make_draft: MakeDraft, changes: dict[str, Any]
-) -> None:
+def test_the_table_of_shapes_is_that_of_the_model(changes: dict[str, Any]) -> None:
     config: Eagle3Config = make_config(**changes)
     rows = torch.randn(37, 24)
     draft: Eagle3Draft = make_draft(

@@ -8,11 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from speculators_cli.core.data.batch import Batch, collate
 from speculators_cli.core.data.sample import Sample
 from speculators_cli.core.models.config import Eagle3Config
 from speculators_cli.core.models.eagle3 import Eagle3Draft
-from tests.unit.models.conftest import MakeConfig, MakeDraft
+from tests.drafts import filled_draft, make_config, make_draft, make_sample, pack
 
 KEPT_IDS = torch.arange(0, 37, 2)
 DECAY = 0.7
@@ -28,44 +27,6 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "one-aux-layer": {"target_layer_ids": (4,)},
     "five-aux-layers-seven-steps": {"target_layer_ids": (1, 2, 3, 4, 5), "ttt_steps": 7},
 }
-
-
-def make_sample(num_tokens: int, num_aux: int, rng: torch.Generator) -> Sample:
-    return Sample(
-        input_ids=torch.randint(37, (num_tokens,), generator=rng),
-        loss_mask=torch.rand(num_tokens, generator=rng) < 0.7,
-        aux_hidden_states=tuple(torch.randn(num_aux, num_tokens, 24, generator=rng)),
-        last_hidden_states=torch.randn(num_tokens, 24, generator=rng),
-        is_normed=False,
-    )
-
-
-def pack(*samples: Sample, total_seq_len: int = 32) -> Batch:
-    return collate(
-        range(len(samples)),
-        samples,
-        total_seq_len=total_seq_len,
-        num_aux_layers=len(samples[0].aux_hidden_states),
-        hidden_size=24,
-        dtype=torch.float32,
-    )
-
-
-def filled_draft(config: Eagle3Config, make_draft: MakeDraft, rng: torch.Generator) -> Eagle3Draft:
-    """A draft with every weight random, so that no gain is one and no path is silent."""
-    draft = make_draft(
-        config,
-        embedding=torch.randn(37, 24, generator=rng),
-        head=torch.randn(37, 24, generator=rng),
-        norm_gain=1 + 0.3 * torch.randn(24, generator=rng),
-        kept_ids=KEPT_IDS,
-        loss_decay=DECAY,
-    )
-    with torch.no_grad():
-        for parameter in draft.parameters():
-            mean, std = (1.0, 0.3) if parameter.dim() == 1 else (0.0, 0.15)
-            parameter.normal_(mean, std, generator=rng)
-    return draft
 
 
 def rms(x: Tensor, gain: Tensor, eps: float = 1e-5) -> Tensor:
@@ -167,13 +128,13 @@ class Reference:
 @pytest.mark.parametrize("kernels", ["plain", "fast"])
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_losses_and_gradients_equal_the_definition_on_packed_documents(
-    variant: str, kernels: str, make_config: MakeConfig, make_draft: MakeDraft, rng: torch.Generator
+    variant: str, kernels: str, rng: torch.Generator
 ) -> None:
     # Traps: a neighbour's targets leak; own tokens fed back; final norm left out; head frozen.
     config = make_config(**VARIANTS[variant])
-    draft = filled_draft(config, make_draft, rng)
+    draft = filled_draft(config, rng, kept_ids=KEPT_IDS)
     draft.use_fast_kernels = kernels == "fast"
-    samples = [make_sample(n, config.num_aux_layers, rng) for n in (9, 2, 13)]
+    samples = [make_sample(n, config, rng) for n in (9, 2, 13)]
     weights = {
         name: parameter.detach().double().requires_grad_()
         for name, parameter in draft.named_parameters()
@@ -199,11 +160,9 @@ def test_losses_and_gradients_equal_the_definition_on_packed_documents(
         assert error < 1e-5, (name, float(error))
 
 
-def test_a_document_gives_the_same_wherever_it_is_packed(
-    make_config: MakeConfig, make_draft: MakeDraft, rng: torch.Generator
-) -> None:
-    draft = filled_draft(make_config(), make_draft, rng)
-    first, second = (make_sample(n, 3, rng) for n in (11, 14))
+def test_a_document_gives_the_same_wherever_it_is_packed(rng: torch.Generator) -> None:
+    draft = filled_draft(make_config(), rng, kept_ids=KEPT_IDS)
+    first, second = (make_sample(n, make_config(), rng) for n in (11, 14))
 
     packed, alone = draft(pack(first, second)), [draft(pack(first)), draft(pack(second))]
 
@@ -211,15 +170,13 @@ def test_a_document_gives_the_same_wherever_it_is_packed(
     torch.testing.assert_close(packed.stacked(), together, rtol=1e-5, atol=1e-5)
 
 
-def test_the_verifier_gets_no_gradient(
-    make_config: MakeConfig, make_draft: MakeDraft, rng: torch.Generator
-) -> None:
-    draft = filled_draft(make_config(), make_draft, rng)
+def test_the_verifier_gets_no_gradient(rng: torch.Generator) -> None:
+    draft = filled_draft(make_config(), rng, kept_ids=KEPT_IDS)
     frozen = (draft.verifier.head, draft.verifier.norm_gain)
     for tensor in frozen:
         tensor.requires_grad_()
 
-    draft(pack(make_sample(12, 3, rng))).loss.backward()
+    draft(pack(make_sample(12, make_config(), rng))).loss.backward()
 
     assert all(tensor.grad is None for tensor in frozen)
     names = {name for name, _ in draft.named_parameters()}
@@ -227,7 +184,7 @@ def test_the_verifier_gets_no_gradient(
 
 
 def test_validation_counts_a_token_outside_the_draft_vocabulary_as_a_miss(
-    make_config: MakeConfig, make_draft: MakeDraft, rng: torch.Generator
+    rng: torch.Generator,
 ) -> None:
     # Trap: scored inside the draft vocabulary only, acceptance is overstated.
     draft = make_draft(
@@ -240,7 +197,7 @@ def test_validation_counts_a_token_outside_the_draft_vocabulary_as_a_miss(
         loss_decay=DECAY,
     )
     draft.initialise(seed=0)
-    sample = make_sample(25, 3, rng)
+    sample = make_sample(25, make_config(), rng)
     states = torch.eye(24)[torch.arange(25) % 24]
     sample = replace(sample, last_hidden_states=states, loss_mask=torch.ones(25, dtype=torch.bool))
     batch = pack(sample)
@@ -257,10 +214,8 @@ def test_validation_counts_a_token_outside_the_draft_vocabulary_as_a_miss(
     assert int(sums.num_agreed[0]) <= len(kept)
 
 
-def test_fresh_weights_start_from_the_verifiers_head(
-    make_config: MakeConfig, make_draft: MakeDraft, rng: torch.Generator
-) -> None:
-    draft = filled_draft(make_config(arch="qwen3"), make_draft, rng)
+def test_fresh_weights_start_from_the_verifiers_head(rng: torch.Generator) -> None:
+    draft = filled_draft(make_config(arch="qwen3"), rng, kept_ids=KEPT_IDS)
 
     draft.initialise(seed=3)
     once = {name: p.detach().clone() for name, p in draft.named_parameters()}

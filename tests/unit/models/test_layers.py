@@ -9,7 +9,7 @@ from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer
 
 from speculators_cli.core.models.attention import TTTMemory
 from speculators_cli.core.models.layers import DecoderLayer, Linear, RMSNorm, RotaryEmbedding
-from tests.unit.models.conftest import MakeConfig
+from tests.drafts import make_config
 
 SCALED_ROPE = {
     "rope_type": "llama3",
@@ -23,9 +23,7 @@ SCALED_ROPE = {
 
 @pytest.mark.parametrize("arch", ["llama", "qwen3"])
 @pytest.mark.parametrize("rope", [{"rope_type": "default", "rope_theta": 9e4}, SCALED_ROPE])
-def test_decoder_layer_equals_transformers(
-    arch: str, rope: dict[str, object], make_config: MakeConfig
-) -> None:
+def test_decoder_layer_equals_transformers(arch: str, rope: dict[str, object]) -> None:
     config = make_config(arch=arch, rope_parameters=rope)
     config_class, layer_class = {
         "llama": (LlamaConfig, LlamaDecoderLayer),
@@ -67,7 +65,7 @@ def test_layers_compute_in_the_dtype_of_their_input_and_keep_float32_gradients()
     assert norm.weight.grad.dtype == torch.float32
 
 
-def test_rope_scaling_changes_the_tables(make_config: MakeConfig) -> None:
+def test_rope_scaling_changes_the_tables() -> None:
     # Trap: theta or scaling dropped, which a test with the default theta cannot see.
     positions = torch.arange(200)
     default = RotaryEmbedding(make_config())(positions)[0]

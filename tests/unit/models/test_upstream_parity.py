@@ -17,7 +17,7 @@ from torch import Tensor
 from speculators_cli.core.data.batch import Batch
 from speculators_cli.core.models.eagle3 import Eagle3Draft
 from speculators_cli.core.models.ttt import StepSums
-from tests.unit.models.conftest import MakeConfig, MakeDraft
+from tests.drafts import make_config, make_draft
 
 ORACLE_DIR = Path(__file__).parents[2] / "oracle"
 NUM_STEPS = 3
@@ -42,9 +42,7 @@ def variants(version: str) -> list[str]:
 class Parity:
     """One recorded variant, and our draft after the same step."""
 
-    def __init__(
-        self, version: str, variant: str, make_config: MakeConfig, make_draft: MakeDraft
-    ) -> None:
+    def __init__(self, version: str, variant: str) -> None:
         tensors, flags, decay = read_record(version)
         prefix = f"{variant}/"
         self.record = {
@@ -108,10 +106,8 @@ def assert_equal_to_rounding(own: Tensor, theirs: Tensor) -> None:
 @pytest.mark.parametrize(
     ("version", "variant"), [(v, name) for v in ("0.9.0", "0.3.0") for name in variants(v)]
 )
-def test_losses_and_logits_equal_upstreams(
-    version: str, variant: str, make_config: MakeConfig, make_draft: MakeDraft
-) -> None:
-    parity = Parity(version, variant, make_config, make_draft)
+def test_losses_and_logits_equal_upstreams(version: str, variant: str) -> None:
+    parity = Parity(version, variant)
 
     torch.testing.assert_close(
         parity.losses.detach(), parity.record["outputs/losses"], rtol=RTOL, atol=0
@@ -127,10 +123,8 @@ def test_losses_and_logits_equal_upstreams(
 
 
 @pytest.mark.parametrize("variant", variants("0.9.0"))
-def test_gradients_equal_upstreams(
-    variant: str, make_config: MakeConfig, make_draft: MakeDraft
-) -> None:
-    parity = Parity("0.9.0", variant, make_config, make_draft)
+def test_gradients_equal_upstreams(variant: str) -> None:
+    parity = Parity("0.9.0", variant)
 
     theirs = parity.part("gradients")
     own = {name: p.grad for name, p in parity.draft.named_parameters()}
@@ -140,13 +134,11 @@ def test_gradients_equal_upstreams(
         assert_equal_to_rounding(gradient, theirs[name])
 
 
-def test_agreements_are_those_of_upstreams_logits(
-    make_config: MakeConfig, make_draft: MakeDraft
-) -> None:
+def test_agreements_are_those_of_upstreams_logits() -> None:
     # Not of its own counts: from step 1 on, its `full_acc` asks that earlier steps agreed, too.
     total = 0
     for variant in variants("0.9.0"):
-        parity = Parity("0.9.0", variant, make_config, make_draft)
+        parity = Parity("0.9.0", variant)
         inputs, weights = parity.part("inputs"), parity.part("weights")
         gain = weights["verifier_norm.weight"]
         normed = F.rms_norm(inputs["last_hidden_states"], gain.shape, gain, 1e-5)

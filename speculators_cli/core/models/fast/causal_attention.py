@@ -73,9 +73,7 @@ def backward(
 
 
 def _documents(spans: Spans) -> Iterator[tuple[slice, slice]]:
-    for queries, keys in zip(
-        pairwise(spans.query_bounds), pairwise(spans.key_bounds), strict=True
-    ):
+    for queries, keys in zip(pairwise(spans.query_bounds), pairwise(spans.key_bounds), strict=True):
         if queries[0] < queries[1]:
             yield slice(*queries), slice(*keys)
 

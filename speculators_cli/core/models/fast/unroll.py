@@ -126,7 +126,9 @@ class FastLayer:
         attention = self.layer.self_attn
         add = None
         if self.kv_rows is not None:
-            add = self.kv_rows.read() if self.step == 0 else self.read(self.kv_rows, of_needed=False)
+            add = (
+                self.kv_rows.read() if self.step == 0 else self.read(self.kv_rows, of_needed=False)
+            )
         key, value = self.kv.linear(normed, add=add).chunk(2, dim=1)
         heads = (len(normed), -1, attention.head_dim)
         return rotate(attention.k_norm(key.view(heads)), rope), value.view(heads)

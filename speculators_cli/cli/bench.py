@@ -1,0 +1,64 @@
+"""`speculators bench`."""
+
+from typing import TYPE_CHECKING, Any
+
+from speculators_cli.cli.options import with_settings
+from speculators_cli.cli.output import Output, format_speed
+from speculators_cli.settings.base import load_settings
+from speculators_cli.settings.bench import BenchSettings
+
+if TYPE_CHECKING:
+    from speculators_cli.core.bench.bench import BenchReport
+
+
+@with_settings(BenchSettings)
+def bench(*, flags: dict[str, Any], output: Output) -> None:
+    """Measure the training step for a verifier's shape, without its weights"""  # noqa: D415 - shown as help
+    settings = load_settings(BenchSettings, flags, None)
+    from speculators_cli.core.bench.bench import bench as run
+
+    try:
+        report = run(settings, progress=output)
+    finally:
+        output.close()
+    if output.is_json:
+        output.result("bench", report.to_json())
+    else:
+        show(report, output)
+
+
+def show(report: "BenchReport", output: Output) -> None:
+    """Write what was measured."""
+    rows = [
+        ("device", f"{report.device}, torch {report.torch_version}"),
+        (
+            "batch",
+            f"{report.total_seq_len:,} tokens, {report.supervised_fraction:.0%} supervised, "
+            f"{report.ttt_steps} TTT steps",
+        ),
+        (
+            "step",
+            f"{report.step_ms:,.1f} ms ({report.step_ms_min:,.1f} to {report.step_ms_max:,.1f}), "
+            f"the first {report.first_step_seconds:.1f} s",
+        ),
+        ("speed", format_speed(report.tokens_per_second)),
+        ("useful work", _useful(report)),
+        ("waiting for samples", f"{report.data_wait_share:.1%}"),
+    ]
+    if report.peak_memory_bytes is not None:
+        rows.insert(4, ("peak memory", f"{report.peak_memory_bytes / 2**30:.1f} GiB"))
+    if report.idle_share is not None:
+        rows.append(("GPU idle", f"{report.idle_share:.1%}"))
+    output.panel(f"{report.verifier}, {report.kernels} kernels", rows)
+    if report.split_ms is not None:
+        output.table(
+            ("kernels", "ms a step"),
+            [(kind, f"{ms:.1f}") for kind, ms in report.split_ms.items()],
+        )
+
+
+def _useful(report: "BenchReport") -> str:
+    text = f"{report.useful_tflop:.2f} TFLOP a step, {report.useful_tflops:,.1f} TFLOP/s"
+    if report.utilisation is not None:
+        text += f", {report.utilisation:.0%} of the peak"
+    return text

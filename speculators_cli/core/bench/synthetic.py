@@ -1,0 +1,112 @@
+"""Synthetic packed sequences: documents of several lengths, each with two turns."""
+
+from collections.abc import Iterator, Sequence
+from itertools import count
+
+import torch
+from torch import Tensor
+
+from speculators_cli.core.data.batch import Batch, collate
+from speculators_cli.core.data.sample import Sample
+from speculators_cli.core.models.config import Eagle3Config
+
+# Of six documents in a packed sequence, the share of its tokens; the last takes what is left.
+SHARES = (0.28125, 0.21875, 0.171875, 0.140625, 0.109375)
+
+
+class SyntheticLoader:
+    """Gives the same few sequences, in pinned memory, over and over.
+
+    Args:
+        config: Of the draft.
+        total_seq_len: Tokens in one packed sequence.
+        supervised_fraction: Share of each document's tokens that are supervised.
+        per_step: Sequences of an optimizer step.
+        dtype: Of the hidden states.
+        pin_memory: Whether a GPU copies from them.
+        seed: Of ids, states and the order of documents.
+    """
+
+    def __init__(
+        self,
+        config: Eagle3Config,
+        *,
+        total_seq_len: int,
+        supervised_fraction: float,
+        per_step: int,
+        dtype: torch.dtype,
+        pin_memory: bool,
+        seed: int,
+    ) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        self.per_step = per_step
+        self.batches = []
+        # Two that differ in their order: the number of active rows may vary.
+        for _ in range(2):
+            lengths = _lengths(total_seq_len, generator)
+            samples = [
+                _sample(length, config, supervised_fraction, dtype, generator) for length in lengths
+            ]
+            self.batches.append(
+                collate(
+                    range(len(samples)),
+                    samples,
+                    total_seq_len=total_seq_len,
+                    num_aux_layers=config.num_aux_layers,
+                    hidden_size=config.target_hidden_size,
+                    dtype=dtype,
+                    pin_memory=pin_memory,
+                )
+            )
+
+    def steps_in(self, epoch: int) -> int:
+        """More than anyone asks for."""
+        del epoch
+        return 2**62
+
+    def epoch(self, epoch: int, start_step: int = 0) -> Iterator[tuple[Batch, ...]]:
+        """Batches of optimizer steps, without end."""
+        del epoch
+        for step in count(start_step * self.per_step, self.per_step):
+            yield tuple(
+                self.batches[index % len(self.batches)]
+                for index in range(step, step + self.per_step)
+            )
+
+
+def _lengths(total_seq_len: int, generator: torch.Generator) -> Sequence[int]:
+    lengths = [round(share * total_seq_len) for share in SHARES]
+    lengths.append(total_seq_len - sum(lengths))
+    order = torch.randperm(len(lengths), generator=generator).tolist()
+    return [lengths[index] for index in order]
+
+
+def _sample(
+    num_positions: int,
+    config: Eagle3Config,
+    supervised_fraction: float,
+    dtype: torch.dtype,
+    generator: torch.Generator,
+) -> Sample:
+    """A sample that fills so many positions: one token more, which the shift takes."""
+    num_tokens = num_positions + 1
+
+    def states(*shape: int) -> Tensor:
+        # Drawn small and repeated: a packed sequence of an 8B verifier holds 134 million numbers.
+        few = torch.randn(min(shape[0], 64), *shape[1:], generator=generator).to(dtype)
+        return few.repeat(-(-shape[0] // len(few)), *(1 for _ in shape[1:]))[: shape[0]]
+
+    size = config.target_hidden_size
+    return Sample(
+        input_ids=torch.randint(1, config.vocab_size, (num_tokens,), generator=generator),
+        loss_mask=_two_turns(num_tokens, supervised_fraction),
+        aux_hidden_states=tuple(states(num_tokens, size) for _ in range(config.num_aux_layers)),
+        last_hidden_states=states(num_tokens, size),
+        is_normed=False,
+    )
+
+
+def _two_turns(num_tokens: int, supervised_fraction: float) -> Tensor:
+    """Prompt, answer, prompt, answer; answers are supervised, each half of the fraction."""
+    place = (torch.arange(num_tokens) - 1) / max(num_tokens - 1, 1) * 2 % 1
+    return place >= 1 - supervised_fraction

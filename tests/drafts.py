@@ -1,0 +1,135 @@
+"""Drafts over a verifier given by its tensors; by default tiny, with dimensions that all differ."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from speculators_cli.core.data.batch import Batch, collate
+from speculators_cli.core.data.sample import Sample
+from speculators_cli.core.data.vocab_map import VocabMap
+from speculators_cli.core.models.config import Eagle3Config
+from speculators_cli.core.models.eagle3 import Eagle3Draft
+from speculators_cli.core.models.losses import kl_loss
+from speculators_cli.core.models.verifier import FrozenVerifier, VerifierConfig
+
+
+def make_config(**changes: Any) -> Eagle3Config:
+    """An `Eagle3Config` of hidden size 24; any field can be given."""
+    fields: dict[str, Any] = {
+        "arch": "llama",
+        "hidden_size": 24,
+        "target_hidden_size": 24,
+        "intermediate_size": 40,
+        "num_layers": 1,
+        "num_heads": 6,
+        "num_kv_heads": 2,
+        "head_dim": 8,
+        "rms_norm_eps": 1e-5,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 500000.0},
+        "max_position_embeddings": 512,
+        "vocab_size": 37,
+        "draft_vocab_size": 19,
+        "target_layer_ids": (2, 4, 7),
+        "norm_before_residual": True,
+        "norm_before_fc": False,
+        "fc_norm": False,
+        "norm_output": False,
+        "ttt_steps": 3,
+        "verifier_name_or_path": "example/verifier",
+        "verifier_architectures": ("LlamaForCausalLM",),
+    }
+    return Eagle3Config(**(fields | changes))
+
+
+def make_draft(
+    config: Eagle3Config,
+    *,
+    embedding: Tensor,
+    head: Tensor,
+    norm_gain: Tensor | None,
+    kept_ids: Tensor,
+    loss_decay: float,
+) -> Eagle3Draft:
+    """An `Eagle3Draft` over given verifier tensors; its weights are not filled."""
+    gain = torch.ones(config.hidden_size) if norm_gain is None else norm_gain
+    verifier_config = VerifierConfig(
+        name_or_path=config.verifier_name_or_path,
+        architectures=config.verifier_architectures,
+        hidden_size=config.hidden_size,
+        intermediate_size=config.intermediate_size,
+        num_layers=9,
+        num_heads=config.num_heads,
+        num_kv_heads=config.num_kv_heads,
+        head_dim=config.head_dim,
+        rms_norm_eps=config.rms_norm_eps,
+        rope_parameters=config.rope_parameters,
+        max_position_embeddings=config.max_position_embeddings,
+        norm_offset=0.0,
+        is_tied=False,
+        logit_softcap=None,
+        logit_scale=1.0,
+    )
+    t2d = torch.zeros(config.vocab_size, dtype=torch.bool).index_fill_(0, kept_ids, True)
+    return Eagle3Draft(
+        config,
+        FrozenVerifier(embedding, gain, head, verifier_config),
+        VocabMap(kept_ids - torch.arange(len(kept_ids)), t2d),
+        loss=kl_loss,
+        loss_decay=loss_decay,
+        train_head=True,
+    )
+
+
+def filled_draft(
+    config: Eagle3Config, rng: torch.Generator, *, kept_ids: Tensor, loss_decay: float = 0.7
+) -> Eagle3Draft:
+    """A draft with every weight random, so that no gain is one and no path is silent."""
+    shape = (config.vocab_size, config.hidden_size)
+    # Logits of a spread near one, whatever the width.
+    draft = make_draft(
+        config,
+        embedding=torch.randn(shape, generator=rng),
+        head=torch.randn(shape, generator=rng) * (24 / config.hidden_size) ** 0.5,
+        norm_gain=1 + 0.3 * torch.randn(config.hidden_size, generator=rng),
+        kept_ids=kept_ids,
+        loss_decay=loss_decay,
+    )
+    with torch.no_grad():
+        for parameter in draft.parameters():
+            mean, std = (1.0, 0.3) if parameter.dim() == 1 else (0.0, 0.15)
+            scale = 1.0 if parameter.dim() == 1 else (24 / config.hidden_size) ** 0.5
+            parameter.normal_(mean, std * scale, generator=rng)
+    return draft
+
+
+def make_sample(
+    num_tokens: int,
+    config: Eagle3Config,
+    rng: torch.Generator,
+    *,
+    supervised_fraction: float = 0.7,
+) -> Sample:
+    """A sample of random states; each token is supervised by chance."""
+    size = config.hidden_size
+    return Sample(
+        input_ids=torch.randint(config.vocab_size, (num_tokens,), generator=rng),
+        loss_mask=torch.rand(num_tokens, generator=rng) < supervised_fraction,
+        aux_hidden_states=tuple(
+            torch.randn(config.num_aux_layers, num_tokens, size, generator=rng)
+        ),
+        last_hidden_states=torch.randn(num_tokens, size, generator=rng),
+        is_normed=False,
+    )
+
+
+def pack(*samples: Sample, total_seq_len: int = 32) -> Batch:
+    """Samples end to end, in float32."""
+    return collate(
+        range(len(samples)),
+        samples,
+        total_seq_len=total_seq_len,
+        num_aux_layers=len(samples[0].aux_hidden_states),
+        hidden_size=samples[0].last_hidden_states.shape[-1],
+        dtype=torch.float32,
+    )

@@ -1,0 +1,135 @@
+"""The fast kernels on a GPU, against the plain path in float32."""
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from speculators_cli.core.data.batch import Batch
+from speculators_cli.core.models.attention import plain_attention
+from speculators_cli.core.models.eagle3 import Eagle3Draft
+from speculators_cli.core.models.fast.causal_attention import can_use_flash
+from speculators_cli.core.models.fast.joint_attention import joint_attention
+from speculators_cli.core.models.fast.spans import Spans
+from speculators_cli.core.models.verifier import FrozenVerifier
+from tests.drafts import filled_draft, make_config, make_sample, pack
+
+pytestmark = pytest.mark.gpu
+CUDA = torch.device("cuda")
+VARIANTS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "qwen3": {"arch": "qwen3"},
+    "two-layers": {"num_layers": 2},
+    "three-qwen3-layers-seven-steps": {"num_layers": 3, "arch": "qwen3", "ttt_steps": 7},
+    "norm-before-fc": {"norm_before_fc": True},
+    "fc-norm": {"fc_norm": True},
+    "norm-output": {"norm_output": True},
+    "residual-before-norm": {"norm_before_residual": False},
+}
+
+
+def relative_error(value: Tensor, exact: Tensor) -> float:
+    return float((value.double() - exact.double()).norm() / exact.double().norm())
+
+
+@pytest.mark.parametrize("num_steps", [1, 2, 4])
+@pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), [(8, 2, 64), (6, 6, 128), (4, 1, 40)])
+@pytest.mark.parametrize("share", [1.0, 0.3])
+def test_joint_attention_is_as_close_to_float32_as_the_plain_path(
+    num_steps: int, heads: int, kv_heads: int, head_dim: int, share: float
+) -> None:
+    torch.manual_seed(0)
+    bounds = (0, 100, 101, 300, 384)
+    rows = (torch.rand(384) < share).nonzero().flatten()
+    spans = Spans.of_rows(bounds, rows.numpy(), CUDA)
+    rows = rows.cuda()
+    query = torch.randn(384, heads, head_dim, device=CUDA, dtype=torch.bfloat16)
+    parts = [
+        torch.randn(384, kv_heads, head_dim, device=CUDA, dtype=torch.bfloat16)
+        for _ in range(2 * num_steps)
+    ]
+    grad = torch.randn_like(query[rows])
+    assert can_use_flash(query)
+
+    def fast(query: Tensor, *parts: Tensor) -> Tensor:
+        keys, values = parts[:num_steps], parts[num_steps:]
+        own_keys, own_values = ([x[rows] for x in xs[1:]] for xs in (keys, values))
+        return joint_attention(query[rows], [keys[0], *own_keys], [values[0], *own_values], spans)
+
+    def plain(query: Tensor, *parts: Tensor) -> Tensor:
+        return plain_attention(query, bounds, *parts)[rows]
+
+    def run(attend: Any, dtype: torch.dtype) -> list[Tensor]:
+        leaves = [x.to(dtype).requires_grad_() for x in (query, *parts)]
+        out = attend(*leaves)
+        out.backward(grad.to(dtype))
+        return [out.detach(), *(leaf.grad for leaf in leaves)]
+
+    exact = run(plain, torch.float32)
+    rounded = run(plain, torch.bfloat16)
+    own = run(fast, torch.bfloat16)
+
+    for index, (a, b, c) in enumerate(zip(own, rounded, exact, strict=True)):
+        # bfloat16 keeps 8 bits, so both are off by some 1e-2; fast by no more than the plain path.
+        assert relative_error(a, c) <= max(1.1 * relative_error(b, c), 1e-2), index
+
+
+def moved(draft: Eagle3Draft) -> Eagle3Draft:
+    """The same on the GPU, its verifier too."""
+    verifier = draft.verifier
+    draft.verifier = FrozenVerifier(
+        verifier.embedding.cuda(), verifier.norm_gain.cuda(), verifier.head.cuda(), verifier.config
+    )
+    draft.kept_ids = draft.kept_ids.cuda()
+    draft.verifier_rows = draft.verifier_rows.cuda()
+    return draft.cuda()
+
+
+def run(draft: Eagle3Draft, batch: Batch, *, is_fast: bool) -> tuple[Tensor, dict[str, Tensor]]:
+    draft.use_fast_kernels = is_fast
+    draft.zero_grad()
+    sums = draft(batch, torch.tensor(draft.loss_weights, device=CUDA))
+    sums.loss.backward()
+    return sums.stacked(), {
+        name: parameter.grad
+        for name, parameter in draft.named_parameters()
+        if parameter.grad is not None
+    }
+
+
+@pytest.mark.parametrize("fraction", [1.0, 0.6, 0.1])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_fast_equals_plain(variant: str, fraction: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", False)
+    rng = torch.Generator().manual_seed(0)
+    sizes = {
+        "hidden_size": 192, "target_hidden_size": 192, "intermediate_size": 320, "num_heads": 6,
+        "num_kv_heads": 2, "head_dim": 64, "vocab_size": 900, "draft_vocab_size": 450,
+    }  # fmt: skip
+    config = make_config(**(sizes | VARIANTS[variant]))
+    draft = moved(filled_draft(config, rng, kept_ids=torch.arange(0, 900, 2)))
+    lengths = (60, 2, 131, 90)
+    samples = [make_sample(n, config, rng, supervised_fraction=fraction) for n in lengths]
+    batch = pack(*samples, total_seq_len=288).to(CUDA)
+
+    exact_sums, exact = run(draft, batch, is_fast=False)
+    sums, grads = run(draft, batch, is_fast=True)
+    half = replace(
+        batch,
+        aux_hidden_states=batch.aux_hidden_states.bfloat16(),
+        last_hidden_states=batch.last_hidden_states.bfloat16(),
+    )
+    _, plain_half = run(draft, half, is_fast=False)
+    _, fast_half = run(draft, half, is_fast=True)
+
+    torch.testing.assert_close(sums, exact_sums, rtol=1e-5, atol=1e-3)
+    errors = {name: relative_error(grads[name], grad) for name, grad in exact.items()}
+    assert max(errors.values()) <= 1e-5, errors
+    # Rounding alone makes a single weight's error differ; their mean tells.
+    rounding = [
+        sum(relative_error(half_grads[name], grad) for name, grad in exact.items()) / len(exact)
+        for half_grads in (fast_half, plain_half)
+    ]
+    assert rounding[0] <= 1.1 * rounding[1], rounding
