@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from speculators_cli.core.bench.kernels import split_by_kind
+from speculators_cli.core.bench.kernels import KernelTimes, profile_steps
 from speculators_cli.core.bench.shapes import find_shape
 from speculators_cli.core.bench.synthetic import SyntheticLoader
 from speculators_cli.core.data.batch import Batch
@@ -65,6 +65,7 @@ class BenchReport:
     data_wait_share: float
     idle_share: float | None  # of the GPU: no kernel runs
     split_ms: dict[str, float] | None  # by kind of kernel
+    longest_kernels_ms: dict[str, float] | None  # by name, those that took most of a step
     num_kernels: int | None  # launched in a step
 
     def to_json(self) -> dict[str, Any]:
@@ -110,12 +111,9 @@ def _measure(settings: BenchSettings, trainer: Trainer, name: str) -> BenchRepor
         trainer.train_step(ready, epoch=0)
 
     times = _time(step, trainer, masks, settings)
-    split, num_kernels, idle_share = None, None, None
-    if trainer.ranks.device.type == "cuda" and settings.measure.profile:
-        split, num_kernels = split_by_kind(step)
-        busy_ms = sum(ms for kind, ms in split.items() if kind != "copy")
-        idle_share = max(0.0, 1.0 - busy_ms / statistics.median(times.step_ms))
-    return _report(settings, trainer, name, times, split, num_kernels, idle_share)
+    is_profiled = trainer.ranks.device.type == "cuda" and settings.measure.profile
+    kernels = profile_steps(step) if is_profiled else None
+    return _report(settings, trainer, name, times, kernels)
 
 
 def _time(
@@ -188,9 +186,7 @@ def _report(
     trainer: Trainer,
     name: str,
     times: _Times,
-    split: dict[str, float] | None,
-    num_kernels: int | None,
-    idle_share: float | None,
+    kernels: KernelTimes | None,
 ) -> BenchReport:
     draft, device = trainer.draft, trainer.ranks.device
     assert isinstance(draft, Eagle3Draft), "bench builds no other"
@@ -223,9 +219,10 @@ def _report(
         useful_tflops=per_second / 1e12,
         utilisation=per_second / peak_flops if peak_flops else None,
         data_wait_share=times.wait_share,
-        idle_share=idle_share,
-        split_ms=split,
-        num_kernels=num_kernels,
+        idle_share=max(0.0, 1.0 - kernels.busy_ms / step_ms) if kernels else None,
+        split_ms=kernels.split_ms if kernels else None,
+        longest_kernels_ms=kernels.longest_ms if kernels else None,
+        num_kernels=kernels.num_kernels if kernels else None,
     )
 
 

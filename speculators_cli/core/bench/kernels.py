@@ -1,6 +1,8 @@
 """Where a GPU's time goes: kernels of a few steps, by kind."""
 
+from collections import defaultdict
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch.profiler import ProfilerActivity, profile
@@ -14,26 +16,42 @@ KINDS = {
     "loss": ("_kl_kernel", "_target_stats", "softmax", "argmax", "kl_div", "logsumexp"),
 }
 
+NUM_LONGEST = 40
 
-def split_by_kind(step: Callable[[], None], *, num_steps: int = 2) -> tuple[dict[str, float], int]:
-    """Profile some steps.
 
-    Returns:
-        Milliseconds a step of each kind of kernel, `other` among them; kernels launched a step.
-    """
+@dataclass(frozen=True)
+class KernelTimes:
+    """What a GPU ran in a step."""
+
+    split_ms: dict[str, float]  # by kind of kernel, `other` among them
+    longest_ms: dict[str, float]  # by kernel, those that took most
+    num_kernels: int
+
+    @property
+    def busy_ms(self) -> float:
+        """Time in which something computed; copies run beside it."""
+        return sum(ms for kind, ms in self.split_ms.items() if kind != "copy")
+
+
+def profile_steps(step: Callable[[], None], *, num_steps: int = 2) -> KernelTimes:
+    """Profile some steps; times are means a step."""
     torch.cuda.synchronize()
-    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+    with profile(activities=[ProfilerActivity.CUDA], acc_events=True) as profiler:
         for _ in range(num_steps):
             step()
         torch.cuda.synchronize()
     split = dict.fromkeys([*KINDS, "other"], 0.0)
+    by_name: dict[str, float] = defaultdict(float)
     num_kernels = 0
     for event in profiler.events() or ():
         if event.device_type != torch.autograd.DeviceType.CUDA or event.is_user_annotation:
             continue
-        split[_kind(event.name)] += event.device_time_total / 1e3 / num_steps
+        milliseconds = event.device_time_total / 1e3 / num_steps
+        split[_kind(event.name)] += milliseconds
+        by_name[event.name] += milliseconds
         num_kernels += 1
-    return split, num_kernels // num_steps
+    longest = sorted(by_name.items(), key=lambda item: -item[1])[:NUM_LONGEST]
+    return KernelTimes(split, dict(longest), num_kernels // num_steps)
 
 
 def _kind(name: str) -> str:
