@@ -1,8 +1,8 @@
 """ActiveRows: which positions of a packed sequence can reach a loss, known before the forward.
 
-TTT step k >= 1 reads earlier draft steps at its own position only, so a position none of whose steps
-is scored is needed for its step-0 keys and values and for nothing else. All of this follows from the
-loss mask and the lengths of documents, both on the host, so no step waits for the device.
+TTT step k >= 1 reads earlier draft steps at its own position only, so a position none of whose
+steps is scored is needed for its step-0 keys and values and for nothing else. All of this follows
+from the loss mask and the lengths of documents, both on the host, so no step waits for the device.
 """
 
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from speculators_cli.core.data.batch import Batch
-from speculators_cli.core.models.fast.spans import Spans
+from speculators_cli.core.models.fast.spans import Spans, move
 
 Indices = NDArray[np.int64]
 
@@ -28,6 +28,7 @@ class ActiveRows:
     """
 
     rows: Tensor  # [active]: positions that are scored in some TTT step
+    places: Tensor  # [seq_len]: where each position stands in `rows`, or -1
     num_inside: tuple[int, ...]  # for each step k, the first rows with row + k < seq_len
     shifted_rows: tuple[Tensor, ...]  # for each step k, row + k, at most the last position
     needed: Tensor  # [needed]: positions that are some row + k, ascending
@@ -54,12 +55,14 @@ def find_active_rows(batch: Batch, num_steps: int) -> ActiveRows:
     is_active[positions[inside]] = True
     is_active[0] |= not is_active.any()
     rows = np.flatnonzero(is_active)
-    target_rows = np.where(inside, _places(rows, seq_len)[np.maximum(positions, 0)], -1)
+    places = _places(rows, seq_len)
+    target_rows = np.where(inside, places[np.maximum(positions, 0)], -1)
 
     shifted = np.minimum(rows + np.arange(num_steps)[:, None], seq_len - 1)  # [steps, active]
     needed = np.unique(shifted)
     parts = {
         "rows": rows,
+        "places": places,
         "shifted": shifted,
         "needed": needed,
         "needed_rows": _places(needed, seq_len)[shifted],
@@ -69,6 +72,7 @@ def find_active_rows(batch: Batch, num_steps: int) -> ActiveRows:
     moved = _move(parts, device)
     return ActiveRows(
         rows=moved["rows"],
+        places=moved["places"],
         num_inside=tuple(int(np.searchsorted(rows, seq_len - k)) for k in range(num_steps)),
         shifted_rows=moved["shifted"].unbind(),
         needed=moved["needed"],
@@ -96,10 +100,7 @@ def _places(rows: Indices, seq_len: int) -> Indices:
 def _move(parts: dict[str, Indices], device: torch.device) -> dict[str, Tensor]:
     """Bring arrays to the device in one copy that nothing waits for."""
     flat = torch.from_numpy(np.concatenate([part.ravel() for part in parts.values()]))
-    if device.type == "cuda":
-        flat = flat.pin_memory().to(device, non_blocking=True)
-    sizes = [part.size for part in parts.values()]
-    pieces = flat.split(sizes)
+    pieces = move(flat, device).split([part.size for part in parts.values()])
     return {
         name: piece.view(part.shape)
         for (name, part), piece in zip(parts.items(), pieces, strict=True)

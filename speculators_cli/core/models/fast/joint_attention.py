@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from speculators_cli.core.models.fast import causal_attention
+from speculators_cli.core.models.fast.rows import pick_rows
 from speculators_cli.core.models.fast.spans import Spans
 
 
@@ -37,7 +38,7 @@ class _JointAttention(torch.autograd.Function):
     def forward(ctx: Any, query: Tensor, spans: Spans, *keys_and_values: Tensor) -> Tensor:
         num_steps = len(keys_and_values) // 2
         causal = causal_attention.forward(
-            spans.lay_out(query), keys_and_values[0], keys_and_values[num_steps], spans
+            _laid_out(query, spans), keys_and_values[0], keys_and_values[num_steps], spans
         )
         own_keys, own_values = _own(keys_and_values, num_steps)
         out, lse = _merge(query, own_keys, own_values, causal.out, causal.lse, spans.places)
@@ -53,12 +54,12 @@ class _JointAttention(torch.autograd.Function):
         keys_and_values, (out, lse, *saved) = rest[: 2 * num_steps], rest[2 * num_steps :]
         grad_out = grads[0].contiguous()
         grad_causal, grad_key, grad_value = causal_attention.backward(
-            spans.lay_out(grad_out),
-            spans.lay_out(query),
+            _laid_out(grad_out, spans),
+            _laid_out(query, spans),
             keys_and_values[0],
             keys_and_values[num_steps],
-            spans.lay_out(out),
-            spans.lay_out(lse[:, :, None])[:, :, 0].T.contiguous(),
+            _laid_out(out, spans),
+            _laid_out(lse, spans).T.contiguous(),
             saved,
             spans,
         )
@@ -74,6 +75,14 @@ class _JointAttention(torch.autograd.Function):
             grad_value,
             *grad_own_values.unbind(),
         )
+
+
+def _laid_out(
+    x: Tensor,  # [active, ...]
+    spans: Spans,
+) -> Tensor:
+    """Each row where the causal kernel expects it, zeros in the gaps; [queries, ...]."""
+    return x.contiguous() if spans.sources is None else pick_rows(x, spans.sources)
 
 
 def _own(keys_and_values: Sequence[Tensor], num_steps: int) -> tuple[Tensor, Tensor]:

@@ -8,6 +8,7 @@ the draft's logits are overwritten by theirs. All TTT steps that score a target 
 logits, computed once.
 """
 
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -16,6 +17,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from speculators_cli.core.models.fast.rows import put_rows
 from speculators_cli.core.models.fast.shared import SharedWeight
 from speculators_cli.core.models.verifier import FrozenVerifier
 
@@ -72,20 +74,19 @@ class _LinearKL(torch.autograd.Function):
         tokens = torch.zeros(num_steps, num_targets, dtype=torch.int32, device=hidden.device)
         verifier_tokens = torch.zeros(num_targets, dtype=torch.int32, device=hidden.device)
         needs_hidden, needs_head, *_ = ctx.needs_input_grad
-        # One row more: there goes what no row scores.
-        grad_hidden = hidden.new_zeros(len(hidden) + 1, hidden.shape[1]) if needs_hidden else None
-        places = torch.where(rows < 0, len(hidden), rows)
+        grad_hidden = torch.zeros_like(hidden) if needs_hidden else None
         for chunk in _chunks(num_targets, num_steps * len(verifier_rows)):
             here = slice(*chunk)
             targets = last_hidden[here] @ verifier_rows.to(hidden.dtype).T
             stats, verifier_tokens[here] = _target_stats(targets, verifier)
-            source = hidden.index_select(0, rows[:, here].clamp(min=0).flatten())
+            own_rows = rows[:, here].contiguous()
+            source = hidden.index_select(0, own_rows.clamp(min=0).flatten())
             logits = source @ head.value.T
             losses[:, here], tokens[:, here] = _kl(
-                logits, targets, stats, rows[:, here].contiguous(), weights, verifier
+                logits, targets, stats, own_rows, weights, verifier
             )
             if grad_hidden is not None:
-                grad_hidden.index_copy_(0, places[:, here].flatten(), logits @ head.value)
+                put_rows(logits @ head.value, own_rows.flatten(), grad_hidden, add=False)
             if needs_head:
                 head.gradient.add_product(logits, source)
         ctx.save_for_backward(token, grad_hidden)
@@ -99,7 +100,7 @@ class _LinearKL(torch.autograd.Function):
         torch._assert_async(grads[0] == 1.0)  # type: ignore[no-untyped-call]  # noqa: SLF001
         needs_head = ctx.needs_input_grad[1]
         return (
-            None if grad_hidden is None else grad_hidden[:-1],
+            grad_hidden,
             torch.zeros_like(token) if needs_head else None,
             *(None,) * 6,
         )
@@ -110,7 +111,7 @@ def _chunks(num_targets: int, logits_per_target: int) -> list[tuple[int, int]]:
     size = min(max(MAX_LOGITS // logits_per_target, MIN_TARGETS), MAX_TARGETS)
     num_chunks = -(-num_targets // size)
     bounds = [num_targets * i // max(num_chunks, 1) for i in range(num_chunks + 1)]
-    return list(zip(bounds[:-1], bounds[1:], strict=True))
+    return list(pairwise(bounds))
 
 
 def _logit_options(verifier: FrozenVerifier) -> dict[str, Any]:

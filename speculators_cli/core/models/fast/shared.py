@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from speculators_cli.core.models.fast.rows import pick_rows, put_rows
+
 
 class GradientSum:
     """The gradient of a shared tensor, so far; None before the first use's backward."""
@@ -43,9 +45,13 @@ class SharedWeight:
     Args:
         weights: Each [out, in], float32.
         dtype: The compute dtype.
+        gain: [in], float32, of a norm before the weights: goes into them, where its gradient costs
+            a pass over theirs. In the rows it would cost a GEMM.
     """
 
-    def __init__(self, weights: Sequence[Tensor], dtype: torch.dtype) -> None:
+    def __init__(
+        self, weights: Sequence[Tensor], dtype: torch.dtype, *, gain: Tensor | None = None
+    ) -> None:
         first = weights[0]
         num_rows = sum(len(weight) for weight in weights)
         self.value = torch.empty(num_rows, first.shape[1], dtype=dtype, device=first.device)
@@ -53,10 +59,13 @@ class SharedWeight:
             for part, weight in zip(
                 self.value.split([len(weight) for weight in weights]), weights, strict=True
             ):
-                part.copy_(weight)
+                if gain is None:
+                    part.copy_(weight)
+                else:
+                    torch.mul(weight, gain, out=part)
         # The sum does not know the token: a cycle would keep all of this until Python collects.
         self.gradient = GradientSum()
-        self.token: Tensor = _ShareWeights.apply(self.gradient, *weights)
+        self.token: Tensor = _ShareWeights.apply(self.gradient, gain, *weights)
 
     def linear(
         self,
@@ -71,8 +80,9 @@ class SharedWeight:
 
 class _ShareWeights(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, gradient: GradientSum, *weights: Tensor) -> Tensor:
+    def forward(ctx: Any, gradient: GradientSum, gain: Tensor | None, *weights: Tensor) -> Tensor:
         ctx.gradient, ctx.sizes = gradient, [len(weight) for weight in weights]
+        ctx.save_for_backward(gain, *(weights if gain is not None else ()))
         return torch.zeros((), device=weights[0].device)
 
     @staticmethod
@@ -80,8 +90,15 @@ class _ShareWeights(torch.autograd.Function):
     def backward(ctx: Any, *_grads: Tensor) -> tuple[Tensor | None, ...]:
         total, ctx.gradient.total = ctx.gradient.total, None
         if total is None:
-            return (None,) * (1 + len(ctx.sizes))
-        return (None, *total.split(ctx.sizes))
+            return (None,) * (2 + len(ctx.sizes))
+        parts = total.split(ctx.sizes)
+        gain, *weights = ctx.saved_tensors
+        if gain is None:
+            return (None, None, *parts)
+        products = (part * weight for part, weight in zip(parts, weights, strict=True))
+        grad_gain = torch.stack([product.sum(0) for product in products]).sum(0)
+        total.mul_(gain)
+        return (None, grad_gain, *parts)
 
 
 class _Linear(torch.autograd.Function):
@@ -178,32 +195,28 @@ class _Read(torch.autograd.Function):
         else:
             if gradient.total is None:
                 gradient.total = grad.new_zeros(ctx.num_rows, grad.shape[1])
-            grad, places = grad[: ctx.num_inside], places[: ctx.num_inside]
-            # Distinct places: read, add, write. An index_add would add atomically.
-            grad = gradient.total.index_select(0, places).add_(grad)
-            gradient.total.index_copy_(0, places, grad)
+            put_rows(grad[: ctx.num_inside], places[: ctx.num_inside], gradient.total, add=True)
         return torch.zeros_like(token), None, None, None, None
 
 
 class _Gather(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, rows: Tensor) -> Tensor:
-        ctx.save_for_backward(rows)
-        ctx.num_rows = len(x)
+    def forward(ctx: Any, x: Tensor, rows: Tensor, places: Tensor) -> Tensor:
+        ctx.save_for_backward(places)
         return x.index_select(0, rows)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        (rows,) = ctx.saved_tensors
-        spread = grads[0].new_zeros(ctx.num_rows, *grads[0].shape[1:])
-        return spread.index_copy_(0, rows, grads[0]), None
+        (places,) = ctx.saved_tensors
+        return pick_rows(grads[0], places), None, None
 
 
 def gather(
     x: Tensor,  # [seq_len, ...]
     rows: Tensor,  # [active], int64, distinct
+    places: Tensor,  # [seq_len], int64: where each position stands in `rows`, or -1
 ) -> Tensor:
-    """Those rows, [active, ...]; since they are distinct, the backward is a copy."""
-    out: Tensor = _Gather.apply(x, rows)
+    """Those rows, [active, ...]; the backward reads them back by their places."""
+    out: Tensor = _Gather.apply(x, rows, places)
     return out

@@ -24,12 +24,13 @@ class Spans:
     query_offsets: Tensor  # `query_bounds`, int32, on the device
     key_offsets: Tensor
     places: Tensor | None  # [active], int64: where each row stands; None: as they are
+    sources: Tensor | None  # [queries], int64: the row that stands there, or -1
 
     @classmethod
     def of_documents(cls, bounds: Sequence[int], device: torch.device) -> "Spans":
         """Every position asks."""
         offsets = _offsets(bounds, device)
-        return cls(tuple(bounds), tuple(bounds), offsets, offsets, None)
+        return cls(tuple(bounds), tuple(bounds), offsets, offsets, None, None)
 
     @classmethod
     def of_rows(
@@ -42,21 +43,17 @@ class Spans:
             length = stop - int(own[0]) if len(own) else 0
             places.append(own - (stop - length) + query_bounds[-1])
             query_bounds.append(query_bounds[-1] + length)
-        placed = torch.from_numpy(np.concatenate(places))
-        if device.type == "cuda":
-            placed = placed.pin_memory().to(device, non_blocking=True)
+        placed = np.concatenate(places)
+        sources = np.full(query_bounds[-1], -1)
+        sources[placed] = np.arange(len(placed))
         return cls(
             tuple(query_bounds),
             tuple(bounds),
             _offsets(query_bounds, device),
             _offsets(bounds, device),
-            placed,
+            move(torch.from_numpy(placed), device),
+            move(torch.from_numpy(sources), device),
         )
-
-    @property
-    def num_queries(self) -> int:
-        """Queries as the kernel sees them, zeros in the gaps included."""
-        return self.query_bounds[-1]
 
     @property
     def longest_query(self) -> int:
@@ -68,18 +65,13 @@ class Spans:
         """Keys of the longest document."""
         return max(stop - start for start, stop in pairwise(self.key_bounds))
 
-    def lay_out(
-        self,
-        x: Tensor,  # [active, heads, head_dim]
-    ) -> Tensor:
-        """Put each row where the kernel expects it; [queries, heads, head_dim]."""
-        if self.places is None:
-            return x.contiguous()
-        return x.new_zeros(self.num_queries, *x.shape[1:]).index_copy_(0, self.places, x)
-
 
 def _offsets(bounds: Sequence[int], device: torch.device) -> Tensor:
-    offsets = torch.tensor(bounds, dtype=torch.int32)
+    return move(torch.tensor(bounds, dtype=torch.int32), device)
+
+
+def move(tensor: Tensor, device: torch.device) -> Tensor:
+    """Bring a small tensor to the device; nothing waits for it."""
     if device.type == "cuda":
-        offsets = offsets.pin_memory().to(device, non_blocking=True)
-    return offsets
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)

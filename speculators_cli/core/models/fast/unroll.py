@@ -9,10 +9,11 @@ from speculators_cli.core.models.eagle3 import Eagle3Draft, FirstLayer
 from speculators_cli.core.models.fast.active_rows import ActiveRows, find_active_rows
 from speculators_cli.core.models.fast.joint_attention import joint_attention
 from speculators_cli.core.models.fast.linear_kl import Scores, linear_kl
+from speculators_cli.core.models.fast.rms_norm import rms_norm
 from speculators_cli.core.models.fast.rotary import rotate
 from speculators_cli.core.models.fast.shared import SharedRows, SharedWeight, gather
 from speculators_cli.core.models.fast.swiglu import swiglu
-from speculators_cli.core.models.layers import DecoderLayer
+from speculators_cli.core.models.layers import DecoderLayer, RMSNorm
 from speculators_cli.core.models.ttt import StepSums, sum_steps
 
 Rope = tuple[Tensor, Tensor]
@@ -37,10 +38,15 @@ def unroll(draft: Eagle3Draft, batch: Batch, weights: Tensor) -> StepSums:
         active_rope = draft.rotary(batch.position_ids[rows.rows] + step)
         for layer in layers:
             hidden = layer(hidden, rope if step == 0 else active_rope, active_rope)
-        normed = draft.norm(hidden)
+        normed, hidden = apply_norm(draft.norm, hidden)
         normed_steps.append(normed)
         hidden = normed if config.norm_output else hidden
     return score(draft, batch, rows, torch.cat(normed_steps), weights)
+
+
+def apply_norm(norm: RMSNorm, x: Tensor) -> tuple[Tensor, Tensor]:
+    """`x` normalised, and `x` to go on with."""
+    return rms_norm(x, norm.weight, norm.eps)
 
 
 class FastLayer:
@@ -75,12 +81,13 @@ class FastLayer:
             assert embedded is not None
             gain = layer.input_layernorm.weight
             halves = [weight.split(len(gain), dim=1) for weight in (q, k, v)]
-            # The gain goes into the weights: with it in the rows, its gradient would cost a GEMM.
-            embedding_q, *embedding_kv = (half * gain for half, _ in halves)
-            (_, q), (_, k), (_, v) = halves
+            (embedding_q, q), (embedding_k, k), (embedding_v, v) = halves
+            embedding_kv = [embedding_k, embedding_v]
             needed = embedded.index_select(0, rows.needed) if is_last else embedded
-            self.query_rows = SharedRows(SharedWeight([embedding_q], dtype).linear(needed))
-            self.kv_rows = SharedRows(SharedWeight(embedding_kv, dtype).linear(embedded))
+            self.query_rows = SharedRows(
+                SharedWeight([embedding_q], dtype, gain=gain).linear(needed)
+            )
+            self.kv_rows = SharedRows(SharedWeight(embedding_kv, dtype, gain=gain).linear(embedded))
         self.q = SharedWeight([q], dtype)
         self.kv = SharedWeight([k, v], dtype)
         self.o = SharedWeight([attention.o_proj.weight], dtype)
@@ -102,24 +109,25 @@ class FastLayer:
         narrows = self.step == 0 and self.is_last
         keeps_all = self.step == 0 and not self.is_last
         if isinstance(layer, FirstLayer):
-            normed = layer.hidden_norm(hidden)
-            residual = normed if layer.norm_before_residual else hidden
+            normed, residual = apply_norm(layer.hidden_norm, hidden)
+            residual = normed if layer.norm_before_residual else residual
         else:
-            normed, residual = layer.input_layernorm(hidden), hidden
+            normed, residual = apply_norm(layer.input_layernorm, hidden)
         key, value = self.project_kv(normed, key_rope)
         self.keys.append(key)
         self.values.append(value)
         if narrows:
             is_shared = residual is normed
-            normed = gather(normed, rows.rows)
-            residual = normed if is_shared else gather(residual, rows.rows)
+            normed = gather(normed, rows.rows, rows.places)
+            residual = normed if is_shared else gather(residual, rows.rows, rows.places)
         query = self.project_query(normed, key_rope if keeps_all else active_rope)
         spans = rows.all_spans if keeps_all else rows.spans
         attended = joint_attention(query, self.keys, self.values, spans)
         hidden = self.o.linear(attended.flatten(1), add=residual)
-        activated = swiglu(self.gate_up.linear(layer.post_attention_layernorm(hidden)))
+        normed, residual = apply_norm(layer.post_attention_layernorm, hidden)
+        activated = swiglu(self.gate_up.linear(normed))
         self.step += 1
-        return self.down.linear(activated, add=hidden)
+        return self.down.linear(activated, add=residual)
 
     def project_kv(self, normed: Tensor, rope: Rope) -> tuple[Tensor, Tensor]:
         """Keys and values of these rows, each [rows, kv_heads, head_dim]."""

@@ -16,6 +16,7 @@ from speculators_cli.core.models.eagle3 import Eagle3Draft
 from speculators_cli.core.models.fast.active_rows import find_active_rows
 from speculators_cli.core.models.fast.joint_attention import joint_attention
 from speculators_cli.core.models.fast.linear_kl import linear_kl
+from speculators_cli.core.models.fast.rms_norm import rms_norm
 from speculators_cli.core.models.fast.rotary import rotate
 from speculators_cli.core.models.fast.shared import SharedRows, SharedWeight, gather
 from speculators_cli.core.models.fast.spans import Spans
@@ -27,7 +28,7 @@ from tests.drafts import filled_draft, make_config, make_sample, pack
 
 CPU = torch.device("cpu")
 # Sums of tens of float32 terms, added in another order.
-CLOSE = {"rtol": 1e-5, "atol": 1e-5}
+RTOL = ATOL = 1e-5
 
 
 def gradients(
@@ -49,7 +50,7 @@ def assert_same(fast: Callable[..., Tensor], plain: Callable[..., Tensor], *inpu
     theirs = gradients(plain, *inputs, rng=torch.Generator().manual_seed(1))
     for own, exact in zip(ours, theirs, strict=True):
         assert exact.abs().max() > 0
-        torch.testing.assert_close(own, exact, **CLOSE)
+        torch.testing.assert_close(own, exact, rtol=RTOL, atol=ATOL)
 
 
 @pytest.mark.parametrize(("heads", "head_dim"), [(3, 8), (4, 12)])
@@ -126,7 +127,40 @@ def test_a_frozen_shared_weight_gets_no_gradient(rng: torch.Generator) -> None:
     assert x.grad is not None
 
 
-def test_a_weight_below_16_bits_of_precision_adds_up_in_float32(rng: torch.Generator) -> None:
+def test_a_gain_goes_into_the_weights(rng: torch.Generator) -> None:
+    gain = 1 + torch.randn(6, generator=rng)
+    first, second, x = (torch.randn(n, 6, generator=rng) for n in (4, 3, 5))
+
+    def fast(gain: Tensor, first: Tensor, second: Tensor) -> Tensor:
+        return SharedWeight([first, second], torch.float32, gain=gain).linear(x)
+
+    def plain(gain: Tensor, first: Tensor, second: Tensor) -> Tensor:
+        return (x * gain) @ torch.cat([first, second]).T
+
+    assert_same(fast, plain, gain, first, second)
+
+
+@pytest.mark.parametrize("uses", ["both", "normed", "residual"])
+def test_rms_norm_adds_the_gradient_of_the_residual(uses: str, rng: torch.Generator) -> None:
+    x, gain = torch.randn(5, 12, generator=rng), 1 + torch.randn(12, generator=rng)
+
+    def join(normed: Tensor, residual: Tensor) -> Tensor:
+        parts = {"both": normed * 3 + residual, "normed": normed, "residual": residual * 2}
+        return parts[uses]
+
+    def fast(x: Tensor, gain: Tensor) -> Tensor:
+        return join(*rms_norm(x, gain, 1e-5)) + 0 * gain
+
+    def plain(x: Tensor, gain: Tensor) -> Tensor:
+        return join(F.rms_norm(x, (12,), gain, 1e-5), x) + 0 * gain
+
+    ours = gradients(fast, x, gain, rng=torch.Generator().manual_seed(1))
+    theirs = gradients(plain, x, gain, rng=torch.Generator().manual_seed(1))
+    for own, exact in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(own, exact, rtol=1e-5, atol=1e-5)
+
+
+def test_a_shared_weights_gradient_adds_up_in_float32() -> None:
     # Trap: 300 products of one are 256 in bfloat16.
     weight = torch.zeros(1, 1).requires_grad_()
     shared = SharedWeight([weight], torch.bfloat16)
@@ -163,7 +197,12 @@ def test_what_is_read_past_the_end_gets_no_gradient(rng: torch.Generator) -> Non
 def test_gathered_rows_give_their_gradient_back(rng: torch.Generator) -> None:
     rows = torch.tensor([0, 3, 4])
 
-    assert_same(lambda x: gather(x, rows), lambda x: x[rows], torch.randn(6, 2, 3, generator=rng))
+    places = torch.tensor([0, -1, -1, 1, 2, -1])
+
+    def fast(x: Tensor) -> Tensor:
+        return gather(x, rows, places)
+
+    assert_same(fast, lambda x: x[rows], torch.randn(6, 2, 3, generator=rng))
 
 
 @pytest.mark.parametrize("num_steps", [1, 3])
@@ -233,11 +272,11 @@ def test_linear_kl_equals_the_plain_loss(options: dict[str, float], rng: torch.G
     leaves = [[x.clone().requires_grad_() for x in (hidden, head)] for _ in range(2)]
     for compute, own in zip((fast, plain), leaves, strict=True):
         compute(*own).backward()  # type: ignore[operator]
-    torch.testing.assert_close(fast(hidden, head), plain(hidden, head), **CLOSE)
+    torch.testing.assert_close(fast(hidden, head), plain(hidden, head), rtol=RTOL, atol=ATOL)
     for own, exact in zip(*leaves, strict=True):
         assert exact.grad is not None
         assert exact.grad.abs().max() > 0
-        torch.testing.assert_close(own.grad, exact.grad, **CLOSE)
+        torch.testing.assert_close(own.grad, exact.grad, rtol=RTOL, atol=ATOL)
 
 
 def test_chunks_of_targets_add_up(rng: torch.Generator, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -260,7 +299,7 @@ def test_chunks_of_targets_add_up(rng: torch.Generator, monkeypatch: pytest.Monk
     chunked = run()
 
     for own, exact in zip(chunked, whole, strict=True):
-        torch.testing.assert_close(own, exact, **CLOSE)
+        torch.testing.assert_close(own, exact, rtol=RTOL, atol=ATOL)
 
 
 def test_a_multiple_of_the_loss_is_refused(rng: torch.Generator) -> None:
@@ -312,8 +351,8 @@ def test_any_mask_gives_what_the_plain_path_gives(
         found.append((sums, grads))
 
     (fast, own), (plain, exact) = found
-    torch.testing.assert_close(fast.stacked(), plain.stacked(), **CLOSE)
-    torch.testing.assert_close(fast.loss, plain.loss, **CLOSE)
+    torch.testing.assert_close(fast.stacked(), plain.stacked(), rtol=RTOL, atol=ATOL)
+    torch.testing.assert_close(fast.loss, plain.loss, rtol=RTOL, atol=ATOL)
     for name, grad in exact.items():
         mine = own.get(name, torch.zeros_like(grad))
         # Where only one key is seen, the exact gradient of a query is 0, and rounding's some 1e-7.
@@ -330,7 +369,7 @@ def test_validation_counts_as_the_plain_path(rng: torch.Generator) -> None:
         plain = draft(batch)
 
     assert plain.num_agreed.sum() > 0
-    torch.testing.assert_close(fast.stacked(), plain.stacked(), **CLOSE)
+    torch.testing.assert_close(fast.stacked(), plain.stacked(), rtol=RTOL, atol=ATOL)
 
 
 def test_a_document_taken_out_on_the_device_is_not_scored(rng: torch.Generator) -> None:
@@ -342,7 +381,7 @@ def test_a_document_taken_out_on_the_device_is_not_scored(rng: torch.Generator) 
     draft.use_fast_kernels = False
 
     assert sums.num_scored.sum() > 0
-    torch.testing.assert_close(sums.stacked(), draft(dropped).stacked(), **CLOSE)
+    torch.testing.assert_close(sums.stacked(), draft(dropped).stacked(), rtol=RTOL, atol=ATOL)
 
 
 def test_active_rows_are_those_that_reach_a_loss(rng: torch.Generator) -> None:
