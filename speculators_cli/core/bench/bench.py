@@ -335,7 +335,9 @@ def _build_trainer(
         settings=train_settings,
         ranks=ranks,
         draft=draft,
-        optimizer=Optimizer(draft, train_settings.optimizer),
+        optimizer=Optimizer(
+            draft, train_settings.optimizer, use_fast_kernels=draft.use_fast_kernels
+        ),
         loader=loader,
         validation_loader=None,
         compute_dtype=dtype,

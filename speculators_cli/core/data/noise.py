@@ -18,11 +18,12 @@ def add_noise(batch: Batch, std: float, *, seed: int, epoch: int) -> Batch:
         return batch
     aux = batch.aux_hidden_states
     generator = torch.Generator(aux.device)
-    noise = torch.zeros_like(aux)
+    noise = torch.empty_like(aux)
     start = 0
     for sample_id, length in zip(batch.sample_ids, batch.lengths, strict=True):
         key = sha256(f"{seed}/{epoch}/{sample_id}".encode()).digest()
         generator.manual_seed(int.from_bytes(key[:7], "little"))
         noise[start : start + length].uniform_(-std, std, generator=generator)
         start += length
+    noise[start:] = 0
     return replace(batch, aux_hidden_states=aux + noise)

@@ -34,14 +34,17 @@ class Optimizer:
     Args:
         module: Its trainable parameters are optimised; float32, sharded or not.
         settings: Betas are PyTorch's own.
+        use_fast_kernels: Whether the update is made by a kernel of our own.
     """
 
-    def __init__(self, module: nn.Module, settings: OptimizerSettings) -> None:
+    def __init__(
+        self, module: nn.Module, settings: OptimizerSettings, *, use_fast_kernels: bool = False
+    ) -> None:
         self.max_grad_norm = settings.max_grad_norm
         self.parameters = [p for p in module.parameters() if p.requires_grad]
         gains = [p for p in self.parameters if p.dim() == 1]
         matrices = [p for p in self.parameters if p.dim() > 1]
-        self.adamw = torch.optim.AdamW(
+        self.adamw = _adamw_class(use_fast_kernels)(
             [
                 {"params": matrices, "weight_decay": settings.weight_decay},
                 {"params": gains, "weight_decay": 0.0},
@@ -75,3 +78,12 @@ class Optimizer:
         self.num_skipped += is_broken
         self.num_skipped_in_a_row = (self.num_skipped_in_a_row + 1) * is_broken
         return norm
+
+
+def _adamw_class(use_fast_kernels: bool) -> type[torch.optim.AdamW]:
+    if not use_fast_kernels:
+        return torch.optim.AdamW
+    # Triton is there where a GPU is.
+    from speculators_cli.core.training.adamw import OnePassAdamW
+
+    return OnePassAdamW

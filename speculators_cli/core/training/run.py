@@ -154,7 +154,7 @@ def build_trainer(
         )
     draft = build_draft(settings, inputs, verifier)
     shard(draft, ranks, settings.distributed.sharding)
-    optimizer = Optimizer(draft, settings.optimizer)
+    optimizer = Optimizer(draft, settings.optimizer, use_fast_kernels=draft.use_fast_kernels)
     if start.is_resumed:
         checkpoint = start.checkpoint
         tensors = checkpoint.read_tensors() if checkpoint else {}

@@ -42,10 +42,12 @@ def make_module() -> nn.Sequential:
     return nn.Sequential(nn.Linear(5, 7, bias=False), nn.LayerNorm(7), nn.Linear(7, 3, bias=False))
 
 
-def test_a_step_equals_clip_then_adamw() -> None:
+@pytest.mark.parametrize("use_fast_kernels", [False, True])
+def test_a_step_equals_clip_then_adamw(use_fast_kernels: bool) -> None:
     module = make_module()
     expected = copy.deepcopy(module)
-    optimizer = Optimizer(module, OptimizerSettings(max_grad_norm=0.5, weight_decay=0.3))
+    settings = OptimizerSettings(max_grad_norm=0.5, weight_decay=0.3)
+    optimizer = Optimizer(module, settings, use_fast_kernels=use_fast_kernels)
     gains = [p for p in expected.parameters() if p.dim() == 1]
     matrices = [p for p in expected.parameters() if p.dim() == 2]
     groups = [
@@ -70,10 +72,13 @@ def test_a_step_equals_clip_then_adamw() -> None:
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("use_fast_kernels", [False, True])
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_a_gradient_that_is_not_finite_changes_nothing(value: float) -> None:
+def test_a_gradient_that_is_not_finite_changes_nothing(
+    value: float, use_fast_kernels: bool
+) -> None:
     module = make_module()
-    optimizer = Optimizer(module, OptimizerSettings())
+    optimizer = Optimizer(module, OptimizerSettings(), use_fast_kernels=use_fast_kernels)
     module(torch.randn(2, 5)).sum().backward()
     optimizer.step(0.1)
     weights = copy.deepcopy(module.state_dict())

@@ -24,7 +24,7 @@ from speculators_cli.core.models.verifier import FrozenVerifier
 # Draft logits at once. Each chunk reads and writes the whole gradient of the lm_head, so a wide
 # vocabulary wants long chunks, and memory short ones.
 MAX_LOGITS = 2**28
-MIN_TARGETS, MAX_TARGETS = 1024, 2048
+MIN_TARGETS, MAX_TARGETS = 2048, 4096
 
 
 class Scores(NamedTuple):
@@ -155,7 +155,8 @@ def _kl(
     tokens = torch.empty(num_steps, num_targets, dtype=torch.int32, device=logits.device)
     vocab_size = logits.shape[1]
     _kl_kernel[(num_steps * num_targets,)](
-        logits, target_logits, stats, rows, weights, losses, tokens, num_targets, vocab_size,
+        logits, target_logits, stats, rows, weights, losses, tokens,
+        num_steps, num_targets, vocab_size,
         **_logit_options(verifier), **_blocks(vocab_size),
     )  # fmt: skip
     return losses, tokens
@@ -201,17 +202,19 @@ def _target_stats_kernel(
     tl.store(tokens + row, best)
 
 
-@triton.jit(do_not_specialize=["num_targets", "logit_scale", "softcap"])
+@triton.jit(do_not_specialize=["num_steps", "num_targets", "logit_scale", "softcap"])
 def _kl_kernel(
-    logits, target_logits, stats, rows, weights, losses, tokens, num_targets, vocab_size,
-    logit_scale, softcap,
+    logits, target_logits, stats, rows, weights, losses, tokens,
+    num_steps, num_targets, vocab_size, logit_scale, softcap,
     HAS_SOFTCAP: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One step and target: a pass for the loss, a pass that writes the gradient."""
     pair = tl.program_id(0).to(tl.int64)
-    step = pair // num_targets
-    target = pair % num_targets
+    # Neighbours share a target, whose logits then come from the cache.
+    target = pair // num_steps
+    step = pair % num_steps
+    pair = step * num_targets + target
     logits += pair * vocab_size
     target_logits += target * vocab_size
     if tl.load(rows + pair) < 0:

@@ -1,0 +1,328 @@
+"""Time the training step of other tools on the batches of `speculators bench`.
+
+    python docs/benchmarks/rivals.py speculators --shape llama-3.1-8b --supervised-fraction 0.6
+    python docs/benchmarks/rivals.py specforge
+
+The tool must be importable: `pip install speculators==0.9.0` or `specforge==0.2.0`, beside this
+project and a torch that both take. What is timed: the copy of a batch from pinned memory, forward,
+backward, clip and optimizer, as the tool's own trainer does them; neither adds noise here, nor looks
+for states that are not finite. One JSON line a run.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import tempfile
+from collections.abc import Callable
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+from speculators_cli.core.bench.shapes import SHAPES
+from speculators_cli.core.bench.synthetic import SyntheticLoader
+from speculators_cli.core.data.batch import Batch
+from speculators_cli.core.data.data_config import default_layer_ids
+from speculators_cli.core.models.config import Eagle3Config
+from speculators_cli.core.models.verifier import VerifierConfig
+
+CUDA = torch.device("cuda")
+Step = Callable[[Batch], torch.Tensor]
+
+
+def main() -> None:
+    """Build, warm up, time."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("tool", choices=["speculators", "specforge"])
+    parser.add_argument("--shape", default="llama-3.1-8b", choices=sorted(SHAPES))
+    parser.add_argument("--supervised-fraction", type=float, default=0.6)
+    parser.add_argument("--total-seq-len", type=int, default=8192)
+    parser.add_argument("--ttt-steps", type=int, default=3)
+    parser.add_argument("--num-layers", type=int, default=1)
+    parser.add_argument("--draft-vocab-size", type=int, default=32000)
+    parser.add_argument("--full-vocab", action="store_true")
+    parser.add_argument("--freeze-head", action="store_true")
+    parser.add_argument("--steps", type=int, default=10)
+    options = parser.parse_args()
+    verifier, vocab_size = SHAPES[options.shape]
+    config = draft_config(options, verifier, vocab_size)
+    loader = SyntheticLoader(
+        config,
+        total_seq_len=options.total_seq_len,
+        supervised_fraction=options.supervised_fraction,
+        per_step=1,
+        dtype=torch.bfloat16,
+        pin_memory=True,
+        seed=0,
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        write_verifier(Path(folder), verifier, vocab_size)
+        build = {"speculators": build_speculators, "specforge": build_specforge}[options.tool]
+        step = build(config, Path(folder), options)
+    torch.cuda.empty_cache()
+    result = time_steps(step, loader, options.steps)
+    keys = ("tool", "shape", "supervised_fraction", "ttt_steps", "num_layers", "full_vocab")
+    described = {key: getattr(options, key) for key in keys}
+    print(json.dumps({**described, "device": torch.cuda.get_device_name(), **result}))  # noqa: T201
+
+
+def time_steps(step: Step, loader: SyntheticLoader, num_steps: int) -> dict[str, float]:
+    """Median milliseconds of a step, tokens a second, peak memory; the first three are warm-up."""
+    batches = loader.epoch(0)
+    for _ in range(3):
+        step(next(batches)[0])
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    events = [torch.cuda.Event(enable_timing=True) for _ in range(num_steps + 1)]
+    events[0].record()
+    for event in events[1:]:
+        loss = step(next(batches)[0])
+        event.record()
+    torch.cuda.synchronize()
+    times = [start.elapsed_time(stop) for start, stop in pairwise(events)]
+    median = statistics.median(times)
+    return {
+        "step_ms": median,
+        "step_ms_min": min(times),
+        "tokens_per_second": loader.batches[0].input_ids.shape[0] / median * 1e3,
+        "peak_gib": torch.cuda.max_memory_allocated() / 2**30,
+        "loss": float(loss),
+    }
+
+
+def draft_config(
+    options: argparse.Namespace, verifier: VerifierConfig, vocab_size: int
+) -> Eagle3Config:
+    """The draft that `speculators bench` times, for the sizes of batches."""
+    return Eagle3Config(
+        arch="llama",
+        hidden_size=verifier.hidden_size,
+        target_hidden_size=verifier.hidden_size,
+        intermediate_size=verifier.intermediate_size,
+        num_layers=options.num_layers,
+        num_heads=verifier.num_heads,
+        num_kv_heads=verifier.num_kv_heads,
+        head_dim=verifier.head_dim,
+        rms_norm_eps=verifier.rms_norm_eps,
+        rope_parameters=verifier.rope_parameters,
+        max_position_embeddings=verifier.max_position_embeddings,
+        vocab_size=vocab_size,
+        draft_vocab_size=vocab_size if options.full_vocab else options.draft_vocab_size,
+        target_layer_ids=default_layer_ids(verifier.num_layers),
+        norm_before_residual=True,
+        norm_before_fc=False,
+        fc_norm=False,
+        norm_output=False,
+        ttt_steps=options.ttt_steps,
+        verifier_name_or_path=verifier.name_or_path,
+        verifier_architectures=("LlamaForCausalLM",),
+    )
+
+
+def layer_config(config: Eagle3Config) -> dict[str, Any]:
+    """A LlamaConfig's fields."""
+    return {
+        "hidden_size": config.hidden_size,
+        "intermediate_size": config.intermediate_size,
+        "num_hidden_layers": config.num_layers,
+        "num_attention_heads": config.num_heads,
+        "num_key_value_heads": config.num_kv_heads,
+        "head_dim": config.head_dim,
+        "vocab_size": config.vocab_size,
+        "rms_norm_eps": config.rms_norm_eps,
+        "hidden_act": "silu",
+        "max_position_embeddings": config.max_position_embeddings,
+        "rope_theta": config.rope_parameters["rope_theta"],
+        "tie_word_embeddings": False,
+        "attention_bias": False,
+        "mlp_bias": False,
+    }
+
+
+def write_verifier(folder: Path, verifier: VerifierConfig, vocab_size: int) -> None:
+    """A Llama folder that holds random embedding, norm and head, which is all that is read."""
+    generator = torch.Generator(CUDA).manual_seed(0)
+    shape = (vocab_size, verifier.hidden_size)
+    tensors = {
+        name: torch.empty(shape, dtype=torch.bfloat16, device=CUDA)
+        .normal_(std=0.02, generator=generator)
+        .cpu()
+        for name in ("model.embed_tokens.weight", "lm_head.weight")
+    }
+    tensors["model.norm.weight"] = torch.ones(verifier.hidden_size, dtype=torch.bfloat16)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    index = {"metadata": {}, "weight_map": dict.fromkeys(tensors, "model.safetensors")}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    config = {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "torch_dtype": "bfloat16",
+        "hidden_size": verifier.hidden_size,
+        "intermediate_size": verifier.intermediate_size,
+        "num_hidden_layers": verifier.num_layers,
+        "num_attention_heads": verifier.num_heads,
+        "num_key_value_heads": verifier.num_kv_heads,
+        "head_dim": verifier.head_dim,
+        "vocab_size": vocab_size,
+        "rms_norm_eps": verifier.rms_norm_eps,
+        "rope_theta": verifier.rope_parameters["rope_theta"],
+        "max_position_embeddings": verifier.max_position_embeddings,
+        "tie_word_embeddings": False,
+    }
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+def vocab_maps(config: Eagle3Config) -> tuple[torch.Tensor, torch.Tensor]:
+    """t2d and d2t of the lowest ids."""
+    t2d = torch.arange(config.vocab_size) < config.draft_vocab_size
+    return t2d, torch.zeros(config.draft_vocab_size, dtype=torch.int64)
+
+
+def on_device(batch: Batch) -> dict[str, torch.Tensor]:
+    """The batch's tensors on the GPU, with a batch dimension."""
+    names = (
+        "input_ids",
+        "aux_hidden_states",
+        "last_hidden_states",
+        "loss_mask",
+        "document_ids",
+        "position_ids",
+    )
+    return {name: getattr(batch, name).to(CUDA, non_blocking=True)[None] for name in names}
+
+
+def build_speculators(config: Eagle3Config, folder: Path, options: argparse.Namespace) -> Step:
+    """vllm-project/speculators 0.9: float32 weights, bfloat16 autocast, its eager KL."""
+    from speculators.config import SpeculatorsConfig
+    from speculators.config import VerifierConfig as UpstreamVerifier
+    from speculators.losses import resolve_loss_config
+    from speculators.models.eagle3 import Eagle3SpeculatorConfig
+    from speculators.models.eagle3.core import Eagle3DraftModel
+    from speculators.proposals.greedy import GreedyTokenProposalConfig
+    from speculators.train.optimizers import build_optimizers
+    from transformers import LlamaConfig
+
+    layers = LlamaConfig(**layer_config(config))
+    layers._attn_implementation = "simple_flex_attention"  # noqa: SLF001
+    proposal = GreedyTokenProposalConfig(speculative_tokens=config.ttt_steps)
+    verifier = UpstreamVerifier(name_or_path=str(folder), architectures=["LlamaForCausalLM"])
+    upstream = Eagle3SpeculatorConfig(
+        transformer_layer_config=layers,
+        draft_vocab_size=config.draft_vocab_size,
+        norm_before_residual=True,
+        eagle_aux_hidden_state_layer_ids=list(config.target_layer_ids),
+        speculators_config=SpeculatorsConfig(
+            algorithm="eagle3",
+            proposal_methods=[proposal],
+            default_proposal_method="greedy",
+            verifier=verifier,
+        ),
+    )
+    with torch.device(CUDA):
+        model = Eagle3DraftModel(config=upstream)
+        t2d, d2t = vocab_maps(config)
+        model.load_vocab_mappings(t2d.to(CUDA), d2t.to(CUDA))
+        model.load_verifier_weights()
+    model.lm_head.weight.requires_grad_(not options.freeze_head)
+    model.to(CUDA).train()
+    settings = argparse.Namespace(
+        optimizer="adamw", lr=1e-4, weight_decay=0.01, muon_lr=1e-3, muon_momentum=0.95,
+        muon_weight_decay=0.1, muon_ns_steps=5, muon_adjust_lr_fn="match_rms_adamw",
+    )  # fmt: skip
+    optimizers = build_optimizers(model, settings)
+    loss_config = resolve_loss_config("kl_div", "eager")
+
+    def step(batch: Batch) -> torch.Tensor:
+        ready = on_device(batch)
+        with torch.autocast("cuda", dtype=torch.bfloat16):
+            _, loss, _ = model(
+                hidden_states=ready["aux_hidden_states"],
+                verifier_last_hidden_states=ready["last_hidden_states"],
+                input_ids=ready["input_ids"],
+                document_ids=ready["document_ids"],
+                loss_mask=ready["loss_mask"],
+                position_ids=ready["position_ids"],
+                ttt_steps=config.ttt_steps,
+                ttt_step_loss_decay=1.0,
+                loss_config=loss_config,
+            )
+        for optimizer in optimizers:
+            optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        for optimizer in optimizers:
+            optimizer.step()
+        detached: torch.Tensor = loss.detach()
+        return detached
+
+    return step
+
+
+def build_specforge(config: Eagle3Config, folder: Path, options: argparse.Namespace) -> Step:
+    """SpecForge 0.2: bfloat16 weights, flex attention; it cannot pack, so all is one document."""
+    import torch.distributed as dist
+    from specforge.algorithms.eagle3.model import OnlineEagle3Model
+    from specforge.modeling.draft.llama3_eagle import LlamaForCausalLMEagle3
+    from specforge.modeling.target.target_head import TargetHead
+    from specforge.optimizer import BF16Optimizer
+    from specforge.runtime.contracts import TrainBatch
+    from specforge.training.backend import FSDPTrainingBackend, ParallelConfig
+    from specforge.training.strategies.base import Eagle3TrainStrategy
+    from transformers import LlamaConfig
+
+    assert not options.freeze_head, "SpecForge always trains the head"
+    os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
+    os.environ.setdefault("MASTER_PORT", "29512")
+    dist.init_process_group("nccl", rank=0, world_size=1)
+    fields = layer_config(config) | {
+        "draft_vocab_size": config.draft_vocab_size,
+        "pretraining_tp": 1,
+    }
+    with torch.device(CUDA):
+        draft = LlamaForCausalLMEagle3(LlamaConfig(**fields), attention_backend="flex_attention")
+    draft = draft.to(torch.bfloat16)
+    t2d, d2t = vocab_maps(config)
+    draft.t2d.copy_(t2d)
+    draft.d2t.copy_(d2t)
+    draft.vocab_mapping_loaded = True
+    draft.load_embedding(str(folder))
+    draft.freeze_embedding()
+    draft = draft.to(device=CUDA, dtype=torch.bfloat16)
+    with torch.device(CUDA):
+        target_head = TargetHead(str(folder)).to(dtype=torch.bfloat16)
+    target_head.load_weights(str(folder))
+    target_head.freeze_weights()
+    target_head.eval()
+    model = OnlineEagle3Model(draft, length=config.ttt_steps, attention_backend="flex_attention")
+    backend = FSDPTrainingBackend(
+        ParallelConfig(fsdp_process_group=dist.group.WORLD),
+        optimizer_factory=lambda m: BF16Optimizer(m, lr=1e-4, max_grad_norm=1.0, total_steps=1000),
+    )
+    wrapped = backend.prepare_model(model, wrap=True, optimizer_target=draft)
+    strategy = Eagle3TrainStrategy(wrapped, target_head=target_head)
+    draft.train()
+
+    def step(batch: Batch) -> torch.Tensor:
+        ready = on_device(batch)
+        tensors = {
+            "hidden_state": ready["aux_hidden_states"],
+            "target": ready["last_hidden_states"],
+            "input_ids": ready["input_ids"],
+            "loss_mask": ready["loss_mask"].long(),
+            "attention_mask": torch.ones_like(ready["input_ids"]),
+        }
+        contract = {"target_repr": "hidden_state"}
+        out = strategy.forward_loss(TrainBatch(["0"], "eagle3", tensors, contract))
+        backend.backward(out.loss)
+        backend.step()
+        detached: torch.Tensor = out.loss.detach()
+        return detached
+
+    return step
+
+
+if __name__ == "__main__":
+    main()
