@@ -144,6 +144,14 @@ def drop_non_finite(batch: Batch) -> tuple[Batch, Tensor]:
         The batch, with such documents' states zeroed and unsupervised; which they are,
         [documents], bool, on the batch's device.
     """
+    is_broken = find_non_finite(batch)
+    rows = rows_of(is_broken, batch)
+    aux = batch.aux_hidden_states.masked_fill(rows[:, None], 0.0)
+    return leave_out(rows, replace(batch, aux_hidden_states=aux)), is_broken
+
+
+def find_non_finite(batch: Batch) -> Tensor:
+    """Which documents have NaN or Inf in their hidden states; [documents], bool."""
     # A sum is finite only if all its parts are, or a part overflows float32, which is as broken.
     sums = batch.aux_hidden_states.sum(-1, dtype=torch.float32)
     sums = sums + batch.last_hidden_states.sum(-1, dtype=torch.float32)
@@ -151,12 +159,24 @@ def drop_non_finite(batch: Batch) -> tuple[Batch, Tensor]:
     # One slot more, for padding.
     bad_counts = torch.zeros(len(batch.lengths) + 1, dtype=torch.int64, device=is_bad.device)
     bad_counts.index_add_(0, batch.document_ids + 1, is_bad.long())
-    is_broken = bad_counts > 0
-    broken_rows = is_broken[batch.document_ids + 1]
-    dropped = replace(
+    return bad_counts[1:] > 0
+
+
+def rows_of(
+    documents: Tensor,  # [documents], bool
+    batch: Batch,
+) -> Tensor:
+    """The rows of these documents; [seq_len], bool."""
+    return torch.cat([documents.new_zeros(1), documents])[batch.document_ids + 1]
+
+
+def leave_out(
+    rows: Tensor,  # [seq_len], bool
+    batch: Batch,
+) -> Batch:
+    """The batch without supervision or last hidden states on these rows."""
+    return replace(
         batch,
-        aux_hidden_states=batch.aux_hidden_states.masked_fill(broken_rows[:, None], 0.0),
-        last_hidden_states=batch.last_hidden_states.masked_fill(broken_rows[:, None], 0.0),
-        loss_mask=batch.loss_mask & ~broken_rows,
+        last_hidden_states=batch.last_hidden_states.masked_fill(rows[:, None], 0.0),
+        loss_mask=batch.loss_mask & ~rows,
     )
-    return dropped, is_broken[1:]

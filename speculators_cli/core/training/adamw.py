@@ -38,7 +38,8 @@ class OnePassAdamW(torch.optim.AdamW):
                 state["exp_avg"] = torch.zeros_like(parameter)
                 state["exp_avg_sq"] = torch.zeros_like(parameter)
         steps = [self.state[parameter]["step"] for _, parameter in groups]
-        torch._foreach_add_(steps, 1.0 - self.found_inf)  # noqa: SLF001
+        # One addend a tensor: a single one would be read by the host, which waits for the device.
+        torch._foreach_add_(steps, [1.0 - self.found_inf] * len(steps))
         betas = groups[0][0]["betas"]
         # In float64, where 1 - 0.999 has digits; all parameters have made the same steps.
         corrections = torch.stack([1.0 - beta ** steps[0].double() for beta in betas]).float()

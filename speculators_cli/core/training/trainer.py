@@ -7,7 +7,7 @@ import torch
 
 from speculators_cli.core.data.batch import Batch, drop_non_finite
 from speculators_cli.core.data.loader import BatchSource
-from speculators_cli.core.data.noise import add_noise
+from speculators_cli.core.data.noise import drop_and_add_noise
 from speculators_cli.core.errors import DivergedError, StoppedError
 from speculators_cli.core.models.draft import DraftModel
 from speculators_cli.core.training.checkpoint import RunFolder, TrainState
@@ -100,10 +100,12 @@ class Trainer:
 
     def prepare(self, batch: Batch, epoch: int) -> Batch:
         """Cast a training batch, leave out broken documents, add noise."""
-        batch, is_broken = drop_non_finite(batch.cast(self.compute_dtype))
-        self.log.add_broken(batch.sample_ids, is_broken)
         std, seed = self.settings.data.noise_std, self.settings.run.seed
-        return add_noise(batch, std, seed=seed, epoch=epoch)
+        ready, is_broken = drop_and_add_noise(
+            batch.cast(self.compute_dtype), std, seed=seed, epoch=epoch
+        )
+        self.log.add_broken(batch.sample_ids, is_broken)
+        return ready
 
     @torch.no_grad()
     def validate(self) -> Metrics | None:

@@ -59,7 +59,9 @@ def find_active_rows(batch: Batch, num_steps: int) -> ActiveRows:
     target_rows = np.where(inside, places[np.maximum(positions, 0)], -1)
 
     shifted = np.minimum(rows + np.arange(num_steps)[:, None], seq_len - 1)  # [steps, active]
-    needed = np.unique(shifted)
+    is_needed = np.zeros(seq_len, dtype=bool)
+    is_needed[shifted] = True
+    needed = np.flatnonzero(is_needed)
     parts = {
         "rows": rows,
         "places": places,

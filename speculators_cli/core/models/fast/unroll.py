@@ -32,12 +32,12 @@ def unroll(draft: Eagle3Draft, batch: Batch, weights: Tensor) -> StepSums:
     fc = SharedWeight([draft.fc.weight], dtype)
     hidden = fc.linear(draft.normed_aux(batch.aux_hidden_states))
     layers = build_layers(draft, batch, rows)
-    rope = draft.rotary(batch.position_ids)  # of all positions, in step 0
+    active_positions = batch.position_ids[rows.rows]
     normed_steps = []
     for step in range(config.ttt_steps):
-        active_rope = draft.rotary(batch.position_ids[rows.rows] + step)
+        positions = batch.position_ids if step == 0 else active_positions + step
         for layer in layers:
-            hidden = layer(hidden, rope if step == 0 else active_rope, active_rope)
+            hidden = layer(hidden, positions, active_positions + step)
         normed, hidden = apply_norm(draft.norm, hidden)
         normed_steps.append(normed)
         hidden = normed if config.norm_output else hidden
@@ -55,6 +55,7 @@ class FastLayer:
     Args:
         layer: Whose weights these are.
         rows: The active rows.
+        rope: Cosine and sine by position.
         embedded: [seq_len, hidden]: normalised embeddings, without their gain, for a first layer.
         is_last: Whether step 0 leaves off the other rows once their keys are known.
     """
@@ -63,12 +64,13 @@ class FastLayer:
         self,
         layer: FirstLayer | DecoderLayer,
         rows: ActiveRows,
+        rope: Rope,
         dtype: torch.dtype,
         *,
         embedded: Tensor | None,
         is_last: bool,
     ) -> None:
-        self.layer, self.rows, self.is_last = layer, rows, is_last
+        self.layer, self.rows, self.rope, self.is_last = layer, rows, rope, is_last
         self.step = 0
         self.keys: list[Tensor] = []
         self.values: list[Tensor] = []
@@ -94,13 +96,13 @@ class FastLayer:
         self.gate_up = SharedWeight([mlp.gate_proj.weight, mlp.up_proj.weight], dtype)
         self.down = SharedWeight([mlp.down_proj.weight], dtype)
 
-    def __call__(self, hidden: Tensor, key_rope: Rope, active_rope: Rope) -> Tensor:
+    def __call__(self, hidden: Tensor, positions: Tensor, active_positions: Tensor) -> Tensor:
         """One TTT step.
 
         Args:
             hidden: [seq_len, hidden] in step 0, [active, hidden] later.
-            key_rope: Of the rows of `hidden`.
-            active_rope: Of the active rows.
+            positions: Of the rows of `hidden` in their documents, this step's shift added.
+            active_positions: The same of the active rows.
 
         Returns:
             Rows of `hidden`; active rows only in the last layer.
@@ -113,14 +115,14 @@ class FastLayer:
             residual = normed if layer.norm_before_residual else residual
         else:
             normed, residual = apply_norm(layer.input_layernorm, hidden)
-        key, value = self.project_kv(normed, key_rope)
+        key, value = self.project_kv(normed, positions)
         self.keys.append(key)
         self.values.append(value)
         if narrows:
             is_shared = residual is normed
             normed = gather(normed, rows.rows, rows.places)
             residual = normed if is_shared else gather(residual, rows.rows, rows.places)
-        query = self.project_query(normed, key_rope if keeps_all else active_rope)
+        query = self.project_query(normed, positions if keeps_all else active_positions)
         spans = rows.all_spans if keeps_all else rows.spans
         attended = joint_attention(query, self.keys, self.values, spans)
         hidden = self.o.linear(attended.flatten(1), add=residual)
@@ -129,7 +131,7 @@ class FastLayer:
         self.step += 1
         return self.down.linear(activated, add=residual)
 
-    def project_kv(self, normed: Tensor, rope: Rope) -> tuple[Tensor, Tensor]:
+    def project_kv(self, normed: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values of these rows, each [rows, kv_heads, head_dim]."""
         attention = self.layer.self_attn
         add = None
@@ -139,9 +141,9 @@ class FastLayer:
             )
         key, value = self.kv.linear(normed, add=add).chunk(2, dim=1)
         heads = (len(normed), -1, attention.head_dim)
-        return rotate(attention.k_norm(key.view(heads)), rope), value.view(heads)
+        return rotate(attention.k_norm(key.view(heads)), self.rope, positions), value.view(heads)
 
-    def project_query(self, normed: Tensor, rope: Rope) -> Tensor:
+    def project_query(self, normed: Tensor, positions: Tensor) -> Tensor:
         """Queries of these rows, [rows, heads, head_dim]."""
         attention = self.layer.self_attn
         add = None
@@ -153,7 +155,8 @@ class FastLayer:
                 else self.read(self.query_rows, of_needed=self.is_last)
             )
         query = self.q.linear(normed, add=add)
-        return rotate(attention.q_norm(query.view(len(normed), -1, attention.head_dim)), rope)
+        heads = query.view(len(normed), -1, attention.head_dim)
+        return rotate(attention.q_norm(heads), self.rope, positions)
 
     def read(self, shared: SharedRows, *, of_needed: bool) -> Tensor:
         """What the active rows read of the embedding's part, shifted by the step."""
@@ -167,11 +170,14 @@ def build_layers(draft: Eagle3Draft, batch: Batch, rows: ActiveRows) -> list[Fas
     dtype = batch.aux_hidden_states.dtype
     embedded = draft.embed(batch.input_ids, dtype)
     embedded = F.rms_norm(embedded, embedded.shape[-1:], eps=draft.config.rms_norm_eps)
+    num_positions = max(batch.lengths) + draft.config.ttt_steps
+    rope = draft.rotary(torch.arange(num_positions, device=embedded.device))
     num_layers = len(draft.layers)
     return [
         FastLayer(
             layer,  # type: ignore[arg-type]
             rows,
+            rope,
             dtype,
             embedded=embedded if index == 0 else None,
             is_last=index == num_layers - 1,

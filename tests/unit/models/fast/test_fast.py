@@ -56,17 +56,21 @@ def assert_same(fast: Callable[..., Tensor], plain: Callable[..., Tensor], *inpu
 @pytest.mark.parametrize(("heads", "head_dim"), [(3, 8), (4, 12)])
 def test_rotation_equals_the_plain_one(heads: int, head_dim: int, rng: torch.Generator) -> None:
     config = make_config(head_dim=head_dim)
-    rope = layers.RotaryEmbedding(config)(torch.arange(3, 10))
+    rotary = layers.RotaryEmbedding(config)
+    positions = torch.tensor([3, 0, 8, 8, 1, 2, 5])
     x = torch.randn(7, heads, head_dim, generator=rng)
 
-    assert_same(lambda x: rotate(x, rope), lambda x: layers.rotate(x, rope), x)
+    def fast(x: Tensor) -> Tensor:
+        return rotate(x, rotary(torch.arange(9)), positions)
+
+    assert_same(fast, lambda x: layers.rotate(x, rotary(positions)), x)
 
 
 def test_a_row_of_a_wider_tensor_is_turned_alike(rng: torch.Generator) -> None:
     rope = layers.RotaryEmbedding(make_config())(torch.arange(5))
     both = torch.randn(5, 2, 3, 8, generator=rng)
 
-    own = rotate(both[:, 1], rope)
+    own = rotate(both[:, 1], rope, torch.arange(5))
 
     torch.testing.assert_close(own, layers.rotate(both[:, 1], rope))
 

@@ -1,0 +1,52 @@
+"""Zeros for broken documents and noise for the others, in one pass over the hidden states."""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+BLOCK = 1024
+
+
+def perturb(
+    states: Tensor,  # [seq_len, width], contiguous; changed in place
+    document_ids: Tensor,  # [seq_len], int64; padding, -1, stays as it is
+    position_ids: Tensor,  # [seq_len], int64
+    is_broken: Tensor,  # [documents], bool
+    keys: Tensor,  # [documents], int64: seeds of the documents' noise
+    std: float,
+) -> None:
+    """Zero the rows of broken documents, add noise uniform in [-std, std] to the others.
+
+    A row's numbers follow from its document's key and its position alone (Philox).
+    """
+    seq_len, width = states.shape
+    quarter = triton.cdiv(width, 4)
+    _perturb_kernel[(seq_len, triton.cdiv(quarter, BLOCK))](
+        states, document_ids, position_ids, is_broken.to(torch.int8), keys, std,
+        WIDTH=width, QUARTER=quarter, BLOCK=BLOCK, num_warps=4,
+    )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["std"])
+def _perturb_kernel(
+    states, document_ids, position_ids, is_broken, keys, std,
+    WIDTH: tl.constexpr,
+    QUARTER: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    document = tl.load(document_ids + row)
+    if document >= 0:
+        column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+        keep = 1.0 - tl.load(is_broken + document).to(tl.float32)
+        seed = tl.load(keys + document) + tl.load(position_ids + row)
+        # One run of the generator gives four numbers: a quarter of the row's width lies between.
+        draws = tl.rand4x(seed, column)
+        for part in tl.static_range(4):
+            at = states + row * WIDTH + part * QUARTER + column
+            inside = (column < QUARTER) & (part * QUARTER + column < WIDTH)
+            value = tl.load(at, mask=inside, other=0.0).to(tl.float32)
+            # What is not a number must not survive: a product with 0 would keep it.
+            value = tl.where(keep > 0.0, value + (2.0 * draws[part] - 1.0) * std, 0.0)
+            tl.store(at, value.to(states.dtype.element_ty), mask=inside)
