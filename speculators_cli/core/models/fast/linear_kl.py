@@ -69,6 +69,7 @@ class _LinearKL(torch.autograd.Function):
         verifier: FrozenVerifier,
         verifier_rows: Tensor,
     ) -> tuple[Tensor, ...]:
+        del token
         num_steps, num_targets = rows.shape
         losses = torch.zeros(num_steps, num_targets, device=hidden.device)
         tokens = torch.zeros(num_steps, num_targets, dtype=torch.int32, device=hidden.device)
@@ -89,21 +90,16 @@ class _LinearKL(torch.autograd.Function):
                 put_rows(logits @ head.value, own_rows.flatten(), grad_hidden, add=False)
             if needs_head:
                 head.gradient.add_product(logits, source)
-        ctx.save_for_backward(token, grad_hidden)
+        ctx.save_for_backward(grad_hidden)
         ctx.mark_non_differentiable(losses, tokens, verifier_tokens)
         return (losses.sum(-1) * weights).sum(), losses, tokens, verifier_tokens
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        token, grad_hidden = ctx.saved_tensors
+        (grad_hidden,) = ctx.saved_tensors
         torch._assert_async(grads[0] == 1.0)  # type: ignore[no-untyped-call]  # noqa: SLF001
-        needs_head = ctx.needs_input_grad[1]
-        return (
-            grad_hidden,
-            torch.zeros_like(token) if needs_head else None,
-            *(None,) * 6,
-        )
+        return (grad_hidden, *(None,) * 7)
 
 
 def _chunks(num_targets: int, logits_per_target: int) -> list[tuple[int, int]]:

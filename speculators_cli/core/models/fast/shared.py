@@ -1,7 +1,8 @@
 """What all TTT steps use: its gradient is summed in one buffer, where autograd would add copies.
 
-Both kinds hang on a token: a scalar that carries no value. Each use takes the token, so autograd
-runs the node that made it after the last of them, and that node hands out the finished sum.
+Both kinds hang on a token: a scalar that carries no value. Each use takes the token and gives it no
+gradient, but autograd still runs the node that made it after the last of them; that node hands out
+the finished sum.
 """
 
 from collections.abc import Sequence
@@ -81,6 +82,7 @@ class SharedWeight:
 class _ShareWeights(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, gradient: GradientSum, gain: Tensor | None, *weights: Tensor) -> Tensor:
+        ctx.set_materialize_grads(False)
         ctx.gradient, ctx.sizes = gradient, [len(weight) for weight in weights]
         ctx.save_for_backward(gain, *(weights if gain is not None else ()))
         return torch.zeros((), device=weights[0].device)
@@ -111,14 +113,15 @@ class _Linear(torch.autograd.Function):
         weight: Tensor,
         gradient: GradientSum,
     ) -> Tensor:
-        ctx.save_for_backward(x, weight, token)
+        del token
+        ctx.save_for_backward(x, weight)
         ctx.gradient = gradient
         return x @ weight.T if add is None else torch.addmm(add, x, weight.T)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, token = ctx.saved_tensors
+        x, weight = ctx.saved_tensors
         grad = grads[0].contiguous()
         needs_x, needs_add, needs_weight, *_ = ctx.needs_input_grad
         if needs_weight:
@@ -126,7 +129,7 @@ class _Linear(torch.autograd.Function):
         return (
             grad @ weight if needs_x else None,
             grad if needs_add else None,
-            torch.zeros_like(token) if needs_weight else None,
+            None,
             None,
             None,
         )
@@ -161,6 +164,7 @@ class SharedRows:
 class _ShareRows(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, rows: Tensor, gradient: GradientSum) -> Tensor:
+        ctx.set_materialize_grads(False)
         ctx.gradient = gradient
         return torch.zeros((), device=rows.device)
 
@@ -181,14 +185,15 @@ class _Read(torch.autograd.Function):
         num_inside: int | None,
         gradient: GradientSum,
     ) -> Tensor:
-        ctx.save_for_backward(token, places)
+        del token
+        ctx.save_for_backward(places)
         ctx.num_rows, ctx.num_inside, ctx.gradient = len(rows), num_inside, gradient
         return rows.view_as(rows) if places is None else rows.index_select(0, places)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        token, places = ctx.saved_tensors
+        (places,) = ctx.saved_tensors
         grad, gradient = grads[0], ctx.gradient
         if places is None:
             gradient.total = grad.clone() if gradient.total is None else gradient.total.add_(grad)
@@ -196,7 +201,7 @@ class _Read(torch.autograd.Function):
             if gradient.total is None:
                 gradient.total = grad.new_zeros(ctx.num_rows, grad.shape[1])
             put_rows(grad[: ctx.num_inside], places[: ctx.num_inside], gradient.total, add=True)
-        return torch.zeros_like(token), None, None, None, None
+        return None, None, None, None, None
 
 
 class _Gather(torch.autograd.Function):
