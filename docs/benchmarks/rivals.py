@@ -5,8 +5,8 @@
 
 The tool must be importable: `pip install speculators==0.9.0` or `specforge==0.2.0`, beside this
 project and a torch that both take. What is timed: the copy of a batch from pinned memory, forward,
-backward, clip and optimizer, as the tool's own trainer does them; neither adds noise here, nor looks
-for states that are not finite. One JSON line a run.
+backward, clip and optimizer, as the tool's own trainer does them; neither adds noise here, nor
+looks for states that are not finite. One JSON line a run.
 """
 
 import argparse
@@ -66,7 +66,7 @@ def main() -> None:
     result = time_steps(step, loader, options.steps)
     keys = ("tool", "shape", "supervised_fraction", "ttt_steps", "num_layers", "full_vocab")
     described = {key: getattr(options, key) for key in keys}
-    print(json.dumps({**described, "device": torch.cuda.get_device_name(), **result}))  # noqa: T201
+    print(json.dumps({**described, "device": torch.cuda.get_device_name(), **result}))
 
 
 def time_steps(step: Step, loader: SyntheticLoader, num_steps: int) -> dict[str, float]:

@@ -45,9 +45,22 @@ def train(
             rich_help_panel="Run",
         ),
     ] = False,
+    plan: Annotated[
+        bool,
+        typer.Option(
+            "--plan",
+            help="Say what the run will take (steps, time, memory, disk), then stop",
+            rich_help_panel="Run",
+        ),
+    ] = False,
 ) -> None:
     """Train a draft model on captured hidden states"""  # noqa: D415 - shown as help
     settings = load_settings(TrainSettings, flags, config)
+    if plan:
+        from speculators_cli.cli.train_plan import show_plan
+
+        show_plan(settings, output, num_ranks=nproc_per_node)
+        return
     if nproc_per_node is not None and nproc_per_node > 1:
         from speculators_cli.cli.launch import launch
 

@@ -14,6 +14,8 @@ from speculators_cli.settings.base import (
 )
 from speculators_cli.settings.train import DraftArch
 
+Shape = Literal["smollm2-135m", "llama-3.1-8b", "llama-3.3-70b", "qwen3-8b", "qwen3-32b"]
+
 
 class BenchShapeSettings(Settings):
     """The verifier's shape, and the draft's; no weights are read."""
@@ -21,12 +23,10 @@ class BenchShapeSettings(Settings):
     verifier_name_or_path: str | None = Field(
         None, min_length=1, description="Hub id or folder of a verifier, in place of a shape"
     )
-    shape: Literal["smollm2-135m", "llama-3.1-8b", "llama-3.3-70b", "qwen3-8b", "qwen3-32b"] = (
-        Field(
-            "llama-3.1-8b",
-            description="Shape of the verifier: smollm2-135m, llama-3.1-8b, llama-3.3-70b, qwen3-8b "
-            "or qwen3-32b",
-        )
+    shape: Shape = Field(
+        "llama-3.1-8b",
+        description="Shape of the verifier: smollm2-135m, llama-3.1-8b, llama-3.3-70b, qwen3-8b "
+        "or qwen3-32b",
     )
     draft_vocab_size: int = Field(32000, ge=1, description="Tokens the draft can propose")
     full_vocab: bool = Field(False, description="Draft over the verifier's whole vocabulary")

@@ -15,7 +15,8 @@ from tests.tiny import TinyInputs
 
 
 def train(tiny: TinyInputs, save_path: Path, *, num_ranks: int, **changes: object) -> str:
-    flags = tiny.flags(save_path=save_path, noise_std=0.05, scheduler="none", **changes)
+    given = {"noise_std": 0.05, "scheduler": "none"} | changes
+    flags = tiny.flags(save_path=save_path, **given)
     command = [sys.executable, "-m", "speculators_cli", "train", *flags]
     if num_ranks > 1:
         command += ["--nproc-per-node", str(num_ranks)]
@@ -55,6 +56,22 @@ def test_two_ranks_equal_one_that_accumulates(
     # AdamW's steps of 3e-3 turn on gradients that float32 sums in another order.
     assert largest_difference(one / "1", two / "1") < 2e-4
     assert moved > 5e-3
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.multi_gpu)])
+def test_two_ranks_with_fast_kernels_equal_one_with_plain_ones(
+    tiny: TinyInputs, tmp_path: Path, device: str
+) -> None:
+    one, two = tmp_path / "one", tmp_path / "two"
+    same = {"device": device, "compute_dtype": "float32", "max_steps": 2, "total_seq_len": 32}
+    same["noise_std"] = 0  # devices and kernels draw different numbers
+
+    train(tiny, one, num_ranks=1, kernels="plain", gradient_accumulation_steps=2, **same)
+    train(tiny, two, num_ranks=2, kernels="fast", **same)
+
+    assert gradient_norms(two) == pytest.approx(gradient_norms(one), rel=1e-3)
+    # As above, after two steps.
+    assert largest_difference(one / "step-2", two / "step-2") < 2e-4
 
 
 def test_a_run_goes_on_with_another_number_of_ranks(tiny: TinyInputs, tmp_path: Path) -> None:

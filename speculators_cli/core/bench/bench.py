@@ -20,7 +20,7 @@ from speculators_cli.core.data.dataset import Dataset, read_dataset
 from speculators_cli.core.data.loader import BatchSource
 from speculators_cli.core.data.vocab_map import VocabMap
 from speculators_cli.core.errors import DataError
-from speculators_cli.core.models.cost import count_flops, count_rows
+from speculators_cli.core.models.cost import count_flops, count_rows, estimate_memory, find_gpu
 from speculators_cli.core.models.eagle3 import Eagle3Draft
 from speculators_cli.core.models.verifier import FrozenVerifier, VerifierConfig
 from speculators_cli.core.models.verifier_files import VerifierFiles
@@ -35,8 +35,6 @@ from speculators_cli.core.training.trainer import Trainer
 from speculators_cli.settings.bench import BenchSettings
 from speculators_cli.settings.train import TrainSettings
 
-# Dense bfloat16 operations a second, from the data sheets of the GPUs whose name has the word.
-PEAKS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12, "B200": 2250e12}
 # A run that has no end: nothing is saved, validated or logged between its first and last step.
 ENDLESS = 2**31
 
@@ -59,6 +57,7 @@ class BenchReport:
     first_step_seconds: float
     loss: float  # of the last step
     peak_memory_bytes: int | None
+    estimated_memory_bytes: int  # what `train --plan` would say of the fast kernels
     useful_tflop: float  # a step
     useful_tflops: float  # a second
     utilisation: float | None  # of the device's dense bfloat16 peak
@@ -198,7 +197,7 @@ def _report(
     step_ms = statistics.median(times.step_ms)
     is_cuda = device.type == "cuda"
     device_name = torch.cuda.get_device_name() if is_cuda else "cpu"
-    peak_flops = next((peak for word, peak in PEAKS.items() if word in device_name), None)
+    gpu = find_gpu(device_name)
     per_second = flops / step_ms * 1e3
     return BenchReport(
         verifier=name,
@@ -215,9 +214,16 @@ def _report(
         first_step_seconds=times.first_step_seconds,
         loss=_loss(trainer),
         peak_memory_bytes=times.peak_memory_bytes,
+        estimated_memory_bytes=estimate_memory(
+            config,
+            total_seq_len=settings.step.total_seq_len,
+            num_active=max(row.num_active for row in rows),
+            num_targets=max(row.num_targets for row in rows),
+            train_head=train_head,
+        ),
         useful_tflop=flops / 1e12,
         useful_tflops=per_second / 1e12,
-        utilisation=per_second / peak_flops if peak_flops else None,
+        utilisation=per_second / gpu.flops if gpu else None,
         data_wait_share=times.wait_share,
         idle_share=max(0.0, 1.0 - kernels.busy_ms / step_ms) if kernels else None,
         split_ms=kernels.split_ms if kernels else None,

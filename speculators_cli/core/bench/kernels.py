@@ -5,6 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from torch._C._autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 # A kernel is of the first kind that one of these words in its name tells.
@@ -44,7 +45,7 @@ def profile_steps(step: Callable[[], None], *, num_steps: int = 2) -> KernelTime
     by_name: dict[str, float] = defaultdict(float)
     num_kernels = 0
     for event in profiler.events() or ():
-        if event.device_type != torch.autograd.DeviceType.CUDA or event.is_user_annotation:
+        if event.device_type != DeviceType.CUDA or event.is_user_annotation:
             continue
         milliseconds = event.device_time_total / 1e3 / num_steps
         split[_kind(event.name)] += milliseconds

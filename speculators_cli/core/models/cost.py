@@ -1,8 +1,9 @@
-"""What a training step costs: the operations a loss and its gradients need, and no others.
+"""What a training step costs: operations, memory and time.
 
-Counted as in the EAGLE-3 training step that computes only what reaches the loss: matrix products
-at 2 operations a multiply-add, attention over the keys that a query sees. Norms, rotations and
-activations are left out; they are a few operations a value.
+Operations are those that a loss and its gradients need, and no others: matrix products at 2 a
+multiply-add, attention over the keys that a query sees. Norms, rotations and activations are left
+out; they are a few operations a value. Memory and time are models of the fast kernels' step, fitted
+to an H100; docs/how-to/measure-speed.md says how far off they were.
 """
 
 from collections.abc import Sequence
@@ -74,6 +75,90 @@ def count_flops(config: Eagle3Config, rows: RowCounts, *, train_head: bool) -> f
     pairs = steps * rows.num_pairs * config.num_layers
     pairs += (config.num_layers - 1) * (rows.num_all_pairs - rows.num_pairs)
     return 2.0 * (products + 7 * pairs * query)
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """What the data sheet of a GPU says."""
+
+    flops: float  # a second, dense bfloat16
+    bandwidth: float  # bytes a second
+
+
+GPUS = {  # by a word in the device's name
+    "H100": Gpu(989e12, 3.35e12),
+    "H200": Gpu(989e12, 4.8e12),
+    "B200": Gpu(2250e12, 8.0e12),
+    "A100": Gpu(312e12, 2.0e12),
+    "L40S": Gpu(362e12, 0.864e12),
+}
+# Share of the data sheet's operations that the step's part in proportion to them reached, and bytes
+# moved for each trained parameter: casts, gradients, norm and optimizer.
+FLOPS_REACHED = 0.63
+BYTES_A_PARAMETER = 94
+
+
+def find_gpu(device_name: str) -> Gpu | None:
+    """The GPU of this name, if its data sheet is known."""
+    return next((gpu for word, gpu in GPUS.items() if word in device_name), None)
+
+
+def estimate_seconds(flops: float, num_parameters: int, gpu: Gpu) -> float:
+    """Seconds of an optimizer step over one packed sequence."""
+    moving = num_parameters * BYTES_A_PARAMETER / gpu.bandwidth
+    return flops / (FLOPS_REACHED * gpu.flops) + moving
+
+
+def estimate_memory(
+    config: Eagle3Config,
+    *,
+    total_seq_len: int,
+    num_active: int,
+    num_targets: int,
+    train_head: bool,
+    num_shards: int = 1,
+) -> int:
+    """Peak bytes on a GPU in a step over one packed sequence, in bfloat16.
+
+    The peak comes either in the loss, when a chunk's logits are there, or in the first layer of the
+    backward, when its feed-forward gradients are: by then no other gradient is but the head's.
+    """
+    size, inner = config.hidden_size, config.intermediate_size
+    query, kv = config.num_heads * config.head_dim, 2 * config.num_kv_heads * config.head_dim
+    head = config.draft_vocab_size * size
+    parameters = count_parameters(config)
+    trained = parameters if train_head else parameters - head
+    # float32 weights and two moments; bfloat16 working weights; what the verifier lends.
+    states = 4 * parameters + 8 * trained + 2 * parameters
+    if num_shards > 1:
+        states = (4 * parameters + 8 * trained) // num_shards + 6 * parameters
+    verifier = 2 * 2 * config.vocab_size * size
+    if config.draft_vocab_size != config.vocab_size:
+        verifier += 2 * head
+    batches = 2 * 2 * total_seq_len * (config.num_aux_layers + 1) * config.target_hidden_size
+    # Of a layer: inputs of its products and norms, what attention and the gate keep.
+    row = 2 * (3 * size + 2 * query + kv + kv // 2 + 3 * inner)
+    steps = config.ttt_steps * num_active * (config.num_layers * row + 2 * 3 * size)
+    whole_rows = (config.num_layers - 1) * (total_seq_len - num_active) * row
+    fused = 2 * total_seq_len * (3 * size + query + 2 * kv)
+    pairs = min(num_targets, chunk_size(config.ttt_steps, config.draft_vocab_size))
+    logits = 2 * pairs * (config.ttt_steps + 1) * config.draft_vocab_size
+    widest = total_seq_len if config.num_layers > 1 else num_active
+    backward = 4 * 3 * size * inner + 2 * widest * 3 * inner
+    gradients = 4 * head if train_head else 0
+    total = states + verifier + batches + steps + whole_rows + fused + gradients
+    return total + max(logits, backward)
+
+
+# Draft logits at once. Each chunk reads and writes the whole gradient of the lm_head, so a wide
+# vocabulary wants long chunks, and memory short ones.
+MAX_LOGITS = 2**28
+MIN_TARGETS, MAX_TARGETS = 2048, 4096
+
+
+def chunk_size(num_steps: int, draft_vocab_size: int) -> int:
+    """Targets that the loss takes at once."""
+    return min(max(MAX_LOGITS // (num_steps * draft_vocab_size), MIN_TARGETS), MAX_TARGETS)
 
 
 def count_parameters(config: Eagle3Config) -> int:

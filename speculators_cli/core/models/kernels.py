@@ -1,5 +1,6 @@
 """Whether the fast kernels run: they compute the same as the plain path, on a recent GPU."""
 
+import os
 from importlib.util import find_spec
 
 import torch
@@ -29,17 +30,20 @@ def use_fast_kernels(
             f"`--kernels fast`: {reason}", hint="Pass `--kernels auto`, or `--kernels plain`"
         )
     # In float32, or with heads that FlashAttention does not take, attention would be the slow one.
-    is_worth_it = dtype == torch.bfloat16 and head_dim % 8 == 0 and head_dim <= 256
+    takes_flash = dtype == torch.bfloat16 and head_dim % 8 == 0 and head_dim <= 256
+    is_worth_it = takes_flash and device.type == "cuda"
     return reason is None and (setting == "fast" or is_worth_it)
 
 
 def why_not_fast(device: torch.device) -> str | None:
     """What keeps the fast kernels from running on a device; None if nothing does."""
+    if find_spec("triton") is None:
+        return "the package `triton` is not installed"
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        return None  # Triton's interpreter runs them anywhere, to test them
     if device.type != "cuda":
         return "they need a GPU"
     major, minor = torch.cuda.get_device_capability(device)
     if (major, minor) < (8, 0):
         return f"this GPU has compute capability {major}.{minor}, they need 8.0"
-    if find_spec("triton") is None:
-        return "the package `triton` is not installed"
     return None

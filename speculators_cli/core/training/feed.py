@@ -1,4 +1,4 @@
-"""DeviceFeed: the way of batches to the device, one optimizer step ahead of the one that computes."""
+"""DeviceFeed: the way of batches to the device, one optimizer step ahead."""
 
 import time
 from collections.abc import Iterator
@@ -74,4 +74,6 @@ class DeviceFeed:
 
 
 def _mark(stream: torch.cuda.Stream) -> torch.cuda.Event:
-    return stream.record_event(torch.cuda.Event(enable_timing=True))
+    event = torch.cuda.Event(enable_timing=True)
+    stream.record_event(event)
+    return event

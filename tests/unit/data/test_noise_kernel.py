@@ -18,9 +18,16 @@ def run(
     found = torch.zeros(len(ids), 37) if states is None else states.clone()
     is_broken = torch.tensor([d in broken for d in range(3)])
     keys = 1000 * torch.arange(1, 4)
-    on_device = [x.to(DEVICE) for x in (found, ids, positions, is_broken, keys)]
-    perturb(*on_device, 0.5)
-    return on_device[0].cpu()
+    states = found.to(DEVICE)
+    perturb(
+        states,
+        ids.to(DEVICE),
+        positions.to(DEVICE),
+        is_broken.to(DEVICE),
+        keys.to(DEVICE),
+        0.5,
+    )
+    return states.cpu()
 
 
 def test_numbers_follow_from_document_and_position_alone() -> None:

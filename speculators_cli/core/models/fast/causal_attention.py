@@ -84,7 +84,8 @@ def _scores(query: Tensor, key: Tensor) -> Tensor:
     grouped = query.view(num_queries, key.shape[1], -1, head_dim) * head_dim**-0.5
     scores = torch.einsum("qngd,knd->ngqk", grouped, key)
     hidden = torch.ones(num_queries, len(key), dtype=torch.bool, device=key.device)
-    return scores.masked_fill(hidden.triu(1 + len(key) - num_queries), float("-inf"))
+    masked: Tensor = scores.masked_fill(hidden.triu(1 + len(key) - num_queries), float("-inf"))
+    return masked
 
 
 def _dense_forward(query: Tensor, key: Tensor, value: Tensor, spans: Spans) -> Causal:
@@ -112,7 +113,8 @@ def _dense_backward(
     for queries, keys in _documents(spans):
 
         def grouped(x: Tensor, queries: slice = queries) -> Tensor:
-            return x[queries].unflatten(1, (num_kv_heads, -1))
+            own: Tensor = x[queries].unflatten(1, (num_kv_heads, -1))
+            return own
 
         scores = _scores(query[queries], key[keys]).float()
         joint = lse[:, queries].unflatten(0, (num_kv_heads, -1))[..., None]

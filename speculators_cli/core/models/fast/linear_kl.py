@@ -17,14 +17,10 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from speculators_cli.core.models.cost import chunk_size
 from speculators_cli.core.models.fast.rows import put_rows
 from speculators_cli.core.models.fast.shared import SharedWeight
 from speculators_cli.core.models.verifier import FrozenVerifier
-
-# Draft logits at once. Each chunk reads and writes the whole gradient of the lm_head, so a wide
-# vocabulary wants long chunks, and memory short ones.
-MAX_LOGITS = 2**28
-MIN_TARGETS, MAX_TARGETS = 2048, 4096
 
 
 class Scores(NamedTuple):
@@ -76,7 +72,7 @@ class _LinearKL(torch.autograd.Function):
         verifier_tokens = torch.zeros(num_targets, dtype=torch.int32, device=hidden.device)
         needs_hidden, needs_head, *_ = ctx.needs_input_grad
         grad_hidden = torch.zeros_like(hidden) if needs_hidden else None
-        for chunk in _chunks(num_targets, num_steps * len(verifier_rows)):
+        for chunk in _chunks(num_targets, chunk_size(num_steps, len(verifier_rows))):
             here = slice(*chunk)
             targets = last_hidden[here] @ verifier_rows.to(hidden.dtype).T
             stats, verifier_tokens[here] = _target_stats(targets, verifier)
@@ -90,6 +86,8 @@ class _LinearKL(torch.autograd.Function):
                 put_rows(logits @ head.value, own_rows.flatten(), grad_hidden, add=False)
             if needs_head:
                 head.gradient.add_product(logits, source)
+            # Before the next chunk's are made, or both would be there at once.
+            del logits, targets, source
         ctx.save_for_backward(grad_hidden)
         ctx.mark_non_differentiable(losses, tokens, verifier_tokens)
         return (losses.sum(-1) * weights).sum(), losses, tokens, verifier_tokens
@@ -98,13 +96,12 @@ class _LinearKL(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (grad_hidden,) = ctx.saved_tensors
-        torch._assert_async(grads[0] == 1.0)  # type: ignore[no-untyped-call]  # noqa: SLF001
+        torch._assert_async(grads[0] == 1.0)  # noqa: SLF001
         return (grad_hidden, *(None,) * 7)
 
 
-def _chunks(num_targets: int, logits_per_target: int) -> list[tuple[int, int]]:
-    """Ranges of targets, of nearly equal lengths."""
-    size = min(max(MAX_LOGITS // logits_per_target, MIN_TARGETS), MAX_TARGETS)
+def _chunks(num_targets: int, size: int) -> list[tuple[int, int]]:
+    """Ranges of at most `size` targets, of nearly equal lengths."""
     num_chunks = -(-num_targets // size)
     bounds = [num_targets * i // max(num_chunks, 1) for i in range(num_chunks + 1)]
     return list(pairwise(bounds))

@@ -275,7 +275,7 @@ def test_linear_kl_equals_the_plain_loss(options: dict[str, float], rng: torch.G
 
     leaves = [[x.clone().requires_grad_() for x in (hidden, head)] for _ in range(2)]
     for compute, own in zip((fast, plain), leaves, strict=True):
-        compute(*own).backward()  # type: ignore[operator]
+        compute(*own).backward()
     torch.testing.assert_close(fast(hidden, head), plain(hidden, head), rtol=RTOL, atol=ATOL)
     for own, exact in zip(*leaves, strict=True):
         assert exact.grad is not None
@@ -299,7 +299,7 @@ def test_chunks_of_targets_add_up(rng: torch.Generator, monkeypatch: pytest.Monk
         return [scores.losses, leaf.grad, head.grad]
 
     whole = run()
-    monkeypatch.setattr("speculators_cli.core.models.fast.linear_kl.MAX_TARGETS", 4)
+    monkeypatch.setattr("speculators_cli.core.models.cost.MAX_TARGETS", 4)
     chunked = run()
 
     for own, exact in zip(chunked, whole, strict=True):

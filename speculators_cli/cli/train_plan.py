@@ -1,0 +1,44 @@
+"""`speculators train --plan`."""
+
+from speculators_cli.cli.output import Output, format_bytes, format_duration
+from speculators_cli.settings.train import TrainSettings
+
+
+def show_plan(settings: TrainSettings, output: Output, *, num_ranks: int | None) -> None:
+    """Write what a run will take."""
+    from speculators_cli.core.training.plan import plan
+
+    try:
+        found = plan(settings, num_ranks=num_ranks, progress=output)
+    finally:
+        output.close()
+    if output.is_json:
+        output.result("train", {"plan": found.to_json()})
+        return
+    unknown = "unknown without a GPU"
+    rows = [
+        ("samples", f"{found.num_samples:,}, {found.num_validation_samples:,} to validate on"),
+        (
+            "tokens",
+            f"{found.tokens_per_epoch:,} an epoch, {found.supervised_fraction:.0%} supervised",
+        ),
+        ("steps", f"{found.total_steps:,}, {found.steps_per_epoch:,} an epoch"),
+        ("draft", f"{found.num_parameters / 1e6:,.1f}M parameters"),
+        ("time", format_duration(found.seconds) if found.seconds else unknown),
+        ("memory", _memory(found.memory_bytes_per_gpu, found.gpu_memory_bytes) or unknown),
+        ("samples on disk", format_bytes(found.data_bytes)),
+        (
+            "checkpoints",
+            f"{found.num_checkpoints:,} of {format_bytes(found.checkpoint_bytes)}, "
+            f"{format_bytes(found.free_bytes)} free",
+        ),
+    ]
+    if found.bytes_per_second:
+        rows.insert(7, ("read from disk", f"{format_bytes(int(found.bytes_per_second))}/s"))
+    output.panel("Plan", rows)
+
+
+def _memory(needed: int | None, available: int | None) -> str | None:
+    if needed is None or available is None:
+        return None
+    return f"{format_bytes(needed)} of {format_bytes(available)} on each GPU"

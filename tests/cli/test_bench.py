@@ -1,0 +1,62 @@
+"""`speculators bench` as the user types it."""
+
+import json
+
+import pytest
+
+from speculators_cli.cli.app import run
+from tests.tiny import TinyInputs
+
+SMALL = ["--draft-vocab-size", "30", "--total-seq-len", "64", "--steps", "2", "--warmup-steps", "1"]
+
+
+def test_a_verifier_of_ones_own_is_measured(
+    tiny: TinyInputs, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = ["--verifier-name-or-path", str(tiny.verifier_dir), "--device", "cpu", *SMALL]
+
+    code = run(["bench", "--json", *flags])
+
+    report = json.loads(capsys.readouterr().out)
+    assert code == 0
+    assert report["command"] == "bench"
+    assert report["kernels"] == "plain"
+    assert report["step_ms_min"] <= report["step_ms"] <= report["step_ms_max"]
+    assert report["tokens_per_second"] == pytest.approx(64 / report["step_ms"] * 1e3)
+    assert 0.5 < report["supervised_fraction"] < 0.7
+    assert 0 < report["loss"] < 10
+    assert report["split_ms"] is None
+
+
+def test_samples_from_disk_are_trained_on(
+    tiny: TinyInputs, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = ["--verifier-name-or-path", str(tiny.verifier_dir), "--device", "cpu", *SMALL]
+
+    code = run(["bench", *flags, "--data-path", str(tiny.data_dir), "--kernels", "fast"])
+
+    out, _ = capsys.readouterr()
+    assert code == 0
+    assert "fast kernels" in out
+    assert "waiting for samples" in out
+
+
+def test_samples_of_another_size_are_refused(
+    tiny: TinyInputs, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code = run(["bench", "--shape", "smollm2-135m", "--data-path", str(tiny.data_dir), *SMALL])
+
+    assert code == 3
+    assert "hidden size 24" in capsys.readouterr().err
+
+
+def test_fast_kernels_are_refused_without_a_gpu(
+    tiny: TinyInputs, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    flags = ["--verifier-name-or-path", str(tiny.verifier_dir), "--device", "cpu", *SMALL]
+
+    code = run(["bench", *flags, "--kernels", "fast"])
+
+    assert code == 5
+    assert "`--kernels fast`: they need a GPU" in capsys.readouterr().err

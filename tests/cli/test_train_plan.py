@@ -1,0 +1,54 @@
+"""`speculators train --plan` as the user types it."""
+
+import json
+
+import pytest
+import torch
+
+from speculators_cli.cli.app import run
+from tests.tiny import TinyInputs
+
+
+def test_a_plan_says_what_the_run_then_does(
+    tiny: TinyInputs, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = tiny.flags(epochs=3, keep_checkpoints=1)
+
+    assert run(["train", "--plan", "--json", *flags]) == 0
+    plan = json.loads(capsys.readouterr().out)["plan"]
+    assert not tiny.save_path.exists()
+    assert run(["train", "--json", *flags]) == 0
+    report = json.loads(capsys.readouterr().out)
+
+    assert plan["total_steps"] == report["total_steps"] == 3 * plan["steps_per_epoch"]
+    saved = [f for f in tiny.save_path.iterdir() if f.is_dir() and not f.is_symlink()]
+    assert plan["num_checkpoints"] >= len(saved) > 0
+    last = tiny.save_path / "2"
+    size = sum(f.stat().st_size for f in last.rglob("*.safetensors"))
+    # What else lies there: headers of the two files, d2t, t2d, steps of the optimizer.
+    assert plan["checkpoint_bytes"] == pytest.approx(size, rel=0.1)
+    lines = [json.loads(x) for x in (tiny.save_path / "metrics.jsonl").read_text().splitlines()]
+    last_step = next(x for x in reversed(lines) if x["split"] == "train")
+    assert plan["supervised_fraction"] == pytest.approx(last_step["supervised_fraction"], abs=0.15)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="says what is unknown without a GPU")
+def test_a_plan_without_a_gpu_leaves_out_time_and_memory(
+    tiny: TinyInputs, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(["train", "--plan", *tiny.flags()]) == 0
+
+    out, _ = capsys.readouterr()
+    assert "time             unknown without a GPU" in out
+    assert "checkpoints" in out
+
+
+def test_a_plan_counts_the_processes_to_come(
+    tiny: TinyInputs, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def steps(*extra: str) -> int:
+        assert run(["train", "--plan", "--json", *extra, *tiny.flags()]) == 0
+        found: int = json.loads(capsys.readouterr().out)["plan"]["total_steps"]
+        return found
+
+    assert steps() > steps("--nproc-per-node", "2") > 0

@@ -1,0 +1,102 @@
+"""The cost model, against counts made by hand and against memory measured on an H100."""
+
+from typing import Any
+
+import pytest
+import torch
+
+from speculators_cli.core.bench.shapes import SHAPES
+from speculators_cli.core.models.config import Eagle3Config
+from speculators_cli.core.models.cost import (
+    RowCounts,
+    count_flops,
+    count_parameters,
+    count_rows,
+    estimate_memory,
+)
+from tests.drafts import filled_draft, make_config
+
+# GiB, by `speculators bench`, NVIDIA H100 80GB, torch 2.11: shape, changes of the draft, tokens,
+# supervised fraction.
+MEASURED: list[tuple[str, dict[str, Any], int, float, float]] = [
+    ("llama-3.1-8b", {}, 8192, 0.6, 12.33),
+    ("llama-3.1-8b", {}, 8192, 1.0, 14.01),
+    ("llama-3.1-8b", {}, 8192, 0.2, 10.26),
+    ("llama-3.1-8b", {"num_layers": 2}, 8192, 0.6, 17.54),
+    ("llama-3.1-8b", {"ttt_steps": 7}, 8192, 0.6, 15.91),
+    ("llama-3.1-8b", {}, 32768, 0.6, 21.17),
+    ("qwen3-8b", {"draft_vocab_size": 151936}, 8192, 0.6, 22.39),
+]
+
+
+def shaped(shape: str, **changes: Any) -> Eagle3Config:
+    verifier, vocab_size = SHAPES[shape]
+    sizes = {
+        "hidden_size": verifier.hidden_size,
+        "target_hidden_size": verifier.hidden_size,
+        "intermediate_size": verifier.intermediate_size,
+        "num_heads": verifier.num_heads,
+        "num_kv_heads": verifier.num_kv_heads,
+        "head_dim": verifier.head_dim,
+        "vocab_size": vocab_size,
+        "draft_vocab_size": 32000,
+    }
+    return make_config(**(sizes | changes))
+
+
+@pytest.mark.parametrize(("shape", "changes", "seq_len", "fraction", "gib"), MEASURED)
+def test_memory_is_within_10_percent_of_what_was_measured(
+    shape: str, changes: dict[str, Any], seq_len: int, fraction: float, gib: float
+) -> None:
+    num_bytes = estimate_memory(
+        shaped(shape, **changes),
+        total_seq_len=seq_len,
+        num_active=int(seq_len * fraction),
+        num_targets=int(seq_len * fraction),
+        train_head=True,
+    )
+
+    assert num_bytes / 2**30 == pytest.approx(gib, rel=0.1)
+
+
+def test_rows_are_counted_as_they_are_computed() -> None:
+    # Two documents of 4 and 3, one position of padding; step 1 scores one position earlier.
+    mask = torch.tensor([0, 0, 1, 0, 1, 0, 1, 0]).bool()
+
+    rows = count_rows(mask, (4, 3), 2)
+
+    assert rows == RowCounts(
+        num_positions=7,
+        num_active=5,  # 1, 2 | 4, 5, 6
+        num_needed=7,  # 1, 2, 3 | 4, 5, 6, and the padding after them
+        num_targets=3,
+        num_pairs=2 + 3 + 1 + 2 + 3,
+        num_all_pairs=1 + 2 + 3 + 4 + 1 + 2 + 3,
+    )
+
+
+def test_operations_of_a_draft_of_ones_are_those_counted_by_hand() -> None:
+    config = make_config(
+        hidden_size=1, target_hidden_size=1, intermediate_size=1, num_heads=1, num_kv_heads=1,
+        head_dim=1, draft_vocab_size=1, target_layer_ids=(1,), ttt_steps=2,
+    )  # fmt: skip
+    rows = RowCounts(
+        num_positions=10, num_active=4, num_needed=5, num_targets=3, num_pairs=20, num_all_pairs=55
+    )
+
+    flops = count_flops(config, rows, train_head=True)
+
+    fc = 2 * 10
+    embedding = 2 * (5 + 10 * 2)
+    kv = 3 * 2 * (10 + 4)
+    query_o_mlp = 3 * (2 + 3) * (4 + 4)
+    head = 3 + 3 * 2 * 3
+    attention = 7 * 2 * 20
+    assert flops == 2 * (fc + embedding + kv + query_o_mlp + head + attention)
+
+
+def test_parameters_are_those_of_the_module() -> None:
+    config = make_config(num_layers=2, arch="qwen3", fc_norm=True)
+    draft = filled_draft(config, torch.Generator().manual_seed(0), kept_ids=torch.arange(0, 37, 2))
+
+    assert count_parameters(config) == sum(p.numel() for p in draft.parameters())
