@@ -1,7 +1,9 @@
 """Drafts over a verifier given by its tensors; by default tiny, with dimensions that all differ."""
 
+from importlib.util import find_spec
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -12,6 +14,14 @@ from speculators_cli.core.models.config import Eagle3Config
 from speculators_cli.core.models.eagle3 import Eagle3Draft
 from speculators_cli.core.models.losses import kl_loss
 from speculators_cli.core.models.verifier import FrozenVerifier, VerifierConfig
+
+# Kernels to compute with; Triton is made for Linux alone.
+KERNELS = [
+    "plain",
+    pytest.param(
+        "fast", marks=pytest.mark.skipif(find_spec("triton") is None, reason="needs Triton")
+    ),
+]
 
 
 def make_config(**changes: Any) -> Eagle3Config:

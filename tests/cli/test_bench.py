@@ -1,10 +1,12 @@
 """`speculators bench` as the user types it."""
 
 import json
+from importlib.util import find_spec
 
 import pytest
 
 from speculators_cli.cli.app import run
+from tests.drafts import KERNELS
 from tests.tiny import TinyInputs
 
 SMALL = ["--draft-vocab-size", "30", "--total-seq-len", "64", "--steps", "2", "--warmup-steps", "1"]
@@ -28,16 +30,17 @@ def test_a_verifier_of_ones_own_is_measured(
     assert report["split_ms"] is None
 
 
+@pytest.mark.parametrize("kernels", KERNELS)
 def test_samples_from_disk_are_trained_on(
-    tiny: TinyInputs, capsys: pytest.CaptureFixture[str]
+    kernels: str, tiny: TinyInputs, capsys: pytest.CaptureFixture[str]
 ) -> None:
     flags = ["--verifier-name-or-path", str(tiny.verifier_dir), "--device", "cpu", *SMALL]
 
-    code = run(["bench", *flags, "--data-path", str(tiny.data_dir), "--kernels", "fast"])
+    code = run(["bench", *flags, "--data-path", str(tiny.data_dir), "--kernels", kernels])
 
     out, _ = capsys.readouterr()
     assert code == 0
-    assert "fast kernels" in out
+    assert f"{kernels} kernels" in out
     assert "waiting for samples" in out
 
 
@@ -50,6 +53,7 @@ def test_samples_of_another_size_are_refused(
     assert "hidden size 24" in capsys.readouterr().err
 
 
+@pytest.mark.skipif(find_spec("triton") is None, reason="needs Triton")
 def test_fast_kernels_are_refused_without_a_gpu(
     tiny: TinyInputs, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

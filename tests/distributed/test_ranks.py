@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -58,6 +59,7 @@ def test_two_ranks_equal_one_that_accumulates(
     assert moved > 5e-3
 
 
+@pytest.mark.skipif(find_spec("triton") is None, reason="needs Triton")
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.multi_gpu)])
 def test_two_ranks_with_fast_kernels_equal_one_with_plain_ones(
     tiny: TinyInputs, tmp_path: Path, device: str

@@ -4,6 +4,8 @@ import pytest
 import torch
 from torch import Tensor
 
+pytest.importorskip("triton")
+
 from speculators_cli.core.data.noise_kernel import perturb
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

@@ -11,7 +11,7 @@ from torch import Tensor
 from speculators_cli.core.data.sample import Sample
 from speculators_cli.core.models.config import Eagle3Config
 from speculators_cli.core.models.eagle3 import Eagle3Draft
-from tests.drafts import filled_draft, make_config, make_draft, make_sample, pack
+from tests.drafts import KERNELS, filled_draft, make_config, make_draft, make_sample, pack
 
 KEPT_IDS = torch.arange(0, 37, 2)
 DECAY = 0.7
@@ -125,7 +125,7 @@ class Reference:
         return losses, counts
 
 
-@pytest.mark.parametrize("kernels", ["plain", "fast"])
+@pytest.mark.parametrize("kernels", KERNELS)
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_losses_and_gradients_equal_the_definition_on_packed_documents(
     variant: str, kernels: str, rng: torch.Generator

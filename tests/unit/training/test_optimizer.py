@@ -8,6 +8,7 @@ from torch import nn
 
 from speculators_cli.core.training.optimizer import Optimizer, learning_rate
 from speculators_cli.settings.train import OptimizerSettings, ScheduleSettings
+from tests.drafts import KERNELS
 
 
 def test_linear_rises_over_the_warm_up_and_reaches_zero_at_the_end() -> None:
@@ -42,12 +43,12 @@ def make_module() -> nn.Sequential:
     return nn.Sequential(nn.Linear(5, 7, bias=False), nn.LayerNorm(7), nn.Linear(7, 3, bias=False))
 
 
-@pytest.mark.parametrize("use_fast_kernels", [False, True])
-def test_a_step_equals_clip_then_adamw(use_fast_kernels: bool) -> None:
+@pytest.mark.parametrize("kernels", KERNELS)
+def test_a_step_equals_clip_then_adamw(kernels: str) -> None:
     module = make_module()
     expected = copy.deepcopy(module)
     settings = OptimizerSettings(max_grad_norm=0.5, weight_decay=0.3)
-    optimizer = Optimizer(module, settings, use_fast_kernels=use_fast_kernels)
+    optimizer = Optimizer(module, settings, use_fast_kernels=kernels == "fast")
     gains = [p for p in expected.parameters() if p.dim() == 1]
     matrices = [p for p in expected.parameters() if p.dim() == 2]
     groups = [
@@ -72,13 +73,11 @@ def test_a_step_equals_clip_then_adamw(use_fast_kernels: bool) -> None:
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("use_fast_kernels", [False, True])
+@pytest.mark.parametrize("kernels", KERNELS)
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_a_gradient_that_is_not_finite_changes_nothing(
-    value: float, use_fast_kernels: bool
-) -> None:
+def test_a_gradient_that_is_not_finite_changes_nothing(value: float, kernels: str) -> None:
     module = make_module()
-    optimizer = Optimizer(module, OptimizerSettings(), use_fast_kernels=use_fast_kernels)
+    optimizer = Optimizer(module, OptimizerSettings(), use_fast_kernels=kernels == "fast")
     module(torch.randn(2, 5)).sum().backward()
     optimizer.step(0.1)
     weights = copy.deepcopy(module.state_dict())

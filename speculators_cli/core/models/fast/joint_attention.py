@@ -154,7 +154,7 @@ def _merge_backward(
     return grad_query, grad_keys, grad_values
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["step_stride", "lse_stride"])
 def _merge_kernel(
     query, query_stride, keys, values, step_stride, causal_out, causal_lse, lse_stride, places,
     out, lse, num_heads, scale,
@@ -199,7 +199,7 @@ def _merge_kernel(
     tl.store(lse + row * num_heads + heads, largest + tl.log(weight), mask=is_head)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["step_stride"])
 def _merge_backward_kernel(
     query, query_stride, keys, values, step_stride, out, lse, grad_out, grad_causal, places,
     grad_query, grad_keys, grad_values, num_heads, scale,
