@@ -14,9 +14,11 @@ from torch import Tensor
 
 from speculators_cli.cli.app import run
 from speculators_cli.core.export.contract import find_problems
+from speculators_cli.core.export.weights import cast_tensors
 from tests.tiny import DRAFT_VOCAB, VOCAB, TinyInputs
 
 Capture = pytest.CaptureFixture[str]
+CAST = "speculators_cli.core.export.export.cast_tensors"  # where the command looks it up
 
 
 def export(*flags: object) -> int:
@@ -324,14 +326,11 @@ def test_damaged_folders_are_found(served: Path, damage: str) -> None:
 def test_a_wrong_export_is_not_kept(
     checkpoints: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
 ) -> None:
-    from speculators_cli.core.export import export as module
-
     def spoil(*args: Any, **options: Any) -> dict[str, Tensor]:
-        tensors = real(*args, **options)
+        tensors = cast_tensors(*args, **options)
         return tensors | {"norm.weight": tensors["norm.weight"] * 1.01}
 
-    real = module.cast_tensors
-    monkeypatch.setattr(module, "cast_tensors", spoil)
+    monkeypatch.setattr(CAST, spoil)
 
     code = export(checkpoints, "--output-dir", tmp_path / "served")
 
@@ -491,6 +490,58 @@ module.export  # the functions above are looked up when it runs
 from speculators_cli.cli.app import run
 run(["export", sys.argv[2], "--output-dir", sys.argv[3]])
 """
+
+
+def test_two_exports_into_one_folder_do_not_mix(
+    checkpoints: Path, tmp_path: Path, capsys: Capture
+) -> None:
+    out = tmp_path / "served"
+    command = [sys.executable, "-c", SLOW, str(checkpoints), str(out)]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True) as first:
+        assert first.stdout is not None
+        assert first.stdout.readline() == "written\n"
+
+        code = export(checkpoints, "--output-dir", out, "--dtype", "float32", "--overwrite")
+
+        first.communicate("go on\n")
+    assert (code, first.returncode) == (2, 0)
+    assert f"is being written by process {first.pid} on" in capsys.readouterr().err
+    assert find_problems(out, "vllm") == []
+    assert read(out)[1]["fc.weight"].dtype == torch.bfloat16
+    assert [path.name for path in tmp_path.iterdir()] == ["served"]
+
+
+SLOW = """
+import sys
+from speculators_cli.core.export import export as module
+real = module.verify
+def waiting(*args, **options):
+    print("written", flush=True)
+    sys.stdin.readline()
+    return real(*args, **options)
+module.verify = waiting
+from speculators_cli.cli.app import run
+sys.exit(run(["export", sys.argv[1], "--output-dir", sys.argv[2], "--quiet"]))
+"""
+
+
+def test_an_export_that_ended_meanwhile_is_not_replaced(
+    checkpoints: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    out = tmp_path / "served"
+
+    def export_another_first(*args: Any, **options: Any) -> dict[str, Tensor]:
+        monkeypatch.setattr(CAST, cast_tensors)
+        assert export(checkpoints, "--output-dir", out, "--dtype", "float32") == 0
+        return cast_tensors(*args, **options)
+
+    monkeypatch.setattr(CAST, export_another_first)
+
+    assert export(checkpoints, "--output-dir", out) == 2
+
+    assert "is not empty" in capsys.readouterr().err
+    assert read(out)[1]["fc.weight"].dtype == torch.float32
 
 
 @pytest.mark.parametrize("target", ["eagle", "sglang"])

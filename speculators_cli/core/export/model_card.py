@@ -13,6 +13,7 @@ from speculators_cli.core.models.draft_source import DraftSource
 from speculators_cli.core.models.repo_files import WEIGHTS_NAME
 from speculators_cli.settings.export import ExportSettings
 
+CARD_NAME, PROVENANCE_NAME = "README.md", "provenance.json"
 # Settings worth a line in the card: section, name, words.
 SHOWN = (
     ("run", "epochs", "epochs"),
