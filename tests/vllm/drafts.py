@@ -7,7 +7,8 @@ import shutil
 import subprocess
 import tempfile
 from collections import OrderedDict
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -41,22 +42,30 @@ class Variant:
     train: tuple[str, ...] = ()  # flags
     layer_ids: tuple[int, ...] = LAYER_IDS
     rope_theta: float | None = None  # None: the verifier's, which is every engine's default
+    # How an engine might misread it: other values of the config, with which counts must differ.
+    misread: Mapping[str, Any] = field(default_factory=dict)
 
 
-RESIDUAL_OFF = Variant(("--no-norm-before-residual",))
+RESIDUAL_OFF = Variant(("--no-norm-before-residual",), misread={"norm_before_residual": True})
+DEFAULT_ROPE = {"rope_type": "default", "rope_theta": 10000.0}
 VARIANTS = {
-    "default": Variant(),
+    "default": Variant(misread={"norm_before_residual": False}),
     "full vocabulary": Variant(("--full-vocab",)),
     "2 layers": Variant(("--num-layers", "2")),
     "qwen3 layers": Variant(("--draft-arch", "qwen3")),
     "qwen3 layers, 2 of them": Variant(("--draft-arch", "qwen3", "--num-layers", "2")),
-    "`fc_norm`": Variant(("--fc-norm",)),
-    "`norm_before_fc`": Variant(("--norm-before-fc",)),
-    "`norm_output`": Variant(("--norm-output",)),
+    "`fc_norm`": Variant(("--fc-norm",), misread={"fc_norm": False}),
+    "`norm_before_fc`": Variant(("--norm-before-fc",), misread={"norm_before_fc": False}),
+    # With a residual after its norm, the next step's norm undoes all but the gains.
+    "`norm_output`, `norm_before_residual` off": Variant(
+        ("--norm-output", "--no-norm-before-residual"), misread={"norm_output": False}
+    ),
     "`norm_before_residual` off": RESIDUAL_OFF,
-    "verifier layers 1, 3, 6": Variant(layer_ids=(1, 3, 6)),
+    "verifier layers 1, 3, 6": Variant(
+        layer_ids=(1, 3, 6), misread={"target_layer_ids": LAYER_IDS}
+    ),
     "verifier layers 1, 3, 5, 6": Variant(layer_ids=(1, 3, 5, 6)),
-    "RoPE theta 1,000": Variant(rope_theta=1000.0),
+    "RoPE theta 1,000": Variant(rope_theta=1000.0, misread={"rope_parameters": DEFAULT_ROPE}),
 }
 
 
@@ -105,14 +114,21 @@ class Questions:
             _run_engine([python, str(SERVE_FILE), str(job), str(result)])
             return Served(**json.loads(result.read_text()))
 
-    def draft_and_verify(self, draft: Path) -> Served:
-        """What this package answers and counts with the draft in a folder."""
+    def draft_and_verify(self, draft: Path, **misread: Any) -> Served:
+        """What this package answers and counts with the draft in a folder.
+
+        Args:
+            draft: The folder.
+            misread: Values of its config to take in place of what it says.
+        """
         source = read_draft(str(draft), Given(), flag="CHECKPOINT")
+        config = replace(source.config, **misread)
+        known = {name: x for name, x in source.weights.items() if name in config.tensor_shapes()}
+        source = replace(source, config=config, weights=known)
         files = VerifierFiles(self.verifier)
-        config = read_verifier_config(files, trust_remote_code=False)
-        drafter = Drafter(load_draft(source, load_frozen_verifier(files, config)), 3)
-        ids = source.config.target_layer_ids
-        verifier = VerifierModel(self.verifier, ids, dtype=torch.float32)
+        parts = load_frozen_verifier(files, read_verifier_config(files, trust_remote_code=False))
+        drafter = Drafter(load_draft(source, parts), 3)
+        verifier = VerifierModel(self.verifier, config.target_layer_ids, dtype=torch.float32)
         answers = [
             draft_and_verify(verifier, drafter, prompt, MAX_NEW_TOKENS) for prompt in self.prompts
         ]

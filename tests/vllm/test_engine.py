@@ -98,6 +98,18 @@ def test_the_engine_counts_what_we_count(
     check(bench, draft, "explicit", name)
 
 
+@pytest.mark.parametrize("name", [name for name, variant in VARIANTS.items() if variant.misread])
+def test_a_misread_config_would_be_seen(folder: Path, name: str) -> None:
+    draft = export(train(VARIANTS[name], folder), folder / f"served {name}")
+    questions = ask_demo()
+
+    own = questions.draft_and_verify(draft)
+    misread = questions.draft_and_verify(draft, **VARIANTS[name].misread)
+
+    assert own.answers == misread.answers
+    assert own.accepted != misread.accepted
+
+
 @pytest.mark.parametrize("flags", [[], ["--without-embeddings"]])
 def test_the_folder_alone_is_enough(
     bench: Bench, folder: Path, flags: list[str], check: Check

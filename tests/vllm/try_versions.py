@@ -61,19 +61,19 @@ def main(arguments: Sequence[str]) -> None:
     given = parser.parse_args(arguments)
     given.work_dir.mkdir(parents=True, exist_ok=True)
     questions = ask_demo()
+    trials = prepare(questions, given.work_dir / "drafts")
+    results = {}
     for version in given.versions:
         result_file = given.work_dir / f"{version}.json"
-        if result_file.exists():
-            continue
-        engine = given.work_dir.absolute() / f"engine-{version}"
-        trials = prepare(questions, given.work_dir / "drafts")
-        python = install(version, engine)
-        outcomes = try_all(questions, trials, python)
-        content = {name: asdict(outcome) for name, outcome in outcomes.items()}
-        result_file.write_text(json.dumps(content, indent=2))
-        if not given.keep_engines:
-            shutil.rmtree(engine)
-    results = {version: read(given.work_dir / f"{version}.json") for version in given.versions}
+        outcomes = read(result_file)
+        if trials.keys() - outcomes.keys():
+            engine = given.work_dir.absolute() / f"engine-{version}"
+            try_missing(questions, trials, install(version, engine), outcomes)
+            if not given.keep_engines:
+                shutil.rmtree(engine)
+            content = {name: asdict(outcome) for name, outcome in outcomes.items()}
+            result_file.write_text(json.dumps(content, indent=2))
+        results[version] = {name: outcomes[name] for name in trials}
     sys.stdout.write(table(results))
 
 
@@ -135,11 +135,14 @@ def read_requirements(wheel: Path) -> list[str]:
     ]
 
 
-def try_all(questions: Questions, trials: Mapping[str, Trial], python: str) -> dict[str, Outcome]:
-    """What an engine makes of each export; of no other where it refuses the default one."""
+def try_missing(
+    questions: Questions, trials: Mapping[str, Trial], python: str, outcomes: dict[str, Outcome]
+) -> None:
+    """Add what an engine makes of each export; of no other where it refuses the default one."""
     alone = questions.serve(python, None, "alone")
-    outcomes: dict[str, Outcome] = {}
     for name, trial in trials.items():
+        if name in outcomes:
+            continue
         if outcomes.get("default", Outcome(EQUAL)).kind == REFUSED:
             outcomes[name] = Outcome(NOT_RUN)
             continue
@@ -148,7 +151,6 @@ def try_all(questions: Questions, trials: Mapping[str, Trial], python: str) -> d
         except EngineError as error:
             outcomes[name] = Outcome(REFUSED, str(error))
         sys.stderr.write(f"{name}: {outcomes[name]}\n")
-    return outcomes
 
 
 def judge(served: Served, alone: Served, trial: Trial) -> Outcome:
@@ -162,7 +164,8 @@ def judge(served: Served, alone: Served, trial: Trial) -> Outcome:
 
 
 def read(result_file: Path) -> dict[str, Outcome]:
-    content = json.loads(result_file.read_text())
+    """What was measured of a version so far."""
+    content = json.loads(result_file.read_text()) if result_file.exists() else {}
     return {name: Outcome(**outcome) for name, outcome in content.items()}
 
 
