@@ -1,6 +1,7 @@
 """`speculators export` as the user types it."""
 
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -141,6 +142,46 @@ def test_the_card_and_the_provenance_say_where_it_comes_from(
     assert provenance["training"]["data_hash"] == state["data_hash"]
     assert provenance["training"]["settings"]["optimizer"]["lr"] == 3e-3
     assert "save_path" not in json.dumps(provenance)
+
+
+LICENCES = {
+    "apache-2.0": ("license: apache-2.0", ["license: apache-2.0"], False),
+    "own": (
+        "license: other\nlicense_name: llama3.1\nlicense_link: https://example.com/l",
+        ["license: other", "license_name: llama3.1", "license_link: https://example.com/l"],
+        False,
+    ),
+    "file": ("license: other\nlicense_link: LICENSE", ["license: other"], False),
+    "none": ("tags: [a]", ["license: unknown"], False),
+    "two": ("license: [mit, gpl]", ["license: unknown"], False),
+    "broken": (": : [", ["license: unknown"], True),
+}
+
+
+@pytest.mark.parametrize("name", LICENCES)
+def test_the_card_proposes_the_licence_of_the_verifier(
+    checkpoints: Path, shared_inputs: TinyInputs, tmp_path: Path, capsys: Capture, name: str
+) -> None:
+    front, expected, is_warned = LICENCES[name]
+    verifier = shutil.copytree(shared_inputs.verifier_dir, tmp_path / "verifier")
+    (verifier / "README.md").write_text(f"---\n{front}\n---\n# A verifier\n")
+    flags = ("--verifier-name-or-path", verifier)
+
+    assert export(checkpoints, "--output-dir", tmp_path / "its", *flags) == 0
+    warned = capsys.readouterr().err
+    assert export(checkpoints, "--output-dir", tmp_path / "own", *flags, "--license", "mit") == 0
+
+    its, own = (
+        [
+            line
+            for line in (tmp_path / x / "README.md").read_text().splitlines()
+            if "license" in line
+        ]
+        for x in ("its", "own")
+    )
+    assert its == expected
+    assert own == ["license: mit"]
+    assert ("The licence of verifier" in warned) == is_warned
 
 
 @pytest.mark.parametrize(

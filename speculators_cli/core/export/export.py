@@ -15,6 +15,7 @@ from speculators_cli.core.export.model_card import (
     PROVENANCE_NAME,
     build_card,
     build_provenance,
+    read_licence,
 )
 from speculators_cli.core.export.targets import TARGETS, vllm_command
 from speculators_cli.core.export.verification import Verification, has_untrained_gains, verify
@@ -106,6 +107,11 @@ def export(settings: ExportSettings, *, progress: Progress) -> ExportReport:
     tensors = cast_tensors(source, DTYPES[chosen.dtype], with_embedding=chosen.embeddings)
     verification = None
     provenance = build_provenance(source, settings)
+    licence = (
+        {"license": chosen.license}
+        if chosen.license is not None
+        else read_licence(served.verifier_name_or_path, progress)
+    )
     try:
         with replacing_folder(chosen.output_dir, flag="--output-dir") as folder:
             # Again: another export may have ended here since.
@@ -119,7 +125,7 @@ def export(settings: ExportSettings, *, progress: Progress) -> ExportReport:
                     folder, source, served, target=chosen.target, dtype=DTYPES[chosen.dtype]
                 )
             command = serve_command(served, chosen.output_dir, chosen.target)
-            card = build_card(source, served, settings, command)
+            card = build_card(source, served, settings, command, licence)
             (folder / CARD_NAME).write_text(card, "utf-8")
     except (OSError, SafetensorError) as error:
         reason = error.strerror if isinstance(error, OSError) else error
