@@ -144,6 +144,56 @@ def test_the_card_and_the_provenance_say_where_it_comes_from(
     assert "save_path" not in json.dumps(provenance)
 
 
+ADVICE = {
+    (): ("0.22.0", "Tried with vLLM 0.22.0 to 0.32.0."),
+    ("--norm-before-fc",): ("0.22.0", "Tried with vLLM 0.22.0 to 0.32.0."),
+    ("--norm-output",): (
+        "0.25.0",
+        "Needs vLLM 0.25.0 or newer: older ones ignore its `norm_output`, and accept fewer tokens "
+        "without a word.",
+    ),
+    ("--fc-norm",): (
+        "0.25.0",
+        "Needs vLLM 0.25.0 or newer: older ones do not load its `fc_norm`.",
+    ),
+    ("--draft-arch", "qwen3", "--norm-output"): (
+        "0.25.0",
+        "Needs vLLM 0.25.0 or newer: older ones ignore its `norm_output`, and accept fewer tokens "
+        "without a word; they do not load its qwen3 layers.",
+    ),
+}
+
+
+@pytest.mark.parametrize("flags", ADVICE)
+def test_the_user_is_told_which_engine_the_draft_needs(
+    trained: Callable[..., Path], tmp_path: Path, capsys: Capture, flags: tuple[str, ...]
+) -> None:
+    save_path = trained(*flags)
+    capsys.readouterr()
+
+    assert export(save_path, "--output-dir", tmp_path / "one") == 0
+    out = capsys.readouterr().out
+    assert export(save_path, "--output-dir", tmp_path / "two", "--json") == 0
+
+    oldest, sentence = ADVICE[flags]
+    assert sentence in out.splitlines()
+    assert sentence in (tmp_path / "one/README.md").read_text().splitlines()
+    assert json.loads(capsys.readouterr().out)["oldest_vllm"] == oldest
+
+
+def test_an_export_for_another_engine_names_no_release_of_vllm(
+    trained: Callable[..., Path], tmp_path: Path, capsys: Capture
+) -> None:
+    save_path = trained("--no-norm-before-residual")
+    capsys.readouterr()
+
+    code = export(save_path, "--output-dir", tmp_path / "out", "--target", "sglang", "--json")
+
+    assert code == 0
+    assert json.loads(capsys.readouterr().out)["oldest_vllm"] is None
+    assert "vLLM" not in (tmp_path / "out/README.md").read_text()
+
+
 LICENCES = {
     "apache-2.0": ("license: apache-2.0", ["license: apache-2.0"], False),
     "own": (

@@ -66,14 +66,16 @@ def main(arguments: Sequence[str]) -> None:
     for version in given.versions:
         result_file = given.work_dir / f"{version}.json"
         outcomes = read(result_file)
-        if trials.keys() - outcomes.keys():
+        # An engine that refuses the default export is not asked for others.
+        is_refused = "default" in outcomes and outcomes["default"].kind == REFUSED
+        if trials.keys() - outcomes.keys() and not is_refused:
             engine = given.work_dir.absolute() / f"engine-{version}"
             try_missing(questions, trials, install(version, engine), outcomes)
             if not given.keep_engines:
                 shutil.rmtree(engine)
             content = {name: asdict(outcome) for name, outcome in outcomes.items()}
             result_file.write_text(json.dumps(content, indent=2))
-        results[version] = {name: outcomes[name] for name in trials}
+        results[version] = {name: outcomes.get(name, Outcome(NOT_RUN)) for name in trials}
     sys.stdout.write(table(results))
 
 
@@ -138,19 +140,18 @@ def read_requirements(wheel: Path) -> list[str]:
 def try_missing(
     questions: Questions, trials: Mapping[str, Trial], python: str, outcomes: dict[str, Outcome]
 ) -> None:
-    """Add what an engine makes of each export; of no other where it refuses the default one."""
+    """Add what an engine makes of each export, until it refuses the default one."""
     alone = questions.serve(python, None, "alone")
     for name, trial in trials.items():
         if name in outcomes:
-            continue
-        if outcomes.get("default", Outcome(EQUAL)).kind == REFUSED:
-            outcomes[name] = Outcome(NOT_RUN)
             continue
         try:
             outcomes[name] = judge(questions.serve(python, trial.draft, trial.way), alone, trial)
         except EngineError as error:
             outcomes[name] = Outcome(REFUSED, str(error))
         sys.stderr.write(f"{name}: {outcomes[name]}\n")
+        if name == "default" and outcomes[name].kind == REFUSED:
+            return
 
 
 def judge(served: Served, alone: Served, trial: Trial) -> Outcome:

@@ -10,6 +10,7 @@ from safetensors import SafetensorError
 
 from speculators_cli.core.errors import MachineError
 from speculators_cli.core.export.checks import check_can_run, check_place, check_verifier
+from speculators_cli.core.export.engine_versions import EngineAdvice, advise
 from speculators_cli.core.export.model_card import (
     CARD_NAME,
     PROVENANCE_NAME,
@@ -47,6 +48,7 @@ class ExportReport:
     has_embedding: bool
     verification: Verification | None  # None: not asked for
     serve_command: str | None  # None: how to serve it is the engine's matter
+    advice: EngineAdvice | None  # None: the engine is not vLLM
     is_verifier_checked: bool  # its sizes were read and fit
     pushed_to: str | None
 
@@ -67,6 +69,7 @@ class ExportReport:
             "argmax_agreement": checked.argmax_agreement if checked else None,
             "is_verifier_checked": self.is_verifier_checked,
             "serve_command": self.serve_command,
+            "oldest_vllm": self.advice.oldest if self.advice else None,
             "pushed_to": self.pushed_to,
         }
 
@@ -105,6 +108,7 @@ def export(settings: ExportSettings, *, progress: Progress) -> ExportReport:
             "may have been lost to rounding"
         )
     tensors = cast_tensors(source, DTYPES[chosen.dtype], with_embedding=chosen.embeddings)
+    advice = None if chosen.target == "sglang" else advise(served)
     verification = None
     provenance = build_provenance(source, settings)
     licence = (
@@ -125,7 +129,7 @@ def export(settings: ExportSettings, *, progress: Progress) -> ExportReport:
                     folder, source, served, target=chosen.target, dtype=DTYPES[chosen.dtype]
                 )
             command = serve_command(served, chosen.output_dir, chosen.target)
-            card = build_card(source, served, settings, command, licence)
+            card = build_card(source, served, settings, command, advice, licence)
             (folder / CARD_NAME).write_text(card, "utf-8")
     except (OSError, SafetensorError) as error:
         reason = error.strerror if isinstance(error, OSError) else error
@@ -146,6 +150,7 @@ def export(settings: ExportSettings, *, progress: Progress) -> ExportReport:
         has_embedding=EMBEDDING in tensors,
         verification=verification,
         serve_command=command,
+        advice=advice,
         is_verifier_checked=is_verifier_checked,
         pushed_to=chosen.push_to_hub,
     )

@@ -9,6 +9,7 @@ from yaml import YAMLError
 
 from speculators_cli import __version__
 from speculators_cli.core.errors import SpeculatorsError
+from speculators_cli.core.export.engine_versions import EngineAdvice
 from speculators_cli.core.export.targets import vllm_command
 from speculators_cli.core.models.config import PRODUCER, Eagle3Config
 from speculators_cli.core.models.draft_source import DraftSource
@@ -77,6 +78,7 @@ def build_card(
     served: Eagle3Config,
     settings: ExportSettings,
     command: str | None,
+    advice: EngineAdvice | None,
     licence: Mapping[str, Any],  # `license` and what goes with it; may be empty
 ) -> str:
     """README.md of an export, with the metadata that the hub reads."""
@@ -96,6 +98,7 @@ def build_card(
         "the output is the verifier's own, sooner.",
         "## Serve it",
         _how_to_serve(command, served, is_on_hub=is_on_hub),
+        *([advice.sentence] if advice else []),
         "## What it is",
         _table(_facts(source, served, shown, settings)),
     ]
