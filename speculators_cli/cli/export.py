@@ -44,5 +44,7 @@ def show(report: "ExportReport", output: Output) -> None:
         )
     if report.is_verifier_checked:
         output.line(f"Fits verifier `{report.verifier}`")
+    if report.advice is not None:
+        output.line(report.advice.sentence)
     if report.pushed_to is not None:
         output.line(f"Uploaded to `{report.pushed_to}`")

@@ -1,14 +1,17 @@
-"""Files that appear whole or not at all, and folders that can be written."""
+"""Files that appear whole or not at all, locks, and folders that can be written."""
 
+import fcntl
 import json
 import os
+import re
 import shutil
-from collections.abc import Iterator, Mapping
+import socket
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from speculators_cli.core.errors import MachineError, SettingsError
+from speculators_cli.core.errors import MachineError, SettingsError, SpeculatorsError
 
 TEMPORARY = ".tmp-"  # begins the name of a file that is not whole yet
 
@@ -46,18 +49,47 @@ def check_output_dir(folder: Path, *, flag: str) -> None:
 
 
 @contextmanager
-def replacing_folder(folder: Path) -> Iterator[Path]:
+def replacing_folder(folder: Path, *, flag: str) -> Iterator[Path]:
     """A folder to fill; it takes the place of `folder` once the block is done, never half.
 
     What a killed process left of an earlier try is removed; what it had moved away comes back.
+
+    Args:
+        folder: May be missing, with any of its parents.
+        flag: The flag that named it.
+
+    Raises:
+        SettingsError: Another process is filling it.
     """
     folder = folder.absolute()
     folder.parent.mkdir(parents=True, exist_ok=True)
+    lock_file = folder.with_name(f"{TEMPORARY}{folder.name}.lock")
+
+    def in_use(holder: str) -> SettingsError:
+        return SettingsError(
+            f"`{flag}`: `{folder}` is being written by {holder}",
+            hint="Wait for it to end, or name another folder",
+        )
+
+    with locking(lock_file, in_use=in_use) as lock:
+        lock.write()
+        try:
+            with _swapping(folder) as temporary:
+                yield temporary
+        finally:
+            lock_file.unlink(missing_ok=True)
+
+
+@contextmanager
+def _swapping(folder: Path) -> Iterator[Path]:
     old = folder.with_name(f"{TEMPORARY}{folder.name}.old")
     if old.exists() and not folder.exists():
         old.rename(folder)
-    for leftover in folder.parent.glob(f"{TEMPORARY}{folder.name}.*"):
-        shutil.rmtree(leftover, ignore_errors=True)
+    # Not those of `folder.2`, which may be being written.
+    own = re.compile(rf"{re.escape(TEMPORARY + folder.name)}\.(\d+|old)")
+    for leftover in folder.parent.iterdir():
+        if own.fullmatch(leftover.name):
+            shutil.rmtree(leftover, ignore_errors=True)
     temporary = folder.with_name(f"{TEMPORARY}{folder.name}.{os.getpid()}")
     temporary.mkdir()
     try:
@@ -73,6 +105,50 @@ def replacing_folder(folder: Path) -> Iterator[Path]:
         sync(folder.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+class Lock:
+    """A lock that is held, and what its last holder wrote into it."""
+
+    def __init__(self, descriptor: int) -> None:
+        self.descriptor = descriptor
+        self.last = _read_holder(descriptor)
+
+    def write(self, **more: str) -> None:
+        """Say who holds it."""
+        holder = {"pid": os.getpid(), "host": socket.gethostname(), **more}
+        os.ftruncate(self.descriptor, 0)
+        os.pwrite(self.descriptor, json.dumps(holder).encode(), 0)
+
+
+@contextmanager
+def locking(file: Path, *, in_use: Callable[[str], SpeculatorsError]) -> Iterator[Lock]:
+    """Hold a lock that the system frees when the process ends, however it ends.
+
+    Args:
+        file: Made if missing. Only who holds the lock may remove it.
+        in_use: The error to raise where another process holds it, from the name of that.
+    """
+    descriptor = os.open(file, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            holder = _read_holder(descriptor)
+            raise in_use(f"process {holder.get('pid')} on `{holder.get('host')}`") from None
+        if os.fstat(descriptor).st_nlink == 0:
+            raise in_use("a process that ended just now")
+        yield Lock(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _read_holder(descriptor: int) -> dict[str, Any]:
+    try:
+        holder = json.loads(os.pread(descriptor, 4096, 0))
+    except ValueError:
+        return {}
+    return holder if isinstance(holder, dict) else {}
 
 
 def sync(path: Path) -> None:

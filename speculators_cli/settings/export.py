@@ -57,7 +57,8 @@ class ExportFolderSettings(Settings):
     license: str | None = Field(
         None,
         min_length=1,
-        description="Licence for the model card, such as apache-2.0; default: unknown",
+        description="Licence for the model card, such as apache-2.0; default: what the verifier's "
+        "model card says, else unknown",
     )
     overwrite: bool = Field(False, description="Replace an earlier export in the output folder")
     verify: bool = Field(

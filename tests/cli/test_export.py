@@ -1,6 +1,7 @@
 """`speculators export` as the user types it."""
 
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -14,9 +15,11 @@ from torch import Tensor
 
 from speculators_cli.cli.app import run
 from speculators_cli.core.export.contract import find_problems
+from speculators_cli.core.export.weights import cast_tensors
 from tests.tiny import DRAFT_VOCAB, VOCAB, TinyInputs
 
 Capture = pytest.CaptureFixture[str]
+CAST = "speculators_cli.core.export.export.cast_tensors"  # where the command looks it up
 
 
 def export(*flags: object) -> int:
@@ -139,6 +142,96 @@ def test_the_card_and_the_provenance_say_where_it_comes_from(
     assert provenance["training"]["data_hash"] == state["data_hash"]
     assert provenance["training"]["settings"]["optimizer"]["lr"] == 3e-3
     assert "save_path" not in json.dumps(provenance)
+
+
+ADVICE = {
+    (): ("0.22.0", "Tried with vLLM 0.22.0 to 0.32.0."),
+    ("--norm-before-fc",): ("0.22.0", "Tried with vLLM 0.22.0 to 0.32.0."),
+    ("--norm-output",): (
+        "0.25.0",
+        "Needs vLLM 0.25.0 or newer: older ones ignore its `norm_output`, and accept fewer tokens "
+        "without a word.",
+    ),
+    ("--fc-norm",): (
+        "0.25.0",
+        "Needs vLLM 0.25.0 or newer: older ones do not load its `fc_norm`.",
+    ),
+    ("--draft-arch", "qwen3", "--norm-output"): (
+        "0.25.0",
+        "Needs vLLM 0.25.0 or newer: older ones ignore its `norm_output`, and accept fewer tokens "
+        "without a word; they do not load its qwen3 layers.",
+    ),
+}
+
+
+@pytest.mark.parametrize("flags", ADVICE)
+def test_the_user_is_told_which_engine_the_draft_needs(
+    trained: Callable[..., Path], tmp_path: Path, capsys: Capture, flags: tuple[str, ...]
+) -> None:
+    save_path = trained(*flags)
+    capsys.readouterr()
+
+    assert export(save_path, "--output-dir", tmp_path / "one") == 0
+    out = capsys.readouterr().out
+    assert export(save_path, "--output-dir", tmp_path / "two", "--json") == 0
+
+    oldest, sentence = ADVICE[flags]
+    assert sentence in out.splitlines()
+    assert sentence in (tmp_path / "one/README.md").read_text().splitlines()
+    assert json.loads(capsys.readouterr().out)["oldest_vllm"] == oldest
+
+
+def test_an_export_for_another_engine_names_no_release_of_vllm(
+    trained: Callable[..., Path], tmp_path: Path, capsys: Capture
+) -> None:
+    save_path = trained("--no-norm-before-residual")
+    capsys.readouterr()
+
+    code = export(save_path, "--output-dir", tmp_path / "out", "--target", "sglang", "--json")
+
+    assert code == 0
+    assert json.loads(capsys.readouterr().out)["oldest_vllm"] is None
+    assert "vLLM" not in (tmp_path / "out/README.md").read_text()
+
+
+LICENCES = {
+    "apache-2.0": ("license: apache-2.0", ["license: apache-2.0"], False),
+    "own": (
+        "license: other\nlicense_name: llama3.1\nlicense_link: https://example.com/l",
+        ["license: other", "license_name: llama3.1", "license_link: https://example.com/l"],
+        False,
+    ),
+    "file": ("license: other\nlicense_link: LICENSE", ["license: other"], False),
+    "none": ("tags: [a]", ["license: unknown"], False),
+    "two": ("license: [mit, gpl]", ["license: unknown"], False),
+    "broken": (": : [", ["license: unknown"], True),
+}
+
+
+@pytest.mark.parametrize("name", LICENCES)
+def test_the_card_proposes_the_licence_of_the_verifier(
+    checkpoints: Path, shared_inputs: TinyInputs, tmp_path: Path, capsys: Capture, name: str
+) -> None:
+    front, expected, is_warned = LICENCES[name]
+    verifier = shutil.copytree(shared_inputs.verifier_dir, tmp_path / "verifier")
+    (verifier / "README.md").write_text(f"---\n{front}\n---\n# A verifier\n")
+    flags = ("--verifier-name-or-path", verifier)
+
+    assert export(checkpoints, "--output-dir", tmp_path / "its", *flags) == 0
+    warned = capsys.readouterr().err
+    assert export(checkpoints, "--output-dir", tmp_path / "own", *flags, "--license", "mit") == 0
+
+    its, own = (
+        [
+            line
+            for line in (tmp_path / x / "README.md").read_text().splitlines()
+            if "license" in line
+        ]
+        for x in ("its", "own")
+    )
+    assert its == expected
+    assert own == ["license: mit"]
+    assert ("The licence of verifier" in warned) == is_warned
 
 
 @pytest.mark.parametrize(
@@ -324,14 +417,11 @@ def test_damaged_folders_are_found(served: Path, damage: str) -> None:
 def test_a_wrong_export_is_not_kept(
     checkpoints: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
 ) -> None:
-    from speculators_cli.core.export import export as module
-
     def spoil(*args: Any, **options: Any) -> dict[str, Tensor]:
-        tensors = real(*args, **options)
+        tensors = cast_tensors(*args, **options)
         return tensors | {"norm.weight": tensors["norm.weight"] * 1.01}
 
-    real = module.cast_tensors
-    monkeypatch.setattr(module, "cast_tensors", spoil)
+    monkeypatch.setattr(CAST, spoil)
 
     code = export(checkpoints, "--output-dir", tmp_path / "served")
 
@@ -491,6 +581,58 @@ module.export  # the functions above are looked up when it runs
 from speculators_cli.cli.app import run
 run(["export", sys.argv[2], "--output-dir", sys.argv[3]])
 """
+
+
+def test_two_exports_into_one_folder_do_not_mix(
+    checkpoints: Path, tmp_path: Path, capsys: Capture
+) -> None:
+    out = tmp_path / "served"
+    command = [sys.executable, "-c", SLOW, str(checkpoints), str(out)]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True) as first:
+        assert first.stdout is not None
+        assert first.stdout.readline() == "written\n"
+
+        code = export(checkpoints, "--output-dir", out, "--dtype", "float32", "--overwrite")
+
+        first.communicate("go on\n")
+    assert (code, first.returncode) == (2, 0)
+    assert f"is being written by process {first.pid} on" in capsys.readouterr().err
+    assert find_problems(out, "vllm") == []
+    assert read(out)[1]["fc.weight"].dtype == torch.bfloat16
+    assert [path.name for path in tmp_path.iterdir()] == ["served"]
+
+
+SLOW = """
+import sys
+from speculators_cli.core.export import export as module
+real = module.verify
+def waiting(*args, **options):
+    print("written", flush=True)
+    sys.stdin.readline()
+    return real(*args, **options)
+module.verify = waiting
+from speculators_cli.cli.app import run
+sys.exit(run(["export", sys.argv[1], "--output-dir", sys.argv[2], "--quiet"]))
+"""
+
+
+def test_an_export_that_ended_meanwhile_is_not_replaced(
+    checkpoints: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    out = tmp_path / "served"
+
+    def export_another_first(*args: Any, **options: Any) -> dict[str, Tensor]:
+        monkeypatch.setattr(CAST, cast_tensors)
+        assert export(checkpoints, "--output-dir", out, "--dtype", "float32") == 0
+        return cast_tensors(*args, **options)
+
+    monkeypatch.setattr(CAST, export_another_first)
+
+    assert export(checkpoints, "--output-dir", out) == 2
+
+    assert "is not empty" in capsys.readouterr().err
+    assert read(out)[1]["fc.weight"].dtype == torch.float32
 
 
 @pytest.mark.parametrize("target", ["eagle", "sglang"])

@@ -2,16 +2,19 @@
 
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from speculators_cli.core.files import replacing_folder
+from speculators_cli.core.errors import SettingsError
+from speculators_cli.core.files import locking, replacing_folder
 
 KILL = """
 import os, signal, sys
 from pathlib import Path
-from speculators_cli.core.files import replacing_folder
+from speculators_cli.core.errors import SettingsError
+from speculators_cli.core.files import locking, replacing_folder
 real, calls = Path.rename, []
 def rename(self, target):
     calls.append(target)
@@ -19,7 +22,7 @@ def rename(self, target):
         os.kill(os.getpid(), signal.SIGKILL)
     return real(self, target)
 Path.rename = rename
-with replacing_folder(Path(sys.argv[1])) as folder:
+with replacing_folder(Path(sys.argv[1]), flag="--output-dir") as folder:
     (folder / "weights").write_text("new")
 """
 
@@ -37,7 +40,7 @@ def test_what_a_killed_process_moved_away_comes_back(folder: Path, kill_at: int)
     done = subprocess.run([sys.executable, "-c", KILL, folder, str(kill_at)], check=False)
     assert done.returncode == -9
 
-    with pytest.raises(ValueError, match="stopped"), replacing_folder(folder):
+    with pytest.raises(ValueError, match="stopped"), replacing_folder(folder, flag="--output-dir"):
         raise ValueError("stopped")
 
     assert (folder / "weights").read_text() == "old"
@@ -45,9 +48,81 @@ def test_what_a_killed_process_moved_away_comes_back(folder: Path, kill_at: int)
 
 
 def test_a_new_folder_takes_the_place_of_the_old(folder: Path) -> None:
-    with replacing_folder(folder) as temporary:
+    with replacing_folder(folder, flag="--output-dir") as temporary:
         (temporary / "other").write_text("new")
         assert (folder / "weights").read_text() == "old"
 
     assert [path.name for path in folder.iterdir()] == ["other"]
     assert [path.name for path in folder.parent.iterdir()] == ["served"]
+
+
+HOLD = """
+import sys
+from pathlib import Path
+from speculators_cli.core.files import replacing_folder
+with replacing_folder(Path(sys.argv[1]), flag="--output-dir") as folder:
+    (folder / "weights").write_text("first")
+    print("begun", flush=True)
+    sys.stdin.readline()
+"""
+
+
+@pytest.fixture
+def other(folder: Path) -> Iterator[subprocess.Popen[str]]:
+    """Another process in the middle of writing the folder."""
+    command = [sys.executable, "-c", HOLD, str(folder)]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "begun\n"
+        yield process
+        process.kill()
+
+
+def test_a_folder_that_another_process_writes_is_refused(
+    folder: Path, other: subprocess.Popen[str]
+) -> None:
+    with (
+        pytest.raises(SettingsError, match=f"`--output-dir`: .* by process {other.pid} on"),
+        replacing_folder(folder, flag="--output-dir"),
+    ):
+        pass
+
+    other.communicate("go on\n")
+    assert other.returncode == 0
+    assert (folder / "weights").read_text() == "first"
+    assert [path.name for path in folder.parent.iterdir()] == ["served"]
+
+
+def test_a_killed_process_holds_no_lock(folder: Path, other: subprocess.Popen[str]) -> None:
+    other.kill()
+    other.wait()
+
+    with replacing_folder(folder, flag="--output-dir") as temporary:
+        (temporary / "weights").write_text("second")
+
+    assert (folder / "weights").read_text() == "second"
+    assert [path.name for path in folder.parent.iterdir()] == ["served"]
+
+
+def test_a_folder_of_a_longer_name_is_left_alone(folder: Path) -> None:
+    with replacing_folder(folder.with_name("served.2"), flag="--output-dir") as longer:
+        with replacing_folder(folder, flag="--output-dir"):
+            pass
+
+        assert longer.exists()
+
+
+def test_a_lock_that_its_holder_removed_is_not_taken(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "lock"
+    monkeypatch.setattr("fcntl.flock", lambda *_: file.unlink())
+
+    with (
+        pytest.raises(SettingsError, match="by a process that ended just now"),
+        locking(file, in_use=lambda holder: SettingsError(f"held by {holder}")),
+    ):
+        pass
+
+    assert not file.exists()

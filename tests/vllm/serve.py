@@ -9,11 +9,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
-COUNTERS = ("vllm:spec_decode_num_drafts", "vllm:spec_decode_num_accepted_tokens_per_pos")
+PASSES = "vllm:spec_decode_num_drafts"
+ACCEPTED = "vllm:spec_decode_num_accepted_tokens"
 
 
 def main(job_file: str, result_file: str) -> None:
-    from vllm import LLM, SamplingParams
+    from vllm import LLM
 
     job = json.loads(Path(job_file).read_text())
     draft = {"method": "eagle3", "model": job["draft"], "num_speculative_tokens": 3}
@@ -30,21 +31,38 @@ def main(job_file: str, result_file: str) -> None:
         enforce_eager=True,
         disable_log_stats=False,
     )
-    sampling = SamplingParams(temperature=0, max_tokens=job["max_new_tokens"])
-    answers, counts = [], [count(engine)]
-    for prompt in job["prompts"]:
-        output = engine.generate({"prompt_token_ids": prompt}, sampling, use_tqdm=False)
-        answers.append(list(output[0].outputs[0].token_ids))
-        counts.append(count(engine))
-    Path(result_file).write_text(json.dumps({"answers": answers, "counts": counts}))
+    served = [answer(engine, prompt, job["max_new_tokens"]) for prompt in job["prompts"]]
+    answers, accepted = zip(*served, strict=True)
+    Path(result_file).write_text(json.dumps({"answers": answers, "accepted": accepted}))
 
 
-def count(engine: Any) -> list[int]:
-    """Chains drafted, then chains that accepted their first, second and third token."""
+def answer(engine: Any, prompt: list[int], max_new_tokens: int) -> tuple[list[int], list[int]]:
+    """The answer, and how many draft tokens each of its verifier passes accepted."""
+    from vllm import SamplingParams
+
+    sampling = SamplingParams(temperature=0, max_tokens=max_new_tokens)
+    engine.llm_engine.add_request(str(prompt), {"prompt_token_ids": prompt}, sampling)
+    tokens: list[int] = []
+    accepted = []
+    num_passes, num_accepted = count(engine)
+    while engine.llm_engine.has_unfinished_requests():
+        for output in engine.llm_engine.step():
+            tokens = list(output.outputs[0].token_ids)
+        passes, total = count(engine)
+        # One request at a time, so a step is at most one pass over a chain.
+        assert passes - num_passes in (0, 1)
+        if passes > num_passes:
+            accepted.append(total - num_accepted)
+        num_passes, num_accepted = passes, total
+    return tokens, accepted
+
+
+def count(engine: Any) -> tuple[int, int]:
+    """Passes over a chain so far, and draft tokens that they accepted."""
     found = {metric.name: metric for metric in engine.get_metrics()}
-    if COUNTERS[0] not in found:
-        return [0, 0, 0, 0]
-    return [found[COUNTERS[0]].value, *found[COUNTERS[1]].values]
+    if PASSES not in found:
+        return 0, 0
+    return found[PASSES].value, found[ACCEPTED].value
 
 
 if __name__ == "__main__":

@@ -5,14 +5,20 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
+from yaml import YAMLError
 
 from speculators_cli import __version__
+from speculators_cli.core.errors import SpeculatorsError
+from speculators_cli.core.export.engine_versions import EngineAdvice
 from speculators_cli.core.export.targets import vllm_command
 from speculators_cli.core.models.config import PRODUCER, Eagle3Config
 from speculators_cli.core.models.draft_source import DraftSource
 from speculators_cli.core.models.repo_files import WEIGHTS_NAME
+from speculators_cli.core.models.verifier_files import VerifierFiles
+from speculators_cli.core.progress import Progress
 from speculators_cli.settings.export import ExportSettings
 
+CARD_NAME, PROVENANCE_NAME = "README.md", "provenance.json"
 # Settings worth a line in the card: section, name, words.
 SHOWN = (
     ("run", "epochs", "epochs"),
@@ -48,8 +54,32 @@ def build_provenance(source: DraftSource, settings: ExportSettings) -> dict[str,
     }
 
 
+def read_licence(verifier: str, progress: Progress) -> dict[str, Any]:
+    """What a verifier's model card says of its licence, under the hub's names; {} for nothing."""
+    try:
+        file = VerifierFiles(verifier).find(CARD_NAME)
+        data = ModelCard.load(file, ignore_metadata_errors=True).data if file else None
+    except SpeculatorsError:
+        return {}  # The checks of the verifier have warned that it is out of reach.
+    except (ValueError, YAMLError, OSError) as error:
+        reason = str(error).splitlines()[0]
+        progress.warn(f"The licence of verifier `{verifier}` is not known: its card says {reason}")
+        return {}
+    found = {key: data.get(key) for key in ("license", "license_name")} if data else {}
+    link = data.get("license_link") if data else None
+    # Another link leads into the verifier's own folder.
+    if str(link).startswith("https://"):
+        found["license_link"] = link
+    return {key: value for key, value in found.items() if isinstance(value, str) and value}
+
+
 def build_card(
-    source: DraftSource, served: Eagle3Config, settings: ExportSettings, command: str | None
+    source: DraftSource,
+    served: Eagle3Config,
+    settings: ExportSettings,
+    command: str | None,
+    advice: EngineAdvice | None,
+    licence: Mapping[str, Any],  # `license` and what goes with it; may be empty
 ) -> str:
     """README.md of an export, with the metadata that the hub reads."""
     verifier = served.verifier_name_or_path
@@ -57,7 +87,7 @@ def build_card(
     # A folder of this machine tells nobody else anything but its name.
     shown = verifier if is_on_hub else Path(verifier).name
     data = ModelCardData(
-        license=settings.export.license or "unknown",
+        **{"license": "unknown", **licence},
         base_model=verifier if is_on_hub else None,
         pipeline_tag="text-generation",
         tags=["speculative-decoding", "eagle3", "speculators", settings.export.target],
@@ -68,6 +98,7 @@ def build_card(
         "the output is the verifier's own, sooner.",
         "## Serve it",
         _how_to_serve(command, served, is_on_hub=is_on_hub),
+        *([advice.sentence] if advice else []),
         "## What it is",
         _table(_facts(source, served, shown, settings)),
     ]

@@ -32,7 +32,7 @@ def _vllm_config(config: Eagle3Config, dtype: str) -> dict[str, Any]:
 def _plain_obstacles(config: Eagle3Config) -> list[str]:
     """What engines that read plain EAGLE-3 do not compute."""
     found = [
-        f"its `{name}` is on, and the engine has no such norm"
+        f"its `{name}` is on, and the format has no such norm"
         for name in ("norm_before_fc", "fc_norm", "norm_output")
         if getattr(config, name)
     ]

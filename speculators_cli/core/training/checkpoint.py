@@ -1,10 +1,6 @@
 """Checkpoints of a run: each is absent or complete, whenever the process is killed."""
 
-import fcntl
-import json
-import os
 import shutil
-import socket
 import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -16,7 +12,14 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from speculators_cli.core.errors import CheckpointError, MachineError
-from speculators_cli.core.files import TEMPORARY, check_free_space, replacing, sync, write_json
+from speculators_cli.core.files import (
+    TEMPORARY,
+    check_free_space,
+    locking,
+    replacing,
+    sync,
+    write_json,
+)
 from speculators_cli.core.models.checkpoint import (
     BEST_LINK,
     MANIFEST_NAME,
@@ -103,10 +106,17 @@ class RunFolder:
             CheckpointError: Another run holds the folder, or it has foreign checkpoints.
         """
         save_path.mkdir(parents=True, exist_ok=True)
-        with _lock(save_path / "run.lock") as lock:
+
+        def in_use(holder: str) -> CheckpointError:
+            return CheckpointError(
+                f"`{save_path}` is in use by {holder}",
+                hint="Wait for that run to end, or choose another `--save-path`",
+            )
+
+        with locking(save_path / "run.lock", in_use=in_use) as lock:
             _refuse_foreign(save_path)
             _clean(save_path)
-            own_id = lock.run_id if is_restart else None
+            own_id: str | None = lock.last.get("run_id") if is_restart else None
             found = find_checkpoints(save_path)
             if not resume:
                 mine = [c for c in found if own_id is not None and c.state["run_id"] == own_id]
@@ -115,7 +125,7 @@ class RunFolder:
                 mine, old = found, []
             latest = mine[-1] if mine else None
             run_id = latest.state["run_id"] if latest else own_id or uuid.uuid4().hex
-            lock.write(run_id)
+            lock.write(run_id=run_id)
             yield cls(save_path, run_id, latest, old)
 
     def save(
@@ -189,44 +199,6 @@ class RunFolder:
         """Write how the run ended: torchrun hides the exit code."""
         with replacing(self.save_path / "result.json") as temporary:
             write_json(result, temporary)
-
-
-class _Lock:
-    def __init__(self, descriptor: int) -> None:
-        self.descriptor = descriptor
-        self.run_id: str | None = _read_holder(descriptor).get("run_id")
-
-    def write(self, run_id: str) -> None:
-        holder = {"pid": os.getpid(), "host": socket.gethostname(), "run_id": run_id}
-        os.ftruncate(self.descriptor, 0)
-        os.pwrite(self.descriptor, json.dumps(holder).encode(), 0)
-
-
-@contextmanager
-def _lock(file: Path) -> Iterator[_Lock]:
-    """Hold a lock that the system frees when the process ends, however it ends."""
-    descriptor = os.open(file, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            holder = _read_holder(descriptor)
-            raise CheckpointError(
-                f"`{file.parent}` is in use by process {holder.get('pid')} on "
-                f"`{holder.get('host')}`",
-                hint="Wait for that run to end, or choose another `--save-path`",
-            ) from None
-        yield _Lock(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _read_holder(descriptor: int) -> dict[str, Any]:
-    try:
-        holder = json.loads(os.pread(descriptor, 4096, 0))
-    except ValueError:
-        return {}
-    return holder if isinstance(holder, dict) else {}
 
 
 def _refuse_foreign(save_path: Path) -> None:

@@ -1,0 +1,134 @@
+"""What is checked before anything is written: the place, the draft, the verifier."""
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from speculators_cli.core.errors import ExportError, SettingsError, SpeculatorsError
+from speculators_cli.core.export.model_card import CARD_NAME, PROVENANCE_NAME
+from speculators_cli.core.export.targets import Target
+from speculators_cli.core.export.verification import find_broken_values
+from speculators_cli.core.files import check_output_dir
+from speculators_cli.core.models.config import Eagle3Config
+from speculators_cli.core.models.draft_source import DraftSource
+from speculators_cli.core.models.repo_files import CONFIG_NAME, INDEX_NAME
+from speculators_cli.core.models.verifier import (
+    VerifierConfig,
+    load_embedding,
+    read_verifier_config,
+)
+from speculators_cli.core.models.verifier_files import VerifierFiles
+from speculators_cli.core.progress import Progress
+from speculators_cli.settings.export import ExportSettings
+
+
+def check_place(output_dir: Path, source: Path, *, overwrite: bool) -> None:
+    """Check that the output folder is new, empty, or an export that may go.
+
+    Raises:
+        SettingsError: It is not.
+    """
+    check_output_dir(output_dir, flag="--output-dir")
+    if output_dir.is_symlink():
+        raise SettingsError(
+            f"`--output-dir`: `{output_dir}` is a link", hint="Name the folder it leads to"
+        )
+    resolved, read = output_dir.resolve(), source.resolve()
+    if source.exists() and (resolved == read or resolved in read.parents):
+        raise SettingsError(
+            f"`--output-dir`: `{output_dir}` holds the checkpoint", hint="Name another folder"
+        )
+    names = sorted(path.name for path in output_dir.iterdir()) if output_dir.exists() else []
+    own = {CONFIG_NAME, CARD_NAME, PROVENANCE_NAME, INDEX_NAME}
+    foreign = [x for x in names if x not in own and not x.endswith(".safetensors")]
+    if foreign or (names and PROVENANCE_NAME not in names):
+        name = foreign[0] if foreign else names[0]
+        raise SettingsError(
+            f"`--output-dir`: `{output_dir}` holds `{name}`, which no export wrote",
+            hint="Name another folder",
+        )
+    if names and not overwrite:
+        raise SettingsError(
+            f"`--output-dir`: `{output_dir}` is not empty",
+            hint="Pass `--overwrite` to replace the export in it, or name another folder",
+        )
+
+
+def check_can_run(source: DraftSource, served: Eagle3Config, target: Target) -> None:
+    """Refuse a draft that the target's engine does not compute, or whose weights are broken.
+
+    Raises:
+        ExportError: It is one.
+    """
+    obstacles = target.find_obstacles(served)
+    if obstacles:
+        raise ExportError(
+            "\n".join(
+                [f"{target.engine} cannot run `{source.name}`", *(f"  {x}" for x in obstacles)]
+            ),
+            hint="Export it for vLLM with `--target vllm`",
+        )
+    broken = find_broken_values(source)
+    if broken:
+        raise ExportError(
+            f"`{source.name}` has values that are not finite in `{broken[0]}`",
+            hint="Export an earlier checkpoint of the run",
+        )
+
+
+def check_verifier(settings: ExportSettings, source: DraftSource, progress: Progress) -> bool:
+    """Check sizes, layers and vocabulary against the verifier, where it can be read.
+
+    Raises:
+        ExportError: It is another verifier, or its embedding is not the draft's but would be used.
+    """
+    config, name = source.config, source.config.verifier_name_or_path
+    leaves_out = not settings.export.embeddings and source.embedding is not None
+    embedding = None
+    try:
+        files = VerifierFiles(name)
+        verifier = read_verifier_config(files, trust_remote_code=settings.source.trust_remote_code)
+        # Of the hub, it would be a download of gigabytes for one number.
+        if files.is_local or leaves_out:
+            embedding = load_embedding(files, verifier)
+    except SpeculatorsError as error:
+        progress.warn(
+            f"Verifier `{name}` could not be read, so the draft was not checked against it",
+            hint=error.hint,
+        )
+        return False
+    sizes = [("hidden size", config.target_hidden_size, verifier.hidden_size)]
+    if embedding is not None:
+        sizes.append(("vocabulary", config.vocab_size, embedding.shape[0]))
+    for word, found, expected in sizes:
+        if found != expected:
+            raise ExportError(
+                f"`{source.name}` is for a verifier of {word} {found:,}, `{name}` has {expected:,}",
+                hint="Name its own verifier with `--verifier-name-or-path`",
+            )
+    check_layers(source, verifier)
+    if leaves_out and embedding is not None and not is_same(source.embedding, embedding):
+        raise ExportError(
+            f"The embedding of `{source.name}` is not that of verifier `{name}`",
+            hint="Leave out `--without-embeddings`",
+        )
+    return True
+
+
+def check_layers(source: DraftSource, verifier: VerifierConfig) -> None:
+    """Refuse verifier layers that do not exist."""
+    if source.config.target_layer_ids[-1] > verifier.num_layers:
+        raise ExportError(
+            f"`{source.name}` reads verifier layer {source.config.target_layer_ids[-1]}, "
+            f"`{verifier.name_or_path}` has {verifier.num_layers}",
+            hint="Name its own verifier with `--verifier-name-or-path`",
+        )
+
+
+def is_same(one: Tensor | None, other: Tensor) -> bool:
+    """Whether two embeddings are equal in the coarser of their types."""
+    if one is None or one.shape != other.shape:
+        return False
+    dtype = min(one.dtype, other.dtype, key=lambda x: x.itemsize)
+    return torch.equal(one.to(dtype), other.to(dtype))

@@ -1,0 +1,67 @@
+"""The weights of an export: cast, named as the target wants them, split over files."""
+
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from huggingface_hub import split_torch_state_dict_into_shards
+from safetensors.torch import save_file
+from torch import Tensor
+
+from speculators_cli.core.errors import ExportError
+from speculators_cli.core.export.targets import Target
+from speculators_cli.core.files import check_free_space, write_json
+from speculators_cli.core.models.draft_source import EMBEDDING, DraftSource
+from speculators_cli.core.models.repo_files import INDEX_NAME
+
+
+def cast_tensors(
+    source: DraftSource, dtype: torch.dtype, *, with_embedding: bool
+) -> dict[str, Tensor]:
+    """Everything that is written, under a checkpoint's names.
+
+    Raises:
+        ExportError: A value does not fit the type.
+    """
+    tensors = dict(source.weights)
+    if with_embedding and source.embedding is not None:
+        tensors[EMBEDDING] = source.embedding
+    cast = {name: tensor.to(dtype) for name, tensor in tensors.items()}
+    too_large = [name for name, tensor in cast.items() if not tensor.isfinite().all()]
+    if too_large:
+        raise ExportError(
+            f"`{too_large[0]}` of `{source.name}` does not fit {str(dtype).removeprefix('torch.')}",
+            hint="Pass `--dtype bfloat16`, which has the range of float32",
+        )
+    if EMBEDDING not in cast and source.config.hidden_size != source.config.target_hidden_size:
+        raise ExportError(
+            f"`{source.name}` is narrower than its verifier, whose embedding it cannot share",
+            hint="Leave out `--without-embeddings`",
+        )
+    if not source.vocab_map.is_full:
+        cast |= {"d2t": source.vocab_map.d2t, "t2d": source.vocab_map.t2d}
+    return cast
+
+
+def write_weights(
+    tensors: Mapping[str, Tensor], config_file: Path, target: Target, max_shard_size: str
+) -> int:
+    """Write the weights beside their config, in several files if large; returns their bytes."""
+    folder = config_file.parent
+    renamed = {target.rename(name): x.contiguous() for name, x in tensors.items()}
+    needed = sum(x.nbytes for x in renamed.values())
+    check_free_space(
+        folder.parent,
+        needed,
+        what="the export",
+        hint="Make room on the disk, or choose another `--output-dir`",
+    )
+    plan = split_torch_state_dict_into_shards(renamed, max_shard_size=max_shard_size)
+    for file, names in plan.filename_to_tensors.items():
+        save_file({name: renamed[name] for name in names}, folder / file, {"format": "pt"})
+        shutil.copymode(config_file, folder / file)  # safetensors keeps its files private
+    if plan.is_sharded:
+        index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
+        write_json(index, folder / INDEX_NAME)
+    return needed

@@ -1,0 +1,244 @@
+"""Drafts for the demo's verifier, and what an engine and this package count with them."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import tempfile
+from collections import OrderedDict
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+
+from speculators_cli.cli.app import run
+from speculators_cli.core.capture.capture import capture
+from speculators_cli.core.demo.demo import VERIFIER_DIR, read_prompts
+from speculators_cli.core.evaluation.draft_and_verify import draft_and_verify
+from speculators_cli.core.models.draft_config import Given
+from speculators_cli.core.models.draft_source import read_draft
+from speculators_cli.core.models.drafter import Drafter
+from speculators_cli.core.models.eagle3 import load_draft
+from speculators_cli.core.models.verifier import load_frozen_verifier, read_verifier_config
+from speculators_cli.core.models.verifier_files import VerifierFiles
+from speculators_cli.core.models.verifier_model import VerifierModel
+from speculators_cli.core.progress import SilentProgress
+from tests.embedded import write_vocab_map
+
+SERVE_FILE = Path(__file__).parent / "serve.py"
+NUM_SAMPLES, NUM_PROMPTS, MAX_NEW_TOKENS = 60, 12, 48
+LAYER_IDS = (2, 4, 5)  # those that engines read where none are named
+SERVE_SECONDS = 600  # far more than an engine needs to start and answer
+
+
+@dataclass(frozen=True)
+class Variant:
+    """How a draft differs from the default one."""
+
+    train: tuple[str, ...] = ()  # flags
+    layer_ids: tuple[int, ...] = LAYER_IDS
+    rope_theta: float | None = None  # None: the verifier's, which is every engine's default
+    # How an engine might misread it: other values of the config, with which counts must differ.
+    misread: Mapping[str, Any] = field(default_factory=dict)
+
+
+RESIDUAL_OFF = Variant(("--no-norm-before-residual",), misread={"norm_before_residual": True})
+DEFAULT_ROPE = {"rope_type": "default", "rope_theta": 10000.0}
+VARIANTS = {
+    "default": Variant(misread={"norm_before_residual": False}),
+    "full vocabulary": Variant(("--full-vocab",)),
+    "2 layers": Variant(("--num-layers", "2")),
+    "qwen3 layers": Variant(("--draft-arch", "qwen3")),
+    "qwen3 layers, 2 of them": Variant(("--draft-arch", "qwen3", "--num-layers", "2")),
+    "`fc_norm`": Variant(("--fc-norm",), misread={"fc_norm": False}),
+    "`norm_before_fc`": Variant(("--norm-before-fc",), misread={"norm_before_fc": False}),
+    # With a residual after its norm, the next step's norm undoes all but the gains.
+    "`norm_output`, `norm_before_residual` off": Variant(
+        ("--norm-output", "--no-norm-before-residual"), misread={"norm_output": False}
+    ),
+    "`norm_before_residual` off": RESIDUAL_OFF,
+    "verifier layers 1, 3, 6": Variant(
+        layer_ids=(1, 3, 6), misread={"target_layer_ids": LAYER_IDS}
+    ),
+    "verifier layers 1, 3, 5, 6": Variant(layer_ids=(1, 3, 5, 6)),
+    "RoPE theta 1,000": Variant(rope_theta=1000.0, misread={"rope_parameters": DEFAULT_ROPE}),
+}
+
+
+class EngineError(Exception):
+    """The engine did not start, or did not end."""
+
+
+@dataclass(frozen=True)
+class Served:
+    """Answers to prompts, and how they came about."""
+
+    answers: list[list[int]]
+    accepted: list[list[int]]  # of each prompt, the draft tokens accepted in each verifier pass
+
+    def row(self) -> tuple[int, list[int], float]:
+        """Passes, passes that accepted their first, second and third token, acceptance length."""
+        passes = [count for prompt in self.accepted for count in prompt]
+        totals = [sum(count > k for count in passes) for k in range(3)]
+        return len(passes), totals, 1 + sum(totals) / max(len(passes), 1)
+
+
+@dataclass(frozen=True)
+class Questions:
+    """Prompts for a verifier."""
+
+    verifier: str  # hub id or folder
+    prompts: list[list[int]]
+
+    def serve(self, python: str, draft: Path | None, way: str) -> Served:
+        """What the engine of an interpreter answers and counts.
+
+        Raises:
+            EngineError: It does not run; with what it complained of first.
+        """
+        content = {
+            "verifier": self.verifier,
+            "draft": str(draft),
+            "way": way,
+            "prompts": self.prompts,
+            "max_new_tokens": MAX_NEW_TOKENS,
+            "max_model_len": 512,
+        }
+        with tempfile.TemporaryDirectory() as folder:
+            job, result = Path(folder, "job.json"), Path(folder, "result.json")
+            job.write_text(json.dumps(content))
+            _run_engine([python, str(SERVE_FILE), str(job), str(result)])
+            return Served(**json.loads(result.read_text()))
+
+    def draft_and_verify(self, draft: Path, **misread: Any) -> Served:
+        """What this package answers and counts with the draft in a folder.
+
+        Args:
+            draft: The folder.
+            misread: Values of its config to take in place of what it says.
+        """
+        source = read_draft(str(draft), Given(), flag="CHECKPOINT")
+        config = replace(source.config, **misread)
+        known = {name: x for name, x in source.weights.items() if name in config.tensor_shapes()}
+        source = replace(source, config=config, weights=known)
+        files = VerifierFiles(self.verifier)
+        parts = load_frozen_verifier(files, read_verifier_config(files, trust_remote_code=False))
+        drafter = Drafter(load_draft(source, parts), 3)
+        verifier = VerifierModel(self.verifier, config.target_layer_ids, dtype=torch.float32)
+        answers = [
+            draft_and_verify(verifier, drafter, prompt, MAX_NEW_TOKENS) for prompt in self.prompts
+        ]
+        return Served([list(x.tokens) for x in answers], [list(x.num_accepted) for x in answers])
+
+
+def _run_engine(command: list[str]) -> None:
+    kept = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    own = {"OMP_NUM_THREADS": "1", "VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1"}
+    try:
+        done = subprocess.run(
+            command,
+            env=kept | own,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            check=False,
+            timeout=SERVE_SECONDS,
+        )
+    except subprocess.TimeoutExpired:
+        raise EngineError(f"no answer within {SERVE_SECONDS} seconds") from None
+    if done.returncode != 0:
+        # What follows the first error is processes that miss each other.
+        first = re.search(r"\b(\w*(?:Error|Exception)\b.*)", done.stdout)
+        raise EngineError(first[1] if first else done.stdout[-3000:])
+
+
+def ask_demo() -> Questions:
+    """Prompts of the demo for its verifier; drafts are trained on the same ones."""
+    return Questions(str(VERIFIER_DIR), _encode(NUM_PROMPTS, LAYER_IDS)[1])
+
+
+def _encode(num_prompts: int, layer_ids: tuple[int, ...]) -> tuple[VerifierModel, list[list[int]]]:
+    verifier = VerifierModel(str(VERIFIER_DIR), layer_ids, dtype=torch.float32)
+    return verifier, [verifier.encode(text) for text in read_prompts()[:num_prompts]]
+
+
+def train(variant: Variant, folder: Path) -> Path:
+    """Save path of a run on answers to the demo's prompts; what is there is not made again."""
+    name = "-".join([*variant.train, *map(str, variant.layer_ids), str(variant.rope_theta)])
+    save_path = folder / f"run{name}"
+    if save_path.exists():
+        return save_path
+    data = folder / "-".join(["data", *map(str, variant.layer_ids)])
+    if not data.exists():
+        _capture(data, variant.layer_ids)
+        write_vocab_map(folder)
+    verifier = _copy_verifier(folder, variant.rope_theta) if variant.rope_theta else VERIFIER_DIR
+    _speculators(
+        *("train", "--verifier-name-or-path", verifier, "--data-path", data),
+        *("--d2t-path", folder / "d2t.npy", "--t2d-path", folder / "t2d.npy"),
+        *("--epochs", 8, "--lr", "3e-3", "--total-seq-len", 512, "--device", "cpu"),
+        *("--train-data-ratio", 1, "--log-every-steps", 1000, "--save-path", save_path),
+        *variant.train,
+    )
+    return save_path
+
+
+def export(checkpoint: Path, output_dir: Path, *flags: str) -> Path:
+    """Export a checkpoint for the demo's verifier; what is there is not made again."""
+    if not output_dir.exists():
+        verifier = ("--verifier-name-or-path", VERIFIER_DIR)
+        out = ("--output-dir", output_dir, "--dtype", "float32")
+        _speculators("export", checkpoint, *out, *verifier, *flags)
+    return output_dir
+
+
+def _speculators(*line: object) -> None:
+    assert run([*map(str, line)]) == 0
+
+
+def _capture(data: Path, layer_ids: tuple[int, ...]) -> None:
+    verifier, prompts = _encode(NUM_SAMPLES, layer_ids)
+    capture(
+        verifier,
+        prompts,
+        data,
+        verifier_name=VERIFIER_DIR.name,
+        max_new_tokens=MAX_NEW_TOKENS,
+        progress=SilentProgress(),
+    )
+
+
+def _copy_verifier(folder: Path, rope_theta: float) -> Path:
+    """A verifier that lends its draft another RoPE; its own states are those of the demo's."""
+    copy = folder / f"theta-{rope_theta:g}"
+    shutil.copytree(VERIFIER_DIR, copy, dirs_exist_ok=True)
+    content = json.loads((copy / "config.json").read_text())
+    content["rope_parameters"]["rope_theta"] = rope_theta
+    (copy / "config.json").write_text(json.dumps(content))
+    return copy
+
+
+def write_eagle(save_path: Path, folder: Path) -> Path:
+    """A checkpoint as EAGLE's own trainer leaves it: a pickled state dict, other names."""
+    newest = max(save_path.glob("*/config.json"), key=lambda file: file.stat().st_mtime)
+    tensors = load_file(newest.with_name("model.safetensors"))
+    state: Any = OrderedDict(
+        (name.replace("layers.0.", "midlayer."), tensor)
+        for name, tensor in tensors.items()
+        if name != "embed_tokens.weight"
+    )
+    state._metadata = OrderedDict({"": {"version": 1}})
+    content = json.loads(newest.read_text())
+    layers = content["transformer_layer_config"]
+    rope = layers.pop("rope_parameters")
+    folder.mkdir()
+    plain = {"architectures": ["LlamaForCausalLMEagle3"], **layers}
+    plain |= {"rope_theta": rope["rope_theta"], "draft_vocab_size": content["draft_vocab_size"]}
+    plain |= {"eagle_config": {"eagle_aux_hidden_state_layer_ids": [k - 1 for k in LAYER_IDS]}}
+    (folder / "config.json").write_text(json.dumps(plain))
+    torch.save(state, folder / "pytorch_model.bin")
+    return folder
