@@ -83,18 +83,20 @@ class _ShareWeights(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, gradient: GradientSum, gain: Tensor | None, *weights: Tensor) -> Tensor:
         ctx.set_materialize_grads(False)
-        ctx.gradient, ctx.sizes = gradient, [len(weight) for weight in weights]
+        ctx.gradient, ctx.shapes = gradient, [weight.shape for weight in weights]
         ctx.save_for_backward(gain, *(weights if gain is not None else ()))
-        return torch.zeros((), device=weights[0].device)
+        ctx.device = weights[0].device
+        return torch.zeros((), device=ctx.device)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *_grads: Tensor) -> tuple[Tensor | None, ...]:
         total, ctx.gradient.total = ctx.gradient.total, None
-        if total is None:
-            return (None,) * (2 + len(ctx.sizes))
-        parts = total.split(ctx.sizes)
         gain, *weights = ctx.saved_tensors
+        if total is None:
+            # No row was used: the other ranks wait for this one's zeros.
+            total = torch.zeros(sum(n for n, _ in ctx.shapes), ctx.shapes[0][1], device=ctx.device)
+        parts = total.split([n for n, _ in ctx.shapes])
         if gain is None:
             return (None, None, *parts)
         products = (part * weight for part, weight in zip(parts, weights, strict=True))

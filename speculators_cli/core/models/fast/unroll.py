@@ -1,5 +1,7 @@
 """The training step over active rows: the same function as `Eagle3Draft`'s plain forward."""
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -77,8 +79,11 @@ class FastLayer:
         attention, mlp = layer.self_attn, layer.mlp
         projections = (attention.q_proj, attention.k_proj, attention.v_proj)
         q, k, v = (projection.weight for projection in projections)
+        # What the token embeddings add, and where the rows of each step find it.
         self.query_rows: SharedRows | None = None
         self.kv_rows: SharedRows | None = None
+        self.kv_places = (None, *rows.shifted_rows[1:])
+        self.query_places = rows.needed_rows if is_last else self.kv_places
         if isinstance(layer, FirstLayer):
             assert embedded is not None
             gain = layer.input_layernorm.weight
@@ -134,35 +139,23 @@ class FastLayer:
     def project_kv(self, normed: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values of these rows, each [rows, kv_heads, head_dim]."""
         attention = self.layer.self_attn
-        add = None
-        if self.kv_rows is not None:
-            add = (
-                self.kv_rows.read() if self.step == 0 else self.read(self.kv_rows, of_needed=False)
-            )
-        key, value = self.kv.linear(normed, add=add).chunk(2, dim=1)
+        projected = self.kv.linear(normed, add=self.read(self.kv_rows, self.kv_places))
+        key, value = projected.chunk(2, dim=1)
         heads = (len(normed), -1, attention.head_dim)
         return rotate(attention.k_norm(key.view(heads)), self.rope, positions), value.view(heads)
 
     def project_query(self, normed: Tensor, positions: Tensor) -> Tensor:
         """Queries of these rows, [rows, heads, head_dim]."""
         attention = self.layer.self_attn
-        add = None
-        if self.query_rows is not None:
-            keeps_all = self.step == 0 and not self.is_last
-            add = (
-                self.query_rows.read()
-                if keeps_all
-                else self.read(self.query_rows, of_needed=self.is_last)
-            )
-        query = self.q.linear(normed, add=add)
+        query = self.q.linear(normed, add=self.read(self.query_rows, self.query_places))
         heads = query.view(len(normed), -1, attention.head_dim)
         return rotate(attention.q_norm(heads), self.rope, positions)
 
-    def read(self, shared: SharedRows, *, of_needed: bool) -> Tensor:
-        """What the active rows read of the embedding's part, shifted by the step."""
-        rows = self.rows
-        places = rows.needed_rows if of_needed else rows.shifted_rows
-        return shared.read(places[self.step], num_inside=rows.num_inside[self.step])
+    def read(self, shared: SharedRows | None, places: Sequence[Tensor | None]) -> Tensor | None:
+        """What this step's rows read of the embeddings' part, if the layer has one."""
+        if shared is None:
+            return None
+        return shared.read(places[self.step], num_inside=self.rows.num_inside[self.step])
 
 
 def build_layers(draft: Eagle3Draft, batch: Batch, rows: ActiveRows) -> list[FastLayer]:
@@ -170,7 +163,7 @@ def build_layers(draft: Eagle3Draft, batch: Batch, rows: ActiveRows) -> list[Fas
     dtype = batch.aux_hidden_states.dtype
     embedded = draft.embed(batch.input_ids, dtype)
     embedded = F.rms_norm(embedded, embedded.shape[-1:], eps=draft.config.rms_norm_eps)
-    num_positions = max(batch.lengths) + draft.config.ttt_steps
+    num_positions = max(batch.lengths, default=0) + draft.config.ttt_steps
     rope = draft.rotary(torch.arange(num_positions, device=embedded.device))
     num_layers = len(draft.layers)
     return [
