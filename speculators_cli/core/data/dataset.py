@@ -12,11 +12,11 @@ from hashlib import sha256
 from pathlib import Path
 
 import numpy as np
-import torch
 
 from speculators_cli.core.data.data_config import FILE_NAME, DataConfig, read_data_config
 from speculators_cli.core.data.formats import FORMATS
 from speculators_cli.core.data.formats.detect import detect, is_named_as
+from speculators_cli.core.data.formats.structure import ITEM_BYTES
 from speculators_cli.core.data.packing import plan_epoch
 from speculators_cli.core.data.sample import (
     BadSampleError,
@@ -88,12 +88,12 @@ class Dataset:
         return max(entry.header.max_token_id for entry in self.entries)
 
     @cached_property
-    def dtype(self) -> torch.dtype:
+    def dtype(self) -> str:
         """The most common type of the hidden states; others are cast to it once."""
         dtypes = Counter(entry.header.dtype for entry in self.entries)
         common = dtypes.most_common(1)[0][0]
         # One byte alone is no value: its scale is another tensor's.
-        return torch.bfloat16 if common.itemsize == 1 else common
+        return "bfloat16" if ITEM_BYTES[common] == 1 else common
 
     @cached_property
     def lengths(self) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
@@ -302,9 +302,11 @@ def write_index(dataset: Dataset, file: Path) -> None:
     """Save the headers, for the next scan of the same files."""
     files = {}
     for entry in dataset.entries:
-        header = asdict(entry.header) | {"dtype": str(entry.header.dtype).removeprefix("torch.")}
-        stamp = asdict(entry.stamp)
-        files[str(entry.file.absolute())] = {"name": entry.name, "stamp": stamp, "header": header}
+        files[str(entry.file.absolute())] = {
+            "name": entry.name,
+            "stamp": asdict(entry.stamp),
+            "header": asdict(entry.header),
+        }
     content = {
         "index_version": INDEX_VERSION,
         "format": dataset.format,
@@ -315,10 +317,11 @@ def write_index(dataset: Dataset, file: Path) -> None:
 
 
 def _entry_from_json(path: str, fields: dict[str, dict[str, object]]) -> Entry:
-    header = dict(fields["header"])
-    dtype = getattr(torch, str(header.pop("dtype")))
+    header = SampleHeader(**fields["header"])  # type: ignore[arg-type]
+    if header.dtype not in ITEM_BYTES:
+        raise ValueError("not a type of hidden states")
     stamp = FileStamp(**fields["stamp"])  # type: ignore[arg-type]
-    return Entry(Path(path), str(fields["name"]), stamp, SampleHeader(dtype=dtype, **header))  # type: ignore[arg-type]
+    return Entry(Path(path), str(fields["name"]), stamp, header)
 
 
 def _scan(

@@ -13,10 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
 
 from speculators_cli.core.data.sample import BadSampleError, Sample, SampleTokens
 from speculators_cli.core.errors import MachineError
@@ -24,10 +22,10 @@ from speculators_cli.core.errors import MachineError
 STATES, SCALES, TOKENS = "hidden_states", "hidden_states_scales", "token_ids"
 NAME = re.compile(r"hs_(\d+)\.safetensors")
 DTYPES = {
-    "BF16": torch.bfloat16,
-    "F16": torch.float16,
-    "F32": torch.float32,
-    "F8_E4M3": torch.float8_e4m3fn,
+    "BF16": "bfloat16",
+    "F16": "float16",
+    "F32": "float32",
+    "F8_E4M3": "float8_e4m3fn",
 }
 
 
@@ -46,9 +44,11 @@ class SpeculatorsFormat:
             MachineError: pyarrow is not installed.
             OSError: It cannot be opened.
         """
+        import torch
+
         with _open(file) as tensors:
             tokens = _read_tokens(file, tensors)
-            states: Tensor = tensors.get_tensor(STATES)  # [seq_len, layers, hidden]
+            states: torch.Tensor = tensors.get_tensor(STATES)  # [seq_len, layers, hidden]
             if states.dtype == torch.float8_e4m3fn:
                 # One float32 scale a token; the product is rounded once.
                 states = (states.float() * tensors.get_tensor(SCALES)).bfloat16()
@@ -99,7 +99,7 @@ def _read_tokens(file: Path, tensors: Any) -> SampleTokens:
     )
 
 
-def _read_shape(tensors: Any) -> tuple[tuple[int, ...], torch.dtype]:
+def _read_shape(tensors: Any) -> tuple[tuple[int, ...], str]:
     """Shape and type of the hidden states, checked; nothing of them is read."""
     names = set(tensors.keys())
     missing = [name for name in (STATES, TOKENS) if name not in names]

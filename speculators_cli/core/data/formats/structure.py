@@ -7,8 +7,6 @@ from dataclasses import dataclass
 from math import prod
 from typing import Any, TypeVar
 
-import torch
-
 from speculators_cli.core.data.sample import BadSampleError
 
 # A sample has a few hundred operations; a table of token counts has two for each token.
@@ -16,26 +14,40 @@ MAX_OPERATIONS = 1_000_000
 MAX_SIZE = 2**63 - 1
 MAX_DIMENSIONS = 8
 
+# Types go by torch's names for them, so that a directory is read without waiting for torch.
+ITEM_BYTES = {
+    "bfloat16": 2,
+    "bool": 1,
+    "float16": 2,
+    "float32": 4,
+    "float64": 8,
+    "float8_e4m3fn": 1,
+    "float8_e5m2": 1,
+    "int16": 2,
+    "int32": 4,
+    "int64": 8,
+    "int8": 1,
+    "uint16": 2,
+    "uint32": 4,
+    "uint64": 8,
+    "uint8": 1,
+}
 STORAGE_DTYPES = {
-    "torch.BFloat16Storage": torch.bfloat16,
-    "torch.BoolStorage": torch.bool,
-    "torch.ByteStorage": torch.uint8,
-    "torch.CharStorage": torch.int8,
-    "torch.DoubleStorage": torch.float64,
-    "torch.FloatStorage": torch.float32,
-    "torch.HalfStorage": torch.float16,
-    "torch.IntStorage": torch.int32,
-    "torch.LongStorage": torch.int64,
-    "torch.ShortStorage": torch.int16,
-    "torch.storage.UntypedStorage": torch.uint8,
+    "torch.BFloat16Storage": "bfloat16",
+    "torch.BoolStorage": "bool",
+    "torch.ByteStorage": "uint8",
+    "torch.CharStorage": "int8",
+    "torch.DoubleStorage": "float64",
+    "torch.FloatStorage": "float32",
+    "torch.HalfStorage": "float16",
+    "torch.IntStorage": "int32",
+    "torch.LongStorage": "int64",
+    "torch.ShortStorage": "int16",
+    "torch.storage.UntypedStorage": "uint8",
 }
 # Types that torch saves as bytes with the dtype beside them.
 UNTYPED_DTYPES = {
-    "torch.float8_e4m3fn": torch.float8_e4m3fn,
-    "torch.float8_e5m2": torch.float8_e5m2,
-    "torch.uint16": torch.uint16,
-    "torch.uint32": torch.uint32,
-    "torch.uint64": torch.uint64,
+    f"torch.{name}": name for name in ("float8_e4m3fn", "float8_e5m2", "uint16", "uint32", "uint64")
 }
 OTHER_TENSORS = {
     "torch.serialization._get_layout": "a sparse tensor",
@@ -62,7 +74,7 @@ class Storage:
     """A block of bytes of the archive."""
 
     key: str
-    dtype: torch.dtype
+    dtype: str
     num_elements: int
 
 
@@ -71,7 +83,7 @@ class TensorSpec:
     """A tensor as the pickle describes it: a strided view of a storage. Sizes are in elements."""
 
     storage_key: str
-    dtype: torch.dtype
+    dtype: str  # a key of `ITEM_BYTES`
     offset: int
     shape: tuple[int, ...]
     stride: tuple[int, ...]
@@ -84,7 +96,7 @@ class TensorSpec:
     @property
     def num_bytes(self) -> int:
         """Memory the tensor takes, as its shape claims."""
-        return self.num_elements * self.dtype.itemsize
+        return self.num_elements * ITEM_BYTES[self.dtype]
 
     @property
     def span(self) -> int:
@@ -277,13 +289,13 @@ def _rebuild_tensor_v3(
     if name not in UNTYPED_DTYPES:
         raise BadSampleError(f"holds a tensor of type `{_shown(name)}`")
     element = UNTYPED_DTYPES[name]
-    num_elements = storage.num_elements // element.itemsize
+    num_elements = storage.num_elements // ITEM_BYTES[element]
     return _tensor_spec(storage, element, num_elements, offset, shape, stride)
 
 
 def _tensor_spec(
     storage: Storage,
-    dtype: torch.dtype,
+    dtype: str,
     num_elements: int,
     offset: object,
     shape: object,
@@ -295,8 +307,8 @@ def _tensor_spec(
         raise ValueError("not a stride for each dimension")
     if max(claimed, spec.span) > held:
         raise BadSampleError(
-            f"holds a tensor of {claimed * dtype.itemsize:,} bytes in a storage of "
-            f"{max(held, 0) * dtype.itemsize:,} (expanded or cut)"
+            f"holds a tensor of {claimed * ITEM_BYTES[dtype]:,} bytes in a storage of "
+            f"{max(held, 0) * ITEM_BYTES[dtype]:,} (expanded or cut)"
         )
     return spec
 
