@@ -25,7 +25,8 @@ ZIP64_LOCATOR = struct.Struct("<4s4xQI")  # signature, place of the zip64 end re
 EXTRA = struct.Struct("<HH")  # kind, bytes that follow
 
 NAMES_ARE_UTF8 = 0x800
-LIMIT = 0xFFFFFFFF  # of 32 bits; in a header it means: see the zip64 extra field
+WIDER = 0xFFFFFFFF  # in a header: see the zip64 extra field
+LARGEST = WIDER - 1  # that a header holds
 ZIP64, PADDING = 1, 0x4246  # kinds of extra fields; torch pads with the same
 ALIGNMENT = 64  # of a record's bytes, so that tensors can be mapped
 TAIL_BYTES = 4096  # of a file, holds the directory of a sample nearly always
@@ -80,7 +81,7 @@ def _parse(directory: bytes) -> dict[str, Record]:
         compressed, num_bytes, len_name, len_extra, len_comment = sizes
         name_end = at + ENTRY.size + len_name
         name = directory[at + ENTRY.size : name_end].decode()
-        if LIMIT in (num_bytes, compressed, header):
+        if WIDER in (num_bytes, compressed, header):
             extra = directory[name_end : name_end + len_extra]
             num_bytes, compressed, header = _widen(extra, num_bytes, compressed, header)
         is_stored = method == 0 and num_bytes == compressed and not flags & 1
@@ -97,7 +98,7 @@ def _widen(extra: bytes, *values: int) -> list[int]:
         at += EXTRA.size
         if kind == ZIP64:
             wide = iter(struct.unpack_from(f"<{size // 8}Q", extra, at))
-            return [next(wide, value) if value == LIMIT else value for value in values]
+            return [next(wide, value) if value == WIDER else value for value in values]
         at += size
     raise ValueError("no zip64 extra field")
 
@@ -163,11 +164,12 @@ class RecordWriter:
     def finish(self) -> None:
         """Write the directory."""
         start, size, count = self._end, len(self._directory), self._num_records
-        end = b""
-        if start >= LIMIT:
+        end, place = b"", start
+        if start > LARGEST:
+            place = WIDER
             end += ZIP64_END.pack(b"PK\6\6", ZIP64_END.size - 12, count, count, size, start)
             end += ZIP64_LOCATOR.pack(b"PK\6\7", start + size, 1)
-        end += END.pack(b"PK\5\6", count, count, size, min(start, LIMIT))
+        end += END.pack(b"PK\5\6", count, count, size, place)
         write_at(self._file, bytes(self._directory) + end, start)
 
     def _find_start(self, name: str) -> int:
@@ -183,13 +185,13 @@ class RecordWriter:
         room = start - header - LOCAL_HEADER.size - len(path) - len(extra) - EXTRA.size
         extra += EXTRA.pack(PADDING, room) + bytes(room)
         local = LOCAL_HEADER.pack(
-            b"PK\3\4", NAMES_ARE_UTF8, 0, crc, LIMIT, LIMIT, len(path), len(extra)
+            b"PK\3\4", NAMES_ARE_UTF8, 0, crc, WIDER, WIDER, len(path), len(extra)
         )
         write_at(self._file, local + path + extra, header)
         size, place, extra = num_bytes, header, b""
-        if max(num_bytes, header) >= LIMIT:
+        if max(num_bytes, header) > LARGEST:
             extra = EXTRA.pack(ZIP64, 24) + struct.pack("<3Q", num_bytes, num_bytes, header)
-            size = place = LIMIT
+            size = place = WIDER
         entry = ENTRY.pack(
             b"PK\1\2", NAMES_ARE_UTF8, 0, crc, size, size, len(path), len(extra), 0, place
         )
