@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 from hashlib import sha256
 from pathlib import Path
 
@@ -33,7 +33,7 @@ NOT_SAMPLES = {"token_freq.pt"}
 BAD_SHARE = 0.01  # of the folder, unless the settings say how many
 MAX_NAMED = 10
 SPLIT_SEED = 0  # the split is the same in every run on the same samples
-INDEX_VERSION = 2
+INDEX_VERSION = 3
 FLAGS = {  # that read samples of a format
     "v0": "--data-format-version 0",
     "v1": "--data-format-version 1",
@@ -48,6 +48,7 @@ class FileStamp:
 
     num_bytes: int
     mtime_ns: int
+    beside: str  # the same of other files that the sample is read from
 
 
 @dataclass(frozen=True)
@@ -196,10 +197,11 @@ def read_dataset(
             hint="Name the folder that holds the captured hidden states",
         )
     known = read_index(index_file, name) if index_file is not None else {}
+    stamp_beside = lru_cache(maxsize=None)(FORMATS[name].stamp_beside)  # once a folder
     entries: list[Entry] = []
     broken: list[tuple[Path, BadSampleError]] = []
     with progress.task("Reading samples", len(files)) as task, ThreadPoolExecutor(8) as pool:
-        scans = pool.map(lambda x: _scan(x[0], x[1], name, known), files)
+        scans = pool.map(lambda x: _scan(x[0], x[1], name, known, stamp_beside), files)
         for (_, file), result in zip(files, scans, strict=True):
             if isinstance(result, BadSampleError):
                 broken.append((file, result))
@@ -325,12 +327,16 @@ def _entry_from_json(path: str, fields: dict[str, dict[str, object]]) -> Entry:
 
 
 def _scan(
-    name: str, file: Path, data_format: str, known: dict[str, Entry]
+    name: str,
+    file: Path,
+    data_format: str,
+    known: dict[str, Entry],
+    stamp_beside: Callable[[Path], str],
 ) -> tuple[Entry, SampleTokens | None] | BadSampleError:
     """Read a file, or find it in the index, which holds no tokens."""
     try:
         status = file.stat()
-        stamp = FileStamp(status.st_size, status.st_mtime_ns)
+        stamp = FileStamp(status.st_size, status.st_mtime_ns, stamp_beside(file.parent))
         cached = known.get(str(file.absolute()))
         if cached is not None and cached.stamp == stamp:
             return Entry(file, name, stamp, cached.header), None

@@ -48,6 +48,9 @@ class Format(Protocol):
     def suffixes(self) -> tuple[str, ...]:
         """How they may end."""
 
+    def stamp_beside(self, folder: Path) -> str:
+        """Changes with the files that samples in a folder are read from beside their own."""
+
     def read_sample(self, file: Path) -> Sample:
         """Read a sample, its hidden states mapped where that can be."""
 
@@ -63,6 +66,10 @@ class SampleFormat:
     suffixes: tuple[str, ...]  # of the names of its files
     lay_out: Callable[[Mapping[object, object]], Layout]  # what a file holds -> where its parts are
     prefix: str = ""
+
+    def stamp_beside(self, folder: Path) -> str:  # noqa: ARG002
+        """There are no such files."""
+        return ""
 
     def read_sample(self, file: Path) -> Sample:
         """Read a sample: ids and mask into memory, hidden states mapped and read when used.
