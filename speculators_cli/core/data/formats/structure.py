@@ -4,6 +4,7 @@ import pickle
 import struct
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 from math import prod
 from typing import Any, TypeVar
 
@@ -12,6 +13,7 @@ from speculators_cli.core.data.sample import BadSampleError
 # A sample has a few hundred operations; a table of token counts has two for each token.
 MAX_OPERATIONS = 1_000_000
 MAX_SIZE = 2**63 - 1
+CACHED_BYTES = 8192  # of a pickle
 MAX_DIMENSIONS = 8
 
 # Types go by torch's names for them, so that a directory is read without waiting for torch.
@@ -123,13 +125,23 @@ class TensorSpec:
 def read_structure(pickled: bytes) -> object:
     """Describe what a pickle holds: plain values, lists, dicts, and a `TensorSpec` a tensor.
 
+    What it returns may be given again, and is not to be changed.
+
     Raises:
         BadSampleError: It is damaged, or needs anything but tensors and plain values.
     """
+    return _read_again(pickled) if len(pickled) <= CACHED_BYTES else _read(pickled)
+
+
+def _read(pickled: bytes) -> object:
     try:
         return _Reader(pickled).read()
     except (ValueError, TypeError, LookupError, struct.error) as error:
         raise BadSampleError("has a damaged directory of tensors") from error
+
+
+# Samples of one length have the very same pickle, so a scan of many reads most of them once.
+_read_again = lru_cache(maxsize=4096)(_read)
 
 
 class _Reader:
@@ -142,11 +154,20 @@ class _Reader:
         self.memo: dict[int, object] = {}
 
     def read(self) -> object:
+        pickled, stack, memo = self.pickled, self.stack, self.memo
         for _ in range(MAX_OPERATIONS):
-            code = self.pickled[self.position]
+            code = pickled[self.position]
             self.position += 1
-            if code in _CONSTANTS:
-                self.stack.append(_CONSTANTS[code])
+            # Three in four operations are one of these: a scan reads one pickle a sample.
+            if code in _SMALL:
+                argument = pickled[self.position]
+                self.position += 1
+                if code == _PUT:
+                    memo[argument] = stack[-1]
+                else:
+                    stack.append(memo[argument] if code == _GET else argument)
+            elif code in _CONSTANTS:
+                stack.append(_CONSTANTS[code])
             elif code in _HANDLERS:
                 _HANDLERS[code](self)
             elif code == pickle.STOP[0]:
@@ -370,6 +391,8 @@ _CALLS: dict[str, Callable[..., object]] = {
     "torch._utils._rebuild_tensor_v3": _rebuild_tensor_v3,
     "torch.Size": _make_size,
 }
+_PUT, _GET = pickle.BINPUT[0], pickle.BINGET[0]
+_SMALL = {_PUT, _GET, pickle.BININT1[0]}  # have one byte as argument
 _CONSTANTS = {
     pickle.NONE[0]: None,
     pickle.NEWTRUE[0]: True,
@@ -382,12 +405,9 @@ _HANDLERS: dict[int, Callable[[_Reader], object]] = {
     pickle.BINBYTES[0]: lambda reader: reader.push_bytes(_U32),
     pickle.BINBYTES8[0]: lambda reader: reader.push_bytes(_U64),
     pickle.BINFLOAT[0]: lambda reader: reader.push_number(_F64),
-    pickle.BINGET[0]: lambda reader: reader.get(_U8),
     pickle.BININT[0]: lambda reader: reader.push_number(_I32),
-    pickle.BININT1[0]: lambda reader: reader.push_number(_U8),
     pickle.BININT2[0]: lambda reader: reader.push_number(_U16),
     pickle.BINPERSID[0]: _Reader.make_storage,
-    pickle.BINPUT[0]: lambda reader: reader.put(_U8),
     pickle.BINUNICODE[0]: lambda reader: reader.push_text(_U32),
     pickle.BINUNICODE8[0]: lambda reader: reader.push_text(_U64),
     pickle.BUILD[0]: _Reader.drop_state,
