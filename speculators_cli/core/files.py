@@ -1,5 +1,6 @@
 """Files that appear whole or not at all, locks, and folders that can be written."""
 
+import errno
 import fcntl
 import json
 import os
@@ -14,6 +15,9 @@ from typing import Any
 from speculators_cli.core.errors import MachineError, SettingsError, SpeculatorsError
 
 TEMPORARY = ".tmp-"  # begins the name of a file that is not whole yet
+BUFFER_BYTES = 2**20  # read at once
+# What a kernel or a file system says that does not copy by itself.
+CANNOT_COPY = {errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM}
 
 
 @contextmanager
@@ -158,6 +162,62 @@ def sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def write_at(file: int, data: bytes | memoryview, at: int) -> None:
+    """Write all of some bytes at a place of an open file; the system may take them piece by piece.
+
+    Args:
+        file: Descriptor.
+        data: Bytes; a memory view must be of single bytes.
+        at: Where they begin.
+    """
+    view = memoryview(data)
+    while len(view):
+        num_written = os.pwrite(file, view, at)
+        view, at = view[num_written:], at + num_written
+
+
+def copy_range(source: int, start: int, target: int, at: int, num_bytes: int) -> None:
+    """Copy bytes from one open file into another; in the kernel where it can.
+
+    Args:
+        source: Descriptor of the file to read.
+        start: Where the bytes begin in it.
+        target: Descriptor of the file to write.
+        at: Where they begin in it.
+        num_bytes: How many.
+
+    Raises:
+        EOFError: The source ends before them.
+    """
+    num_copied = _copy_in_kernel(source, start, target, at, num_bytes)
+    while num_copied < num_bytes:
+        wanted = min(BUFFER_BYTES, num_bytes - num_copied)
+        data = os.pread(source, wanted, start + num_copied)
+        if not data:
+            raise EOFError("the file ends early")
+        write_at(target, data, at + num_copied)
+        num_copied += len(data)
+
+
+def _copy_in_kernel(source: int, start: int, target: int, at: int, num_bytes: int) -> int:
+    """Copy as many of the bytes as the kernel does; returns how many."""
+    num_copied = 0
+    if not hasattr(os, "copy_file_range"):  # macOS
+        return 0
+    try:
+        while num_copied < num_bytes:
+            taken = os.copy_file_range(
+                *(source, target, num_bytes - num_copied, start + num_copied, at + num_copied)
+            )
+            if taken == 0:  # the end, or a file system that only says so
+                break
+            num_copied += taken
+    except OSError as error:
+        if error.errno not in CANNOT_COPY:
+            raise
+    return num_copied
 
 
 def write_json(content: Mapping[str, Any], file: Path) -> None:

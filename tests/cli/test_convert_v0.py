@@ -13,6 +13,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from speculators_cli.cli.app import run
+from speculators_cli.core.data.formats import v1
+from speculators_cli.core.models import verifier
 from tests.cli.golden import assert_golden
 from tests.tiny import HIDDEN, TinyInputs
 
@@ -213,6 +215,115 @@ def test_sources_go_once_their_copies_were_read_back(
     assert code == 1
     assert [file.name for file in v0_dir.rglob("*") if file.is_file()] == ["broken.pt"]
     assert len(list(out_dir.rglob("*.pt"))) == 24
+
+
+@pytest.mark.parametrize("flags", [[], ["--undo-norm"], ["--dtype", "bfloat16"]])
+@pytest.mark.parametrize("part", ["hidden_states", "last_hidden_states"])
+def test_a_source_stays_if_its_copy_reads_back_otherwise(
+    tiny: TinyInputs,
+    v0_dir: Path,
+    capsys: Capture,
+    monkeypatch: pytest.MonkeyPatch,
+    flags: list[str],
+    part: str,
+) -> None:
+    finish = v1.finish
+
+    def write_other_states(writer: Any, layers: Any, *tokens: Any, is_normed: bool) -> None:
+        layer = -1 if part == "last_hidden_states" else 0
+        changed = [*layers]
+        spec = changed[layer]
+        data = bytes(spec.num_bytes)
+        changed[layer] = writer.add([data], spec.dtype, spec.shape)
+        finish(writer, changed, *tokens, is_normed=is_normed)
+
+    monkeypatch.setattr(v1, "finish", write_other_states)
+    code = convert(
+        *(v0_dir, "--output-dir", tiny.folder / "v1", "--delete-source", "--json"),
+        *("--verifier-name-or-path", tiny.verifier_dir, *flags),
+    )
+
+    report = json.loads(capsys.readouterr().out)
+    assert code == 1
+    assert len(report["problems"]) == 24
+    assert {"is not what was read back" in p["problem"] for p in report["problems"]} == {True}
+    assert len([f for f in v0_dir.rglob("*") if f.is_file()]) == 24
+
+
+def flip_a_bit(file: Path) -> None:
+    """The lowest bit of one last hidden state."""
+    content = bytearray(file.read_bytes())
+    content[content.index(load(file)["target"].numpy().tobytes()) + 40] ^= 1
+    file.write_bytes(bytes(content))
+
+
+@pytest.mark.parametrize("flags", [["--undo-norm"], ["--dtype", "bfloat16"], ["--delete-source"]])
+def test_damaged_states_are_neither_computed_with_nor_deleted(
+    tiny: TinyInputs, v0_dir: Path, capsys: Capture, flags: list[str]
+) -> None:
+    flip_a_bit(v0_dir / "data_0.ckpt")
+
+    code = convert(
+        *(v0_dir, "--output-dir", tiny.folder / "v1", "--json"),
+        *("--verifier-name-or-path", tiny.verifier_dir, *flags),
+    )
+
+    (problem,) = json.loads(capsys.readouterr().out)["problems"]
+    assert code == 1
+    assert problem["file"] == str(v0_dir / "data_0.ckpt")
+    assert "has flipped bytes in" in problem["problem"]
+    assert (v0_dir / "data_0.ckpt").exists()
+    assert not (tiny.folder / "v1" / "data_0.pt").exists()
+
+
+def test_damage_that_is_copied_stays_damage(
+    tiny: TinyInputs, v0_dir: Path, capsys: Capture
+) -> None:
+    # The copy has the checksum that was computed when the source was written.
+    flip_a_bit(v0_dir / "data_0.ckpt")
+    assert convert(v0_dir, "--output-dir", tiny.folder / "v1") == 0
+    capsys.readouterr()
+
+    code = run(["inspect-data", str(tiny.folder / "v1"), "--verify", "--json"])
+
+    (problem,) = json.loads(capsys.readouterr().out)["problems"]
+    assert code == 1
+    assert problem["file"] == str(tiny.folder / "v1" / "data_0.pt")
+    assert "has flipped bytes in" in problem["problem"]
+
+
+def test_copying_waits_for_neither_torch_nor_transformers(tiny: TinyInputs, v0_dir: Path) -> None:
+    script = (
+        "import sys; from speculators_cli.cli.app import run; code = run(sys.argv[1:]); "
+        "print(code, sorted({'torch', 'transformers'} & set(sys.modules)))"
+    )
+    flags = ["convert-v0", v0_dir, "--output-dir", tiny.folder / "v1"]
+
+    done = subprocess.run(
+        [sys.executable, "-c", script, *map(str, flags)], capture_output=True, text=True, check=True
+    )
+
+    assert done.stdout.splitlines()[-1] == "0 []"
+    assert len(list((tiny.folder / "v1").rglob("*.pt"))) == 24
+
+
+def test_the_verifier_is_read_once(
+    tiny: TinyInputs, v0_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read, names = verifier.read_verifier_config, []
+
+    def count(files: Any, **options: bool) -> Any:
+        names.append(files.name_or_path)
+        return read(files, **options)
+
+    monkeypatch.setattr(verifier, "read_verifier_config", count)
+
+    code = convert(
+        *(v0_dir, "--output-dir", tiny.folder / "v1", "--undo-norm"),
+        *("--verifier-name-or-path", tiny.verifier_dir),
+    )
+
+    assert (code, names) == (0, [str(tiny.verifier_dir)])
 
 
 def test_a_dry_run_writes_nothing(tiny: TinyInputs, v0_dir: Path, capsys: Capture) -> None:

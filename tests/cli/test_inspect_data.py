@@ -240,7 +240,7 @@ def test_the_text_of_a_sample_shows_what_is_supervised(captured_dir: Path, capsy
     ("flags", "code", "message"),
     [
         (["nowhere"], 2, "`DATA_PATH`: `nowhere` does not exist"),
-        (["empty"], 3, "holds no samples"),
+        (["empty"], 3, "no `.pt`, `.ckpt` or `hs_*.safetensors` file was found"),
         (["foreign"], 3, "None of the 1 files in `foreign` is a sample"),
         (["data", "--show", "99", "--verifier-name-or-path", "verifier"], 2, "no sample 99"),
         (["data", "--show", "1"], 2, "needs the verifier's tokenizer"),

@@ -379,7 +379,7 @@ def test_upstreams_samples_train_to_the_loss_of_their_v1_twins(
     twins.mkdir()
     for file in sorted((UPSTREAM / name / "hidden_states").iterdir()):
         sample = FORMATS["speculators"].read_sample(file)
-        v1.FORMAT.write_sample(sample, twins / f"{file.stem}.pt")
+        v1.write_sample(sample, twins / f"{file.stem}.pt")
 
     run(["train", *tiny.flags(data_path=twins, save_path=one)])
     capsys.readouterr()

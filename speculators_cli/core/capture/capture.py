@@ -57,7 +57,7 @@ def capture(
             answers = verifier.answer([prompts[i] for i in ids], max_new_tokens)
             for i, answer in zip(ids, answers, strict=True):
                 sample = capture_sample(verifier, prompts[i], answer)
-                v1.FORMAT.write_sample(sample, output_dir / f"data_{i}.pt")
+                v1.write_sample(sample, output_dir / f"data_{i}.pt")
                 num_tokens += sample.num_tokens
                 num_supervised += len(answer)
                 task.advance()

@@ -1,77 +1,116 @@
 """Rewrite one v0 sample as a v1 sample."""
 
 import os
-from dataclasses import replace
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import BinaryIO
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
-
-from speculators_cli.core.data.formats import v1
+from speculators_cli.core.data.formats import v0, v1
 from speculators_cli.core.data.formats.archive import Archive
-from speculators_cli.core.data.formats.format import get_tensor, save
-from speculators_cli.core.data.formats.v0 import FORMAT as V0
-from speculators_cli.core.data.sample import BadSampleError
+from speculators_cli.core.data.formats.archive_writer import ArchiveWriter
+from speculators_cli.core.data.formats.structure import TensorSpec
+from speculators_cli.core.data.sample import BadSampleError, SampleHeader
 from speculators_cli.core.files import replacing
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
 EPS = 1e-12  # keeps tokens of zeros from dividing by zero
 
 
-def convert_file(
-    source: Path,
-    target: Path,
-    *,
-    dtype: torch.dtype | None,
-    gain: Tensor | None,  # [hidden], float32
-) -> float:
+@dataclass(frozen=True, eq=False)
+class Changes:
+    """What conversion changes of hidden states; without any their bytes are copied as they lie."""
+
+    dtype: str | None  # of the written hidden states; None: as read
+    gain: "Tensor | None"  # [hidden], float32: of the verifier's final norm, to undo it
+
+    def header(self, source: SampleHeader) -> SampleHeader:
+        """The header of the v1 sample that a v0 sample becomes."""
+        return replace(source, dtype=self.dtype or source.dtype, is_normed=self.gain is None)
+
+
+def convert_file(source: Path, target: Path, changes: Changes) -> float:
     """Write the v1 sample of a v0 file; it appears whole, on disk, or not at all.
 
-    The aux layers are written as columns of the one matrix that v0 holds, so its bytes are copied
-    as they lie. Last hidden states are kept and marked as normed, or divided by the norm's gain.
+    The aux layers are columns of the one matrix that v0 holds. Last hidden states are kept and
+    marked as normed, or divided by the norm's gain.
 
     Args:
-        source: Read through a memory map.
+        source: Read through a memory map where its values change, else copied by the system.
         target: Replaced if it exists.
-        dtype: Of the written hidden states; None: as read.
-        gain: Of the verifier's final norm, to undo it; None keeps the states.
+        changes: Of the hidden states.
 
     Returns:
         The largest error of any element, once the norm is applied again, relative to the largest
-        of its token; 0 without `gain`.
+        of its token; 0 where the norm is kept.
 
     Raises:
-        BadSampleError: The source is not a v0 sample.
+        BadSampleError: The source is not a v0 sample, or values that change are damaged.
         OSError: A file cannot be read or written.
     """
-    tokens = V0.read_tokens(source)
-    hidden_size = tokens.header.hidden_size
-    if gain is not None and len(gain) != hidden_size:
-        raise BadSampleError(f"has hidden size {hidden_size:,}, the verifier {len(gain):,}")
-    with Archive(source) as archive:
-        content = archive.content
-        assert isinstance(content, dict), "its tokens have been read"
-        aux, last = archive.map(
-            (get_tensor(content, "hidden_state"), get_tensor(content, "target"))
+    tokens = v0.FORMAT.read_tokens(source)
+    header = changes.header(tokens.header)
+    if changes.gain is not None and len(changes.gain) != header.hidden_size:
+        raise BadSampleError(
+            f"has hidden size {header.hidden_size:,}, the verifier {len(changes.gain):,}"
         )
-    dtype, error = dtype or last.dtype, 0.0
-    if gain is not None:
-        last, error = undo_norm(last, gain, dtype)
-    sample: dict[str, object] = {
-        "input_ids": torch.from_numpy(tokens.input_ids),
-        "loss_mask": torch.from_numpy(tokens.loss_mask),
-        "hidden_states": [*aux.to(dtype).split(hidden_size, dim=1), last.to(dtype)],
-    }
-    if gain is None:
-        sample[v1.IS_NORMED] = torch.tensor(True)
     target.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(target) as temporary, temporary.open("wb") as stream:
-        save(sample, stream)
-        _flush(stream)
+    with (
+        Archive(source) as archive,
+        replacing(target) as temporary,
+        temporary.open("wb", buffering=0) as stream,
+    ):
+        writer = ArchiveWriter(stream)
+        layers, error = _write_states(writer, archive, changes, header)
+        v1.finish(
+            writer, layers, tokens.input_ids, tokens.loss_mask, is_normed=changes.gain is None
+        )
+        os.fsync(stream.fileno())
     return error
 
 
-def undo_norm(last: Tensor, gain: Tensor, dtype: torch.dtype) -> tuple[Tensor, float]:
+def _write_states(
+    writer: ArchiveWriter, source: Archive, changes: Changes, header: SampleHeader
+) -> tuple[list[TensorSpec], float]:
+    """Write all layers; returns where they are, and the round-trip error of the last."""
+    *aux, last = v0.FORMAT.read_layout(source).hidden_states
+    errors = [0.0]
+
+    def write(spec: TensorSpec, gain: "Tensor | None") -> TensorSpec:
+        if gain is None and spec.dtype == header.dtype:
+            return writer.copy(source, spec)
+        # What is computed gets a checksum of its own, which would hide that its source is damaged.
+        source.verify(spec)
+        (states,) = source.map((spec,))
+
+        def rows() -> Iterator["Tensor"]:
+            for changed, error in change(states, header.dtype, gain):
+                errors.append(error)
+                yield changed
+
+        return v1.write_rows(writer, rows(), header.dtype, spec.shape)
+
+    layers = [write(spec, None) for spec in aux]
+    return [*layers, write(last, changes.gain)], max(errors)
+
+
+def change(
+    states: "Tensor",  # [seq_len, hidden]
+    dtype: str,
+    gain: "Tensor | None",  # [hidden], float32
+) -> Iterator[tuple["Tensor", float]]:
+    """The states a v1 sample gets, some tokens at a time, each with its round-trip error."""
+    import torch
+
+    wanted: torch.dtype = getattr(torch, dtype)
+    for rows in states.split(v1.ROWS_AT_ONCE):
+        yield (rows.to(wanted), 0.0) if gain is None else undo_norm(rows, gain, wanted)
+
+
+def undo_norm(last: "Tensor", gain: "Tensor", dtype: "torch.dtype") -> tuple["Tensor", float]:
     """States whose RMSNorm with this gain is `last`, and how far it is off.
 
     A normed state is a unit-RMS state times the gain, so dividing by the gain leaves one whose norm
@@ -90,38 +129,37 @@ def undo_norm(last: Tensor, gain: Tensor, dtype: torch.dtype) -> tuple[Tensor, f
     return undone, error
 
 
-def is_converted(source: Path, target: Path, *, dtype: torch.dtype | None, is_normed: bool) -> bool:
+def is_converted(source: Path, target: Path, changes: Changes) -> bool:
     """Whether a file is the v1 sample that `convert_file` would write, by its tokens and types."""
+    if not target.exists():
+        return False
     try:
-        old, new = V0.read_tokens(source), v1.FORMAT.read_tokens(target)
+        old, new = v0.FORMAT.read_tokens(source), v1.FORMAT.read_tokens(target)
     except (BadSampleError, OSError):
         return False
-    expected = replace(old.header, dtype=dtype or old.header.dtype, is_normed=is_normed)
     return (
-        new.header == expected
+        new.header == changes.header(old.header)
         and old.input_ids.tobytes() == new.input_ids.tobytes()
         and old.loss_mask.tobytes() == new.loss_mask.tobytes()
     )
 
 
-def is_same(source: Path, target: Path, *, dtype: torch.dtype | None, is_normed: bool) -> bool:
-    """Whether a v1 file holds every value of a v0 file, read back from both.
+def is_same(source: Path, target: Path, changes: Changes) -> bool:
+    """Whether a v1 file, read back, holds every value that the v0 file gives."""
+    import torch
 
-    Last hidden states whose norm was undone are other values, and are not compared.
-    """
-    if not is_converted(source, target, dtype=dtype, is_normed=is_normed):
+    if not is_converted(source, target, changes):
         return False
-    old, new = V0.read_sample(source), v1.FORMAT.read_sample(target)
-    pairs = [*zip(old.aux_hidden_states, new.aux_hidden_states, strict=True)]
-    if is_normed:
-        pairs.append((old.last_hidden_states, new.last_hidden_states))
-    return all(torch.equal(_bytes(a.to(dtype or a.dtype)), _bytes(b)) for a, b in pairs)
-
-
-def _bytes(tensor: Tensor) -> Tensor:
-    return tensor.contiguous().view(torch.uint8)
-
-
-def _flush(stream: BinaryIO) -> None:
-    stream.flush()
-    os.fsync(stream.fileno())
+    old, new = v0.FORMAT.read_sample(source), v1.FORMAT.read_sample(target)
+    dtype = v1.FORMAT.read_tokens(target).header.dtype
+    pairs = [
+        *((a, b, None) for a, b in zip(old.aux_hidden_states, new.aux_hidden_states, strict=True)),
+        (old.last_hidden_states, new.last_hidden_states, changes.gain),
+    ]
+    return all(
+        torch.equal(given.contiguous().view(torch.uint8), read.contiguous().view(torch.uint8))
+        for before, after, gain in pairs
+        for (given, _), read in zip(
+            change(before, dtype, gain), after.split(v1.ROWS_AT_ONCE), strict=True
+        )
+    )

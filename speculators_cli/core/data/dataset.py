@@ -7,16 +7,17 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 from hashlib import sha256
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
-import torch
 
 from speculators_cli.core.data.data_config import FILE_NAME, DataConfig, read_data_config
 from speculators_cli.core.data.formats import FORMATS
 from speculators_cli.core.data.formats.detect import detect, is_named_as
+from speculators_cli.core.data.formats.structure import ITEM_BYTES
 from speculators_cli.core.data.packing import plan_epoch
 from speculators_cli.core.data.sample import (
     BadSampleError,
@@ -33,7 +34,8 @@ NOT_SAMPLES = {"token_freq.pt"}
 BAD_SHARE = 0.01  # of the folder, unless the settings say how many
 MAX_NAMED = 10
 SPLIT_SEED = 0  # the split is the same in every run on the same samples
-INDEX_VERSION = 2
+INDEX_VERSION = 3
+SCANNED_AT_ONCE = 16  # files, by one thread
 FLAGS = {  # that read samples of a format
     "v0": "--data-format-version 0",
     "v1": "--data-format-version 1",
@@ -48,6 +50,7 @@ class FileStamp:
 
     num_bytes: int
     mtime_ns: int
+    beside: str  # the same of other files that the sample is read from
 
 
 @dataclass(frozen=True)
@@ -88,12 +91,12 @@ class Dataset:
         return max(entry.header.max_token_id for entry in self.entries)
 
     @cached_property
-    def dtype(self) -> torch.dtype:
+    def dtype(self) -> str:
         """The most common type of the hidden states; others are cast to it once."""
         dtypes = Counter(entry.header.dtype for entry in self.entries)
         common = dtypes.most_common(1)[0][0]
         # One byte alone is no value: its scale is another tensor's.
-        return torch.bfloat16 if common.itemsize == 1 else common
+        return "bfloat16" if ITEM_BYTES[common] == 1 else common
 
     @cached_property
     def lengths(self) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
@@ -196,10 +199,15 @@ def read_dataset(
             hint="Name the folder that holds the captured hidden states",
         )
     known = read_index(index_file, name) if index_file is not None else {}
+    stamp_beside = lru_cache(maxsize=None)(FORMATS[name].stamp_beside)  # once a folder
     entries: list[Entry] = []
     broken: list[tuple[Path, BadSampleError]] = []
     with progress.task("Reading samples", len(files)) as task, ThreadPoolExecutor(8) as pool:
-        scans = pool.map(lambda x: _scan(x[0], x[1], name, known), files)
+        # Some at a time: handing over one file takes as long as half its scan.
+        chunks = [files[i : i + SCANNED_AT_ONCE] for i in range(0, len(files), SCANNED_AT_ONCE)]
+        scans = chain.from_iterable(
+            pool.map(lambda x: [_scan(n, f, name, known, stamp_beside) for n, f in x], chunks)
+        )
         for (_, file), result in zip(files, scans, strict=True):
             if isinstance(result, BadSampleError):
                 broken.append((file, result))
@@ -302,9 +310,11 @@ def write_index(dataset: Dataset, file: Path) -> None:
     """Save the headers, for the next scan of the same files."""
     files = {}
     for entry in dataset.entries:
-        header = asdict(entry.header) | {"dtype": str(entry.header.dtype).removeprefix("torch.")}
-        stamp = asdict(entry.stamp)
-        files[str(entry.file.absolute())] = {"name": entry.name, "stamp": stamp, "header": header}
+        files[str(entry.file.absolute())] = {
+            "name": entry.name,
+            "stamp": asdict(entry.stamp),
+            "header": asdict(entry.header),
+        }
     content = {
         "index_version": INDEX_VERSION,
         "format": dataset.format,
@@ -315,19 +325,24 @@ def write_index(dataset: Dataset, file: Path) -> None:
 
 
 def _entry_from_json(path: str, fields: dict[str, dict[str, object]]) -> Entry:
-    header = dict(fields["header"])
-    dtype = getattr(torch, str(header.pop("dtype")))
+    header = SampleHeader(**fields["header"])  # type: ignore[arg-type]
+    if header.dtype not in ITEM_BYTES:
+        raise ValueError("not a type of hidden states")
     stamp = FileStamp(**fields["stamp"])  # type: ignore[arg-type]
-    return Entry(Path(path), str(fields["name"]), stamp, SampleHeader(dtype=dtype, **header))  # type: ignore[arg-type]
+    return Entry(Path(path), str(fields["name"]), stamp, header)
 
 
 def _scan(
-    name: str, file: Path, data_format: str, known: dict[str, Entry]
+    name: str,
+    file: Path,
+    data_format: str,
+    known: dict[str, Entry],
+    stamp_beside: Callable[[Path], str],
 ) -> tuple[Entry, SampleTokens | None] | BadSampleError:
     """Read a file, or find it in the index, which holds no tokens."""
     try:
         status = file.stat()
-        stamp = FileStamp(status.st_size, status.st_mtime_ns)
+        stamp = FileStamp(status.st_size, status.st_mtime_ns, stamp_beside(file.parent))
         cached = known.get(str(file.absolute()))
         if cached is not None and cached.stamp == stamp:
             return Entry(file, name, stamp, cached.header), None

@@ -6,6 +6,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import islice
 from typing import Protocol
 
+import torch
+
 from speculators_cli.core.data.batch import Batch, collate
 from speculators_cli.core.data.dataset import Dataset
 from speculators_cli.core.data.packing import Packed, PackingPlan, plan_epoch
@@ -114,6 +116,6 @@ class BatchLoader:
             total_seq_len=self.total_seq_len,
             num_aux_layers=self.dataset.num_aux_layers,
             hidden_size=self.dataset.hidden_size,
-            dtype=self.dataset.dtype,
+            dtype=getattr(torch, self.dataset.dtype),
             pin_memory=self.pin_memory,
         )

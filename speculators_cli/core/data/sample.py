@@ -2,13 +2,15 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
 import numpy as np
 from numpy.typing import NDArray
-from torch import Tensor, dtype
 
 from speculators_cli.core.errors import DataError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -19,7 +21,7 @@ class SampleHeader:
     num_supervised_tokens: int  # of the tokens that can be predicted: all but the first
     hidden_size: int
     num_aux_layers: int
-    dtype: dtype  # of the hidden states on disk
+    dtype: str  # of the hidden states on disk: `bfloat16`, `float32`, ...
     is_normed: bool  # whether the last hidden states are after the verifier's final norm
     max_token_id: int  # -1 in an empty sample
 
@@ -40,7 +42,7 @@ class SampleTokens:
         *,
         hidden_size: int,
         num_aux_layers: int,
-        dtype: dtype,
+        dtype: str,
         is_normed: bool,
     ) -> Self:
         """Ids and mask with the header that follows from them."""
@@ -60,10 +62,10 @@ class SampleTokens:
 class Sample:
     """The tensors of one conversation, usually views of a memory-mapped file."""
 
-    input_ids: Tensor  # [seq_len], int64
-    loss_mask: Tensor  # [seq_len], bool: True where the token is supervised
-    aux_hidden_states: tuple[Tensor, ...]  # aux tensors of [seq_len, hidden], any float dtype
-    last_hidden_states: Tensor  # [seq_len, hidden], any float dtype
+    input_ids: "Tensor"  # [seq_len], int64
+    loss_mask: "Tensor"  # [seq_len], bool: True where the token is supervised
+    aux_hidden_states: tuple["Tensor", ...]  # aux tensors of [seq_len, hidden], any float dtype
+    last_hidden_states: "Tensor"  # [seq_len, hidden], any float dtype
     is_normed: bool
 
     @property

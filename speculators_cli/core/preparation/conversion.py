@@ -8,13 +8,10 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from speculators_cli.core.data import data_config
-from speculators_cli.core.data.convert import convert_file, is_converted, is_same
+from speculators_cli.core.data.convert import Changes, convert_file, is_converted, is_same
 from speculators_cli.core.data.data_config import (
     LayerIds,
     guess_num_layers,
@@ -23,19 +20,20 @@ from speculators_cli.core.data.data_config import (
 )
 from speculators_cli.core.data.dataset import find_files, is_sample_name
 from speculators_cli.core.data.formats import FORMATS
+from speculators_cli.core.data.formats.archive import Archive
+from speculators_cli.core.data.formats.structure import ITEM_BYTES
 from speculators_cli.core.data.sample import BadSampleError, Problem
 from speculators_cli.core.errors import DataError, MachineError, SettingsError
-from speculators_cli.core.files import TEMPORARY, check_output_dir
-from speculators_cli.core.models.verifier import (
-    VerifierConfig,
-    load_final_norm_gain,
-    read_verifier_config,
-)
-from speculators_cli.core.models.verifier_files import VerifierFiles
+from speculators_cli.core.files import TEMPORARY, check_output_dir, sync
 from speculators_cli.core.progress import Progress
 from speculators_cli.settings.convert_v0 import ConvertV0Settings, FilesSettings
 
-DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, None: None}
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from speculators_cli.core.models.verifier import VerifierConfig
+    from speculators_cli.core.models.verifier_files import VerifierFiles
+
 MIN_GAIN = 1e-3  # of the final norm: below it, division magnifies rounding a thousandfold
 MAX_WORKERS = 4
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)  # the next file fails as well
@@ -84,7 +82,9 @@ def convert_v0(settings: ConvertV0Settings, *, progress: Progress) -> Conversion
     started_at = time.perf_counter()
     files = settings.files
     check_output_dir(files.output_dir, flag="--output-dir")
-    gain = load_gain(settings)
+    # Read once; torch and transformers take longer to start than copying some gigabytes does.
+    verifier = read_verifier(settings)
+    changes = Changes(files.dtype, load_gain(verifier) if settings.verifier.undo_norm else None)
     found = list(find_files(files.v0_path))
     sources = [(name, f) for name, f in found if is_sample_name(f.name, "v0")]
     if not sources:
@@ -99,20 +99,15 @@ def convert_v0(settings: ConvertV0Settings, *, progress: Progress) -> Conversion
             f"`{problems[0].file}`, {problems[0].problem}",
             hint="Name the folder that holds the v0 samples",
         )
-    layer_ids = find_layer_ids(settings, [f for _, f in found], jobs)
-    dtype, is_normed = DTYPES[files.dtype], gain is None
-    to_do = [
-        job
-        for job in jobs
-        if not is_converted(job.source, job.target, dtype=dtype, is_normed=is_normed)
-    ]
+    layer_ids = find_layer_ids(settings, [f for _, f in found], jobs, verifier)
+    to_do = [job for job in jobs if not is_converted(job.source, job.target, changes)]
     num_bytes = sum(job.num_bytes for job in to_do)
     errors: list[float] = []
     if not files.dry_run:
         check_space(to_do, files)
         files.output_dir.mkdir(parents=True, exist_ok=True)
         remove_leftovers(files.output_dir)
-        for result in convert_all(to_do, settings, gain, progress):
+        for result in convert_all(to_do, files, changes, progress):
             if isinstance(result, Problem):
                 problems.append(result)
             else:
@@ -131,19 +126,33 @@ def convert_v0(settings: ConvertV0Settings, *, progress: Progress) -> Conversion
         duration_seconds=time.perf_counter() - started_at,
         layer_ids=layer_ids.ids if layer_ids else None,
         are_layer_ids_assumed=bool(layer_ids and layer_ids.is_assumed),
-        last_hidden_states_are_normed=is_normed,
-        largest_round_trip_error=None if gain is None else max(errors, default=0.0),
+        last_hidden_states_are_normed=changes.gain is None,
+        largest_round_trip_error=None if changes.gain is None else max(errors, default=0.0),
         problems=tuple(problems),
         is_dry_run=files.dry_run,
     )
 
 
-def load_gain(settings: ConvertV0Settings) -> Tensor | None:
-    """Gain of the verifier's final norm, if the norm is to be undone; [hidden], float32."""
-    if not settings.verifier.undo_norm:
+def read_verifier(settings: ConvertV0Settings) -> "tuple[VerifierFiles, VerifierConfig] | None":
+    """Files and config of the verifier, if the settings name one."""
+    name = settings.verifier.verifier_name_or_path
+    if name is None:
         return None
-    verifier_files, config = read_verifier(settings)
-    gain = load_final_norm_gain(verifier_files, config)
+    from speculators_cli.core.models.verifier import read_verifier_config
+    from speculators_cli.core.models.verifier_files import VerifierFiles
+
+    files = VerifierFiles(name)
+    trust = settings.verifier.trust_remote_code
+    return files, read_verifier_config(files, trust_remote_code=trust)
+
+
+def load_gain(verifier: "tuple[VerifierFiles, VerifierConfig] | None") -> "Tensor":
+    """Gain of the verifier's final norm; [hidden], float32."""
+    from speculators_cli.core.models.verifier import load_final_norm_gain
+
+    assert verifier is not None, "the settings ask for it where it is needed"
+    files, config = verifier
+    gain = load_final_norm_gain(files, config)
     smallest = gain.abs().min().item()
     if smallest < MIN_GAIN:
         raise SettingsError(
@@ -152,15 +161,6 @@ def load_gain(settings: ConvertV0Settings) -> Tensor | None:
             hint="Leave `--undo-norm` out: `speculators train` reads normed states as they are",
         )
     return gain
-
-
-def read_verifier(settings: ConvertV0Settings) -> tuple[VerifierFiles, VerifierConfig]:
-    """Files and config of the verifier that the settings name."""
-    name = settings.verifier.verifier_name_or_path
-    assert name is not None, "the settings ask for it where it is needed"
-    files = VerifierFiles(name)
-    trust = settings.verifier.trust_remote_code
-    return files, read_verifier_config(files, trust_remote_code=trust)
 
 
 def plan(sources: Sequence[tuple[str, Path]], output_dir: Path) -> tuple[list[Job], list[Problem]]:
@@ -183,7 +183,7 @@ def plan(sources: Sequence[tuple[str, Path]], output_dir: Path) -> tuple[list[Jo
             problems.append(Problem(source, f"cannot be read: {error.strerror}"))
         else:
             taken.add(target)
-            jobs.append(Job(source, target, num_bytes, header.dtype.itemsize))
+            jobs.append(Job(source, target, num_bytes, ITEM_BYTES[header.dtype]))
     return jobs, problems
 
 
@@ -193,14 +193,17 @@ def folders_below(output_dir: Path, target: Path) -> Iterator[Path]:
 
 
 def find_layer_ids(
-    settings: ConvertV0Settings, found: Sequence[Path], jobs: Sequence[Job]
+    settings: ConvertV0Settings,
+    found: Sequence[Path],
+    jobs: Sequence[Job],
+    verifier: "tuple[VerifierFiles, VerifierConfig] | None",
 ) -> LayerIds | None:
     """Layer ids that were given or that the data says; None where the verifier must be known."""
     given = settings.verifier.target_layer_ids
     configs = [read_data_config(f) for f in found if f.name == data_config.FILE_NAME]
     num_aux_layers = FORMATS["v0"].read_tokens(jobs[0].source).header.num_aux_layers
-    if settings.verifier.verifier_name_or_path is not None:
-        num_layers: int | None = read_verifier(settings)[1].num_layers
+    if verifier is not None:
+        num_layers: int | None = verifier[1].num_layers
     else:
         num_layers = max(given) if given is not None else guess_num_layers(configs)
     if num_layers is None:
@@ -216,9 +219,9 @@ def find_layer_ids(
 
 def check_space(jobs: Sequence[Job], files: FilesSettings) -> None:
     """Refuse to begin what cannot end."""
-    dtype = DTYPES[files.dtype]
+    bytes_per_value = ITEM_BYTES[files.dtype] if files.dtype else None
     sizes = [
-        job.num_bytes * (dtype.itemsize if dtype else job.bytes_per_value) // job.bytes_per_value
+        job.num_bytes * (bytes_per_value or job.bytes_per_value) // job.bytes_per_value
         for job in jobs
     ]
     if files.delete_source:
@@ -247,13 +250,12 @@ def remove_leftovers(output_dir: Path) -> None:
 
 
 def convert_all(
-    jobs: Sequence[Job], settings: ConvertV0Settings, gain: Tensor | None, progress: Progress
+    jobs: Sequence[Job], files: FilesSettings, changes: Changes, progress: Progress
 ) -> Iterator[float | Problem]:
     """Round-trip error of each file, or why it was not converted."""
-    files = settings.files
 
     def convert(job: Job) -> float | Problem:
-        return convert_job(job, DTYPES[files.dtype], gain, delete_source=files.delete_source)
+        return convert_job(job, changes, delete_source=files.delete_source)
 
     total = sum(job.num_bytes for job in jobs)
     with (
@@ -272,19 +274,21 @@ def convert_all(
             ) from None
 
 
-def convert_job(
-    job: Job, dtype: torch.dtype | None, gain: Tensor | None, *, delete_source: bool
-) -> float | Problem:
+def convert_job(job: Job, changes: Changes, *, delete_source: bool) -> float | Problem:
     """Convert one file, then remove its source if that is wanted.
 
     Raises:
         OSError: The disk is full or fails.
     """
     try:
-        error = convert_file(job.source, job.target, dtype=dtype, gain=gain)
         if delete_source:
-            if not is_same(job.source, job.target, dtype=dtype, is_normed=gain is None):
+            with Archive(job.source) as source:
+                source.verify()
+        error = convert_file(job.source, job.target, changes)
+        if delete_source:
+            if not is_same(job.source, job.target, changes):
                 return Problem(job.source, f"is not what was read back from `{job.target}`")
+            sync(job.target.parent)
             job.source.unlink()
     except BadSampleError as bad:
         return Problem(job.source, bad.reason)

@@ -1,6 +1,5 @@
 """inspect_data(): describe a folder of samples, and find what is wrong with it."""
 
-import zipfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -22,6 +21,7 @@ from speculators_cli.core.data.data_config import (
 )
 from speculators_cli.core.data.dataset import find_files, is_sample_name, spread_evenly
 from speculators_cli.core.data.formats import FORMATS
+from speculators_cli.core.data.formats.archive import Archive
 from speculators_cli.core.data.formats.detect import detect
 from speculators_cli.core.data.packing import plan_epoch
 from speculators_cli.core.data.sample import (
@@ -78,7 +78,8 @@ def inspect_data(settings: InspectDataSettings, *, progress: Progress) -> Inspec
     files = [file for file in found if is_sample_name(file.name)]
     if not files:
         raise DataError(
-            f"`{wanted.data_path}` holds no samples: no `.pt` or `.ckpt` file was found",
+            f"`{wanted.data_path}` holds no samples: no `.pt`, `.ckpt` or "
+            "`hs_*.safetensors` file was found",
             hint="Name the folder that holds the captured hidden states",
         )
     counts = TokenCounts(None)
@@ -259,18 +260,23 @@ def check_layer_ids(
 
 def verify_checksums(files: Sequence[Path], progress: Progress) -> Iterator[Problem]:
     """Read every byte of every archive."""
-    for file, part in in_threads(find_damage, files, "Verifying", progress):
-        if part is not None:
-            yield Problem(file, f"has flipped bytes in `{part}`")
+    for file, problem in in_threads(find_damage, files, "Verifying", progress):
+        if problem is not None:
+            yield Problem(file, problem)
 
 
 def find_damage(file: Path) -> str | None:
-    """The first part of an archive whose checksum is wrong; what is no archive is known by then."""
+    """What is wrong with the bytes of a file that can be read."""
+    if file.suffix == ".safetensors":
+        return None  # has no checksums
     try:
-        with zipfile.ZipFile(file) as archive:
-            return archive.testzip()
-    except (zipfile.BadZipFile, OSError, EOFError, NotImplementedError):
-        return None
+        with Archive(file) as archive:
+            archive.verify()
+    except BadSampleError as error:
+        return error.reason
+    except OSError:
+        pass  # said by the scan
+    return None
 
 
 def in_threads(
@@ -306,7 +312,7 @@ def make_report(
     )
     header = usual[0].header
     epoch_seconds = max(int(lengths.sum()), 1) / wanted.tokens_per_second
-    dtypes = Counter(str(s.header.dtype).removeprefix("torch.") for s in usual)
+    dtypes = Counter(s.header.dtype for s in usual)
     return InspectionReport(
         format="mixed" if len(formats) > 1 else scans[0].format,
         num_samples=len(scans),

@@ -131,6 +131,7 @@ def read_inputs(
         samples, validation = split(scanned, data.train_data_ratio)
     _check_enough(samples, data.total_seq_len, num_ranks)
     _warn_of_other_verifier(scanned, verifier, progress)
+    _warn_of_lost_tokens(samples, data.total_seq_len, progress)
     if index_file is not None:
         index_file.parent.mkdir(parents=True, exist_ok=True)
         write_index(scanned, index_file)
@@ -174,3 +175,20 @@ def _warn_of_other_verifier(samples: Dataset, verifier: VerifierConfig, progress
             progress.warn(
                 f"`{config.file}` names verifier `{config.verifier}`, not `{verifier.name_or_path}`"
             )
+
+
+def _warn_of_lost_tokens(samples: Dataset, total_seq_len: int, progress: Progress) -> None:
+    """Warn of samples that are trained on in part or not at all."""
+    over = samples.lengths - total_seq_len
+    if (over > 0).any():
+        progress.warn(
+            f"{(over > 0).sum():,} of {len(samples):,} samples are longer than a packed sequence, "
+            f"and lose {over[over > 0].sum():,} tokens at their ends",
+            hint=f"Raise `--total-seq-len`; the longest has {samples.lengths.max():,}",
+        )
+    num_idle = sum(entry.header.num_supervised_tokens == 0 for entry in samples.entries)
+    if num_idle:
+        progress.warn(
+            f"{num_idle:,} of {len(samples):,} samples have no supervised token",
+            hint="Run `speculators inspect-data` to list them",
+        )

@@ -7,14 +7,17 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from speculators_cli.core.data.formats import FORMATS
+from speculators_cli.core.data.dataset import read_dataset, write_index
+from speculators_cli.core.data.formats import FORMATS, speculators
 from speculators_cli.core.data.sample import BadSampleError
 from speculators_cli.core.errors import MachineError
+from speculators_cli.core.progress import SilentProgress
 
 RECORDED = Path(__file__).parents[2] / "oracle" / "upstream-0.9.0-data"
 CAPTURED = (0, 1, 3)
@@ -51,7 +54,7 @@ def test_upstreams_samples_are_what_upstream_reads(name: str, rtol: float) -> No
         assert not sample.is_normed
         assert header.num_supervised_tokens == int(expected[f"{row}.loss_mask"].sum())
         assert (header.num_aux_layers, header.hidden_size) == (3, 24)
-        on_disk = {"bf16": torch.bfloat16, "fp8": torch.float8_e4m3fn}
+        on_disk = {"bf16": "bfloat16", "fp8": "float8_e4m3fn"}
         assert header.dtype == on_disk[name]
 
 
@@ -62,6 +65,33 @@ def test_the_table_may_lie_beside_the_states(folder: Path) -> None:
     tokens = SPECULATORS.read_tokens(folder / "hs_3.safetensors")
 
     assert tokens.header.num_tokens == 9
+
+
+def test_a_changed_table_is_read_again_by_the_next_scan(folder: Path, tmp_path: Path) -> None:
+    def scan() -> int:
+        speculators._open_table.cache_clear()  # a scan is the first of its process
+        dataset = read_dataset(
+            [folder],
+            version=1,
+            index_file=tmp_path / "index.json",
+            max_bad_samples=0,
+            progress=SilentProgress(),
+        )
+        write_index(dataset, tmp_path / "index.json")
+        return dataset.num_supervised_tokens
+
+    before = scan()
+    for shard in folder.glob("*.arrow"):
+        table = pa.ipc.open_stream(shard.read_bytes()).read_all()
+        place = table.schema.get_field_index("loss_mask")
+        field = table.schema.field(place)
+        ones = pa.array([[1] * len(mask) for mask in table["loss_mask"]], field.type)
+        changed = table.set_column(place, field, ones)
+        with pa.ipc.new_stream(shard.with_suffix(".new"), table.schema) as out:
+            out.write_table(changed)
+        shard.with_suffix(".new").replace(shard)
+
+    assert scan() > before > 0
 
 
 def without(name: str) -> Callable[[dict[str, Tensor]], object]:

@@ -20,7 +20,7 @@ def make_tokens(ids: list[int], mask: list[int]) -> SampleTokens:
         num_supervised_tokens=sum(mask[1:]),
         hidden_size=4,
         num_aux_layers=3,
-        dtype=torch.bfloat16,
+        dtype="bfloat16",
         is_normed=False,
         max_token_id=max(ids, default=-1),
     )

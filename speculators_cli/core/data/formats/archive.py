@@ -3,19 +3,26 @@
 import mmap
 import os
 import struct
-import zipfile
 from pathlib import Path
 from types import TracebackType
-from typing import BinaryIO, Self
+from typing import TYPE_CHECKING, Any, BinaryIO, Self
 
-import torch
-from torch import Tensor
+import numpy as np
+from numpy.typing import NDArray
 
-from speculators_cli.core.data.formats.structure import TensorSpec, read_structure
+from speculators_cli.core.data.formats.structure import ITEM_BYTES, TensorSpec, read_structure
+from speculators_cli.core.data.formats.zip_records import (
+    Record,
+    compute_crc,
+    find_start,
+    read_directory,
+)
 from speculators_cli.core.data.sample import BadSampleError
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
 MAX_STRUCTURE_BYTES = 64 * 2**20
-LOCAL_HEADER = struct.Struct("<4s22xHH")  # signature, length of the name, length of the extras
 FIRST_BYTES = {
     b"<": "is a web page, not a sample",
     b"version https://git-lfs": "is a Git LFS pointer: fetch the file itself with `git lfs pull`",
@@ -35,13 +42,15 @@ class Archive:
     content: object
 
     def __init__(self, file: Path) -> None:
-        self._file: BinaryIO = file.open("rb")
+        self._stream: BinaryIO = file.open("rb", buffering=0)
+        self.file = self._stream.fileno()  # its descriptor
         try:
-            self.num_bytes = os.fstat(self._file.fileno()).st_size
-            self._entries: dict[str, zipfile.ZipInfo] = {}
+            self.num_bytes = os.fstat(self.file).st_size
+            self._prefix = ""
+            self._records: dict[str, Record] = {}
             self.content = self._read_directory()
         except BaseException:
-            self._file.close()
+            self._stream.close()
             raise
 
     def __enter__(self) -> Self:
@@ -53,7 +62,7 @@ class Archive:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        self._file.close()
+        self._stream.close()
 
     def check(self, spec: TensorSpec) -> None:
         """Check that the file holds as many bytes for a tensor as it claims.
@@ -61,55 +70,69 @@ class Archive:
         Raises:
             BadSampleError: It does not.
         """
-        entry = self._entries.get(spec.storage_key)
-        if entry is None:
-            raise BadSampleError("is damaged: the data of a tensor is missing")
-        if (spec.offset + spec.span) * spec.dtype.itemsize > entry.file_size:
+        record = self._find_record(spec)
+        if (spec.offset + spec.span) * ITEM_BYTES[spec.dtype] > record.num_bytes:
             raise BadSampleError(
-                f"holds a tensor of {spec.num_bytes:,} bytes with {entry.file_size:,} of data"
+                f"holds a tensor of {spec.num_bytes:,} bytes with {record.num_bytes:,} of data"
             )
 
-    def read(self, spec: TensorSpec) -> Tensor:
-        """Read a tensor into memory."""
-        num_bytes = spec.span * spec.dtype.itemsize
-        start = self._locate(spec)
-        data = bytearray(os.pread(self._file.fileno(), num_bytes, start))
-        if len(data) != num_bytes:
+    def read(self, spec: TensorSpec) -> NDArray[Any]:
+        """Read a tensor of a type that NumPy has, or of bfloat16, into memory."""
+        start, item_bytes = self._locate(spec), ITEM_BYTES[spec.dtype]
+        data = os.pread(self.file, spec.span * item_bytes, start)
+        if len(data) != spec.span * item_bytes:
             raise BadSampleError("is truncated")
-        return _view(data, spec, 0)
+        dtype = "uint16" if spec.dtype == "bfloat16" else spec.dtype
+        strides = [step * item_bytes for step in spec.stride] if spec.num_elements else None
+        array: NDArray[Any] = np.ndarray(spec.shape, dtype, data, strides=strides)
+        if spec.dtype == "bfloat16":
+            # The upper half of a float32.
+            return (array.astype(np.uint32) << 16).view(np.float32)
+        return array
 
-    def map(self, specs: tuple[TensorSpec, ...]) -> tuple[Tensor, ...]:
+    def map(self, specs: tuple[TensorSpec, ...]) -> tuple["Tensor", ...]:
         """Map tensors into memory: their bytes are read when they are used, and never written."""
         starts = [self._locate(spec) for spec in specs]
-        mapping = mmap.mmap(self._file.fileno(), self.num_bytes, access=mmap.ACCESS_COPY)
+        mapping = mmap.mmap(self.file, self.num_bytes, access=mmap.ACCESS_COPY)
         return tuple(_view(mapping, spec, start) for spec, start in zip(specs, starts, strict=True))
+
+    def find_storage(self, spec: TensorSpec) -> tuple[int, Record]:
+        """Where in the file the storage of a tensor begins, and its record."""
+        record = self._find_record(spec)
+        return self._find_start(record), record
+
+    def verify(self, spec: TensorSpec | None = None) -> None:
+        """Read every byte, or those of a tensor's storage, and compare with their checksums.
+
+        Raises:
+            BadSampleError: They are not those the checksum was made of.
+        """
+        key = "" if spec is None else f"{self._prefix}data/{spec.storage_key}"
+        for name in [key] if key else self._records:
+            record = self._records[name]
+            if compute_crc(self.file, self._find_start(record), record.num_bytes) != record.crc:
+                raise BadSampleError(f"has flipped bytes in `{name}`")
 
     def _read_directory(self) -> object:
         try:
-            with zipfile.ZipFile(self._file) as archive:
-                entries = {entry.filename: entry for entry in archive.infolist()}
-        except (zipfile.BadZipFile, ValueError, NotImplementedError, OverflowError, struct.error):
+            self._records = read_directory(self.file, self.num_bytes)
+        except (ValueError, struct.error):
             raise BadSampleError(self._describe_foreign_file()) from None
-        if any(entry.file_size != entry.compress_size for entry in entries.values()):
+        if not all(record.is_stored for record in self._records.values()):
             raise BadSampleError("is compressed; samples are stored as they are")
-        name = next((name for name in entries if name.endswith("/data.pkl")), None)
+        name = next((name for name in self._records if name.endswith("/data.pkl")), None)
         if name is None:
             raise BadSampleError("is a zip archive that `torch.save` did not write")
-        prefix = name.removesuffix("data.pkl")
-        byte_order = entries.get(f"{prefix}byteorder")
-        if byte_order is not None and self._read_entry(byte_order) != b"little":
+        self._prefix = name.removesuffix("data.pkl")
+        byte_order = self._records.get(f"{self._prefix}byteorder")
+        if byte_order is not None and self._read_record(byte_order) != b"little":
             raise BadSampleError("was written on a big-endian machine")
-        self._entries = {
-            path.removeprefix(f"{prefix}data/"): entry
-            for path, entry in entries.items()
-            if path.startswith(f"{prefix}data/")
-        }
-        return read_structure(self._read_entry(entries[name]))
+        return read_structure(self._read_record(self._records[name]))
 
     def _describe_foreign_file(self) -> str:
         if self.num_bytes == 0:
             return "is empty (0 bytes)"
-        start = os.pread(self._file.fileno(), 64, 0)
+        start = os.pread(self.file, 64, 0)
         if start.startswith(b"PK"):
             return "is truncated or damaged: the end of its zip archive is missing"
         for first_bytes, reason in FIRST_BYTES.items():
@@ -117,29 +140,34 @@ class Archive:
                 return reason
         return "is not a file that `torch.save` writes"
 
-    def _read_entry(self, entry: zipfile.ZipInfo) -> bytes:
-        if entry.file_size > MAX_STRUCTURE_BYTES:
-            raise BadSampleError("holds too much beside its tensors to be a sample")
-        return os.pread(self._file.fileno(), entry.file_size, self._find_start(entry))
+    def _find_record(self, spec: TensorSpec) -> Record:
+        record = self._records.get(f"{self._prefix}data/{spec.storage_key}")
+        if record is None:
+            raise BadSampleError("is damaged: the data of a tensor is missing")
+        return record
 
-    def _find_start(self, entry: zipfile.ZipInfo) -> int:
-        header = os.pread(self._file.fileno(), LOCAL_HEADER.size, entry.header_offset)
-        if len(header) != LOCAL_HEADER.size or not header.startswith(b"PK\x03\x04"):
-            raise BadSampleError("is damaged: its zip directory points nowhere")
-        _, len_name, len_extra = LOCAL_HEADER.unpack(header)
-        start: int = entry.header_offset + LOCAL_HEADER.size + len_name + len_extra
-        if start + entry.file_size > self.num_bytes:
-            raise BadSampleError("is truncated")
-        return start
+    def _read_record(self, record: Record) -> bytes:
+        if record.num_bytes > MAX_STRUCTURE_BYTES:
+            raise BadSampleError("holds too much beside its tensors to be a sample")
+        return os.pread(self.file, record.num_bytes, self._find_start(record))
+
+    def _find_start(self, record: Record) -> int:
+        try:
+            return find_start(self.file, record, self.num_bytes)
+        except ValueError as error:
+            raise BadSampleError(str(error)) from None
 
     def _locate(self, spec: TensorSpec) -> int:
         self.check(spec)
-        start = self._find_start(self._entries[spec.storage_key])
-        return start + spec.offset * spec.dtype.itemsize
+        start = self._find_start(self._find_record(spec))
+        return start + spec.offset * ITEM_BYTES[spec.dtype]
 
 
-def _view(buffer: bytearray | mmap.mmap, spec: TensorSpec, start: int) -> Tensor:
+def _view(mapping: mmap.mmap, spec: TensorSpec, start: int) -> "Tensor":
+    import torch
+
+    dtype = getattr(torch, spec.dtype)
     if spec.num_elements == 0:
-        return torch.empty(spec.shape, dtype=spec.dtype)
-    flat = torch.frombuffer(buffer, dtype=spec.dtype, count=spec.span, offset=start)
+        return torch.empty(spec.shape, dtype=dtype)
+    flat = torch.frombuffer(mapping, dtype=dtype, count=spec.span, offset=start)
     return flat.as_strided(spec.shape, spec.stride)

@@ -3,29 +3,24 @@
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO, Protocol
+from typing import Protocol
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from speculators_cli.core.data.formats.archive import Archive
 from speculators_cli.core.data.formats.structure import TensorSpec
 from speculators_cli.core.data.sample import BadSampleError, Sample, SampleTokens
-from speculators_cli.core.files import replacing
 
-HIDDEN_STATE_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
-INTEGER_DTYPES = (
-    torch.uint8,
-    torch.int8,
-    torch.int16,
-    torch.int32,
-    torch.int64,
-    torch.uint16,
-    torch.uint32,
-)
-MASK_DTYPES = (torch.bool, *INTEGER_DTYPES, *HIDDEN_STATE_DTYPES)
+HIDDEN_STATE_DTYPES = ("bfloat16", "float16", "float32", "float64")
+INTEGER_DTYPES = ("uint8", "int8", "int16", "int32", "int64", "uint16", "uint32")
+MASK_DTYPES = ("bool", *INTEGER_DTYPES, *HIDDEN_STATE_DTYPES)
+# What tells a format, the first that fits: `hidden_state` means different states in v0 and there.
+SIGNS = {
+    "specforge": {"aux_hidden_state"},
+    "v0": {"hidden_state", "target"},
+    "v1": {"hidden_states"},
+}
 
 
 @dataclass(frozen=True)
@@ -53,6 +48,9 @@ class Format(Protocol):
     def suffixes(self) -> tuple[str, ...]:
         """How they may end."""
 
+    def stamp_beside(self, folder: Path) -> str:
+        """Changes with the files that samples in a folder are read from beside their own."""
+
     def read_sample(self, file: Path) -> Sample:
         """Read a sample, its hidden states mapped where that can be."""
 
@@ -62,13 +60,16 @@ class Format(Protocol):
 
 @dataclass(frozen=True)
 class SampleFormat:
-    """Reads and writes samples that are one file of `torch.save` each."""
+    """Reads samples that are one file of `torch.save` each."""
 
     name: str
     suffixes: tuple[str, ...]  # of the names of its files
     lay_out: Callable[[Mapping[object, object]], Layout]  # what a file holds -> where its parts are
-    arrange: Callable[[Sample], dict[str, object]]  # a sample -> what a file of it holds
     prefix: str = ""
+
+    def stamp_beside(self, folder: Path) -> str:  # noqa: ARG002
+        """There are no such files."""
+        return ""
 
     def read_sample(self, file: Path) -> Sample:
         """Read a sample: ids and mask into memory, hidden states mapped and read when used.
@@ -77,8 +78,10 @@ class SampleFormat:
             BadSampleError: The file is not a sample of this format.
             OSError: It cannot be opened.
         """
+        import torch
+
         with Archive(file) as archive:
-            layout = self._read_layout(archive)
+            layout = self.read_layout(archive)
             input_ids, loss_mask = _read_tokens(archive, layout)
             *aux, last = archive.map(layout.hidden_states)
             is_normed = _read_flag(archive, layout.is_normed)
@@ -94,7 +97,7 @@ class SampleFormat:
             OSError: It cannot be opened.
         """
         with Archive(file) as archive:
-            layout = self._read_layout(archive)
+            layout = self.read_layout(archive)
             input_ids, loss_mask = _read_tokens(archive, layout)
             is_normed = _read_flag(archive, layout.is_normed)
         return SampleTokens.with_header(
@@ -106,35 +109,21 @@ class SampleFormat:
             is_normed=is_normed,
         )
 
-    def write_sample(self, sample: Sample, file: Path) -> None:
-        """Write a sample, so that the file is absent, as it was, or whole."""
-        with replacing(file) as temporary, temporary.open("wb") as stream:
-            save(self.arrange(sample), stream)
+    def read_layout(self, archive: Archive) -> Layout:
+        """Find and check the parts of a sample in its file.
 
-    def _read_layout(self, archive: Archive) -> Layout:
+        Raises:
+            BadSampleError: The file is not a sample of this format.
+        """
         content = archive.content
         if not isinstance(content, dict):
             raise BadSampleError(f"holds {_kind(content)}, not a dict of tensors")
+        _refuse_foreign(content, self.name)
         layout = self.lay_out(content)
         _check(layout, archive.num_bytes)
         for spec in (layout.input_ids, layout.loss_mask, *layout.hidden_states):
             archive.check(spec)
         return layout
-
-
-def save(content: Mapping[str, object], stream: BinaryIO) -> None:
-    """Write what a file holds; to a stream, since a name would become part of the archive.
-
-    Raises:
-        OSError: The disk is full or fails.
-    """
-    try:
-        torch.save(content, stream)
-    except RuntimeError as error:
-        # torch's writer hides the write that failed behind an error of its own.
-        if isinstance(error.__context__, OSError):
-            raise error.__context__ from None
-        raise
 
 
 def get_tensor(content: Mapping[object, object], key: str) -> TensorSpec:
@@ -173,19 +162,15 @@ def split_columns(
     return [aux.columns(start, start + hidden_size) for start in range(0, width, hidden_size)]
 
 
-def refuse_foreign(content: Mapping[object, object]) -> None:
-    """Refuse, by name, what other tools write."""
-    if "aux_hidden_state" in content:
-        raise BadSampleError("is a SpecForge sample", other_format="specforge")
+def _refuse_foreign(content: Mapping[object, object], name: str) -> None:
+    """Refuse, by name, samples of other formats and what other tools write."""
+    found = next((other for other, keys in SIGNS.items() if keys <= content.keys()), name)
+    if found != name:
+        raise BadSampleError(f"is a {found} sample, read as {name}", other_format=found)
     if "token_ids" in content and "input_ids" not in content:
         raise BadSampleError("has `token_ids` in place of `input_ids`: another tool's format")
     if content and all(isinstance(key, int) for key in content):
         raise BadSampleError("is a table of token counts, not a sample")
-
-
-def own_memory(tensor: Tensor) -> Tensor:
-    """The tensor with no more memory behind it than it shows; `torch.save` writes all of that."""
-    return tensor.clone(memory_format=torch.contiguous_format)
 
 
 def _check(layout: Layout, file_bytes: int) -> None:
@@ -195,7 +180,7 @@ def _check(layout: Layout, file_bytes: int) -> None:
     last = layout.hidden_states[-1]
     for index, spec in enumerate(layout.hidden_states):
         if spec.dtype not in HIDDEN_STATE_DTYPES:
-            raise BadSampleError(f"has hidden states of type {_name(spec.dtype)}, expected floats")
+            raise BadSampleError(f"has hidden states of type {spec.dtype}, expected floats")
         if len(spec.shape) != 2:
             raise BadSampleError(f"has hidden states of shape {list(spec.shape)} in layer {index}")
         if spec.shape[0] != num_tokens:
@@ -204,8 +189,8 @@ def _check(layout: Layout, file_bytes: int) -> None:
             )
         if spec.shape[1] != last.shape[1] or spec.dtype != last.dtype:
             raise BadSampleError(
-                f"has hidden size {spec.shape[1]:,} ({_name(spec.dtype)}) in layer {index}, "
-                f"{last.shape[1]:,} ({_name(last.dtype)}) in the last"
+                f"has hidden size {spec.shape[1]:,} ({spec.dtype}) in layer {index}, "
+                f"{last.shape[1]:,} ({last.dtype}) in the last"
             )
     if len(layout.hidden_states) < 2 or last.shape[1] == 0:
         raise BadSampleError("has no aux hidden states")
@@ -223,7 +208,7 @@ def _check_tokens(layout: Layout) -> None:
         if len(spec.shape) != 1:
             raise BadSampleError(f"has `{key}` of shape {list(spec.shape)}, expected [seq_len]")
         if spec.dtype not in dtypes:
-            raise BadSampleError(f"has `{key}` of type {_name(spec.dtype)}")
+            raise BadSampleError(f"has `{key}` of type {spec.dtype}")
     num_ids, num_mask = layout.input_ids.shape[0], layout.loss_mask.shape[0]
     if num_ids != num_mask:
         raise BadSampleError(f"has {num_ids:,} input ids but a loss mask of {num_mask:,}")
@@ -231,13 +216,10 @@ def _check_tokens(layout: Layout) -> None:
 
 def _read_tokens(archive: Archive, layout: Layout) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
     """Read input ids [seq_len] and loss mask [seq_len], in NumPy."""
-    input_ids = archive.read(layout.input_ids).numpy().astype(np.int64)
-    mask_tensor = archive.read(layout.loss_mask)
-    if mask_tensor.dtype == torch.bool:
-        mask_tensor = mask_tensor.view(torch.uint8)
-    elif mask_tensor.dtype == torch.bfloat16:
-        mask_tensor = mask_tensor.float()
-    mask = mask_tensor.numpy()
+    input_ids = archive.read(layout.input_ids).astype(np.int64)
+    mask = archive.read(layout.loss_mask)
+    if mask.dtype == np.bool_:
+        mask = mask.view(np.uint8)  # a byte of 2 is neither
     is_supervised: NDArray[np.bool_] = mask == 1
     if not (is_supervised | (mask == 0)).all():
         raise BadSampleError("has values other than 0 and 1 in `loss_mask`")
@@ -249,13 +231,11 @@ def _read_tokens(archive: Archive, layout: Layout) -> tuple[NDArray[np.int64], N
 def _read_flag(archive: Archive, flag: bool | TensorSpec) -> bool:
     if isinstance(flag, bool):
         return flag
-    if flag.num_elements != 1:
-        raise BadSampleError(f"has a flag of shape {list(flag.shape)}, expected one value")
+    if flag.num_elements != 1 or flag.dtype not in MASK_DTYPES:
+        raise BadSampleError(
+            f"has a flag of shape {list(flag.shape)} and type {flag.dtype}, expected one value"
+        )
     return bool(archive.read(flag).item())
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 def _kind(value: object) -> str:

@@ -13,21 +13,20 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
 
 from speculators_cli.core.data.sample import BadSampleError, Sample, SampleTokens
 from speculators_cli.core.errors import MachineError
 
 STATES, SCALES, TOKENS = "hidden_states", "hidden_states_scales", "token_ids"
+STATE_FILE = "state.json"  # of a table: names its files
 NAME = re.compile(r"hs_(\d+)\.safetensors")
 DTYPES = {
-    "BF16": torch.bfloat16,
-    "F16": torch.float16,
-    "F32": torch.float32,
-    "F8_E4M3": torch.float8_e4m3fn,
+    "BF16": "bfloat16",
+    "F16": "float16",
+    "F32": "float32",
+    "F8_E4M3": "float8_e4m3fn",
 }
 
 
@@ -38,6 +37,15 @@ class SpeculatorsFormat:
     prefix = "hs_"
     suffixes = (".safetensors",)
 
+    def stamp_beside(self, folder: Path) -> str:
+        """Sizes and moments of the files of the Arrow table."""
+        table_dir = _find_table(folder)
+        if table_dir is None:
+            return ""
+        files = [table_dir / STATE_FILE, *sorted(table_dir.glob("*.arrow"))]
+        stats = [file.stat() for file in files]
+        return " ".join(f"{stat.st_size}:{stat.st_mtime_ns}" for stat in stats)
+
     def read_sample(self, file: Path) -> Sample:
         """Read a sample: ids and mask into memory, hidden states mapped unless they are float8.
 
@@ -46,9 +54,11 @@ class SpeculatorsFormat:
             MachineError: pyarrow is not installed.
             OSError: It cannot be opened.
         """
+        import torch
+
         with _open(file) as tensors:
             tokens = _read_tokens(file, tensors)
-            states: Tensor = tensors.get_tensor(STATES)  # [seq_len, layers, hidden]
+            states: torch.Tensor = tensors.get_tensor(STATES)  # [seq_len, layers, hidden]
             if states.dtype == torch.float8_e4m3fn:
                 # One float32 scale a token; the product is rounded once.
                 states = (states.float() * tensors.get_tensor(SCALES)).bfloat16()
@@ -99,7 +109,7 @@ def _read_tokens(file: Path, tensors: Any) -> SampleTokens:
     )
 
 
-def _read_shape(tensors: Any) -> tuple[tuple[int, ...], torch.dtype]:
+def _read_shape(tensors: Any) -> tuple[tuple[int, ...], str]:
     """Shape and type of the hidden states, checked; nothing of them is read."""
     names = set(tensors.keys())
     missing = [name for name in (STATES, TOKENS) if name not in names]
@@ -126,9 +136,7 @@ def _read_mask(file: Path, token_ids: NDArray[np.int64]) -> NDArray[np.bool_]:
     if match is None:
         raise BadSampleError("is not named `hs_` and the number of a row")
     row = int(match[1])
-    folder = next(
-        (x for x in (file.parent, file.parent.parent) if (x / "state.json").is_file()), None
-    )
+    folder = _find_table(file.parent)
     if folder is None:
         raise BadSampleError("has no Arrow table beside it or in the folder above")
     table = _open_table(folder)
@@ -146,6 +154,11 @@ def _read_mask(file: Path, token_ids: NDArray[np.int64]) -> NDArray[np.bool_]:
     return is_supervised
 
 
+def _find_table(folder: Path) -> Path | None:
+    """The folder of the table whose samples lie in a folder: the same, or the one above."""
+    return next((x for x in (folder, folder.parent) if (x / STATE_FILE).is_file()), None)
+
+
 @lru_cache(maxsize=64)
 def _open_table(folder: Path) -> Any:
     """The Arrow table in a folder, mapped into memory."""
@@ -157,7 +170,7 @@ def _open_table(folder: Path) -> Any:
             hint="Run `pip install 'speculators-cli[arrow]'`",
         ) from None
     try:
-        listed = json.loads((folder / "state.json").read_text("utf-8"))["_data_files"]
+        listed = json.loads((folder / STATE_FILE).read_text("utf-8"))["_data_files"]
         files = [folder / Path(entry["filename"]).name for entry in listed]
         parts = [pa.ipc.open_stream(pa.memory_map(str(f))).read_all() for f in files]
         table = pa.concat_tables(parts).select(["input_ids", "loss_mask"])

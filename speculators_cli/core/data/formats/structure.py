@@ -4,38 +4,52 @@ import pickle
 import struct
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 from math import prod
 from typing import Any, TypeVar
-
-import torch
 
 from speculators_cli.core.data.sample import BadSampleError
 
 # A sample has a few hundred operations; a table of token counts has two for each token.
 MAX_OPERATIONS = 1_000_000
 MAX_SIZE = 2**63 - 1
+CACHED_BYTES = 8192  # of a pickle
 MAX_DIMENSIONS = 8
 
+# Types go by torch's names for them, so that a directory is read without waiting for torch.
+ITEM_BYTES = {
+    "bfloat16": 2,
+    "bool": 1,
+    "float16": 2,
+    "float32": 4,
+    "float64": 8,
+    "float8_e4m3fn": 1,
+    "float8_e5m2": 1,
+    "int16": 2,
+    "int32": 4,
+    "int64": 8,
+    "int8": 1,
+    "uint16": 2,
+    "uint32": 4,
+    "uint64": 8,
+    "uint8": 1,
+}
 STORAGE_DTYPES = {
-    "torch.BFloat16Storage": torch.bfloat16,
-    "torch.BoolStorage": torch.bool,
-    "torch.ByteStorage": torch.uint8,
-    "torch.CharStorage": torch.int8,
-    "torch.DoubleStorage": torch.float64,
-    "torch.FloatStorage": torch.float32,
-    "torch.HalfStorage": torch.float16,
-    "torch.IntStorage": torch.int32,
-    "torch.LongStorage": torch.int64,
-    "torch.ShortStorage": torch.int16,
-    "torch.storage.UntypedStorage": torch.uint8,
+    "torch.BFloat16Storage": "bfloat16",
+    "torch.BoolStorage": "bool",
+    "torch.ByteStorage": "uint8",
+    "torch.CharStorage": "int8",
+    "torch.DoubleStorage": "float64",
+    "torch.FloatStorage": "float32",
+    "torch.HalfStorage": "float16",
+    "torch.IntStorage": "int32",
+    "torch.LongStorage": "int64",
+    "torch.ShortStorage": "int16",
+    "torch.storage.UntypedStorage": "uint8",
 }
 # Types that torch saves as bytes with the dtype beside them.
 UNTYPED_DTYPES = {
-    "torch.float8_e4m3fn": torch.float8_e4m3fn,
-    "torch.float8_e5m2": torch.float8_e5m2,
-    "torch.uint16": torch.uint16,
-    "torch.uint32": torch.uint32,
-    "torch.uint64": torch.uint64,
+    f"torch.{name}": name for name in ("float8_e4m3fn", "float8_e5m2", "uint16", "uint32", "uint64")
 }
 OTHER_TENSORS = {
     "torch.serialization._get_layout": "a sparse tensor",
@@ -62,7 +76,7 @@ class Storage:
     """A block of bytes of the archive."""
 
     key: str
-    dtype: torch.dtype
+    dtype: str
     num_elements: int
 
 
@@ -71,7 +85,7 @@ class TensorSpec:
     """A tensor as the pickle describes it: a strided view of a storage. Sizes are in elements."""
 
     storage_key: str
-    dtype: torch.dtype
+    dtype: str  # a key of `ITEM_BYTES`
     offset: int
     shape: tuple[int, ...]
     stride: tuple[int, ...]
@@ -84,7 +98,7 @@ class TensorSpec:
     @property
     def num_bytes(self) -> int:
         """Memory the tensor takes, as its shape claims."""
-        return self.num_elements * self.dtype.itemsize
+        return self.num_elements * ITEM_BYTES[self.dtype]
 
     @property
     def span(self) -> int:
@@ -111,13 +125,23 @@ class TensorSpec:
 def read_structure(pickled: bytes) -> object:
     """Describe what a pickle holds: plain values, lists, dicts, and a `TensorSpec` a tensor.
 
+    What it returns may be given again, and is not to be changed.
+
     Raises:
         BadSampleError: It is damaged, or needs anything but tensors and plain values.
     """
+    return _read_again(pickled) if len(pickled) <= CACHED_BYTES else _read(pickled)
+
+
+def _read(pickled: bytes) -> object:
     try:
         return _Reader(pickled).read()
     except (ValueError, TypeError, LookupError, struct.error) as error:
         raise BadSampleError("has a damaged directory of tensors") from error
+
+
+# Samples of one length have the very same pickle, so a scan of many reads most of them once.
+_read_again = lru_cache(maxsize=4096)(_read)
 
 
 class _Reader:
@@ -130,11 +154,20 @@ class _Reader:
         self.memo: dict[int, object] = {}
 
     def read(self) -> object:
+        pickled, stack, memo = self.pickled, self.stack, self.memo
         for _ in range(MAX_OPERATIONS):
-            code = self.pickled[self.position]
+            code = pickled[self.position]
             self.position += 1
-            if code in _CONSTANTS:
-                self.stack.append(_CONSTANTS[code])
+            # Three in four operations are one of these: a scan reads one pickle a sample.
+            if code in _SMALL:
+                argument = pickled[self.position]
+                self.position += 1
+                if code == _PUT:
+                    memo[argument] = stack[-1]
+                else:
+                    stack.append(memo[argument] if code == _GET else argument)
+            elif code in _CONSTANTS:
+                stack.append(_CONSTANTS[code])
             elif code in _HANDLERS:
                 _HANDLERS[code](self)
             elif code == pickle.STOP[0]:
@@ -277,13 +310,13 @@ def _rebuild_tensor_v3(
     if name not in UNTYPED_DTYPES:
         raise BadSampleError(f"holds a tensor of type `{_shown(name)}`")
     element = UNTYPED_DTYPES[name]
-    num_elements = storage.num_elements // element.itemsize
+    num_elements = storage.num_elements // ITEM_BYTES[element]
     return _tensor_spec(storage, element, num_elements, offset, shape, stride)
 
 
 def _tensor_spec(
     storage: Storage,
-    dtype: torch.dtype,
+    dtype: str,
     num_elements: int,
     offset: object,
     shape: object,
@@ -295,8 +328,8 @@ def _tensor_spec(
         raise ValueError("not a stride for each dimension")
     if max(claimed, spec.span) > held:
         raise BadSampleError(
-            f"holds a tensor of {claimed * dtype.itemsize:,} bytes in a storage of "
-            f"{max(held, 0) * dtype.itemsize:,} (expanded or cut)"
+            f"holds a tensor of {claimed * ITEM_BYTES[dtype]:,} bytes in a storage of "
+            f"{max(held, 0) * ITEM_BYTES[dtype]:,} (expanded or cut)"
         )
     return spec
 
@@ -358,6 +391,8 @@ _CALLS: dict[str, Callable[..., object]] = {
     "torch._utils._rebuild_tensor_v3": _rebuild_tensor_v3,
     "torch.Size": _make_size,
 }
+_PUT, _GET = pickle.BINPUT[0], pickle.BINGET[0]
+_SMALL = {_PUT, _GET, pickle.BININT1[0]}  # have one byte as argument
 _CONSTANTS = {
     pickle.NONE[0]: None,
     pickle.NEWTRUE[0]: True,
@@ -370,12 +405,9 @@ _HANDLERS: dict[int, Callable[[_Reader], object]] = {
     pickle.BINBYTES[0]: lambda reader: reader.push_bytes(_U32),
     pickle.BINBYTES8[0]: lambda reader: reader.push_bytes(_U64),
     pickle.BINFLOAT[0]: lambda reader: reader.push_number(_F64),
-    pickle.BINGET[0]: lambda reader: reader.get(_U8),
     pickle.BININT[0]: lambda reader: reader.push_number(_I32),
-    pickle.BININT1[0]: lambda reader: reader.push_number(_U8),
     pickle.BININT2[0]: lambda reader: reader.push_number(_U16),
     pickle.BINPERSID[0]: _Reader.make_storage,
-    pickle.BINPUT[0]: lambda reader: reader.put(_U8),
     pickle.BINUNICODE[0]: lambda reader: reader.push_text(_U32),
     pickle.BINUNICODE8[0]: lambda reader: reader.push_text(_U64),
     pickle.BUILD[0]: _Reader.drop_state,

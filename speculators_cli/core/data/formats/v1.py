@@ -1,31 +1,31 @@
 """Format v1: a list of layers, the last of them before the final norm unless it says otherwise."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
+import numpy as np
+from numpy.typing import NDArray
 
-from speculators_cli.core.data.formats.format import (
-    Layout,
-    SampleFormat,
-    get_tensor,
-    own_memory,
-    refuse_foreign,
-)
+from speculators_cli.core.data.formats.archive_writer import ArchiveWriter
+from speculators_cli.core.data.formats.format import Layout, SampleFormat, get_tensor
 from speculators_cli.core.data.formats.structure import TensorSpec
 from speculators_cli.core.data.sample import BadSampleError, Sample
+from speculators_cli.core.files import replacing
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 IS_NORMED = "last_hidden_state_is_normed"  # our own key: absent means False
+ROWS_AT_ONCE = 1024  # tokens written at once
 
 
 def lay_out(content: Mapping[object, object]) -> Layout:
     """Find the parts: `hidden_states`, a list of [seq_len, hidden], aux layers first.
 
     Raises:
-        BadSampleError: The file holds something else.
+        BadSampleError: A part is missing, or is not what it should be.
     """
-    refuse_foreign(content)
-    if "hidden_state" in content and "target" in content:
-        raise BadSampleError("is a v0 sample, read as v1", other_format="v0")
     input_ids, loss_mask = get_tensor(content, "input_ids"), get_tensor(content, "loss_mask")
     layers = content.get("hidden_states")
     if not isinstance(layers, list | tuple):
@@ -43,17 +43,46 @@ def lay_out(content: Mapping[object, object]) -> Layout:
     return Layout(input_ids, loss_mask, tuple(spec.without_batch() for spec in specs), is_normed)
 
 
-def arrange(sample: Sample) -> dict[str, object]:
-    """Name the parts of a sample."""
+def write_sample(sample: Sample, file: Path) -> None:
+    """Write a sample, so that the file is absent, as it was, or whole."""
     layers = (*sample.aux_hidden_states, sample.last_hidden_states)
+    with replacing(file) as temporary, temporary.open("wb") as stream:
+        writer = ArchiveWriter(stream)
+        specs = [
+            write_rows(writer, x.split(ROWS_AT_ONCE), str(x.dtype).removeprefix("torch."), x.shape)
+            for x in layers
+        ]
+        input_ids, loss_mask = sample.input_ids.numpy(), sample.loss_mask.numpy()
+        finish(writer, specs, input_ids, loss_mask, is_normed=sample.is_normed)
+
+
+def finish(
+    writer: ArchiveWriter,
+    hidden_states: Sequence[TensorSpec],
+    input_ids: NDArray[np.int64],  # [seq_len]
+    loss_mask: NDArray[np.bool_],  # [seq_len]
+    *,
+    is_normed: bool,
+) -> None:
+    """Write ids, mask and what the file holds, once its hidden states are written."""
     content: dict[str, object] = {
-        "input_ids": own_memory(sample.input_ids),
-        "loss_mask": own_memory(sample.loss_mask),
-        "hidden_states": [own_memory(layer) for layer in layers],
+        "input_ids": writer.add([input_ids.tobytes()], "int64", input_ids.shape),
+        "loss_mask": writer.add([loss_mask.tobytes()], "bool", loss_mask.shape),
+        "hidden_states": list(hidden_states),
     }
-    if sample.is_normed:
-        content[IS_NORMED] = torch.tensor(True)
-    return content
+    if is_normed:
+        content[IS_NORMED] = writer.add([b"\1"], "bool", ())
+    writer.finish(content)
 
 
-FORMAT = SampleFormat("v1", (".pt",), lay_out, arrange)
+def write_rows(
+    writer: ArchiveWriter, rows: Iterable["Tensor"], dtype: str, shape: Sequence[int]
+) -> TensorSpec:
+    """Write hidden states [seq_len, hidden], some tokens at a time, so that few are in memory."""
+    import torch
+
+    parts = (x.contiguous().view(torch.uint8).flatten().numpy().data for x in rows)
+    return writer.add(parts, dtype, shape)
+
+
+FORMAT = SampleFormat("v1", (".pt",), lay_out)
