@@ -1,6 +1,8 @@
 """`speculators build-vocab-map` as the user types it."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -64,6 +66,25 @@ def test_maps_hold_the_most_frequent_supervised_tokens(tiny: TinyInputs, capsys:
     assert_golden(report, "build-vocab-map", tiny.folder)
     freq = torch.load(out_dir / "token_freq.pt", weights_only=True)
     assert freq == {i: count for i, count in enumerate(counts) if count}
+
+
+def test_counting_without_a_verifier_does_not_wait_for_transformers(tiny: TinyInputs) -> None:
+    script = (
+        "import sys; from speculators_cli.cli.app import run; code = run(sys.argv[1:]); "
+        "print(code, 'transformers' in sys.modules)"
+    )
+    flags = ["build-vocab-map", "--data-path", tiny.data_dir, "--output-dir", tiny.folder / "maps"]
+    sizes = ["--target-vocab-size", VOCAB, "--draft-vocab-size", 19]
+
+    done = subprocess.run(
+        [sys.executable, "-c", script, *map(str, [*flags, *sizes])],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+
+    assert done.stdout.splitlines()[-1] == "0 False"
+    assert (tiny.folder / "maps" / "d2t.npy").exists()
 
 
 def test_train_accepts_the_maps(tiny: TinyInputs, capsys: Capture) -> None:

@@ -3,7 +3,7 @@
 from collections.abc import Collection
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -19,16 +19,11 @@ from speculators_cli.core.data.token_counts import (
 from speculators_cli.core.data.vocab_map import VocabMap
 from speculators_cli.core.errors import DataError
 from speculators_cli.core.files import check_output_dir
-from speculators_cli.core.models.agreement import spread
-from speculators_cli.core.models.special_tokens import find_special_ids
-from speculators_cli.core.models.verifier import (
-    FrozenVerifier,
-    load_frozen_verifier,
-    read_verifier_config,
-)
-from speculators_cli.core.models.verifier_files import VerifierFiles
 from speculators_cli.core.progress import Progress
 from speculators_cli.settings.build_vocab_map import BuildVocabMapSettings, VocabularySettings
+
+if TYPE_CHECKING:
+    from speculators_cli.core.models.verifier import FrozenVerifier
 
 COMPARED_SIZES = (8_000, 16_000, 32_000, 64_000)
 
@@ -104,6 +99,10 @@ def read_vocab_size(settings: VocabularySettings) -> int:
     if settings.target_vocab_size is not None:
         return settings.target_vocab_size
     assert settings.verifier_name_or_path is not None, "the settings name one of the two"
+    # Where no verifier is asked, nothing waits for transformers: it takes a second to start.
+    from speculators_cli.core.models.verifier import read_verifier_config
+    from speculators_cli.core.models.verifier_files import VerifierFiles
+
     files = VerifierFiles(settings.verifier_name_or_path)
     config = read_verifier_config(files, trust_remote_code=settings.trust_remote_code)
     return files.read_vocab_size(is_tied=config.is_tied)
@@ -122,6 +121,8 @@ def choose_special_ids(
             hint="Pass `--verifier-name-or-path` in place of `--target-vocab-size`",
         )
         return frozenset()
+    from speculators_cli.core.models.special_tokens import find_special_ids
+
     ids, has_tokenizer = find_special_ids(name, trust_remote_code=settings.trust_remote_code)
     if not has_tokenizer:
         progress.warn(f"`{name}` has no tokenizer: the tokens of its chat template are not known")
@@ -173,6 +174,9 @@ def measure_mass(
     so no draft over this vocabulary can be accepted more often when sampling. Measured on a few
     samples, drawn with a seed; None if they hold nothing supervised.
     """
+    from speculators_cli.core.models.verifier import load_frozen_verifier, read_verifier_config
+    from speculators_cli.core.models.verifier_files import VerifierFiles
+
     name = settings.verifier_name_or_path
     assert name is not None, "asked only with a verifier"
     files = VerifierFiles(name)
@@ -197,9 +201,11 @@ def measure_mass(
 
 @torch.no_grad()
 def sample_mass(
-    samples: Dataset, sample_id: int, verifier: FrozenVerifier, vocab_map: VocabMap
+    samples: Dataset, sample_id: int, verifier: "FrozenVerifier", vocab_map: VocabMap
 ) -> torch.Tensor:
     """Probability within the draft vocabulary at some supervised positions; [positions]."""
+    from speculators_cli.core.models.agreement import spread
+
     sample = samples.read(sample_id)
     # The distribution of position i is over the token after it.
     positions = spread(sample.loss_mask[1:].nonzero().flatten())
