@@ -47,8 +47,10 @@ class DeviceFeed:
             ready = self._copy(next(batches, None))
 
     def take_wait_seconds(self) -> float:
-        """Seconds waited since it was last asked; to be called where the device was waited for."""
+        """Seconds waited since it was last asked; waits until the last batches are being used."""
         waits, self._waits = self._waits, []
+        if waits:
+            waits[-1][1].synchronize()
         self._seconds += sum(start.elapsed_time(stop) for start, stop in waits) / 1e3
         seconds, self._seconds = self._seconds, 0.0
         return seconds
