@@ -27,6 +27,16 @@ def tiny(shared_inputs: TinyInputs, tmp_path: Path) -> TinyInputs:
     return TinyInputs(tmp_path)
 
 
+@pytest.fixture
+def data_dir(tiny: TinyInputs) -> Path:
+    """The tiny samples in a folder that may be written into."""
+    folder = tiny.folder / "copied"
+    folder.mkdir()
+    for file in tiny.data_dir.iterdir():
+        (folder / file.name).write_bytes(file.read_bytes())
+    return folder
+
+
 @pytest.fixture(autouse=True)
 def _plain_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TERM", "dumb")

@@ -41,7 +41,7 @@ def check_output_dir(folder: Path, *, flag: str) -> None:
     Raises:
         SettingsError: It cannot.
     """
-    existing = next(p for p in (folder.absolute(), *folder.absolute().parents) if p.exists())
+    existing = find_existing(folder)
     if not existing.is_dir():
         raise SettingsError(
             f"`{flag}`: `{existing}` is not a folder", hint="Name a folder, new or old"
@@ -50,6 +50,12 @@ def check_output_dir(folder: Path, *, flag: str) -> None:
         raise SettingsError(
             f"`{flag}`: `{existing}` cannot be written", hint="Name a folder you may write to"
         )
+
+
+def find_existing(path: Path) -> Path:
+    """The path itself, or the nearest folder above it that exists."""
+    path = path.absolute()
+    return next(p for p in (path, *path.parents) if p.exists())
 
 
 @contextmanager

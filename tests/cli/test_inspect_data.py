@@ -34,16 +34,6 @@ def problems_of(report: Content) -> dict[str, str]:
     return {Path(p["file"]).name: p["problem"] for p in report["problems"]}
 
 
-@pytest.fixture
-def data_dir(tiny: TinyInputs) -> Path:
-    """The tiny samples in a folder that may be written into."""
-    folder = tiny.folder / "copied"
-    folder.mkdir()
-    for file in tiny.data_dir.iterdir():
-        (folder / file.name).write_bytes(file.read_bytes())
-    return folder
-
-
 def change(file: Path, edit: Callable[[Content], object]) -> None:
     content = torch.load(file, weights_only=True)
     edit(content)

@@ -19,16 +19,6 @@ Content = dict[str, Any]
 SICK = "data_13.pt"
 
 
-@pytest.fixture
-def data_dir(tiny: TinyInputs) -> Path:
-    """The tiny samples in a folder that may be written into."""
-    folder = tiny.folder / "faulty"
-    folder.mkdir()
-    for file in tiny.data_dir.iterdir():
-        (folder / file.name).write_bytes(file.read_bytes())
-    return folder
-
-
 def inspect(folder: Path, capsys: Capture, *flags: object) -> tuple[int, Content]:
     capsys.readouterr()
     code = run(["inspect-data", str(folder), "--json", *map(str, flags)])

@@ -19,7 +19,6 @@ from speculators_cli.core.data.data_config import LayerIds, default_layer_ids
 from speculators_cli.core.data.dataset import Dataset, read_dataset
 from speculators_cli.core.data.loader import BatchSource
 from speculators_cli.core.data.vocab_map import VocabMap
-from speculators_cli.core.errors import DataError
 from speculators_cli.core.models.cost import count_flops, count_rows, estimate_memory, find_gpu
 from speculators_cli.core.models.eagle3 import Eagle3Draft
 from speculators_cli.core.models.verifier import FrozenVerifier, VerifierConfig
@@ -27,7 +26,7 @@ from speculators_cli.core.models.verifier_files import VerifierFiles
 from speculators_cli.core.progress import Progress, SilentProgress
 from speculators_cli.core.training.checkpoint import TrainState
 from speculators_cli.core.training.distributed import Ranks, start_ranks
-from speculators_cli.core.training.inputs import Inputs
+from speculators_cli.core.training.inputs import Inputs, check_samples_fit
 from speculators_cli.core.training.optimizer import Optimizer
 from speculators_cli.core.training.run import build_draft, build_loader, choose_compute_dtype
 from speculators_cli.core.training.run_log import RunLog
@@ -83,7 +82,7 @@ def bench(settings: BenchSettings, *, progress: Progress) -> BenchReport:
     verifier, vocab_size = find_shape(settings.shape)
     train_settings = _train_settings(settings, verifier)
     with start_ranks(train_settings.distributed) as ranks:
-        samples = _read_samples(settings, verifier, progress)
+        samples = _read_samples(settings, verifier, vocab_size, progress)
         trainer = _build_trainer(settings, train_settings, verifier, vocab_size, samples, ranks)
         return _measure(settings, trainer, verifier.name_or_path)
 
@@ -274,7 +273,9 @@ def _train_settings(settings: BenchSettings, verifier: VerifierConfig) -> TrainS
     )
 
 
-def _read_samples(settings: BenchSettings, verifier: VerifierConfig, progress: Progress) -> Dataset:
+def _read_samples(
+    settings: BenchSettings, verifier: VerifierConfig, vocab_size: int, progress: Progress
+) -> Dataset:
     """The samples to train on; none if they are made up."""
     samples = settings.samples
     if not samples.data_path:
@@ -287,12 +288,7 @@ def _read_samples(settings: BenchSettings, verifier: VerifierConfig, progress: P
         max_bad_samples=None,
         progress=progress,
     )
-    if dataset.hidden_size != verifier.hidden_size:
-        raise DataError(
-            f"The samples have hidden size {dataset.hidden_size:,}, `{verifier.name_or_path}` has "
-            f"{verifier.hidden_size:,}",
-            hint="Pass the `--shape` or `--verifier-name-or-path` that they were captured from",
-        )
+    check_samples_fit(dataset, verifier, vocab_size)
     return dataset
 
 

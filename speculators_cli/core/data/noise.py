@@ -24,13 +24,13 @@ def drop_and_add_noise(batch: Batch, std: float, *, seed: int, epoch: int) -> tu
     from speculators_cli.core.data.noise_kernel import perturb
 
     is_broken = find_non_finite(batch)
-    keys = torch.tensor([_key(seed, epoch, sample_id) for sample_id in batch.sample_ids])
+    keys = [_key(seed, epoch, sample_id) for sample_id in batch.sample_ids]
     perturb(
         batch.aux_hidden_states,
         batch.document_ids,
         batch.position_ids,
         is_broken,
-        keys.pin_memory().to(is_broken.device, non_blocking=True),
+        torch.tensor(keys, dtype=torch.int64).pin_memory().to(is_broken.device, non_blocking=True),
         std,
     )
     return leave_out(rows_of(is_broken, batch), batch), is_broken

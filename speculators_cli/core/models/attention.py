@@ -6,7 +6,7 @@ the keys of steps 1..k at position i alone (EAGLE-3, arXiv 2503.01840, section 3
 
 from collections.abc import Sequence
 from importlib.util import find_spec
-from itertools import accumulate, pairwise
+from itertools import pairwise
 from typing import Protocol
 
 import torch
@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from speculators_cli.core.models.fast.causal_attention import can_use_flash
-from speculators_cli.core.models.fast.spans import Spans
+from speculators_cli.core.models.fast.spans import Spans, document_bounds
 
 
 class AttentionMemory(Protocol):
@@ -47,9 +47,8 @@ class TTTMemory:
         """Attend as the next TTT step; [seq_len, heads, head_dim]."""
         self.keys.append(key)
         self.values.append(value)
-        padding = query.shape[0] - sum(self.lengths)
-        bounds = tuple(accumulate((*self.lengths, padding) if padding else self.lengths, initial=0))
-        if not (can_use_flash(query) and find_spec("triton")):
+        bounds = document_bounds(self.lengths, len(query))
+        if not (can_use_flash(query.device, query.dtype, query.shape[-1]) and find_spec("triton")):
             return plain_attention(query, bounds, *self.keys, *self.values)
         from speculators_cli.core.models.fast.joint_attention import joint_attention
 

@@ -127,7 +127,7 @@ def estimate_memory(
     query, kv = config.num_heads * config.head_dim, 2 * config.num_kv_heads * config.head_dim
     head = config.draft_vocab_size * size
     parameters = count_parameters(config)
-    trained = parameters if train_head else parameters - head
+    trained = count_trained(config, train_head=train_head)
     # float32 weights and two moments; bfloat16 working weights; what the verifier lends.
     states = 4 * parameters + 8 * trained + 2 * parameters
     if num_shards > 1:
@@ -170,3 +170,9 @@ def count_parameters(config: Eagle3Config) -> int:
             size *= length
         total += size
     return total
+
+
+def count_trained(config: Eagle3Config, *, train_head: bool) -> int:
+    """Weights that the optimizer moves."""
+    frozen = 0 if train_head else config.draft_vocab_size * config.hidden_size
+    return count_parameters(config) - frozen

@@ -6,6 +6,7 @@ from importlib.util import find_spec
 import torch
 
 from speculators_cli.core.errors import MachineError
+from speculators_cli.core.models.fast.causal_attention import can_use_flash
 
 
 def use_fast_kernels(
@@ -30,8 +31,7 @@ def use_fast_kernels(
             f"`--kernels fast`: {reason}", hint="Pass `--kernels auto`, or `--kernels plain`"
         )
     # In float32, or with heads that FlashAttention does not take, attention would be the slow one.
-    takes_flash = dtype == torch.bfloat16 and head_dim % 8 == 0 and head_dim <= 256
-    is_worth_it = takes_flash and device.type == "cuda"
+    is_worth_it = can_use_flash(device, dtype, head_dim)
     return reason is None and (setting == "fast" or is_worth_it)
 
 

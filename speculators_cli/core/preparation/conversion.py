@@ -24,7 +24,7 @@ from speculators_cli.core.data.formats.archive import Archive
 from speculators_cli.core.data.formats.structure import ITEM_BYTES
 from speculators_cli.core.data.sample import BadSampleError, Problem
 from speculators_cli.core.errors import DataError, MachineError, SettingsError
-from speculators_cli.core.files import TEMPORARY, check_output_dir, sync
+from speculators_cli.core.files import TEMPORARY, check_output_dir, find_existing, sync
 from speculators_cli.core.progress import Progress
 from speculators_cli.settings.convert_v0 import ConvertV0Settings, FilesSettings
 
@@ -227,8 +227,7 @@ def check_space(jobs: Sequence[Job], files: FilesSettings) -> None:
     if files.delete_source:
         # Each source makes room for the next copy.
         sizes = sorted(sizes)[-count_workers(files) :]
-    path = files.output_dir.absolute()
-    free = shutil.disk_usage(next(p for p in (path, *path.parents) if p.exists())).free
+    free = shutil.disk_usage(find_existing(files.output_dir)).free
     if sum(sizes) > free:
         raise MachineError(
             f"`{files.output_dir}` has {free / 2**30:.1f} GiB free, the samples take "

@@ -106,7 +106,7 @@ def read_inputs(
         max_bad_samples=data.max_bad_samples,
         progress=progress,
     )
-    _check_fit(samples, verifier, vocab_size)
+    check_samples_fit(samples, verifier, vocab_size)
     layer_ids = resolve_layer_ids(
         samples.configs,
         num_verifier_layers=verifier.num_layers,
@@ -126,7 +126,7 @@ def read_inputs(
             max_bad_samples=data.max_bad_samples,
             progress=progress,
         )
-        _check_fit(validation, verifier, vocab_size)
+        check_samples_fit(validation, verifier, vocab_size)
     else:
         samples, validation = split(scanned, data.train_data_ratio)
     _check_enough(samples, data.total_seq_len, num_ranks)
@@ -138,7 +138,12 @@ def read_inputs(
     return Inputs(samples, validation, vocab_map, files, verifier, layer_ids, source)
 
 
-def _check_fit(samples: Dataset, verifier: VerifierConfig, vocab_size: int) -> None:
+def check_samples_fit(samples: Dataset, verifier: VerifierConfig, vocab_size: int) -> None:
+    """Refuse samples of another verifier.
+
+    Raises:
+        DataError: Their hidden size or token ids are not the verifier's.
+    """
     if samples.hidden_size != verifier.hidden_size:
         raise DataError(
             f"The samples have hidden size {samples.hidden_size:,}, verifier "

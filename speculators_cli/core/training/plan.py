@@ -1,6 +1,5 @@
 """plan(settings): what a run will take, from headers and sizes alone."""
 
-import os
 import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
@@ -11,11 +10,13 @@ import torch
 
 from speculators_cli.core.data.dataset import Dataset
 from speculators_cli.core.data.packing import PackingPlan, plan_epoch
+from speculators_cli.core.files import find_existing
 from speculators_cli.core.models.config import Eagle3Config
 from speculators_cli.core.models.cost import (
     RowCounts,
     count_flops,
     count_parameters,
+    count_trained,
     estimate_memory,
     estimate_seconds,
     find_gpu,
@@ -101,7 +102,7 @@ def _estimate(
     flops = sum(count_flops(config, row, train_head=train_head) for row in rows)
     flops_per_step = flops / max(packed.num_steps, 1) / ranks.num_ranks
     parameters = count_parameters(config)
-    trained = parameters - (0 if train_head else config.draft_vocab_size * config.hidden_size)
+    trained = count_trained(config, train_head=train_head)
     is_cuda = ranks.device.type == "cuda"
     device = torch.cuda.get_device_name() if is_cuda else "cpu"
     gpu = find_gpu(device)
@@ -137,7 +138,7 @@ def _estimate(
         # float32 weights and two moments of what is trained; the embedding in its own dtype.
         checkpoint_bytes=4 * parameters + 8 * trained + 2 * config.vocab_size * config.hidden_size,
         num_checkpoints=_count_checkpoints(settings, packed, total_steps),
-        free_bytes=_free_bytes(settings),
+        free_bytes=shutil.disk_usage(find_existing(settings.run.save_path)).free,
     )
 
 
@@ -171,10 +172,3 @@ def _count_checkpoints(settings: TrainSettings, packed: PackingPlan, total_steps
     keep = settings.checkpoints.keep_checkpoints
     # The latest ones and the best.
     return num_saved if keep is None else min(num_saved, keep + 1)
-
-
-def _free_bytes(settings: TrainSettings) -> int:
-    folder = settings.run.save_path.absolute()
-    while not folder.exists():
-        folder = folder.parent
-    return shutil.disk_usage(os.fspath(folder)).free

@@ -6,7 +6,6 @@ from the loss mask and the lengths of documents, both on the host, so no step wa
 """
 
 from dataclasses import dataclass
-from itertools import accumulate
 
 import numpy as np
 import torch
@@ -14,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from speculators_cli.core.data.batch import Batch
-from speculators_cli.core.models.fast.spans import Spans, move
+from speculators_cli.core.models.fast.spans import Spans, document_bounds, move
 
 Indices = NDArray[np.int64]
 
@@ -43,7 +42,7 @@ def find_active_rows(batch: Batch, num_steps: int) -> ActiveRows:
     """Plan one packed sequence; enqueues one small copy to the batch's device."""
     mask = batch.host_mask.numpy()
     seq_len, device = len(mask), batch.input_ids.device
-    bounds = _bounds(batch.lengths, seq_len)
+    bounds = document_bounds(batch.lengths, seq_len)
     documents = np.repeat(np.arange(len(bounds) - 1), np.diff(bounds))
     documents[sum(batch.lengths) :] = -1
 
@@ -84,12 +83,6 @@ def find_active_rows(batch: Batch, num_steps: int) -> ActiveRows:
         spans=Spans.of_rows(bounds, rows, device),
         all_spans=Spans.of_documents(bounds, device),
     )
-
-
-def _bounds(lengths: tuple[int, ...], seq_len: int) -> tuple[int, ...]:
-    """Where documents begin, and the end of the last; padding counts as one."""
-    padding = seq_len - sum(lengths)
-    return tuple(accumulate((*lengths, padding) if padding else lengths, initial=0))
 
 
 def _places(rows: Indices, seq_len: int) -> Indices:

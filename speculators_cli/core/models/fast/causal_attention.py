@@ -25,14 +25,14 @@ class Causal(NamedTuple):
     saved: tuple[Tensor, ...]  # what else the backward asks for
 
 
-def can_use_flash(query: Tensor) -> bool:
+def can_use_flash(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
     """Whether the FlashAttention kernel takes such queries: half precision on a recent GPU."""
     return (
-        query.is_cuda
-        and query.dtype in (torch.bfloat16, torch.float16)
-        and query.shape[-1] <= 256
-        and query.shape[-1] % 8 == 0
-        and torch.cuda.get_device_capability(query.device) >= (8, 0)
+        device.type == "cuda"
+        and dtype in (torch.bfloat16, torch.float16)
+        and head_dim <= 256
+        and head_dim % 8 == 0
+        and torch.cuda.get_device_capability(device) >= (8, 0)
     )
 
 
@@ -43,7 +43,7 @@ def forward(
     spans: Spans,
 ) -> Causal:
     """Attend from each query to the keys of its document up to its own position."""
-    if not can_use_flash(query):
+    if not can_use_flash(query.device, query.dtype, query.shape[-1]):
         return _dense_forward(query, key, value, spans)
     out, lse, rng_state, unused, _ = _flash_forward(
         query, key, value, spans.query_offsets, spans.key_offsets,
@@ -63,7 +63,7 @@ def backward(
     spans: Spans,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of query, key and value, for a softmax that ends at `out` and `lse`."""
-    if not can_use_flash(query):
+    if not can_use_flash(query.device, query.dtype, query.shape[-1]):
         return _dense_backward(grad_out, query, key, value, out, lse, spans)
     grads: tuple[Tensor, Tensor, Tensor] = _flash_backward(
         grad_out, query, key, value, out, lse, spans.query_offsets, spans.key_offsets,

@@ -72,9 +72,10 @@ class _LinearKL(torch.autograd.Function):
         verifier_tokens = torch.zeros(num_targets, dtype=torch.int32, device=hidden.device)
         needs_hidden, needs_head, *_ = ctx.needs_input_grad
         grad_hidden = torch.zeros_like(hidden) if needs_hidden else None
+        verifier_rows = verifier_rows.to(hidden.dtype)
         for chunk in _chunks(num_targets, chunk_size(num_steps, len(verifier_rows))):
             here = slice(*chunk)
-            targets = last_hidden[here] @ verifier_rows.to(hidden.dtype).T
+            targets = last_hidden[here] @ verifier_rows.T
             stats, verifier_tokens[here] = _target_stats(targets, verifier)
             own_rows = rows[:, here].contiguous()
             source = hidden.index_select(0, own_rows.clamp(min=0).flatten())

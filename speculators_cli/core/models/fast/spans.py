@@ -7,7 +7,7 @@ a prompt before them costs nothing, gaps between them are filled with zeros.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import accumulate, pairwise
 
 import numpy as np
 import torch
@@ -64,6 +64,12 @@ class Spans:
     def longest_key(self) -> int:
         """Keys of the longest document."""
         return max(stop - start for start, stop in pairwise(self.key_bounds))
+
+
+def document_bounds(lengths: Sequence[int], seq_len: int) -> tuple[int, ...]:
+    """Where documents begin, and the end of the last; padding counts as one."""
+    padding = seq_len - sum(lengths)
+    return tuple(accumulate((*lengths, padding) if padding else lengths, initial=0))
 
 
 def _offsets(bounds: Sequence[int], device: torch.device) -> Tensor:
