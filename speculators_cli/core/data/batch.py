@@ -21,15 +21,18 @@ class Batch:
     Position `i` of a document holds token `x[i+1]` of its sample, the aux hidden states `g[i]` of
     the token before it, and the last hidden states `y[i+1]`, whose distribution predicts `x[i+2]`
     (EAGLE-3's alignment). Padding has document id -1, loss mask False and zeros elsewhere.
+
+    Last hidden states are there for supervised positions alone, the targets: no other is read.
     """
 
     input_ids: Tensor  # [seq_len], int64
     aux_hidden_states: Tensor  # [seq_len, aux*hidden], float
-    last_hidden_states: Tensor  # [seq_len, hidden], float
-    is_normed: Tensor  # [seq_len], bool: last hidden states are after the final norm
     loss_mask: Tensor  # [seq_len], bool
     document_ids: Tensor  # [seq_len], int64: from 0 in order, -1 is padding
     position_ids: Tensor  # [seq_len], int64: from 1 in each document, 0 is padding
+    targets: Tensor  # [targets], int64: positions where the loss mask was read as True
+    last_hidden_states: Tensor  # [targets, hidden], float
+    is_normed: Tensor  # [targets], bool: last hidden states are after the final norm
     host_mask: Tensor  # [seq_len], bool: the loss mask as read, and on the CPU wherever the rest is
     lengths: tuple[int, ...]  # tokens of each document, in order
     sample_ids: tuple[int, ...]  # the sample of each document: its index in the dataset
@@ -61,12 +64,21 @@ class Batch:
             self,
             input_ids=change(self.input_ids),
             aux_hidden_states=change(self.aux_hidden_states),
-            last_hidden_states=change(self.last_hidden_states),
-            is_normed=change(self.is_normed),
             loss_mask=change(self.loss_mask),
             document_ids=change(self.document_ids),
             position_ids=change(self.position_ids),
+            targets=change(self.targets),
+            last_hidden_states=change(self.last_hidden_states),
+            is_normed=change(self.is_normed),
         )
+
+    def at_positions(
+        self,
+        values: Tensor,  # [targets, ...]
+    ) -> Tensor:
+        """What is known of targets at their positions, zeros at the others; [seq_len, ...]."""
+        empty = values.new_zeros(len(self.input_ids), *values.shape[1:])
+        return empty.index_copy_(0, self.targets, values)
 
 
 def collate(
@@ -82,13 +94,14 @@ def collate(
     """Pack samples end to end; each hidden state is copied once, from its file into the batch.
 
     A sample of S tokens takes S - 1 positions: ids, last hidden states and loss mask lose their
-    first, aux hidden states their last. What does not fit into `total_seq_len` is cut.
+    first, aux hidden states their last. What does not fit into `total_seq_len` is cut. Last hidden
+    states are read at supervised positions alone.
     """
 
     def make(*shape: int, of: torch.dtype) -> Tensor:
         return torch.zeros(shape, dtype=of, pin_memory=pin_memory)
 
-    input_ids, position_ids = (make(total_seq_len, of=torch.int64) for _ in range(2))
+    input_ids, position_ids, targets = (make(total_seq_len, of=torch.int64) for _ in range(3))
     document_ids = make(total_seq_len, of=torch.int64).fill_(-1)
     loss_mask, is_normed = (make(total_seq_len, of=torch.bool) for _ in range(2))
     # Left unset where a sample follows: filling them first would write every byte twice.
@@ -97,7 +110,7 @@ def collate(
     )
     last = torch.empty((total_seq_len, hidden_size), dtype=dtype, pin_memory=pin_memory)
     aux_bits, last_bits = _bits(aux), _bits(last)
-    start, lengths = 0, []
+    start, num_targets, lengths = 0, 0, []
     for document, sample in enumerate(samples):
         length = min(sample.num_tokens - 1, total_seq_len - start)
         here = slice(start, start + length)
@@ -105,27 +118,40 @@ def collate(
         loss_mask[here] = sample.loss_mask[1 : 1 + length]
         position_ids[here] = torch.arange(1, 1 + length)
         document_ids[here] = document
-        is_normed[here] = sample.is_normed
         for layer, states in enumerate(sample.aux_hidden_states):
             columns = slice(layer * hidden_size, (layer + 1) * hidden_size)
             aux_bits[here, columns] = _bits(states[:length].to(dtype))
-        last_bits[here] = _bits(sample.last_hidden_states[1 : 1 + length].to(dtype))
+        supervised = loss_mask[here].nonzero().flatten()
+        own = slice(num_targets, num_targets + len(supervised))
+        targets[own] = supervised + start
+        is_normed[own] = sample.is_normed
+        _copy_rows(sample.last_hidden_states, supervised + 1, last_bits[own], dtype)
         lengths.append(length)
         start += length
+        num_targets += len(supervised)
     aux_bits[start:] = 0
-    last_bits[start:] = 0
     return Batch(
         input_ids=input_ids,
         aux_hidden_states=aux,
-        last_hidden_states=last,
-        is_normed=is_normed,
         loss_mask=loss_mask,
         document_ids=document_ids,
         position_ids=position_ids,
+        targets=targets[:num_targets],
+        last_hidden_states=last[:num_targets],
+        is_normed=is_normed[:num_targets],
         host_mask=loss_mask,
         lengths=tuple(lengths),
         sample_ids=tuple(sample_ids),
     )
+
+
+def _copy_rows(states: Tensor, rows: Tensor, into: NDArray[np.generic], dtype: torch.dtype) -> None:
+    """Write some rows of [rows, hidden] states, cast; of a memory-mapped file no other is read."""
+    if states.dtype == dtype:
+        # The mode that checks no bounds is the one that needs no buffer: the rows are inside.
+        np.take(_bits(states), rows.numpy(), axis=0, out=into, mode="clip")
+    else:
+        into[:] = _bits(states[rows].to(dtype))
 
 
 def _bits(tensor: Tensor) -> NDArray[np.generic]:
@@ -154,7 +180,7 @@ def find_non_finite(batch: Batch) -> Tensor:
     """Which documents have NaN or Inf in their hidden states; [documents], bool."""
     # A sum is finite only if all its parts are, or a part overflows float32, which is as broken.
     sums = batch.aux_hidden_states.sum(-1, dtype=torch.float32)
-    sums = sums + batch.last_hidden_states.sum(-1, dtype=torch.float32)
+    sums = sums + batch.at_positions(batch.last_hidden_states.sum(-1, dtype=torch.float32))
     is_bad = ~sums.isfinite() & (batch.document_ids >= 0)
     # One slot more, for padding.
     bad_counts = torch.zeros(len(batch.lengths) + 1, dtype=torch.int64, device=is_bad.device)
@@ -177,6 +203,6 @@ def leave_out(
     """The batch without supervision or last hidden states on these rows."""
     return replace(
         batch,
-        last_hidden_states=batch.last_hidden_states.masked_fill(rows[:, None], 0.0),
+        last_hidden_states=batch.last_hidden_states.masked_fill(rows[batch.targets, None], 0.0),
         loss_mask=batch.loss_mask & ~rows,
     )

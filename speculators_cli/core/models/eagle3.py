@@ -140,7 +140,7 @@ class Eagle3Draft(DraftModel):
             if weights is None:
                 weights = torch.ones(self.config.ttt_steps, device=self.fc.weight.device)
             return unroll(self, batch, weights)
-        log_probs, tokens = self.targets(batch)
+        log_probs, tokens = map(batch.at_positions, self.targets(batch))
         hidden = self.fuse(batch.aux_hidden_states)
         memories = [TTTMemory(batch.lengths) for _ in self.layers]
         losses, agreed = [], []
@@ -162,7 +162,7 @@ class Eagle3Draft(DraftModel):
         (`eval()`) its best of all, so that a token the draft cannot propose counts as a miss.
 
         Returns:
-            Log-probabilities, [seq_len, draft_vocab], float32; verifier ids, [seq_len], int64.
+            Log-probabilities, [targets, draft_vocab], float32; verifier ids, [targets], int64.
         """
         normed = self.verifier.normed(batch.last_hidden_states, batch.is_normed)
         logits = self.verifier.logits(normed, self.verifier_rows)

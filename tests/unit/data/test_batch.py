@@ -44,8 +44,9 @@ def test_ids_last_states_and_mask_are_shifted_against_the_aux_states() -> None:
     batch = pack(make_sample(5), total_seq_len=4)
 
     assert batch.input_ids.tolist() == [1, 2, 3, 4]
-    assert batch.last_hidden_states[:, 0].tolist() == [9001, 9002, 9003, 9004]
     assert batch.loss_mask.tolist() == [True, False, True, False]
+    assert batch.targets.tolist() == [0, 2]
+    assert batch.last_hidden_states[:, 0].tolist() == [9001, 9003]
     assert batch.aux_hidden_states[:, 0].tolist() == [1000, 1001, 1002, 1003]
     assert batch.aux_hidden_states[:, HIDDEN].tolist() == [2000, 2001, 2002, 2003]
     assert batch.position_ids.tolist() == [1, 2, 3, 4]
@@ -57,7 +58,9 @@ def test_documents_are_packed_end_to_end_and_padded() -> None:
     assert batch.document_ids.tolist() == [0] * 3 + [1] * 4 + [-1] * 5
     assert batch.lengths == (3, 4)
     assert batch.position_ids.tolist() == [1, 2, 3, 1, 2, 3, 4, 0, 0, 0, 0, 0]
-    assert batch.is_normed.tolist() == [False] * 3 + [True] * 4 + [False] * 5
+    assert batch.targets.tolist() == [0, 2, 3, 5]
+    assert batch.is_normed.tolist() == [False] * 2 + [True] * 2
+    assert batch.last_hidden_states[:, 0].tolist() == [9001, 9003, 9051, 9053]
     assert not batch.aux_hidden_states[7:].any()
     assert not batch.loss_mask[7:].any()
 
@@ -69,12 +72,22 @@ def test_a_sample_that_is_too_long_is_cut_at_its_end() -> None:
     assert batch.aux_hidden_states[:, 0].tolist() == [1000, 1001, 1002, 1003, 1004, 1005]
 
 
+def test_last_states_are_cast_row_by_row() -> None:
+    sample = make_sample(5)
+    half = replace(sample, last_hidden_states=sample.last_hidden_states.half() / 64)
+
+    batch = pack(half)
+
+    assert batch.last_hidden_states.dtype == torch.float32
+    assert (batch.last_hidden_states[:, 0] * 64).tolist() == [9000, 9000]  # float16 keeps 11 bits
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
-@pytest.mark.parametrize("field", ["aux_hidden_states", "last_hidden_states"])
-def test_a_broken_document_is_taken_out_alone(value: float, field: str) -> None:
+@pytest.mark.parametrize(("field", "row"), [("aux_hidden_states", 4), ("last_hidden_states", 3)])
+def test_a_broken_document_is_taken_out_alone(value: float, field: str, row: int) -> None:
     batch = pack(make_sample(4), make_sample(5), make_sample(3))
     states = getattr(batch, field).clone()
-    states[4, 1] = value
+    states[row, 1] = value
 
     kept, is_broken = drop_non_finite(replace(batch, **{field: states}))
 

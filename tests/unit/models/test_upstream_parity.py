@@ -82,11 +82,13 @@ class Parity:
 
 def one_document(inputs: dict[str, Tensor], *, is_normed: bool) -> Batch:
     length = len(inputs["input_ids"])
+    targets = inputs["loss_mask"].nonzero().flatten()
     return Batch(
         input_ids=inputs["input_ids"],
         aux_hidden_states=inputs["aux_hidden_states"],
-        last_hidden_states=inputs["last_hidden_states"],
-        is_normed=torch.full((length,), is_normed),
+        targets=targets,
+        last_hidden_states=inputs["last_hidden_states"][targets],
+        is_normed=torch.full(targets.shape, is_normed),
         loss_mask=inputs["loss_mask"],
         document_ids=torch.zeros(length, dtype=torch.int64),
         position_ids=torch.arange(1, length + 1),

@@ -18,8 +18,9 @@ def make_batch(num_tokens: int, num_supervised: int, seq_len: int = 10) -> Batch
     fields: dict[str, Any] = {
         "input_ids": positions,
         "aux_hidden_states": torch.zeros(seq_len, 6),
-        "last_hidden_states": torch.zeros(seq_len, 2),
-        "is_normed": torch.zeros(seq_len).bool(),
+        "targets": positions[:num_supervised],
+        "last_hidden_states": torch.zeros(num_supervised, 2),
+        "is_normed": torch.zeros(num_supervised).bool(),
         "loss_mask": positions < num_supervised,
         "document_ids": torch.where(positions < num_tokens, 0, -1),
         "position_ids": positions,

@@ -32,10 +32,15 @@ class ActiveRows:
     shifted_rows: tuple[Tensor, ...]  # for each step k, row + k, at most the last position
     needed: Tensor  # [needed]: positions that are some row + k, ascending
     needed_rows: tuple[Tensor, ...]  # for each step k, where row + k is among `needed`
-    targets: Tensor  # [targets]: supervised positions of documents
-    target_rows: Tensor  # [steps, targets]: which active row scores the target in step k, or -1
+    targets: Tensor  # [active, steps]: which of the batch's targets a step scores, or -1
+    target_bounds: tuple[Indices, Indices]  # [active], on the host: targets at row .. row + steps-1
     spans: Spans  # what the active rows attend to
     all_spans: Spans  # what all positions attend to
+
+    def targets_of(self, start: int, stop: int) -> tuple[int, int]:
+        """Bounds of the targets that rows `start` to `stop` score, one row at least."""
+        first, last = self.target_bounds
+        return int(first[start]), int(last[stop - 1])
 
 
 def find_active_rows(batch: Batch, num_steps: int) -> ActiveRows:
@@ -44,31 +49,27 @@ def find_active_rows(batch: Batch, num_steps: int) -> ActiveRows:
     seq_len, device = len(mask), batch.input_ids.device
     bounds = document_bounds(batch.lengths, seq_len)
     documents = np.repeat(np.arange(len(bounds) - 1), np.diff(bounds))
-    documents[sum(batch.lengths) :] = -1
 
-    targets = np.flatnonzero(mask & (documents >= 0))
-    positions = targets - np.arange(num_steps)[:, None]  # [steps, targets]
-    inside = positions >= 0
-    inside &= documents[np.maximum(positions, 0)] == documents[targets]
-    is_active = np.zeros(seq_len, dtype=bool)
-    is_active[positions[inside]] = True
-    is_active[0] |= not is_active.any()
-    rows = np.flatnonzero(is_active)
-    places = _places(rows, seq_len)
-    target_rows = np.where(inside, places[np.maximum(positions, 0)], -1)
+    targets = np.flatnonzero(mask)
+    ahead = np.arange(seq_len)[:, None] + np.arange(num_steps)  # [seq_len, steps]
+    shifted = np.minimum(ahead, seq_len - 1)
+    is_inside = (ahead < seq_len) & (documents[shifted] == documents[:, None])
+    scored = np.where(is_inside, _places(targets, seq_len)[shifted], -1)
+    rows = np.flatnonzero((scored >= 0).any(axis=1))
+    if not len(rows):
+        rows = np.zeros(1, dtype=np.int64)
 
-    shifted = np.minimum(rows + np.arange(num_steps)[:, None], seq_len - 1)  # [steps, active]
+    shifted = shifted[rows].T  # [steps, active]
     is_needed = np.zeros(seq_len, dtype=bool)
     is_needed[shifted] = True
     needed = np.flatnonzero(is_needed)
     parts = {
         "rows": rows,
-        "places": places,
+        "places": _places(rows, seq_len),
         "shifted": shifted,
         "needed": needed,
         "needed_rows": _places(needed, seq_len)[shifted],
-        "targets": targets,
-        "target_rows": target_rows,
+        "targets": scored[rows],
     }
     moved = _move(parts, device)
     return ActiveRows(
@@ -79,7 +80,10 @@ def find_active_rows(batch: Batch, num_steps: int) -> ActiveRows:
         needed=moved["needed"],
         needed_rows=moved["needed_rows"].unbind(),
         targets=moved["targets"],
-        target_rows=moved["target_rows"],
+        target_bounds=(
+            np.searchsorted(targets, rows),
+            np.searchsorted(targets, rows + num_steps),
+        ),
         spans=Spans.of_rows(bounds, rows, device),
         all_spans=Spans.of_documents(bounds, device),
     )

@@ -1,13 +1,15 @@
-r"""lm_head and KL together, over the scored positions of all TTT steps, a few at a time.
+r"""lm_head and KL together, over the rows of all TTT steps, a few at a time.
 
 For a target with verifier logits :math:`t`, and the draft's logits :math:`d` of one step,
 :math:`p = softmax(t)`, :math:`q = softmax(d)`, the loss is
 :math:`KL(p || q) = (E_p[t] - lse(t)) - (E_p[d] - lse(d))` and its gradient with respect to
 :math:`d` is :math:`q - p`. No logits outlive their chunk: gradients are made in the forward, where
-the draft's logits are overwritten by theirs. All TTT steps that score a target share its verifier
-logits, computed once.
+the draft's logits are overwritten by theirs. A row's steps lie beside each other, so a chunk is one
+product, and the steps that score a target share its verifier logits, computed once a chunk.
 """
 
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -18,37 +20,46 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from speculators_cli.core.models.cost import chunk_size
-from speculators_cli.core.models.fast.rows import put_rows
 from speculators_cli.core.models.fast.shared import SharedWeight
-from speculators_cli.core.models.verifier import FrozenVerifier
+
+
+@dataclass(frozen=True)
+class Targets:
+    """What the verifier says of each target; a batch may have none."""
+
+    hidden: Tensor  # [targets, hidden]: after its final norm
+    head: Tensor  # [draft_vocab, hidden]: its head's rows of the draft vocabulary
+    is_kept: Tensor  # [targets], bool: False where a document was taken out on the device
+    tokens: Tensor | None  # [targets], int64: verifier ids; None: its best of the draft vocabulary
+    kept_ids: Tensor  # [draft_vocab], int64: the verifier ids of draft ids
+    logit_scale: float
+    softcap: float | None  # logits are squashed to (-softcap, softcap)
 
 
 class Scores(NamedTuple):
-    """What each TTT step makes of each target."""
+    """What each TTT step makes of its target."""
 
     loss: Tensor  # float32 scalar: weighted sum; carries the gradient
-    losses: Tensor  # [steps, targets], float32, in nats; 0 where the step does not score it
-    tokens: Tensor  # [steps, targets], int32: the draft's best draft id
-    verifier_tokens: Tensor  # [targets], int32: the verifier's best within the draft vocabulary
+    losses: Tensor  # [rows, steps], float32, in nats; 0 where nothing is scored
+    agreed: Tensor  # [rows, steps], bool: the draft's token is the verifier's
+    scored: Tensor  # [rows, steps], bool
 
 
 def linear_kl(
-    hidden: Tensor,  # [rows, hidden]: after the final norm, all TTT steps below each other
+    stacked: Tensor,  # [rows, steps, hidden]: what `steps` share, without a gradient
+    steps: Sequence[Tensor],  # of each step, [rows, hidden]: after the final norm
     head: SharedWeight,  # [draft_vocab, hidden]
-    rows: Tensor,  # [steps, targets], int64: the row that scores a target; -1: none
+    indices: Tensor,  # [rows, steps], int64: the target that a row's step scores, or -1
+    bounds: Callable[[int, int], tuple[int, int]],  # of rows -> of all targets they score
     weights: Tensor,  # [steps], float32: what a position of each step weighs in the loss
-    last_hidden: Tensor,  # [targets, hidden]: the verifier's, after its final norm
-    verifier: FrozenVerifier,
-    verifier_rows: Tensor,  # [draft_vocab, hidden]: the verifier's head
+    targets: Targets,
 ) -> Scores:
     """Score all targets.
 
     The gradient is made in the forward, for a gradient of 1 at `loss`: weigh by `weights`.
     """
     return Scores(
-        *_LinearKL.apply(
-            hidden, head.token, head, rows, weights, last_hidden, verifier, verifier_rows
-        )
+        *_LinearKL.apply(stacked, head, indices, bounds, weights, targets, head.token, *steps)
     )
 
 
@@ -56,64 +67,69 @@ class _LinearKL(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        hidden: Tensor,
-        token: Tensor,
+        stacked: Tensor,
         head: SharedWeight,
-        rows: Tensor,
+        indices: Tensor,
+        bounds: Callable[[int, int], tuple[int, int]],
         weights: Tensor,
-        last_hidden: Tensor,
-        verifier: FrozenVerifier,
-        verifier_rows: Tensor,
+        targets: Targets,
+        token: Tensor,
+        *steps: Tensor,
     ) -> tuple[Tensor, ...]:
-        del token
-        num_steps, num_targets = rows.shape
-        losses = torch.zeros(num_steps, num_targets, device=hidden.device)
-        tokens = torch.zeros(num_steps, num_targets, dtype=torch.int32, device=hidden.device)
-        verifier_tokens = torch.zeros(num_targets, dtype=torch.int32, device=hidden.device)
-        needs_hidden, needs_head, *_ = ctx.needs_input_grad
-        grad_hidden = torch.zeros_like(hidden) if needs_hidden else None
-        verifier_rows = verifier_rows.to(hidden.dtype)
-        for chunk in _chunks(num_targets, chunk_size(num_steps, len(verifier_rows))):
-            here = slice(*chunk)
-            targets = last_hidden[here] @ verifier_rows.T
-            stats, verifier_tokens[here] = _target_stats(targets, verifier)
-            own_rows = rows[:, here].contiguous()
-            source = hidden.index_select(0, own_rows.clamp(min=0).flatten())
+        del token, steps
+        num_rows, num_steps, size = stacked.shape
+        needs_head, needs_rows = ctx.needs_input_grad[6], any(ctx.needs_input_grad[7:])
+        losses = torch.empty(num_rows, num_steps, device=stacked.device)
+        flags = torch.empty(2, num_rows, num_steps, dtype=torch.bool, device=stacked.device)
+        grads = torch.empty_like(stacked) if needs_rows else None
+        verifier_head = targets.head.to(stacked.dtype)
+        for start, stop in _chunks(num_rows, chunk_size(num_steps, len(verifier_head))):
+            source = stacked[start:stop].view(-1, size)
             logits = source @ head.value.T
-            losses[:, here], tokens[:, here] = _kl(
-                logits, targets, stats, own_rows, weights, verifier
+            first, last = bounds(start, stop)
+            here = slice(first, last)
+            target_logits = targets.hidden[here] @ verifier_head.T
+            _kl(
+                logits,
+                target_logits,
+                _target_stats(target_logits, targets, here),
+                indices[start:stop],
+                first,
+                weights,
+                targets,
+                (losses[start:stop], flags[0, start:stop], flags[1, start:stop]),
             )
-            if grad_hidden is not None:
-                put_rows(logits @ head.value, own_rows.flatten(), grad_hidden, add=False)
+            if grads is not None:
+                torch.mm(logits, head.value, out=grads[start:stop].view(-1, size))
             if needs_head:
                 head.gradient.add_product(logits, source)
             # Before the next chunk's are made, or both would be there at once.
-            del logits, targets, source
-        ctx.save_for_backward(grad_hidden)
-        ctx.mark_non_differentiable(losses, tokens, verifier_tokens)
-        return (losses.sum(-1) * weights).sum(), losses, tokens, verifier_tokens
+            del logits, target_logits
+        ctx.save_for_backward(grads)
+        agreed, scored = flags.unbind()
+        ctx.mark_non_differentiable(losses, agreed, scored)
+        return (losses.sum(0) * weights).sum(), losses, agreed, scored
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        (grad_hidden,) = ctx.saved_tensors
+        (step_grads,) = ctx.saved_tensors
         torch._assert_async(grads[0] == 1.0)  # noqa: SLF001
-        return (grad_hidden, *(None,) * 7)
+        return (*(None,) * 7, *step_grads.unbind(1))
 
 
-def _chunks(num_targets: int, size: int) -> list[tuple[int, int]]:
-    """Ranges of at most `size` targets, of nearly equal lengths."""
-    num_chunks = -(-num_targets // size)
-    bounds = [num_targets * i // max(num_chunks, 1) for i in range(num_chunks + 1)]
+def _chunks(num_rows: int, size: int) -> list[tuple[int, int]]:
+    """Ranges of at most `size` rows, of nearly equal lengths."""
+    num_chunks = -(-num_rows // size)
+    bounds = [num_rows * i // max(num_chunks, 1) for i in range(num_chunks + 1)]
     return list(pairwise(bounds))
 
 
-def _logit_options(verifier: FrozenVerifier) -> dict[str, Any]:
-    softcap = verifier.config.logit_softcap
+def _logit_options(targets: Targets) -> dict[str, Any]:
     return {
-        "logit_scale": verifier.config.logit_scale,
-        "softcap": softcap or 1.0,
-        "HAS_SOFTCAP": softcap is not None,
+        "logit_scale": targets.logit_scale,
+        "softcap": targets.softcap or 1.0,
+        "HAS_SOFTCAP": targets.softcap is not None,
     }
 
 
@@ -122,38 +138,38 @@ def _blocks(vocab_size: int) -> dict[str, int]:
 
 
 def _target_stats(
-    logits: Tensor,  # [targets, draft_vocab]: of the verifier, before scale and soft cap
-    verifier: FrozenVerifier,
+    logits: Tensor,  # [some, draft_vocab]: of the verifier, before scale and soft cap
+    targets: Targets,
+    here: slice,  # which targets they are
 ) -> tuple[Tensor, Tensor]:
-    """log-sum-exp and mean logit, [targets, 2], float32; best token, [targets], int32."""
+    """log-sum-exp and mean logit, [some, 2], float32; the verifier's tokens, [some], int64."""
     num_targets, vocab_size = logits.shape
     stats = torch.empty(num_targets, 2, dtype=torch.float32, device=logits.device)
-    tokens = torch.empty(num_targets, dtype=torch.int32, device=logits.device)
+    best = torch.empty(num_targets, dtype=torch.int64, device=logits.device)
     _target_stats_kernel[(num_targets,)](
-        logits, stats, tokens, vocab_size, **_logit_options(verifier), **_blocks(vocab_size)
-    )
-    return stats, tokens
+        logits, stats, best, targets.kept_ids, vocab_size,
+        **_logit_options(targets), **_blocks(vocab_size),
+    )  # fmt: skip
+    return stats, best if targets.tokens is None else targets.tokens[here]
 
 
 def _kl(
-    logits: Tensor,  # [steps*targets, draft_vocab]: of the draft; becomes the weighted gradient
-    target_logits: Tensor,  # [targets, draft_vocab]
-    stats: Tensor,  # [targets, 2]
-    rows: Tensor,  # [steps, targets], int64; -1: not scored
+    logits: Tensor,  # [rows*steps, draft_vocab]: of the draft; becomes the weighted gradient
+    target_logits: Tensor,  # [some, draft_vocab]
+    known: tuple[Tensor, Tensor],  # of these targets, by `_target_stats`
+    indices: Tensor,  # [rows, steps], int64
+    first: int,  # the first of these targets
     weights: Tensor,  # [steps]
-    verifier: FrozenVerifier,
-) -> tuple[Tensor, Tensor]:
-    """Losses, [steps, targets], float32; the draft's tokens, [steps, targets], int32."""
-    num_steps, num_targets = rows.shape
-    losses = torch.empty(num_steps, num_targets, dtype=torch.float32, device=logits.device)
-    tokens = torch.empty(num_steps, num_targets, dtype=torch.int32, device=logits.device)
-    vocab_size = logits.shape[1]
-    _kl_kernel[(num_steps * num_targets,)](
-        logits, target_logits, stats, rows, weights, losses, tokens,
-        num_steps, num_targets, vocab_size,
-        **_logit_options(verifier), **_blocks(vocab_size),
+    targets: Targets,
+    results: tuple[Tensor, Tensor, Tensor],  # losses, agreed and scored, each [rows, steps]
+) -> None:
+    """Write losses and gradients of a chunk."""
+    num_pairs, vocab_size = logits.shape
+    _kl_kernel[(num_pairs,)](
+        logits, target_logits, *known, indices, first, targets.is_kept, targets.kept_ids, weights,
+        *results, vocab_size,
+        NUM_STEPS=indices.shape[1], **_logit_options(targets), **_blocks(vocab_size),
     )  # fmt: skip
-    return losses, tokens
 
 
 @triton.jit
@@ -166,7 +182,7 @@ def _verifier_logits(x, logit_scale, softcap, HAS_SOFTCAP: tl.constexpr):
 
 @triton.jit(do_not_specialize=["logit_scale", "softcap"])
 def _target_stats_kernel(
-    logits, stats, tokens, vocab_size, logit_scale, softcap,
+    logits, stats, tokens, kept_ids, vocab_size, logit_scale, softcap,
     HAS_SOFTCAP: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -193,32 +209,34 @@ def _target_stats_kernel(
         largest = new_largest
     tl.store(stats + row * 2, largest + tl.log(weight))
     tl.store(stats + row * 2 + 1, total / weight)
-    tl.store(tokens + row, best)
+    # Where all is NaN, nothing is best.
+    tl.store(tokens + row, tl.load(kept_ids + tl.maximum(best, 0)))
 
 
-@triton.jit(do_not_specialize=["num_steps", "num_targets", "logit_scale", "softcap"])
+@triton.jit(do_not_specialize=["first", "logit_scale", "softcap"])
 def _kl_kernel(
-    logits, target_logits, stats, rows, weights, losses, tokens,
-    num_steps, num_targets, vocab_size, logit_scale, softcap,
+    logits, target_logits, stats, tokens, indices, first, is_kept, kept_ids, weights,
+    losses, agreed, scored, vocab_size, logit_scale, softcap,
     HAS_SOFTCAP: tl.constexpr,
+    NUM_STEPS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One step and target: a pass for the loss, a pass that writes the gradient."""
+    """One row and step: a pass for the loss, a pass that writes the gradient."""
     pair = tl.program_id(0).to(tl.int64)
-    # Neighbours share a target, whose logits then come from the cache.
-    target = pair // num_steps
-    step = pair % num_steps
-    pair = step * num_targets + target
     logits += pair * vocab_size
-    target_logits += target * vocab_size
-    if tl.load(rows + pair) < 0:
+    target = tl.load(indices + pair)
+    is_scored = tl.load(is_kept + target, mask=target >= 0, other=0) != 0
+    tl.store(scored + pair, is_scored)
+    if not is_scored:
         for start in range(0, vocab_size, BLOCK):
             i = start + tl.arange(0, BLOCK)
             nothing = tl.zeros([BLOCK], dtype=tl.float32).to(logits.dtype.element_ty)
             tl.store(logits + i, nothing, mask=i < vocab_size)
         tl.store(losses + pair, 0.0)
-        tl.store(tokens + pair, 0)
+        tl.store(agreed + pair, False)
     else:
+        target -= first
+        target_logits += target * vocab_size
         target_lse = tl.load(stats + target * 2)
         target_mean = tl.load(stats + target * 2 + 1)
         largest = -float("inf")
@@ -240,8 +258,9 @@ def _kl_kernel(
             largest = new_largest
         lse = largest + tl.log(weight)
         tl.store(losses + pair, (target_mean - target_lse) - (mean - lse))
-        tl.store(tokens + pair, best)
-        scale = tl.load(weights + step)
+        token = tl.load(kept_ids + tl.maximum(best, 0))
+        tl.store(agreed + pair, token == tl.load(tokens + target))
+        scale = tl.load(weights + pair % NUM_STEPS)
         for start in range(0, vocab_size, BLOCK):
             i = start + tl.arange(0, BLOCK)
             inside = i < vocab_size

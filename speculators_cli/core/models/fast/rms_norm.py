@@ -1,4 +1,4 @@
-"""RMS norm beside a residual: the gradient of both is made in one pass."""
+"""RMS norm of a residual stream, which takes in what is added to it; one pass each way."""
 
 from typing import Any
 
@@ -16,66 +16,99 @@ def rms_norm(
     x: Tensor,  # [rows, hidden]
     gain: Tensor,  # [hidden], float32
     eps: float,
+    *,
+    add: Tensor | None = None,  # [rows, hidden]
+    into: Tensor | None = None,  # [rows, hidden], each row contiguous
 ) -> tuple[Tensor, Tensor]:
-    """`x` normalised, and `x` itself, each [rows, hidden]; float32 inside.
+    """`x + add` normalised, and `x + add` itself, each [rows, hidden]; float32 inside.
 
-    What goes on from the second result reaches `x` in the same pass as the norm's gradient.
+    What goes on from the second result reaches `x` and `add` in the same pass as the norm's
+    gradient. The first is written into `into`, if that is given.
     """
-    normed, same = _RMSNorm.apply(x, gain, eps)
-    return normed, same
+    # In a list, autograd takes `into` for no input: it is nothing but room for the result.
+    normed, summed = _RMSNorm.apply(x, add, gain, eps, [into])
+    return normed, summed
 
 
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, gain: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        add: Tensor | None,
+        gain: Tensor,
+        eps: float,
+        room: list[Tensor | None],
+    ) -> tuple[Tensor, Tensor]:
         num_rows, size = x.shape
         x = x.contiguous()
-        out = torch.empty_like(x)
+        summed = x.view_as(x) if add is None else torch.empty_like(x)
+        out = torch.empty_like(x) if room[0] is None else room[0]
         scale = torch.empty(num_rows, dtype=torch.float32, device=x.device)
-        block = triton.next_power_of_2(size)
-        _forward_kernel[(num_rows,)](x, gain, eps, out, scale, SIZE=size, BLOCK=block, num_warps=8)
-        ctx.save_for_backward(x, gain, scale)
+        _forward_kernel[(num_rows,)](
+            x, x if add is None else add.contiguous(), gain, eps,
+            summed, out, out.stride(0), scale,
+            HAS_ADD=add is not None,
+            SIZE=size,
+            BLOCK=triton.next_power_of_2(size),
+            num_warps=8,
+        )  # fmt: skip
+        ctx.save_for_backward(summed, gain, scale)
+        ctx.adds = add is not None
         ctx.set_materialize_grads(False)
-        return out, x.view_as(x)
+        return out, summed
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        x, gain, scale = ctx.saved_tensors
+        summed, gain, scale = ctx.saved_tensors
         grad, residual_grad = grads
         if grad is None:
-            return residual_grad, None, None
-        num_rows, size = x.shape
-        grad = grad.contiguous()
-        grad_x = torch.empty_like(x)
+            return residual_grad, residual_grad if ctx.adds else None, None, None, None
+        num_rows, size = summed.shape
+        if grad.stride(1) != 1:
+            grad = grad.contiguous()
+        grad_x = torch.empty_like(summed)
         num_programs = min(num_rows, NUM_PROGRAMS)
-        parts = torch.empty(num_programs, size, dtype=torch.float32, device=x.device)
+        parts = torch.empty(num_programs, size, dtype=torch.float32, device=summed.device)
         _backward_kernel[(num_programs,)](
-            x, gain, scale, grad, grad if residual_grad is None else residual_grad.contiguous(),
+            summed, gain, scale, grad, grad.stride(0),
+            grad if residual_grad is None else residual_grad.contiguous(),
             grad_x, parts, num_rows,
             HAS_RESIDUAL=residual_grad is not None,
             SIZE=size,
             BLOCK=triton.next_power_of_2(size),
             num_warps=8,
         )  # fmt: skip
-        return grad_x, parts.sum(0), None
+        return grad_x, grad_x if ctx.adds else None, parts.sum(0), None, None
 
 
 @triton.jit
-def _forward_kernel(x, gain, eps, out, scales, SIZE: tl.constexpr, BLOCK: tl.constexpr):
+def _forward_kernel(
+    x, add, gain, eps, summed, out, out_stride, scales,
+    HAS_ADD: tl.constexpr,
+    SIZE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     i = tl.arange(0, BLOCK)
     inside = i < SIZE
-    value = tl.load(x + row * SIZE + i, mask=inside, other=0.0).to(tl.float32)
+    value = tl.load(x + row * SIZE + i, mask=inside, other=0.0)
+    if HAS_ADD:
+        added = tl.load(add + row * SIZE + i, mask=inside, other=0.0).to(tl.float32)
+        # Rounded first: the backward has no other to read.
+        value = (value.to(tl.float32) + added).to(summed.dtype.element_ty)
+        tl.store(summed + row * SIZE + i, value, mask=inside)
+    value = value.to(tl.float32)
     scale = 1.0 / tl.sqrt(tl.sum(value * value) / SIZE + eps)
     g = tl.load(gain + i, mask=inside, other=0.0)
-    tl.store(out + row * SIZE + i, (value * scale * g).to(out.dtype.element_ty), mask=inside)
+    tl.store(out + row * out_stride + i, (value * scale * g).to(out.dtype.element_ty), mask=inside)
     tl.store(scales + row, scale)
 
 
 @triton.jit(do_not_specialize=["num_rows"])
 def _backward_kernel(
-    x, gain, scales, grad, residual_grad, grad_x, parts, num_rows,
+    x, gain, scales, grad, grad_stride, residual_grad, grad_x, parts, num_rows,
     HAS_RESIDUAL: tl.constexpr,
     SIZE: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -89,7 +122,7 @@ def _backward_kernel(
         row = tl.cast(index, tl.int64)
         scale = tl.load(scales + row)
         y = tl.load(x + row * SIZE + i, mask=inside, other=0.0).to(tl.float32) * scale
-        dy = tl.load(grad + row * SIZE + i, mask=inside, other=0.0).to(tl.float32)
+        dy = tl.load(grad + row * grad_stride + i, mask=inside, other=0.0).to(tl.float32)
         total += dy * y
         weighted = dy * g
         dx = scale * (weighted - y * (tl.sum(weighted * y) / SIZE))

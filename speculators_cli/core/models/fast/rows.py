@@ -1,4 +1,4 @@
-"""Moving rows: a row or zeros from each source, a row to each place. One pass, no atomics."""
+"""Moving rows: a row or zeros from each source, a row added at each place. One pass, no atomics."""
 
 import triton
 import triton.language as tl
@@ -20,18 +20,16 @@ def pick_rows(
     return out
 
 
-def put_rows(
+def add_rows(
     x: Tensor,  # [rows, ...]
-    places: Tensor,  # [rows], int64, distinct but for -1: left out
+    places: Tensor,  # [rows], int64, distinct
     into: Tensor,  # [others, ...]
-    *,
-    add: bool,
 ) -> None:
-    """Write each row to its place, or add it to what stands there."""
+    """Add each row to what stands at its place."""
     x = x.contiguous()
     size = x[0].numel()
     grid = (len(places), triton.cdiv(size, BLOCK))
-    _put_kernel[grid](x, places, into, SIZE=size, BLOCK=BLOCK, ADD=add, num_warps=4)
+    _add_kernel[grid](x, places, into, SIZE=size, BLOCK=BLOCK, num_warps=4)
 
 
 @triton.jit
@@ -45,14 +43,11 @@ def _pick_kernel(x, sources, out, SIZE: tl.constexpr, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _put_kernel(x, places, into, SIZE: tl.constexpr, BLOCK: tl.constexpr, ADD: tl.constexpr):
+def _add_kernel(x, places, into, SIZE: tl.constexpr, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     i = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    place = tl.load(places + row)
-    inside = i < tl.where(place >= 0, SIZE, 0)
-    value = tl.load(x + row * SIZE + i, mask=inside, other=0.0)
-    into += place * SIZE
-    if ADD:
-        there = tl.load(into + i, mask=inside, other=0.0)
-        value = (value.to(tl.float32) + there.to(tl.float32)).to(into.dtype.element_ty)
-    tl.store(into + i, value, mask=inside)
+    inside = i < SIZE
+    value = tl.load(x + row * SIZE + i, mask=inside, other=0.0).to(tl.float32)
+    at = into + tl.load(places + row) * SIZE + i
+    value += tl.load(at, mask=inside, other=0.0).to(tl.float32)
+    tl.store(at, value.to(into.dtype.element_ty), mask=inside)

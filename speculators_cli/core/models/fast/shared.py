@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from speculators_cli.core.models.fast.rows import pick_rows, put_rows
+from speculators_cli.core.models.fast.rows import add_rows, pick_rows
 
 
 class GradientSum:
@@ -72,9 +72,9 @@ class SharedWeight:
         self,
         x: Tensor,  # [rows, in]
         *,
-        add: Tensor | None = None,  # [rows, out]
+        add: Tensor | None = None,  # [rows, out]; overwritten
     ) -> Tensor:
-        """Multiply with the weights, add to what is given; [rows, out]."""
+        """Multiply with the weights, add to what is given, in its place; [rows, out]."""
         out: Tensor = _Linear.apply(x, add, self.token, self.value, self.gradient)
         return out
 
@@ -118,7 +118,10 @@ class _Linear(torch.autograd.Function):
         del token
         ctx.save_for_backward(x, weight)
         ctx.gradient = gradient
-        return x @ weight.T if add is None else torch.addmm(add, x, weight.T)
+        if add is None:
+            return x @ weight.T
+        ctx.mark_dirty(add)
+        return add.addmm_(x, weight.T)
 
     @staticmethod
     @once_differentiable
@@ -155,7 +158,7 @@ class SharedRows:
         *,
         num_inside: int | None = None,
     ) -> Tensor:
-        """These rows, [active, out].
+        """A copy of these rows, [active, out].
 
         The first `num_inside` places are distinct; what is read at others gets no gradient.
         """
@@ -190,7 +193,7 @@ class _Read(torch.autograd.Function):
         del token
         ctx.save_for_backward(places)
         ctx.num_rows, ctx.num_inside, ctx.gradient = len(rows), num_inside, gradient
-        return rows.view_as(rows) if places is None else rows.index_select(0, places)
+        return rows.clone() if places is None else rows.index_select(0, places)
 
     @staticmethod
     @once_differentiable
@@ -202,7 +205,7 @@ class _Read(torch.autograd.Function):
         else:
             if gradient.total is None:
                 gradient.total = grad.new_zeros(ctx.num_rows, grad.shape[1])
-            put_rows(grad[: ctx.num_inside], places[: ctx.num_inside], gradient.total, add=True)
+            add_rows(grad[: ctx.num_inside], places[: ctx.num_inside], gradient.total)
         return None, None, None, None, None
 
 

@@ -23,7 +23,7 @@ class Spans:
     key_bounds: tuple[int, ...]  # the same of its keys
     query_offsets: Tensor  # `query_bounds`, int32, on the device
     key_offsets: Tensor
-    places: Tensor | None  # [active], int64: where each row stands; None: as they are
+    places: Tensor | None  # [active], int64: where each row stands; None: there are no gaps
     sources: Tensor | None  # [queries], int64: the row that stands there, or -1
 
     @classmethod
@@ -44,13 +44,15 @@ class Spans:
             places.append(own - (stop - length) + query_bounds[-1])
             query_bounds.append(query_bounds[-1] + length)
         placed = np.concatenate(places)
+        offsets = _offsets(query_bounds, device), _offsets(bounds, device)
+        if len(placed) == query_bounds[-1]:
+            return cls(tuple(query_bounds), tuple(bounds), *offsets, None, None)
         sources = np.full(query_bounds[-1], -1)
         sources[placed] = np.arange(len(placed))
         return cls(
             tuple(query_bounds),
             tuple(bounds),
-            _offsets(query_bounds, device),
-            _offsets(bounds, device),
+            *offsets,
             move(torch.from_numpy(placed), device),
             move(torch.from_numpy(sources), device),
         )

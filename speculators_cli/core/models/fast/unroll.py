@@ -10,7 +10,7 @@ from speculators_cli.core.data.batch import Batch
 from speculators_cli.core.models.eagle3 import Eagle3Draft, FirstLayer
 from speculators_cli.core.models.fast.active_rows import ActiveRows, find_active_rows
 from speculators_cli.core.models.fast.joint_attention import joint_attention
-from speculators_cli.core.models.fast.linear_kl import Scores, linear_kl
+from speculators_cli.core.models.fast.linear_kl import Targets, linear_kl
 from speculators_cli.core.models.fast.rms_norm import rms_norm
 from speculators_cli.core.models.fast.rotary import rotate
 from speculators_cli.core.models.fast.shared import SharedRows, SharedWeight, gather
@@ -35,20 +35,25 @@ def unroll(draft: Eagle3Draft, batch: Batch, weights: Tensor) -> StepSums:
     hidden = fc.linear(draft.normed_aux(batch.aux_hidden_states))
     layers = build_layers(draft, batch, rows)
     active_positions = batch.position_ids[rows.rows]
+    # A row's steps beside each other, as the loss wants them.
+    stacked = hidden.new_empty(len(rows.rows), config.ttt_steps, config.hidden_size)
     normed_steps = []
     for step in range(config.ttt_steps):
         positions = batch.position_ids if step == 0 else active_positions + step
+        residual = None
         for layer in layers:
-            hidden = layer(hidden, positions, active_positions + step)
-        normed, hidden = apply_norm(draft.norm, hidden)
+            hidden, residual = layer(hidden, residual, positions, active_positions + step)
+        normed, hidden = apply_norm(draft.norm, hidden, add=residual, into=stacked[:, step])
         normed_steps.append(normed)
         hidden = normed if config.norm_output else hidden
-    return score(draft, batch, rows, torch.cat(normed_steps), weights)
+    return score(draft, batch, rows, stacked, normed_steps, weights)
 
 
-def apply_norm(norm: RMSNorm, x: Tensor) -> tuple[Tensor, Tensor]:
-    """`x` normalised, and `x` to go on with."""
-    return rms_norm(x, norm.weight, norm.eps)
+def apply_norm(
+    norm: RMSNorm, x: Tensor, *, add: Tensor | None = None, into: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """`x + add` normalised, and `x + add` to go on with."""
+    return rms_norm(x, norm.weight, norm.eps, add=add, into=into)
 
 
 class FastLayer:
@@ -101,16 +106,23 @@ class FastLayer:
         self.gate_up = SharedWeight([mlp.gate_proj.weight, mlp.up_proj.weight], dtype)
         self.down = SharedWeight([mlp.down_proj.weight], dtype)
 
-    def __call__(self, hidden: Tensor, positions: Tensor, active_positions: Tensor) -> Tensor:
+    def __call__(
+        self,
+        hidden: Tensor,
+        residual: Tensor | None,
+        positions: Tensor,
+        active_positions: Tensor,
+    ) -> tuple[Tensor, Tensor]:
         """One TTT step.
 
         Args:
             hidden: [seq_len, hidden] in step 0, [active, hidden] later.
+            residual: As `hidden`: what the next norm is to add to it; None in a first layer.
             positions: Of the rows of `hidden` in their documents, this step's shift added.
             active_positions: The same of the active rows.
 
         Returns:
-            Rows of `hidden`; active rows only in the last layer.
+            Rows of `hidden`, active rows only in the last layer; what is to be added to them.
         """
         layer, rows = self.layer, self.rows
         narrows = self.step == 0 and self.is_last
@@ -119,7 +131,7 @@ class FastLayer:
             normed, residual = apply_norm(layer.hidden_norm, hidden)
             residual = normed if layer.norm_before_residual else residual
         else:
-            normed, residual = apply_norm(layer.input_layernorm, hidden)
+            normed, residual = apply_norm(layer.input_layernorm, hidden, add=residual)
         key, value = self.project_kv(normed, positions)
         self.keys.append(key)
         self.values.append(value)
@@ -130,11 +142,11 @@ class FastLayer:
         query = self.project_query(normed, positions if keeps_all else active_positions)
         spans = rows.all_spans if keeps_all else rows.spans
         attended = joint_attention(query, self.keys, self.values, spans)
-        hidden = self.o.linear(attended.flatten(1), add=residual)
-        normed, residual = apply_norm(layer.post_attention_layernorm, hidden)
+        hidden = self.o.linear(attended.flatten(1))
+        normed, residual = apply_norm(layer.post_attention_layernorm, hidden, add=residual)
         activated = swiglu(self.gate_up.linear(normed))
         self.step += 1
-        return self.down.linear(activated, add=residual)
+        return self.down.linear(activated), residual
 
     def project_kv(self, normed: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values of these rows, each [rows, kv_heads, head_dim]."""
@@ -183,45 +195,29 @@ def score(
     draft: Eagle3Draft,
     batch: Batch,
     rows: ActiveRows,
-    normed: Tensor,  # [steps*active, hidden]: after the final norm
+    stacked: Tensor,  # [active, steps, hidden]: after the final norm, what the next argument shares
+    normed_steps: Sequence[Tensor],  # of each step, [active, hidden]
     weights: Tensor,  # [steps]
 ) -> StepSums:
     """Losses and agreement of all steps at once."""
-    num_steps, verifier = len(weights), draft.verifier
-    # A document with broken states was taken out of the mask on the device.
-    is_scored = (rows.target_rows >= 0) & batch.loss_mask[rows.targets]
-    first_rows = torch.arange(num_steps, device=normed.device)[:, None] * len(rows.rows)
-    last_hidden = verifier.normed(
-        batch.last_hidden_states[rows.targets], batch.is_normed[rows.targets]
-    )
+    verifier = draft.verifier
+    last_hidden = verifier.normed(batch.last_hidden_states, batch.is_normed)
     scores = linear_kl(
-        normed,
-        SharedWeight([draft.lm_head.weight], normed.dtype),
-        torch.where(is_scored, rows.target_rows + first_rows, -1),
+        stacked,
+        normed_steps,
+        SharedWeight([draft.lm_head.weight], stacked.dtype),
+        rows.targets,
+        rows.targets_of,
         weights,
-        last_hidden,
-        verifier,
-        draft.verifier_rows,
+        Targets(
+            hidden=last_hidden,
+            head=draft.verifier_rows,
+            is_kept=batch.loss_mask[batch.targets],
+            tokens=None if draft.training else verifier.tokens(last_hidden),
+            kept_ids=draft.kept_ids,
+            logit_scale=verifier.config.logit_scale,
+            softcap=verifier.config.logit_softcap,
+        ),
     )
-    if draft.training:
-        tokens = draft.kept_ids[scores.verifier_tokens.long()]
-    else:
-        tokens = verifier.tokens(last_hidden)
-    agreed = draft.kept_ids[scores.tokens.long()] == tokens
-    return place_sums(scores, agreed, is_scored, rows, seq_len=len(batch.input_ids))
-
-
-def place_sums(
-    scores: Scores, agreed: Tensor, is_scored: Tensor, rows: ActiveRows, *, seq_len: int
-) -> StepSums:
-    """Bring what is known by target back to positions, and add up."""
-    positions = rows.rows[rows.target_rows.clamp(min=0)]
-    # One place more: there goes what is not scored.
-    positions = torch.where(is_scored, positions, seq_len)
-
-    def placed(values: Tensor) -> Tensor:
-        empty = values.new_zeros(len(values), seq_len + 1)
-        return empty.scatter_(1, positions, values)[:, :seq_len]
-
-    sums = sum_steps(placed(scores.losses), placed(agreed), placed(is_scored))
-    return sums._replace(loss=scores.loss)
+    # What no step scores adds nothing, so the active rows stand for all positions.
+    return sum_steps(scores.losses.T, scores.agreed.T, scores.scored.T)._replace(loss=scores.loss)

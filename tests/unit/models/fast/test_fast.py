@@ -9,13 +9,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from speculators_cli.core.data.batch import Batch, collate
+from speculators_cli.core.data.batch import collate
 from speculators_cli.core.models import layers
 from speculators_cli.core.models.attention import plain_attention
 from speculators_cli.core.models.eagle3 import Eagle3Draft
 from speculators_cli.core.models.fast.active_rows import find_active_rows
 from speculators_cli.core.models.fast.joint_attention import joint_attention
-from speculators_cli.core.models.fast.linear_kl import linear_kl
+from speculators_cli.core.models.fast.linear_kl import Targets, linear_kl
 from speculators_cli.core.models.fast.rms_norm import rms_norm
 from speculators_cli.core.models.fast.rotary import rotate
 from speculators_cli.core.models.fast.shared import SharedRows, SharedWeight, gather
@@ -141,24 +141,42 @@ def test_a_gain_goes_into_the_weights(rng: torch.Generator) -> None:
     assert_same(fast, plain, gain, first, second)
 
 
+@pytest.mark.parametrize("adds", [True, False])
 @pytest.mark.parametrize("uses", ["both", "normed", "residual"])
-def test_rms_norm_adds_the_gradient_of_the_residual(uses: str, rng: torch.Generator) -> None:
-    x, gain = torch.randn(5, 12, generator=rng), 1 + torch.randn(12, generator=rng)
+def test_rms_norm_adds_and_gives_both_gradients(
+    uses: str, adds: bool, rng: torch.Generator
+) -> None:
+    x, add = (torch.randn(5, 12, generator=rng) for _ in range(2))
+    gain = 1 + torch.randn(12, generator=rng)
 
     def join(normed: Tensor, residual: Tensor) -> Tensor:
         parts = {"both": normed * 3 + residual, "normed": normed, "residual": residual * 2}
         return parts[uses]
 
-    def fast(x: Tensor, gain: Tensor) -> Tensor:
-        return join(*rms_norm(x, gain, 1e-5)) + 0 * gain
+    def fast(x: Tensor, add: Tensor, gain: Tensor) -> Tensor:
+        return join(*rms_norm(x, gain, 1e-5, add=add if adds else None)) + 0 * (gain + add)
 
-    def plain(x: Tensor, gain: Tensor) -> Tensor:
-        return join(F.rms_norm(x, (12,), gain, 1e-5), x) + 0 * gain
+    def plain(x: Tensor, add: Tensor, gain: Tensor) -> Tensor:
+        summed = x + add if adds else x
+        return join(F.rms_norm(summed, (12,), gain, 1e-5), summed) + 0 * (gain + add)
 
-    ours = gradients(fast, x, gain, rng=torch.Generator().manual_seed(1))
-    theirs = gradients(plain, x, gain, rng=torch.Generator().manual_seed(1))
+    ours = gradients(fast, x, add, gain, rng=torch.Generator().manual_seed(1))
+    theirs = gradients(plain, x, add, gain, rng=torch.Generator().manual_seed(1))
     for own, exact in zip(ours, theirs, strict=True):
         torch.testing.assert_close(own, exact, rtol=1e-5, atol=1e-5)
+
+
+def test_rms_norm_writes_where_it_is_told(rng: torch.Generator) -> None:
+    x, gain = torch.randn(5, 12, generator=rng), 1 + torch.randn(12, generator=rng)
+    room = torch.zeros(5, 2, 12)
+
+    def fast(x: Tensor, gain: Tensor) -> Tensor:
+        return rms_norm(x, gain, 1e-5, into=room[:, 1])[0]
+
+    assert_same(fast, lambda x, gain: F.rms_norm(x, (12,), gain, 1e-5), x, gain)
+
+    torch.testing.assert_close(room[:, 1], F.rms_norm(x, (12,), gain, 1e-5))
+    assert not room[:, 0].any()
 
 
 def test_a_shared_weights_gradient_adds_up_in_float32() -> None:
@@ -249,58 +267,61 @@ def make_verifier(rng: torch.Generator, **changes: Any) -> FrozenVerifier:
     )
 
 
-@pytest.mark.parametrize("options", [{}, {"logit_softcap": 2.0}, {"logit_scale": 0.3}], ids=str)
-def test_linear_kl_equals_the_plain_loss(options: dict[str, float], rng: torch.Generator) -> None:
-    verifier = make_verifier(rng, **options)
-    hidden, last = (torch.randn(n, 24, generator=rng) for n in (9, 4))
-    head = torch.randn(37, 24, generator=rng)
-    rows = torch.tensor([[0, 2, -1, 3], [-1, 5, 6, 8]])
-    weights = torch.tensor([0.5, 2.0])
-    target_log_probs = verifier.logits(last, verifier.head).log_softmax(-1)
+def targets_of(verifier: FrozenVerifier, hidden: Tensor, *, is_kept: Tensor) -> Targets:
+    return Targets(
+        hidden=hidden,
+        head=verifier.head,
+        is_kept=is_kept,
+        tokens=None,
+        kept_ids=torch.arange(len(verifier.head)),
+        logit_scale=verifier.config.logit_scale,
+        softcap=verifier.config.logit_softcap,
+    )
 
-    def fast(hidden: Tensor, head: Tensor) -> Tensor:
+
+@pytest.mark.parametrize("chunk", [100, 2])
+@pytest.mark.parametrize("options", [{}, {"logit_softcap": 2.0}, {"logit_scale": 0.3}], ids=str)
+def test_linear_kl_equals_the_plain_loss(
+    options: dict[str, float], chunk: int, rng: torch.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("speculators_cli.core.models.cost.MAX_TARGETS", chunk)
+    verifier = make_verifier(rng, **options)
+    first, second, last = (torch.randn(5, 24, generator=rng) for _ in range(3))
+    head = torch.randn(37, 24, generator=rng)
+    # Two steps of five rows; target 2 was taken out.
+    indices = torch.tensor([[-1, 0], [0, 1], [1, -1], [2, 3], [3, 4]])
+    is_kept = torch.tensor([True, True, False, True, True])
+    scored = torch.tensor([[0, 1], [1, 1], [1, 0], [0, 1], [1, 1]]).bool()
+    bounds = {(0, 5): (0, 5), (0, 1): (0, 1), (1, 3): (0, 2), (3, 5): (2, 5)}
+    weights = torch.tensor([0.5, 2.0])
+    log_probs = verifier.logits(last, verifier.head).log_softmax(-1)[indices.clamp(min=0)]
+
+    def fast(first: Tensor, second: Tensor, head: Tensor) -> Tensor:
         shared = SharedWeight([head], torch.float32)
-        scores = linear_kl(hidden, shared, rows, weights, last, verifier, verifier.head)
-        assert torch.equal(scores.verifier_tokens, target_log_probs.argmax(-1).int())
-        best = (hidden @ head.T).argmax(-1)
-        assert torch.equal(scores.tokens[rows >= 0], best[rows[rows >= 0]].int())
+        stacked = torch.stack([first, second], dim=1)
+        scores = linear_kl(
+            stacked.detach(), [first, second], shared, indices,
+            lambda start, stop: bounds[start, stop], weights,
+            targets_of(verifier, last, is_kept=is_kept),
+        )  # fmt: skip
+        assert torch.equal(scores.scored, scored)
+        agreed = (stacked @ head.T).argmax(-1) == log_probs.argmax(-1)
+        assert torch.equal(scores.agreed, agreed & scored)
         return scores.loss
 
-    def plain(hidden: Tensor, head: Tensor) -> Tensor:
-        losses = kl_loss((hidden @ head.T)[rows.clamp(min=0)], target_log_probs.expand(2, 4, 37))
-        return (losses.masked_fill(rows < 0, 0.0).sum(-1) * weights).sum()
+    def plain(first: Tensor, second: Tensor, head: Tensor) -> Tensor:
+        losses = kl_loss(torch.stack([first, second], dim=1) @ head.T, log_probs)
+        return (losses.masked_fill(~scored, 0.0).sum(0) * weights).sum()
 
-    leaves = [[x.clone().requires_grad_() for x in (hidden, head)] for _ in range(2)]
-    for compute, own in zip((fast, plain), leaves, strict=True):
-        compute(*own).backward()
-    torch.testing.assert_close(fast(hidden, head), plain(hidden, head), rtol=RTOL, atol=ATOL)
+    leaves = [[x.clone().requires_grad_() for x in (first, second, head)] for _ in range(2)]
+    losses = [compute(*own) for compute, own in zip((fast, plain), leaves, strict=True)]
+    for loss in losses:
+        loss.backward()
+    torch.testing.assert_close(*losses, rtol=RTOL, atol=ATOL)
     for own, exact in zip(*leaves, strict=True):
         assert exact.grad is not None
         assert exact.grad.abs().max() > 0
         torch.testing.assert_close(own.grad, exact.grad, rtol=RTOL, atol=ATOL)
-
-
-def test_chunks_of_targets_add_up(rng: torch.Generator, monkeypatch: pytest.MonkeyPatch) -> None:
-    verifier = make_verifier(rng)
-    hidden, last = (torch.randn(n, 24, generator=rng) for n in (11, 11))
-    rows = torch.arange(11)[None]
-
-    def run() -> list[Tensor]:
-        head = verifier.head.clone().requires_grad_()
-        leaf = hidden.clone().requires_grad_()
-        shared = SharedWeight([head], torch.float32)
-        scores = linear_kl(leaf, shared, rows, torch.ones(1), last, verifier, verifier.head)
-        scores.loss.backward()
-        assert leaf.grad is not None
-        assert head.grad is not None
-        return [scores.losses, leaf.grad, head.grad]
-
-    whole = run()
-    monkeypatch.setattr("speculators_cli.core.models.cost.MAX_TARGETS", 4)
-    chunked = run()
-
-    for own, exact in zip(chunked, whole, strict=True):
-        torch.testing.assert_close(own, exact, rtol=RTOL, atol=ATOL)
 
 
 def test_a_multiple_of_the_loss_is_refused(rng: torch.Generator) -> None:
@@ -318,16 +339,13 @@ def fast_draft(rng: torch.Generator, **changes: Any) -> Eagle3Draft:
     return draft
 
 
-def masked(batch: Batch, mask: Tensor) -> Batch:
-    return replace(batch, loss_mask=mask, host_mask=mask)
-
-
 MASKS = {
     "nothing": torch.zeros(24).bool(),
     "everything": torch.ones(24).bool(),
     "one-token": torch.arange(24) == 9,
     "first-of-a-document": (torch.arange(24) == 8) | (torch.arange(24) == 0),
     "two-turns": (torch.arange(24) % 8 >= 6) | (torch.arange(24) % 8 == 2),
+    "last-turns": torch.arange(24) % 10 >= 6,
 }
 
 
@@ -339,8 +357,10 @@ def test_any_mask_gives_what_the_plain_path_gives(
 ) -> None:
     draft = fast_draft(rng, num_layers=num_layers, intermediate_size=16)
     draft.lm_head.requires_grad_(train_head)
-    samples = [make_sample(n, draft.config, rng) for n in (9, 12)]
-    batch = masked(pack(*samples, total_seq_len=24), MASKS[mask])
+    # A document begins with its sample's second token.
+    parts = [F.pad(part, (1, 0)) for part in MASKS[mask].split((8, 11, 5))[:2]]
+    samples = [replace(make_sample(len(p), draft.config, rng), loss_mask=p) for p in parts]
+    batch = pack(*samples, total_seq_len=24)
     weights = torch.tensor([1.0, 0.5, 0.25])
     found = []
     for is_fast in (True, False):
@@ -409,8 +429,21 @@ def test_active_rows_are_those_that_reach_a_loss(rng: torch.Generator) -> None:
     assert rows.rows.tolist() == scored.any(0).nonzero().flatten().tolist()
     assert 0 < len(rows.rows) < 24
     for step in range(4):
-        scorers = rows.target_rows[step]
-        positions = rows.rows[scorers[scorers >= 0]]
+        targets = rows.targets[:, step]
+        positions = rows.rows[targets >= 0]
         assert positions.tolist() == scored[step].nonzero().flatten().tolist()
-        assert torch.equal(rows.targets[scorers >= 0], positions + step)
+        assert torch.equal(batch.targets[targets[targets >= 0]], positions + step)
         assert torch.equal(rows.needed[rows.needed_rows[step]], rows.shifted_rows[step])
+    for start, stop in ((0, 1), (2, 9), (0, len(rows.rows))):
+        first, last = rows.targets_of(start, stop)
+        within = rows.targets[start:stop]
+        assert first <= within[within >= 0].min()
+        assert within.max() < last
+
+
+def test_rows_without_gaps_are_left_as_they_lie() -> None:
+    spans = Spans.of_rows((0, 5, 9), torch.tensor([3, 4, 5, 6, 7, 8]).numpy(), CPU)
+
+    assert spans.query_bounds == (0, 2, 6)
+    assert spans.places is None
+    assert spans.sources is None
