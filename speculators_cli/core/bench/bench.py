@@ -61,7 +61,7 @@ class BenchReport:
     useful_tflops: float  # a second
     utilisation: float | None  # of the device's dense bfloat16 peak
     data_wait_share: float
-    idle_share: float | None  # of the GPU: no kernel runs
+    idle_share: float | None  # of the profiled steps: no kernel computes
     split_ms: dict[str, float] | None  # by kind of kernel
     longest_kernels_ms: dict[str, float] | None  # by name, those that took most of a step
     num_kernels: int | None  # launched in a step
@@ -224,7 +224,7 @@ def _report(
         useful_tflops=per_second / 1e12,
         utilisation=per_second / gpu.flops if gpu else None,
         data_wait_share=times.wait_share,
-        idle_share=max(0.0, 1.0 - kernels.busy_ms / step_ms) if kernels else None,
+        idle_share=kernels.idle_share if kernels else None,
         split_ms=kernels.split_ms if kernels else None,
         longest_kernels_ms=kernels.longest_ms if kernels else None,
         num_kernels=kernels.num_kernels if kernels else None,

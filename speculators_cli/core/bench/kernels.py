@@ -27,11 +27,7 @@ class KernelTimes:
     split_ms: dict[str, float]  # by kind of kernel, `other` among them
     longest_ms: dict[str, float]  # by kernel, those that took most
     num_kernels: int
-
-    @property
-    def busy_ms(self) -> float:
-        """Time in which something computed; copies run beside it."""
-        return sum(ms for kind, ms in self.split_ms.items() if kind != "copy")
+    idle_share: float  # of the time from the first kernel to the last, nothing computed
 
 
 def profile_steps(step: Callable[[], None], *, num_steps: int = 2) -> KernelTimes:
@@ -44,15 +40,31 @@ def profile_steps(step: Callable[[], None], *, num_steps: int = 2) -> KernelTime
     split = dict.fromkeys([*KINDS, "other"], 0.0)
     by_name: dict[str, float] = defaultdict(float)
     num_kernels = 0
+    computing: list[tuple[float, float]] = []
     for event in profiler.events() or ():
         if event.device_type != DeviceType.CUDA or event.is_user_annotation:
             continue
         milliseconds = event.device_time_total / 1e3 / num_steps
-        split[_kind(event.name)] += milliseconds
+        kind = _kind(event.name)
+        split[kind] += milliseconds
+        if kind != "copy":
+            computing.append((event.time_range.start, event.time_range.end))
         by_name[event.name] += milliseconds
         num_kernels += 1
     longest = sorted(by_name.items(), key=lambda item: -item[1])[:NUM_LONGEST]
-    return KernelTimes(split, dict(longest), num_kernels // num_steps)
+    return KernelTimes(split, dict(longest), num_kernels // num_steps, _gaps(computing))
+
+
+def _gaps(spans: list[tuple[float, float]]) -> float:
+    """Share of the time from the first start to the last end that no span covers."""
+    spans = sorted(spans)
+    if not spans:
+        return 0.0
+    idle, reached = 0.0, spans[0][0]
+    for start, stop in spans:
+        idle += max(0.0, start - reached)
+        reached = max(reached, stop)
+    return idle / (reached - spans[0][0])
 
 
 def _kind(name: str) -> str:

@@ -170,14 +170,6 @@ def drop_non_finite(batch: Batch) -> tuple[Batch, Tensor]:
         The batch, with such documents' states zeroed and unsupervised; which they are,
         [documents], bool, on the batch's device.
     """
-    is_broken = find_non_finite(batch)
-    rows = rows_of(is_broken, batch)
-    aux = batch.aux_hidden_states.masked_fill(rows[:, None], 0.0)
-    return leave_out(rows, replace(batch, aux_hidden_states=aux)), is_broken
-
-
-def find_non_finite(batch: Batch) -> Tensor:
-    """Which documents have NaN or Inf in their hidden states; [documents], bool."""
     # A sum is finite only if all its parts are, or a part overflows float32, which is as broken.
     sums = batch.aux_hidden_states.sum(-1, dtype=torch.float32)
     sums = sums + batch.at_positions(batch.last_hidden_states.sum(-1, dtype=torch.float32))
@@ -185,7 +177,10 @@ def find_non_finite(batch: Batch) -> Tensor:
     # One slot more, for padding.
     bad_counts = torch.zeros(len(batch.lengths) + 1, dtype=torch.int64, device=is_bad.device)
     bad_counts.index_add_(0, batch.document_ids + 1, is_bad.long())
-    return bad_counts[1:] > 0
+    is_broken = bad_counts[1:] > 0
+    rows = rows_of(is_broken, batch)
+    aux = batch.aux_hidden_states.masked_fill(rows[:, None], 0.0)
+    return leave_out(rows, replace(batch, aux_hidden_states=aux)), is_broken
 
 
 def rows_of(

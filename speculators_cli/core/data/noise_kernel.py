@@ -1,4 +1,4 @@
-"""Zeros for broken documents and noise for the others, in one pass over the hidden states."""
+"""What is not finite found, then zeroed, and noise for the rest: a pass over the states each."""
 
 import torch
 import triton
@@ -6,6 +6,19 @@ import triton.language as tl
 from torch import Tensor
 
 BLOCK = 1024
+
+
+def mark_broken(
+    states: Tensor,  # [rows, width], contiguous
+    document_ids: Tensor,  # [rows], int64; padding is -1
+    is_broken: Tensor,  # [documents], bool: set where a document has a value that is not finite
+) -> None:
+    """Look for NaN and Inf."""
+    rows, width = states.shape
+    _mark_kernel[(rows,)](
+        states, document_ids, is_broken, WIDTH=width,
+        BLOCK=min(4 * BLOCK, triton.next_power_of_2(width)), num_warps=4,
+    )  # fmt: skip
 
 
 def perturb(
@@ -26,6 +39,25 @@ def perturb(
         states, document_ids, position_ids, is_broken.to(torch.int8), keys, std,
         WIDTH=width, QUARTER=quarter, BLOCK=BLOCK, num_warps=4,
     )  # fmt: skip
+
+
+@triton.jit
+def _mark_kernel(
+    states, document_ids, is_broken,
+    WIDTH: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    document = tl.load(document_ids + row)
+    if document >= 0:
+        found = tl.zeros([BLOCK], dtype=tl.int32)
+        for start in range(0, WIDTH, BLOCK):
+            i = start + tl.arange(0, BLOCK)
+            value = tl.load(states + row * WIDTH + i, mask=i < WIDTH, other=0.0).to(tl.float32)
+            # NaN is smaller than nothing.
+            found |= tl.where(tl.abs(value) < float("inf"), 0, 1)
+        if tl.max(found) > 0:
+            tl.store(is_broken + document, True)
 
 
 @triton.jit(do_not_specialize=["std"])

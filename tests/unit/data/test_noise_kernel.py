@@ -1,4 +1,4 @@
-"""perturb(): through Triton's interpreter where there is no GPU."""
+"""mark_broken() and perturb(): through Triton's interpreter where there is no GPU."""
 
 import pytest
 import torch
@@ -6,7 +6,7 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
-from speculators_cli.core.data.noise_kernel import perturb
+from speculators_cli.core.data.noise_kernel import mark_broken, perturb
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -62,3 +62,17 @@ def test_a_broken_document_is_zeroed() -> None:
     assert not noisy[:2].any()
     assert ((noisy[2] - 7).abs() <= 0.5).all()
     assert torch.equal(noisy[3], states[3])
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("column", [0, 4099])
+def test_a_document_with_one_broken_value_is_found(value: float, column: int) -> None:
+    # float16's largest value: finite, however many there are.
+    states = torch.full((4, 4100), 65504.0, dtype=torch.float16)
+    states[1, column] = value
+    states[3] = value  # padding
+    is_broken = torch.zeros(3, dtype=torch.bool, device=DEVICE)
+
+    mark_broken(states.to(DEVICE), torch.tensor([0, 1, 2, -1], device=DEVICE), is_broken)
+
+    assert is_broken.tolist() == [False, True, False]

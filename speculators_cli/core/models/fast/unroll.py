@@ -201,7 +201,9 @@ def score(
 ) -> StepSums:
     """Losses and agreement of all steps at once."""
     verifier = draft.verifier
-    last_hidden = verifier.normed(batch.last_hidden_states, batch.is_normed)
+    last_hidden = batch.last_hidden_states
+    normed, _ = rms_norm(last_hidden, verifier.norm_gain, verifier.config.rms_norm_eps)
+    last_hidden = torch.where(batch.is_normed[:, None], last_hidden, normed)
     scores = linear_kl(
         stacked,
         normed_steps,
