@@ -12,6 +12,7 @@ from speculators_cli.core.data.sample import Sample
 from speculators_cli.core.data.vocab_map import VocabMap
 from speculators_cli.core.models.config import Eagle3Config
 from speculators_cli.core.models.eagle3 import Eagle3Draft
+from speculators_cli.core.models.fast.spans import Spans
 from speculators_cli.core.models.losses import kl_loss
 from speculators_cli.core.models.verifier import FrozenVerifier, VerifierConfig
 
@@ -143,3 +144,13 @@ def pack(*samples: Sample, total_seq_len: int = 32) -> Batch:
         hidden_size=samples[0].last_hidden_states.shape[-1],
         dtype=torch.float32,
     )
+
+
+def lay_out(
+    x: Tensor,  # [active, ...]
+    spans: Spans,
+) -> Tensor:
+    """Each row where the spans place it, zeros in the gaps; [queries, ...]."""
+    if spans.sources is None:
+        return x
+    return torch.cat([x, torch.zeros_like(x[:1])])[spans.sources]

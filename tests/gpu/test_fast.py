@@ -14,7 +14,7 @@ from speculators_cli.core.models.fast.causal_attention import can_use_flash
 from speculators_cli.core.models.fast.joint_attention import joint_attention
 from speculators_cli.core.models.fast.spans import Spans
 from speculators_cli.core.models.verifier import FrozenVerifier
-from tests.drafts import filled_draft, make_config, make_sample, pack
+from tests.drafts import filled_draft, lay_out, make_config, make_sample, pack
 
 pytestmark = pytest.mark.gpu
 CUDA = torch.device("cuda")
@@ -56,7 +56,8 @@ def test_joint_attention_is_as_close_to_float32_as_the_plain_path(
     def fast(query: Tensor, *parts: Tensor) -> Tensor:
         keys, values = parts[:num_steps], parts[num_steps:]
         own_keys, own_values = ([x[rows] for x in xs[1:]] for xs in (keys, values))
-        return joint_attention(query[rows], [keys[0], *own_keys], [values[0], *own_values], spans)
+        laid_out = lay_out(query[rows], spans)
+        return joint_attention(laid_out, [keys[0], *own_keys], [values[0], *own_values], spans)
 
     def plain(query: Tensor, *parts: Tensor) -> Tensor:
         return plain_attention(query, bounds, *parts)[rows]

@@ -1,7 +1,7 @@
 """Where a GPU's time goes: kernels of a few steps, by kind."""
 
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -27,7 +27,7 @@ class KernelTimes:
     split_ms: dict[str, float]  # by kind of kernel, `other` among them
     longest_ms: dict[str, float]  # by kernel, those that took most
     num_kernels: int
-    idle_share: float  # of the time from the first kernel to the last, nothing computed
+    idle_share: float  # of the last step's time: no kernel computed
 
 
 def profile_steps(step: Callable[[], None], *, num_steps: int = 2) -> KernelTimes:
@@ -52,12 +52,17 @@ def profile_steps(step: Callable[[], None], *, num_steps: int = 2) -> KernelTime
         by_name[event.name] += milliseconds
         num_kernels += 1
     longest = sorted(by_name.items(), key=lambda item: -item[1])[:NUM_LONGEST]
-    return KernelTimes(split, dict(longest), num_kernels // num_steps, _gaps(computing))
+    # The first step still waits for its batch; each launches about as many kernels.
+    last_step = sorted(computing)[len(computing) * (num_steps - 1) // num_steps :]
+    return KernelTimes(split, dict(longest), num_kernels // num_steps, share_of_gaps(last_step))
 
 
-def _gaps(spans: list[tuple[float, float]]) -> float:
-    """Share of the time from the first start to the last end that no span covers."""
-    spans = sorted(spans)
+def share_of_gaps(spans: Sequence[tuple[float, float]]) -> float:
+    """Share of the time from the first start to the last end that no span covers.
+
+    Args:
+        spans: Start and end of each, in the order of their starts.
+    """
     if not spans:
         return 0.0
     idle, reached = 0.0, spans[0][0]

@@ -179,8 +179,13 @@ def drop_non_finite(batch: Batch) -> tuple[Batch, Tensor]:
     bad_counts.index_add_(0, batch.document_ids + 1, is_bad.long())
     is_broken = bad_counts[1:] > 0
     rows = rows_of(is_broken, batch)
-    aux = batch.aux_hidden_states.masked_fill(rows[:, None], 0.0)
-    return leave_out(rows, replace(batch, aux_hidden_states=aux)), is_broken
+    kept = replace(
+        batch,
+        aux_hidden_states=batch.aux_hidden_states.masked_fill(rows[:, None], 0.0),
+        last_hidden_states=batch.last_hidden_states.masked_fill(rows[batch.targets, None], 0.0),
+        loss_mask=batch.loss_mask & ~rows,
+    )
+    return kept, is_broken
 
 
 def rows_of(
@@ -189,15 +194,3 @@ def rows_of(
 ) -> Tensor:
     """The rows of these documents; [seq_len], bool."""
     return torch.cat([documents.new_zeros(1), documents])[batch.document_ids + 1]
-
-
-def leave_out(
-    rows: Tensor,  # [seq_len], bool
-    batch: Batch,
-) -> Batch:
-    """The batch without supervision or last hidden states on these rows."""
-    return replace(
-        batch,
-        last_hidden_states=batch.last_hidden_states.masked_fill(rows[batch.targets, None], 0.0),
-        loss_mask=batch.loss_mask & ~rows,
-    )

@@ -10,22 +10,22 @@ from torch import Tensor
 from speculators_cli.core.data.batch import (
     Batch,
     drop_non_finite,
-    leave_out,
     rows_of,
 )
 
 
 def drop_and_add_noise(batch: Batch, std: float, *, seed: int, epoch: int) -> tuple[Batch, Tensor]:
-    """`drop_non_finite`, then `add_noise`; on a GPU within the batch's own aux states."""
+    """`drop_non_finite`, then `add_noise`; on a GPU within the batch's own states."""
     if not (batch.aux_hidden_states.is_cuda and find_spec("triton")):
         kept, is_broken = drop_non_finite(batch)
         return add_noise(kept, std, seed=seed, epoch=epoch), is_broken
-    from speculators_cli.core.data.noise_kernel import mark_broken, perturb
+    from speculators_cli.core.data.noise_kernel import mark_broken, perturb, zero_broken
 
     documents = batch.document_ids
     is_broken = torch.zeros(len(batch.lengths), dtype=torch.bool, device=documents.device)
     mark_broken(batch.aux_hidden_states, documents, is_broken)
     mark_broken(batch.last_hidden_states, documents[batch.targets], is_broken)
+    zero_broken(batch.last_hidden_states, documents[batch.targets], is_broken)
     keys = [_key(seed, epoch, sample_id) for sample_id in batch.sample_ids]
     perturb(
         batch.aux_hidden_states,
@@ -35,7 +35,8 @@ def drop_and_add_noise(batch: Batch, std: float, *, seed: int, epoch: int) -> tu
         torch.tensor(keys, dtype=torch.int64).pin_memory().to(is_broken.device, non_blocking=True),
         std,
     )
-    return leave_out(rows_of(is_broken, batch), batch), is_broken
+    loss_mask = batch.loss_mask & ~rows_of(is_broken, batch)
+    return replace(batch, loss_mask=loss_mask), is_broken
 
 
 def add_noise(batch: Batch, std: float, *, seed: int, epoch: int) -> Batch:

@@ -1,6 +1,5 @@
 """What is not finite found, then zeroed, and noise for the rest: a pass over the states each."""
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -21,6 +20,18 @@ def mark_broken(
     )  # fmt: skip
 
 
+def zero_broken(
+    states: Tensor,  # [rows, width], contiguous; changed in place
+    document_ids: Tensor,  # [rows], int64; padding, -1, stays as it is
+    is_broken: Tensor,  # [documents], bool
+) -> None:
+    """Zero the rows of broken documents."""
+    rows, width = states.shape
+    _zero_kernel[(rows, triton.cdiv(width, BLOCK))](
+        states, document_ids, is_broken, WIDTH=width, BLOCK=BLOCK, num_warps=4
+    )
+
+
 def perturb(
     states: Tensor,  # [seq_len, width], contiguous; changed in place
     document_ids: Tensor,  # [seq_len], int64; padding, -1, stays as it is
@@ -36,7 +47,7 @@ def perturb(
     seq_len, width = states.shape
     quarter = triton.cdiv(width, 4)
     _perturb_kernel[(seq_len, triton.cdiv(quarter, BLOCK))](
-        states, document_ids, position_ids, is_broken.to(torch.int8), keys, std,
+        states, document_ids, position_ids, is_broken, keys, std,
         WIDTH=width, QUARTER=quarter, BLOCK=BLOCK, num_warps=4,
     )  # fmt: skip
 
@@ -58,6 +69,16 @@ def _mark_kernel(
             found |= tl.where(tl.abs(value) < float("inf"), 0, 1)
         if tl.max(found) > 0:
             tl.store(is_broken + document, True)
+
+
+@triton.jit
+def _zero_kernel(states, document_ids, is_broken, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    document = tl.load(document_ids + row)
+    if tl.load(is_broken + document, mask=document >= 0, other=0) != 0:
+        i = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+        nothing = tl.zeros([BLOCK], dtype=tl.float32).to(states.dtype.element_ty)
+        tl.store(states + row * WIDTH + i, nothing, mask=i < WIDTH)
 
 
 @triton.jit(do_not_specialize=["std"])

@@ -1,4 +1,4 @@
-"""mark_broken() and perturb(): through Triton's interpreter where there is no GPU."""
+"""The noise kernels, through Triton's interpreter where there is no GPU."""
 
 import pytest
 import torch
@@ -6,7 +6,7 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
-from speculators_cli.core.data.noise_kernel import mark_broken, perturb
+from speculators_cli.core.data.noise_kernel import mark_broken, perturb, zero_broken
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -76,3 +76,14 @@ def test_a_document_with_one_broken_value_is_found(value: float, column: int) ->
     mark_broken(states.to(DEVICE), torch.tensor([0, 1, 2, -1], device=DEVICE), is_broken)
 
     assert is_broken.tolist() == [False, True, False]
+
+
+def test_rows_of_a_broken_document_are_zeroed() -> None:
+    states = torch.full((4, 1030), 7.0, device=DEVICE)
+    states[1] = float("nan")
+    documents = torch.tensor([0, 1, 2, -1], device=DEVICE)
+
+    zero_broken(states, documents, torch.tensor([False, True, False], device=DEVICE))
+
+    assert states[:, 0].tolist() == [7, 0, 7, 7]
+    assert states[:, -1].tolist() == [7, 0, 7, 7]

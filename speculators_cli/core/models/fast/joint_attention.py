@@ -23,7 +23,7 @@ from speculators_cli.core.models.fast.spans import Spans
 
 
 def joint_attention(
-    query: Tensor,  # [active, heads, head_dim]
+    query: Tensor,  # [queries, heads, head_dim], laid out by `spans`; gaps are not looked at
     keys: Sequence[Tensor],  # step 0: [seq_len, kv_heads, head_dim]; later: [active, ...]
     values: Sequence[Tensor],  # as the keys
     spans: Spans,
@@ -37,8 +37,9 @@ class _JointAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, query: Tensor, spans: Spans, *keys_and_values: Tensor) -> Tensor:
         num_steps = len(keys_and_values) // 2
+        query = query.contiguous()
         causal = causal_attention.forward(
-            _laid_out(query, spans), keys_and_values[0], keys_and_values[num_steps], spans
+            query, keys_and_values[0], keys_and_values[num_steps], spans
         )
         own_keys, own_values = _own(keys_and_values, num_steps)
         out, lse = _merge(query, own_keys, own_values, causal.out, causal.lse, spans.places)
@@ -55,7 +56,7 @@ class _JointAttention(torch.autograd.Function):
         grad_out = grads[0].contiguous()
         grad_causal, grad_key, grad_value = causal_attention.backward(
             _laid_out(grad_out, spans),
-            _laid_out(query, spans),
+            query,
             keys_and_values[0],
             keys_and_values[num_steps],
             _laid_out(out, spans),
@@ -119,11 +120,12 @@ def _merge(
     places: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """Output of the joint softmax, [active, heads, head_dim]; its log-sum-exp, [active, heads]."""
-    num_rows, num_heads, _ = query.shape
-    out = torch.empty_like(query, memory_format=torch.contiguous_format)
+    num_queries, num_heads, head_dim = query.shape
+    num_rows = num_queries if places is None else len(places)
+    out = query.new_empty(num_rows, num_heads, head_dim)
     lse = torch.empty(num_rows, num_heads, dtype=torch.float32, device=query.device)
     _merge_kernel[(num_rows, own_keys.shape[2])](
-        query, query.stride(0), own_keys, own_values, own_keys.stride(0),
+        query, own_keys, own_values, own_keys.stride(0),
         causal_out, causal_lse, causal_lse.stride(0),
         query if places is None else places, out, lse, num_heads, query.shape[-1] ** -0.5,
         HAS_PLACES=places is not None, **_sizes(query, own_keys),
@@ -141,12 +143,12 @@ def _merge_backward(
     grad_causal: Tensor,  # [queries, heads, head_dim]: gradient of the query through step 0
     places: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradient of the query, through all keys; of own keys; of own values."""
-    num_rows, num_heads, _ = query.shape
-    grad_query = torch.empty_like(query, memory_format=torch.contiguous_format)
+    """Gradient of the query, through all keys, unset in the gaps; of own keys; of own values."""
+    num_rows, num_heads, _ = out.shape
+    grad_query = torch.empty_like(query)
     grad_keys, grad_values = torch.empty_like(own_keys), torch.empty_like(own_values)
     _merge_backward_kernel[(num_rows, own_keys.shape[2])](
-        query, query.stride(0), own_keys, own_values, own_keys.stride(0),
+        query, own_keys, own_values, own_keys.stride(0),
         out, lse, grad_out, grad_causal, query if places is None else places,
         grad_query, grad_keys, grad_values, num_heads, query.shape[-1] ** -0.5,
         HAS_PLACES=places is not None, **_sizes(query, own_keys),
@@ -156,7 +158,7 @@ def _merge_backward(
 
 @triton.jit(do_not_specialize=["step_stride", "lse_stride"])
 def _merge_kernel(
-    query, query_stride, keys, values, step_stride, causal_out, causal_lse, lse_stride, places,
+    query, keys, values, step_stride, causal_out, causal_lse, lse_stride, places,
     out, lse, num_heads, scale,
     HAS_PLACES: tl.constexpr,
     NUM_OWN: tl.constexpr,
@@ -178,7 +180,10 @@ def _merge_kernel(
     inside = is_head[:, None] & (i < HEAD_DIM)[None, :]
     at = heads[:, None] * HEAD_DIM + i[None, :]
 
-    q = tl.load(query + row * query_stride + at, mask=inside, other=0.0).to(tl.float32) * scale
+    q = (
+        tl.load(query + place * num_heads * HEAD_DIM + at, mask=inside, other=0.0).to(tl.float32)
+        * scale
+    )
     total = tl.load(causal_out + place * num_heads * HEAD_DIM + at, mask=inside, other=0.0)
     total = total.to(tl.float32)
     largest = tl.load(causal_lse + heads * lse_stride + place, mask=is_head, other=0.0)
@@ -201,7 +206,7 @@ def _merge_kernel(
 
 @triton.jit(do_not_specialize=["step_stride"])
 def _merge_backward_kernel(
-    query, query_stride, keys, values, step_stride, out, lse, grad_out, grad_causal, places,
+    query, keys, values, step_stride, out, lse, grad_out, grad_causal, places,
     grad_query, grad_keys, grad_values, num_heads, scale,
     HAS_PLACES: tl.constexpr,
     NUM_OWN: tl.constexpr,
@@ -224,7 +229,8 @@ def _merge_backward_kernel(
     at = heads[:, None] * HEAD_DIM + i[None, :]
     row_at = row * num_heads * HEAD_DIM + at
 
-    q = tl.load(query + row * query_stride + at, mask=inside, other=0.0).to(tl.float32)
+    query += place * num_heads * HEAD_DIM
+    q = tl.load(query + at, mask=inside, other=0.0).to(tl.float32)
     do = tl.load(grad_out + row_at, mask=inside, other=0.0).to(tl.float32)
     o = tl.load(out + row_at, mask=inside, other=0.0).to(tl.float32)
     joint = tl.load(lse + row * num_heads + heads, mask=is_head, other=0.0)
@@ -242,4 +248,5 @@ def _merge_backward_kernel(
         dv = tl.sum(p[:, None] * do, axis=0).to(grad_values.dtype.element_ty)
         tl.store(grad_keys + step * step_stride + own, dk, mask=i < HEAD_DIM)
         tl.store(grad_values + step * step_stride + own, dv, mask=i < HEAD_DIM)
-    tl.store(grad_query + row_at, dq.to(grad_query.dtype.element_ty), mask=inside)
+    grad_query += place * num_heads * HEAD_DIM
+    tl.store(grad_query + at, dq.to(grad_query.dtype.element_ty), mask=inside)

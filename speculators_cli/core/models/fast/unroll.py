@@ -14,6 +14,7 @@ from speculators_cli.core.models.fast.linear_kl import Targets, linear_kl
 from speculators_cli.core.models.fast.rms_norm import rms_norm
 from speculators_cli.core.models.fast.rotary import rotate
 from speculators_cli.core.models.fast.shared import SharedRows, SharedWeight, gather
+from speculators_cli.core.models.fast.spans import Spans
 from speculators_cli.core.models.fast.swiglu import swiglu
 from speculators_cli.core.models.layers import DecoderLayer, RMSNorm
 from speculators_cli.core.models.ttt import StepSums, sum_steps
@@ -139,8 +140,8 @@ class FastLayer:
             is_shared = residual is normed
             normed = gather(normed, rows.rows, rows.places)
             residual = normed if is_shared else gather(residual, rows.rows, rows.places)
-        query = self.project_query(normed, positions if keeps_all else active_positions)
         spans = rows.all_spans if keeps_all else rows.spans
+        query = self.project_query(normed, positions if keeps_all else active_positions, spans)
         attended = joint_attention(query, self.keys, self.values, spans)
         hidden = self.o.linear(attended.flatten(1))
         normed, residual = apply_norm(layer.post_attention_layernorm, hidden, add=residual)
@@ -156,12 +157,12 @@ class FastLayer:
         heads = (len(normed), -1, attention.head_dim)
         return rotate(attention.k_norm(key.view(heads)), self.rope, positions), value.view(heads)
 
-    def project_query(self, normed: Tensor, positions: Tensor) -> Tensor:
-        """Queries of these rows, [rows, heads, head_dim]."""
+    def project_query(self, normed: Tensor, positions: Tensor, spans: Spans) -> Tensor:
+        """Queries of these rows, laid out by `spans`: [queries, heads, head_dim]."""
         attention = self.layer.self_attn
         query = self.q.linear(normed, add=self.read(self.query_rows, self.query_places))
         heads = query.view(len(normed), -1, attention.head_dim)
-        return rotate(attention.q_norm(heads), self.rope, positions)
+        return rotate(attention.q_norm(heads), self.rope, positions, spans=spans)
 
     def read(self, shared: SharedRows | None, places: Sequence[Tensor | None]) -> Tensor | None:
         """What this step's rows read of the embeddings' part, if the layer has one."""

@@ -24,7 +24,7 @@ from speculators_cli.core.models.fast.swiglu import swiglu
 from speculators_cli.core.models.losses import kl_loss
 from speculators_cli.core.models.ttt import scored_positions
 from speculators_cli.core.models.verifier import FrozenVerifier
-from tests.drafts import filled_draft, make_config, make_sample, pack
+from tests.drafts import filled_draft, lay_out, make_config, make_sample, pack
 
 CPU = torch.device("cpu")
 # Sums of tens of float32 terms, added in another order.
@@ -73,6 +73,20 @@ def test_a_row_of_a_wider_tensor_is_turned_alike(rng: torch.Generator) -> None:
     own = rotate(both[:, 1], rope, torch.arange(5))
 
     torch.testing.assert_close(own, layers.rotate(both[:, 1], rope))
+
+
+def test_rows_are_laid_out_while_they_turn(rng: torch.Generator) -> None:
+    rotary = layers.RotaryEmbedding(make_config())
+    rows = torch.tensor([1, 3, 4, 6])
+    spans = Spans.of_rows((0, 5, 9), rows.numpy(), CPU)
+
+    def fast(x: Tensor) -> Tensor:
+        return rotate(x, rotary(torch.arange(9)), rows, spans=spans)
+
+    def plain(x: Tensor) -> Tensor:
+        return lay_out(layers.rotate(x, rotary(rows)), spans)
+
+    assert_same(fast, plain, torch.randn(4, 3, 8, generator=rng))
 
 
 def test_swiglu_equals_its_definition(rng: torch.Generator) -> None:
@@ -238,7 +252,8 @@ def test_joint_attention_of_some_rows_equals_the_plain_one_of_all(
     def fast(query: Tensor, *parts: Tensor) -> Tensor:
         keys, values = parts[:num_steps], parts[num_steps:]
         own_keys, own_values = ([x[rows] for x in xs[1:]] for xs in (keys, values))
-        return joint_attention(query[rows], [keys[0], *own_keys], [values[0], *own_values], spans)
+        laid_out = lay_out(query[rows], spans)
+        return joint_attention(laid_out, [keys[0], *own_keys], [values[0], *own_values], spans)
 
     def plain(query: Tensor, *parts: Tensor) -> Tensor:
         return plain_attention(query, bounds, *parts)[rows]
