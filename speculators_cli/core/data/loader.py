@@ -44,6 +44,9 @@ class BatchLoader:
     What is read ahead follows the packed sequence asked for last, over an epoch's end too, up to
     the run's. It is kept until it is asked for; asking for another one first drops all of it.
 
+    What is kept takes memory, so at first there are as many sequences as threads. Each time the
+    next one is asked for and still being read, there may be one more.
+
     Args:
         dataset: The samples.
         total_seq_len: Tokens in one packed sequence.
@@ -54,7 +57,7 @@ class BatchLoader:
         num_epochs: Epochs of the run; nothing is read ahead beyond the last.
         max_steps: Optimizer steps of the run, if it ends before its last epoch does.
         num_workers: Reading threads; 0 reads when a batch is asked for.
-        prefetch_factor: Packed sequences read ahead for each thread.
+        prefetch_factor: Packed sequences read ahead for each thread, at most.
         pin_memory: Whether batches are in memory a GPU can copy from by itself.
     """
 
@@ -82,12 +85,13 @@ class BatchLoader:
         self.num_ranks = num_ranks
         self.num_epochs = num_epochs
         self.max_steps = max_steps
-        self.num_ahead = num_workers * prefetch_factor
+        self.max_ahead = num_workers * prefetch_factor
         self.pin_memory = pin_memory
         self._per_step = global_batch // num_ranks
         self._num_steps: dict[int, int] = {}
         self._latest: tuple[int, PackingPlan] | None = None
         self._pool = ThreadPoolExecutor(num_workers, "reader") if num_workers else None
+        self._num_ahead = num_workers  # as many as may be ahead now
         self._ahead: deque[Pending] = deque()
         self._coming: Iterator[Place] = iter(())  # what comes after those
 
@@ -130,7 +134,9 @@ class BatchLoader:
         if not self._ahead or self._ahead[0].place != place:
             self._drop_ahead()
             self._coming = self._places_from(place)
-        for coming in islice(self._coming, 1 + self.num_ahead - len(self._ahead)):
+        elif not self._ahead[0].batch.done():
+            self._num_ahead = min(self._num_ahead + 1, self.max_ahead)
+        for coming in islice(self._coming, 1 + self._num_ahead - len(self._ahead)):
             batch = self._pool.submit(self._collate, self._sequence(coming))
             self._ahead.append(Pending(coming, batch))
         return self._ahead.popleft().batch.result()

@@ -229,6 +229,40 @@ def test_reading_ahead_ends_with_the_last_step(max_steps: int, opened: list[Batc
     assert Counter(samples.reads) == Counter(of_the_run)
 
 
+def test_batches_that_are_ready_keep_reading_ahead_as_it_began(opened: list[BatchLoader]) -> None:
+    samples = make_long_samples(9)
+    loader = make_loader(opened, samples, num_epochs=1, num_workers=2, prefetch_factor=3)
+    steps = loader.epoch(0)
+
+    for num_given in range(1, 6):
+        next(steps)
+        settle(loader)
+
+        # One for each thread.
+        assert len(samples.reads) == num_given + 2
+
+
+def test_each_late_batch_deepens_reading_ahead_up_to_its_bound(opened: list[BatchLoader]) -> None:
+    samples = make_long_samples(24)
+    loader = make_loader(opened, samples, num_epochs=1, num_workers=2, prefetch_factor=2)
+    order, steps = order_of(loader, 0), loader.epoch(0)
+    # Late ones, and how many are ahead when they are asked for. Their reads end once another read
+    # has begun, the one that asking for them begins.
+    late = {1: 2, 6: 3, 11: 4, 16: 4}
+    for place, num_ahead in late.items():
+        samples.waits_for[order[place]] = samples.begun[order[place + num_ahead]]
+
+    depths = {}
+    for place in range(18):
+        if place in late:
+            depths[place] = len(loader._ahead)
+        else:
+            wait([pending.batch for pending in islice(loader._ahead, 1)])
+        next(steps)
+
+    assert depths == late
+
+
 def test_a_broken_sample_is_told_of_when_its_batch_is_asked_for(opened: list[BatchLoader]) -> None:
     samples = make_long_samples(5)
     loader = make_loader(opened, samples, num_epochs=1, num_workers=2)
@@ -248,7 +282,8 @@ def test_closing_begins_no_read_and_waits_for_none(opened: list[BatchLoader]) ->
     samples = make_long_samples(9)
     loader = make_loader(opened, samples, num_epochs=1, num_workers=2)
     order, may_end = order_of(loader, 0), Event()
-    # Four are ahead of two threads.
+    # The second is late, so that three are ahead of two threads.
+    samples.waits_for[order[1]] = samples.begun[order[3]]
     samples.waits_for.update({order[3]: may_end, order[4]: may_end})
     for _ in islice(loader.epoch(0), 3):
         pass
