@@ -75,7 +75,12 @@ class BenchSamplesSettings(Settings):
     num_workers: int | None = Field(
         None, ge=0, description="Threads that read samples; default: by cores, at most 8"
     )
-    prefetch_factor: int = Field(2, ge=1, description="Packed sequences each thread reads ahead")
+    prefetch_factor: int = Field(
+        2,
+        ge=1,
+        description="Most packed sequences read ahead for each thread; one at first, more when "
+        "reading falls behind",
+    )
 
 
 class BenchMeasureSettings(Settings):

@@ -3,6 +3,7 @@
 import statistics
 import time
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from itertools import count, pairwise
 from pathlib import Path
@@ -84,7 +85,8 @@ def bench(settings: BenchSettings, *, progress: Progress) -> BenchReport:
     with start_ranks(train_settings.distributed) as ranks:
         samples = _read_samples(settings, verifier, vocab_size, progress)
         trainer = _build_trainer(settings, train_settings, verifier, vocab_size, samples, ranks)
-        return _measure(settings, trainer, verifier.name_or_path)
+        with closing(trainer):
+            return _measure(settings, trainer, verifier.name_or_path)
 
 
 @dataclass(frozen=True)
@@ -322,7 +324,9 @@ def _build_trainer(
     per_step = settings.step.gradient_accumulation_steps
     dtype = choose_compute_dtype(train_settings, ranks.device)
     if len(samples):
-        loader: BatchSource = build_loader(train_settings, samples, ranks, per_step)
+        loader: BatchSource = build_loader(
+            train_settings, samples, ranks, per_step, num_epochs=ENDLESS
+        )
     else:
         loader = SyntheticLoader(
             draft.config,

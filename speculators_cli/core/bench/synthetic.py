@@ -73,6 +73,9 @@ class SyntheticLoader:
                 for index in range(step, step + self.per_step)
             )
 
+    def close(self) -> None:
+        """Nothing is being read."""
+
 
 def _lengths(total_seq_len: int, generator: torch.Generator) -> Sequence[int]:
     lengths = [round(share * total_seq_len) for share in SHARES]

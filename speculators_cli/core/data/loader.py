@@ -3,6 +3,8 @@
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cached_property
 from itertools import islice
 from typing import Protocol
 
@@ -11,6 +13,16 @@ import torch
 from speculators_cli.core.data.batch import Batch, collate
 from speculators_cli.core.data.dataset import Dataset
 from speculators_cli.core.data.packing import Packed, PackingPlan, plan_epoch
+
+Place = tuple[int, int]  # an epoch, and which of this rank's packed sequences in it
+
+
+@dataclass(frozen=True)
+class Pending:
+    """A batch that was read ahead, or will be."""
+
+    place: Place
+    batch: Future[Batch]
 
 
 class BatchSource(Protocol):
@@ -22,9 +34,18 @@ class BatchSource(Protocol):
     def epoch(self, epoch: int, start_step: int = 0) -> Iterator[tuple[Batch, ...]]:
         """Batches of each optimizer step of an epoch, from `start_step` on."""
 
+    def close(self) -> None:
+        """Stop reading; nothing is asked for afterwards."""
+
 
 class BatchLoader:
     """Reads packed sequences ahead, in threads: reading and copying leave the interpreter free.
+
+    What is read ahead follows the packed sequence asked for last, over an epoch's end too, up to
+    the run's. It is kept until it is asked for; asking for another one first drops all of it.
+
+    What is kept takes memory, so at first there are as many sequences as threads. Each time the
+    next one is asked for and still being read, there may be one more.
 
     Args:
         dataset: The samples.
@@ -33,8 +54,10 @@ class BatchLoader:
         global_batch: Packed sequences an optimizer step takes over all ranks.
         rank: This rank.
         num_ranks: Ranks that share a step; divides `global_batch`.
+        num_epochs: Epochs of the run; nothing is read ahead beyond the last.
+        max_steps: Optimizer steps of the run, if it ends before its last epoch does.
         num_workers: Reading threads; 0 reads when a batch is asked for.
-        prefetch_factor: Packed sequences each thread reads ahead.
+        prefetch_factor: Packed sequences read ahead for each thread, at most.
         pin_memory: Whether batches are in memory a GPU can copy from by itself.
     """
 
@@ -47,6 +70,8 @@ class BatchLoader:
         global_batch: int,
         rank: int,
         num_ranks: int,
+        num_epochs: int,
+        max_steps: int | None,
         num_workers: int,
         prefetch_factor: int,
         pin_memory: bool,
@@ -58,11 +83,17 @@ class BatchLoader:
         self.global_batch = global_batch
         self.rank = rank
         self.num_ranks = num_ranks
-        self.num_workers = num_workers
-        self.num_ahead = num_workers * prefetch_factor
+        self.num_epochs = num_epochs
+        self.max_steps = max_steps
+        self.max_ahead = num_workers * prefetch_factor
         self.pin_memory = pin_memory
+        self._per_step = global_batch // num_ranks
         self._num_steps: dict[int, int] = {}
         self._latest: tuple[int, PackingPlan] | None = None
+        self._pool = ThreadPoolExecutor(num_workers, "reader") if num_workers else None
+        self._num_ahead = num_workers  # as many as may be ahead now
+        self._ahead: deque[Pending] = deque()
+        self._coming: Iterator[Place] = iter(())  # what comes after those
 
     def plan(self, epoch: int) -> PackingPlan:
         """The packed sequences of an epoch, over all ranks."""
@@ -86,28 +117,61 @@ class BatchLoader:
 
     def epoch(self, epoch: int, start_step: int = 0) -> Iterator[tuple[Batch, ...]]:
         """This rank's batches of each optimizer step of an epoch, from `start_step` on."""
-        plan = self.plan(epoch)
-        mine = plan.sequences[start_step * self.global_batch + self.rank :: self.num_ranks]
-        batches = self._read(mine)
-        per_step = self.global_batch // self.num_ranks
-        for _ in range(start_step, plan.num_steps):
-            yield tuple(islice(batches, per_step))
+        for step in range(start_step, self.steps_in(epoch)):
+            first = step * self._per_step
+            yield tuple(self._take((epoch, first + i)) for i in range(self._per_step))
 
-    def _read(self, sequences: tuple[Packed, ...]) -> Iterator[Batch]:
-        if self.num_workers == 0:
-            yield from map(self._collate, sequences)
-            return
-        pool = ThreadPoolExecutor(self.num_workers, thread_name_prefix="reader")
-        try:
-            ahead: deque[Future[Batch]] = deque()
-            for sequence in sequences:
-                ahead.append(pool.submit(self._collate, sequence))
-                if len(ahead) > self.num_ahead:
-                    yield ahead.popleft().result()
-            while ahead:
-                yield ahead.popleft().result()
-        finally:
-            pool.shutdown(cancel_futures=True)
+    def close(self) -> None:
+        """Stop reading at once: what a thread is reading it finishes by itself, for nobody."""
+        self._ahead.clear()
+        if self._pool is not None:
+            self._pool.shutdown(wait=False, cancel_futures=True)
+
+    def _take(self, place: Place) -> Batch:
+        """The batch of a place, once reading goes on behind it."""
+        if self._pool is None:
+            return self._collate(self._sequence(place))
+        if not self._ahead or self._ahead[0].place != place:
+            self._drop_ahead()
+            self._coming = self._places_from(place)
+        elif not self._ahead[0].batch.done():
+            self._num_ahead = min(self._num_ahead + 1, self.max_ahead)
+        for coming in islice(self._coming, 1 + self._num_ahead - len(self._ahead)):
+            batch = self._pool.submit(self._collate, self._sequence(coming))
+            self._ahead.append(Pending(coming, batch))
+        return self._ahead.popleft().batch.result()
+
+    def _drop_ahead(self) -> None:
+        for pending in self._ahead:
+            pending.batch.cancel()
+        self._ahead.clear()
+
+    def _places_from(self, place: Place) -> Iterator[Place]:
+        """A place, wherever the run ends, and all that come after it before that."""
+        epoch, index = place
+        yield place
+        while True:
+            index += 1
+            if index == self.steps_in(epoch) * self._per_step:
+                epoch, index = epoch + 1, 0
+            if (epoch, index) >= self._end:
+                return
+            yield epoch, index
+
+    @cached_property
+    def _end(self) -> Place:
+        """The first place after the run's last step."""
+        if self.max_steps is not None:
+            steps_left = self.max_steps
+            for epoch in range(self.num_epochs):
+                if steps_left < self.steps_in(epoch):
+                    return epoch, steps_left * self._per_step
+                steps_left -= self.steps_in(epoch)
+        return self.num_epochs, 0
+
+    def _sequence(self, place: Place) -> Packed:
+        epoch, index = place
+        return self.plan(epoch).sequences[index * self.num_ranks + self.rank]
 
     def _collate(self, sequence: Packed) -> Batch:
         return collate(

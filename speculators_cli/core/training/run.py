@@ -3,7 +3,7 @@
 import os
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 
 import torch
 
@@ -71,7 +71,7 @@ def train(settings: TrainSettings, *, progress: Progress, dry_run: bool = False)
                 trainer = build_trainer(settings, inputs, ranks, start, folder, logger, progress)
                 is_finished = start.state.step >= trainer.total_steps
                 announce(settings, inputs, trainer, start, progress)
-                with out_of_memory_explained(settings):
+                with closing(trainer), out_of_memory_explained(settings):
                     if dry_run:
                         trainer.train_step(
                             next(trainer.feed.steps(trainer.loader.epoch(0))), epoch=0
@@ -165,11 +165,18 @@ def build_trainer(
             weights={name: tensor for name, tensor in tensors.items() if name not in frozen},
             moments=checkpoint.read_trainer_tensors() if checkpoint else {},
         )
-    loader = build_loader(settings, inputs.samples, ranks, start.state.global_batch)
+    loader = build_loader(
+        settings,
+        inputs.samples,
+        ranks,
+        start.state.global_batch,
+        num_epochs=settings.run.epochs,
+        max_steps=settings.run.max_steps,
+    )
     validation_loader = None
     if len(inputs.validation_samples):
         validation_loader = build_loader(
-            settings, inputs.validation_samples, ranks, ranks.num_ranks
+            settings, inputs.validation_samples, ranks, ranks.num_ranks, num_epochs=1
         )
     total_steps = sum(loader.steps_in(epoch) for epoch in range(settings.run.epochs))
     total_steps = min(total_steps, settings.run.max_steps or total_steps)
@@ -221,7 +228,13 @@ def build_draft(settings: TrainSettings, inputs: Inputs, verifier: FrozenVerifie
 
 
 def build_loader(
-    settings: TrainSettings, samples: Dataset, ranks: Ranks, global_batch: int
+    settings: TrainSettings,
+    samples: Dataset,
+    ranks: Ranks,
+    global_batch: int,
+    *,
+    num_epochs: int,
+    max_steps: int | None = None,
 ) -> BatchLoader:
     """Batches of this rank."""
     num_workers = settings.data.num_workers
@@ -234,6 +247,8 @@ def build_loader(
         global_batch=global_batch,
         rank=ranks.rank,
         num_ranks=ranks.num_ranks,
+        num_epochs=num_epochs,
+        max_steps=max_steps,
         num_workers=num_workers,
         prefetch_factor=settings.data.prefetch_factor,
         pin_memory=ranks.device.type == "cuda",

@@ -42,6 +42,12 @@ class Trainer:
         self.feed = DeviceFeed(self.ranks.device)
         self.loss_weights = torch.tensor(self.draft.loss_weights, device=self.ranks.device)
 
+    def close(self) -> None:
+        """Stop reading samples, however training ended."""
+        self.loader.close()
+        if self.validation_loader is not None:
+            self.validation_loader.close()
+
     def fit(self) -> None:
         """Train from the current step to the last one."""
         with self.signals:

@@ -1,6 +1,7 @@
 """train() from samples to checkpoints."""
 
 import json
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from speculators_cli.core.progress import SilentProgress
 from speculators_cli.core.training.distributed import Ranks
 from speculators_cli.core.training.report import TrainReport
 from speculators_cli.core.training.run import build_loader, train
+from speculators_cli.core.training.trainer import Trainer
 from tests.tiny import DRAFT_VOCAB, HIDDEN, LAYER_IDS, VOCAB, TinyInputs
 
 
@@ -259,6 +261,27 @@ def test_samples_of_another_verifier_are_refused_before_anything_is_written(
     assert not tiny.save_path.exists()
 
 
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+def test_no_thread_reads_on_once_training_has_ended(
+    tiny: TinyInputs, error: type[BaseException], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def find_readers() -> list[threading.Thread]:
+        return [t for t in threading.enumerate() if t.name.startswith("reader")]
+
+    def fail(*_: object) -> None:
+        assert find_readers()
+        raise error
+
+    # An epoch is trained on and validated by then; the next one is being read.
+    monkeypatch.setattr(Trainer, "save", fail)
+    with pytest.raises(error):
+        run(tiny)
+
+    for reader in find_readers():
+        reader.join(timeout=10)
+    assert not find_readers()
+
+
 def test_ranks_of_several_machines_share_the_samples(tiny: TinyInputs) -> None:
     # Trap: the local rank in the sampler, which gives each machine the same data.
     settings = tiny.settings(data={"num_workers": 0})
@@ -275,7 +298,7 @@ def test_ranks_of_several_machines_share_the_samples(tiny: TinyInputs) -> None:
             device=torch.device("cpu"),
             store=None,
         )
-        steps = build_loader(settings, samples, ranks, global_batch=4).epoch(0)
+        steps = build_loader(settings, samples, ranks, global_batch=4, num_epochs=1).epoch(0)
         return [i for batches in steps for batch in batches for i in batch.sample_ids]
 
     read = [read_by(rank) for rank in range(4)]
