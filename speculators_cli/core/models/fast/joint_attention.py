@@ -99,15 +99,20 @@ def _own(keys_and_values: Sequence[Tensor], num_steps: int) -> tuple[Tensor, Ten
 
 def _sizes(query: Tensor, own_keys: Tensor) -> dict[str, int]:
     _, num_heads, head_dim = query.shape
-    num_kv_heads = own_keys.shape[2]
+    num_own, _, num_kv_heads, _ = own_keys.shape
     group = num_heads // num_kv_heads
+    kv_block, dim_block = triton.next_power_of_2(num_kv_heads), triton.next_power_of_2(head_dim)
     return {
-        "NUM_OWN": len(own_keys),
+        "NUM_OWN": num_own,
         "GROUP": group,
+        "KV_HEADS": num_kv_heads,
         "HEAD_DIM": head_dim,
         "GROUP_BLOCK": triton.next_power_of_2(group),
-        "DIM_BLOCK": triton.next_power_of_2(head_dim),
-        "num_warps": 2,
+        "KV_BLOCK": kv_block,
+        "DIM_BLOCK": dim_block,
+        # A thread takes eight neighbours of a head, of all heads of a group: a sum over the group
+        # then needs no other thread.
+        "num_warps": min(max(kv_block * dim_block // 256, 1), 8),
     }
 
 
@@ -124,10 +129,10 @@ def _merge(
     num_rows = num_queries if places is None else len(places)
     out = query.new_empty(num_rows, num_heads, head_dim)
     lse = torch.empty(num_rows, num_heads, dtype=torch.float32, device=query.device)
-    _merge_kernel[(num_rows, own_keys.shape[2])](
+    _merge_kernel[(num_rows,)](
         query, own_keys, own_values, own_keys.stride(0),
         causal_out, causal_lse, causal_lse.stride(0),
-        query if places is None else places, out, lse, num_heads, query.shape[-1] ** -0.5,
+        query if places is None else places, out, lse, head_dim**-0.5,
         HAS_PLACES=places is not None, **_sizes(query, own_keys),
     )  # fmt: skip
     return out, lse
@@ -144,109 +149,124 @@ def _merge_backward(
     places: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradient of the query, through all keys, unset in the gaps; of own keys; of own values."""
-    num_rows, num_heads, _ = out.shape
+    num_rows, _, head_dim = out.shape
     grad_query = torch.empty_like(query)
     grad_keys, grad_values = torch.empty_like(own_keys), torch.empty_like(own_values)
-    _merge_backward_kernel[(num_rows, own_keys.shape[2])](
+    _merge_backward_kernel[(num_rows,)](
         query, own_keys, own_values, own_keys.stride(0),
         out, lse, grad_out, grad_causal, query if places is None else places,
-        grad_query, grad_keys, grad_values, num_heads, query.shape[-1] ** -0.5,
+        grad_query, grad_keys, grad_values, head_dim**-0.5,
         HAS_PLACES=places is not None, **_sizes(query, own_keys),
     )  # fmt: skip
     return grad_query, grad_keys, grad_values
 
 
-@triton.jit(do_not_specialize=["step_stride", "lse_stride"])
-def _merge_kernel(
-    query, keys, values, step_stride, causal_out, causal_lse, lse_stride, places,
-    out, lse, num_heads, scale,
+@triton.jit
+def _find(
+    places,
     HAS_PLACES: tl.constexpr,
-    NUM_OWN: tl.constexpr,
     GROUP: tl.constexpr,
+    KV_HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     GROUP_BLOCK: tl.constexpr,
+    KV_BLOCK: tl.constexpr,
     DIM_BLOCK: tl.constexpr,
-):  # fmt: skip
-    """One row and key head: a running softmax that begins with step 0's result."""
+):
+    """A program's row and its place; heads [group, kv_heads]; where their values [.., head_dim]
+    and those of key heads [kv_heads, head_dim] lie in a row; which of all these there are.
+    """
     row = tl.program_id(0).to(tl.int64)
-    kv_head = tl.program_id(1)
     place = row
     if HAS_PLACES:
         place = tl.load(places + row)
-    member = tl.arange(0, GROUP_BLOCK)
+    member = tl.arange(0, GROUP_BLOCK)[:, None]
+    kv_head = tl.arange(0, KV_BLOCK)[None, :]
     i = tl.arange(0, DIM_BLOCK)
     heads = kv_head * GROUP + member
-    is_head = member < GROUP
-    inside = is_head[:, None] & (i < HEAD_DIM)[None, :]
-    at = heads[:, None] * HEAD_DIM + i[None, :]
+    is_head = (member < GROUP) & (kv_head < KV_HEADS)
+    at = heads[:, :, None] * HEAD_DIM + i[None, None, :]
+    inside = is_head[:, :, None] & (i < HEAD_DIM)[None, None, :]
+    kv_heads = tl.arange(0, KV_BLOCK)[:, None]
+    kv_at = kv_heads * HEAD_DIM + i[None, :]
+    kv_inside = (kv_heads < KV_HEADS) & (i < HEAD_DIM)[None, :]
+    return row, place, heads, is_head, at, inside, kv_at, kv_inside
 
-    q = (
-        tl.load(query + place * num_heads * HEAD_DIM + at, mask=inside, other=0.0).to(tl.float32)
-        * scale
+
+@triton.jit(do_not_specialize=["step_stride", "lse_stride"])
+def _merge_kernel(
+    query, keys, values, step_stride, causal_out, causal_lse, lse_stride, places, out, lse, scale,
+    HAS_PLACES: tl.constexpr,
+    NUM_OWN: tl.constexpr,
+    GROUP: tl.constexpr,
+    KV_HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    GROUP_BLOCK: tl.constexpr,
+    KV_BLOCK: tl.constexpr,
+    DIM_BLOCK: tl.constexpr,
+):  # fmt: skip
+    """One row: a running softmax that begins with step 0's result."""
+    row, place, heads, is_head, at, inside, kv_at, kv_inside = _find(
+        places, HAS_PLACES, GROUP, KV_HEADS, HEAD_DIM, GROUP_BLOCK, KV_BLOCK, DIM_BLOCK
     )
-    total = tl.load(causal_out + place * num_heads * HEAD_DIM + at, mask=inside, other=0.0)
-    total = total.to(tl.float32)
+    WIDTH: tl.constexpr = GROUP * KV_HEADS * HEAD_DIM
+    kv_at += row * KV_HEADS * HEAD_DIM
+
+    q = tl.load(query + place * WIDTH + at, mask=inside, other=0.0).to(tl.float32) * scale
+    total = tl.load(causal_out + place * WIDTH + at, mask=inside, other=0.0).to(tl.float32)
     largest = tl.load(causal_lse + heads * lse_stride + place, mask=is_head, other=0.0)
-    weight = tl.full([GROUP_BLOCK], 1.0, dtype=tl.float32)
-    own = (row * tl.num_programs(1) + kv_head) * HEAD_DIM + i
+    weight = tl.full([GROUP_BLOCK, KV_BLOCK], 1.0, dtype=tl.float32)
     for step in tl.static_range(NUM_OWN):
-        k = tl.load(keys + step * step_stride + own, mask=i < HEAD_DIM, other=0.0).to(tl.float32)
-        v = tl.load(values + step * step_stride + own, mask=i < HEAD_DIM, other=0.0).to(tl.float32)
-        score = tl.sum(q * k[None, :], axis=1)
+        own = step * step_stride + kv_at
+        k = tl.load(keys + own, mask=kv_inside, other=0.0).to(tl.float32)
+        v = tl.load(values + own, mask=kv_inside, other=0.0).to(tl.float32)
+        score = tl.sum(q * k[None, :, :], axis=2)
         new_largest = tl.maximum(largest, score)
         shrink = tl.exp(largest - new_largest)
         share = tl.exp(score - new_largest)
-        total = total * shrink[:, None] + share[:, None] * v[None, :]
+        total = total * shrink[:, :, None] + share[:, :, None] * v[None, :, :]
         weight = weight * shrink + share
         largest = new_largest
-    merged = total / weight[:, None]
-    tl.store(out + row * num_heads * HEAD_DIM + at, merged.to(out.dtype.element_ty), mask=inside)
-    tl.store(lse + row * num_heads + heads, largest + tl.log(weight), mask=is_head)
+    merged = total / weight[:, :, None]
+    tl.store(out + row * WIDTH + at, merged.to(out.dtype.element_ty), mask=inside)
+    tl.store(lse + row * GROUP * KV_HEADS + heads, largest + tl.log(weight), mask=is_head)
 
 
 @triton.jit(do_not_specialize=["step_stride"])
 def _merge_backward_kernel(
     query, keys, values, step_stride, out, lse, grad_out, grad_causal, places,
-    grad_query, grad_keys, grad_values, num_heads, scale,
+    grad_query, grad_keys, grad_values, scale,
     HAS_PLACES: tl.constexpr,
     NUM_OWN: tl.constexpr,
     GROUP: tl.constexpr,
+    KV_HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     GROUP_BLOCK: tl.constexpr,
+    KV_BLOCK: tl.constexpr,
     DIM_BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One row and key head; a softmax weight's gradient is p (do.v - Delta)."""
-    row = tl.program_id(0).to(tl.int64)
-    kv_head = tl.program_id(1)
-    place = row
-    if HAS_PLACES:
-        place = tl.load(places + row)
-    member = tl.arange(0, GROUP_BLOCK)
-    i = tl.arange(0, DIM_BLOCK)
-    heads = kv_head * GROUP + member
-    is_head = member < GROUP
-    inside = is_head[:, None] & (i < HEAD_DIM)[None, :]
-    at = heads[:, None] * HEAD_DIM + i[None, :]
-    row_at = row * num_heads * HEAD_DIM + at
+    """One row; a softmax weight's gradient is p (do.v - Delta)."""
+    row, place, heads, is_head, at, inside, kv_at, kv_inside = _find(
+        places, HAS_PLACES, GROUP, KV_HEADS, HEAD_DIM, GROUP_BLOCK, KV_BLOCK, DIM_BLOCK
+    )
+    WIDTH: tl.constexpr = GROUP * KV_HEADS * HEAD_DIM
+    kv_at += row * KV_HEADS * HEAD_DIM
 
-    query += place * num_heads * HEAD_DIM
-    q = tl.load(query + at, mask=inside, other=0.0).to(tl.float32)
-    do = tl.load(grad_out + row_at, mask=inside, other=0.0).to(tl.float32)
-    o = tl.load(out + row_at, mask=inside, other=0.0).to(tl.float32)
-    joint = tl.load(lse + row * num_heads + heads, mask=is_head, other=0.0)
-    delta = tl.sum(o * do, axis=1)
-    dq = tl.load(grad_causal + place * num_heads * HEAD_DIM + at, mask=inside, other=0.0)
-    dq = dq.to(tl.float32)
-    own = (row * tl.num_programs(1) + kv_head) * HEAD_DIM + i
+    q = tl.load(query + place * WIDTH + at, mask=inside, other=0.0).to(tl.float32)
+    do = tl.load(grad_out + row * WIDTH + at, mask=inside, other=0.0).to(tl.float32)
+    o = tl.load(out + row * WIDTH + at, mask=inside, other=0.0).to(tl.float32)
+    joint = tl.load(lse + row * GROUP * KV_HEADS + heads, mask=is_head, other=0.0)
+    delta = tl.sum(o * do, axis=2)
+    dq = tl.load(grad_causal + place * WIDTH + at, mask=inside, other=0.0).to(tl.float32)
     for step in tl.static_range(NUM_OWN):
-        k = tl.load(keys + step * step_stride + own, mask=i < HEAD_DIM, other=0.0).to(tl.float32)
-        v = tl.load(values + step * step_stride + own, mask=i < HEAD_DIM, other=0.0).to(tl.float32)
-        p = tl.where(is_head, tl.exp(tl.sum(q * k[None, :], axis=1) * scale - joint), 0.0)
-        ds = p * (tl.sum(do * v[None, :], axis=1) - delta) * scale
-        dq += ds[:, None] * k[None, :]
-        dk = tl.sum(ds[:, None] * q, axis=0).to(grad_keys.dtype.element_ty)
-        dv = tl.sum(p[:, None] * do, axis=0).to(grad_values.dtype.element_ty)
-        tl.store(grad_keys + step * step_stride + own, dk, mask=i < HEAD_DIM)
-        tl.store(grad_values + step * step_stride + own, dv, mask=i < HEAD_DIM)
-    grad_query += place * num_heads * HEAD_DIM
-    tl.store(grad_query + at, dq.to(grad_query.dtype.element_ty), mask=inside)
+        own = step * step_stride + kv_at
+        k = tl.load(keys + own, mask=kv_inside, other=0.0).to(tl.float32)
+        v = tl.load(values + own, mask=kv_inside, other=0.0).to(tl.float32)
+        p = tl.where(is_head, tl.exp(tl.sum(q * k[None, :, :], axis=2) * scale - joint), 0.0)
+        ds = p * (tl.sum(do * v[None, :, :], axis=2) - delta) * scale
+        dq += ds[:, :, None] * k[None, :, :]
+        dk = tl.sum(ds[:, :, None] * q, axis=0).to(grad_keys.dtype.element_ty)
+        dv = tl.sum(p[:, :, None] * do, axis=0).to(grad_values.dtype.element_ty)
+        tl.store(grad_keys + own, dk, mask=kv_inside)
+        tl.store(grad_values + own, dv, mask=kv_inside)
+    dq = dq.to(grad_query.dtype.element_ty)
+    tl.store(grad_query + place * WIDTH + at, dq, mask=inside)

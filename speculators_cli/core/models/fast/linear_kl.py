@@ -134,7 +134,7 @@ def _logit_options(targets: Targets) -> dict[str, Any]:
 
 
 def _blocks(vocab_size: int) -> dict[str, int]:
-    return {"BLOCK": min(8192, triton.next_power_of_2(vocab_size)), "num_warps": 8}
+    return {"BLOCK": min(4096, triton.next_power_of_2(vocab_size)), "num_warps": 8}
 
 
 def _target_stats(
