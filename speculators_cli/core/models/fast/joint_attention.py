@@ -9,7 +9,7 @@ the joint output and the joint :math:`L`, returns the exact gradients of its par
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -41,8 +41,8 @@ class _JointAttention(torch.autograd.Function):
         causal = causal_attention.forward(
             query, keys_and_values[0], keys_and_values[num_steps], spans
         )
-        own_keys, own_values = _own(keys_and_values, num_steps)
-        out, lse = _merge(query, own_keys, own_values, causal.out, causal.lse, spans.places)
+        own = _Own.of(keys_and_values)
+        out, lse = _merge(query, own, causal.out, causal.lse, spans.places)
         ctx.save_for_backward(query, *keys_and_values, out, lse, *causal.saved)
         ctx.spans, ctx.num_steps = spans, num_steps
         return out
@@ -64,17 +64,17 @@ class _JointAttention(torch.autograd.Function):
             saved,
             spans,
         )
-        own_keys, own_values = _own(keys_and_values, num_steps)
+        own = _Own.of(keys_and_values)
         grad_query, grad_own_keys, grad_own_values = _merge_backward(
-            query, own_keys, own_values, out, lse, grad_out, grad_causal, spans.places
+            query, own, out, lse, grad_out, grad_causal, spans.places
         )
         return (
             grad_query,
             None,
             grad_key,
-            *grad_own_keys.unbind(),
+            *grad_own_keys,
             grad_value,
-            *grad_own_values.unbind(),
+            *grad_own_values,
         )
 
 
@@ -86,40 +86,50 @@ def _laid_out(
     return x.contiguous() if spans.sources is None else pick_rows(x, spans.sources)
 
 
-def _own(keys_and_values: Sequence[Tensor], num_steps: int) -> tuple[Tensor, Tensor]:
-    """Own keys and values of the later steps, each [steps-1, active, kv_heads, head_dim]."""
-    if num_steps == 1:
-        nothing = keys_and_values[0].new_empty(0, 1, *keys_and_values[0].shape[1:])
-        return nothing, nothing
-    return (
-        torch.stack(tuple(keys_and_values[1:num_steps])),
-        torch.stack(tuple(keys_and_values[num_steps + 1 :])),
-    )
+class _Own(NamedTuple):
+    """Keys and values of later steps, each [active, kv_heads, head_dim], each row contiguous."""
 
+    keys: tuple[Tensor, ...]
+    values: tuple[Tensor, ...]
+    num_kv_heads: int
 
-def _sizes(query: Tensor, own_keys: Tensor) -> dict[str, int]:
-    _, num_heads, head_dim = query.shape
-    num_own, _, num_kv_heads, _ = own_keys.shape
-    group = num_heads // num_kv_heads
-    kv_block, dim_block = triton.next_power_of_2(num_kv_heads), triton.next_power_of_2(head_dim)
-    return {
-        "NUM_OWN": num_own,
-        "GROUP": group,
-        "KV_HEADS": num_kv_heads,
-        "HEAD_DIM": head_dim,
-        "GROUP_BLOCK": triton.next_power_of_2(group),
-        "KV_BLOCK": kv_block,
-        "DIM_BLOCK": dim_block,
-        # A thread takes eight neighbours of a head, of all heads of a group: a sum over the group
-        # then needs no other thread.
-        "num_warps": min(max(kv_block * dim_block // 256, 1), 8),
-    }
+    @classmethod
+    def of(cls, keys_and_values: Sequence[Tensor]) -> "_Own":
+        """All but step 0's."""
+        num_steps = len(keys_and_values) // 2
+        keys, values = keys_and_values[1:num_steps], keys_and_values[num_steps + 1 :]
+        return cls(tuple(keys), tuple(values), keys_and_values[0].shape[1])
+
+    def arguments(self) -> tuple[Any, ...]:
+        """What the kernels take: pointers, and the distances of rows, alike in all steps."""
+        strides = [{x.stride(0) for x in parts} or {0} for parts in (self.keys, self.values)]
+        (key_stride,), (value_stride,) = strides
+        return self.keys, key_stride, self.values, value_stride
+
+    def sizes(self, query: Tensor) -> dict[str, int]:
+        """The kernels' constants."""
+        _, num_heads, head_dim = query.shape
+        group = num_heads // self.num_kv_heads
+        kv_block = triton.next_power_of_2(self.num_kv_heads)
+        dim_block = triton.next_power_of_2(head_dim)
+        return {
+            "NUM_OWN": len(self.keys),
+            "WIDTH": num_heads * head_dim,
+            "GROUP": group,
+            "KV_HEADS": self.num_kv_heads,
+            "HEAD_DIM": head_dim,
+            "GROUP_BLOCK": triton.next_power_of_2(group),
+            "KV_BLOCK": kv_block,
+            "DIM_BLOCK": dim_block,
+            # A thread takes eight neighbours of a head, of all heads of a group: a sum over the
+            # group then needs no other thread.
+            "num_warps": min(max(kv_block * dim_block // 256, 1), 8),
+        }
 
 
 def _merge(
     query: Tensor,
-    own_keys: Tensor,
-    own_values: Tensor,
+    own: _Own,
     causal_out: Tensor,  # [queries, heads, head_dim]: softmax over step 0 alone
     causal_lse: Tensor,  # [heads, queries], float32: its log-sum-exp
     places: Tensor | None,
@@ -130,33 +140,34 @@ def _merge(
     out = query.new_empty(num_rows, num_heads, head_dim)
     lse = torch.empty(num_rows, num_heads, dtype=torch.float32, device=query.device)
     _merge_kernel[(num_rows,)](
-        query, own_keys, own_values, own_keys.stride(0),
-        causal_out, causal_lse, causal_lse.stride(0),
+        query, *own.arguments(), causal_out, causal_lse, causal_lse.stride(0),
         query if places is None else places, out, lse, head_dim**-0.5,
-        HAS_PLACES=places is not None, **_sizes(query, own_keys),
+        HAS_PLACES=places is not None, **own.sizes(query),
     )  # fmt: skip
     return out, lse
 
 
 def _merge_backward(
     query: Tensor,
-    own_keys: Tensor,
-    own_values: Tensor,
+    own: _Own,
     out: Tensor,
     lse: Tensor,
     grad_out: Tensor,
     grad_causal: Tensor,  # [queries, heads, head_dim]: gradient of the query through step 0
     places: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, list[Tensor], list[Tensor]]:
     """Gradient of the query, through all keys, unset in the gaps; of own keys; of own values."""
     num_rows, _, head_dim = out.shape
     grad_query = torch.empty_like(query)
-    grad_keys, grad_values = torch.empty_like(own_keys), torch.empty_like(own_values)
+    grad_keys, grad_values = (
+        [torch.empty_like(x, memory_format=torch.contiguous_format) for x in parts]
+        for parts in (own.keys, own.values)
+    )
     _merge_backward_kernel[(num_rows,)](
-        query, own_keys, own_values, own_keys.stride(0),
+        query, *own.arguments(),
         out, lse, grad_out, grad_causal, query if places is None else places,
-        grad_query, grad_keys, grad_values, head_dim**-0.5,
-        HAS_PLACES=places is not None, **_sizes(query, own_keys),
+        grad_query, tuple(grad_keys), tuple(grad_values), head_dim**-0.5,
+        HAS_PLACES=places is not None, **own.sizes(query),
     )  # fmt: skip
     return grad_query, grad_keys, grad_values
 
@@ -172,8 +183,9 @@ def _find(
     KV_BLOCK: tl.constexpr,
     DIM_BLOCK: tl.constexpr,
 ):
-    """A program's row and its place; heads [group, kv_heads]; where their values [.., head_dim]
-    and those of key heads [kv_heads, head_dim] lie in a row; which of all these there are.
+    """A program's row and place; its heads, where their values lie in a row, and which there are.
+
+    Heads are [group, kv_heads], values [group, kv_heads, head_dim], of keys [kv_heads, head_dim].
     """
     row = tl.program_id(0).to(tl.int64)
     place = row
@@ -192,11 +204,13 @@ def _find(
     return row, place, heads, is_head, at, inside, kv_at, kv_inside
 
 
-@triton.jit(do_not_specialize=["step_stride", "lse_stride"])
+@triton.jit(do_not_specialize=["lse_stride"])
 def _merge_kernel(
-    query, keys, values, step_stride, causal_out, causal_lse, lse_stride, places, out, lse, scale,
+    query, keys, key_stride, values, value_stride, causal_out, causal_lse, lse_stride, places,
+    out, lse, scale,
     HAS_PLACES: tl.constexpr,
     NUM_OWN: tl.constexpr,
+    WIDTH: tl.constexpr,
     GROUP: tl.constexpr,
     KV_HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
@@ -208,17 +222,16 @@ def _merge_kernel(
     row, place, heads, is_head, at, inside, kv_at, kv_inside = _find(
         places, HAS_PLACES, GROUP, KV_HEADS, HEAD_DIM, GROUP_BLOCK, KV_BLOCK, DIM_BLOCK
     )
-    WIDTH: tl.constexpr = GROUP * KV_HEADS * HEAD_DIM
-    kv_at += row * KV_HEADS * HEAD_DIM
 
     q = tl.load(query + place * WIDTH + at, mask=inside, other=0.0).to(tl.float32) * scale
     total = tl.load(causal_out + place * WIDTH + at, mask=inside, other=0.0).to(tl.float32)
     largest = tl.load(causal_lse + heads * lse_stride + place, mask=is_head, other=0.0)
     weight = tl.full([GROUP_BLOCK, KV_BLOCK], 1.0, dtype=tl.float32)
     for step in tl.static_range(NUM_OWN):
-        own = step * step_stride + kv_at
-        k = tl.load(keys + own, mask=kv_inside, other=0.0).to(tl.float32)
-        v = tl.load(values + own, mask=kv_inside, other=0.0).to(tl.float32)
+        k = tl.load(keys[step] + row * key_stride + kv_at, mask=kv_inside, other=0.0)
+        v = tl.load(values[step] + row * value_stride + kv_at, mask=kv_inside, other=0.0).to(
+            tl.float32
+        )
         score = tl.sum(q * k[None, :, :], axis=2)
         new_largest = tl.maximum(largest, score)
         shrink = tl.exp(largest - new_largest)
@@ -231,12 +244,13 @@ def _merge_kernel(
     tl.store(lse + row * GROUP * KV_HEADS + heads, largest + tl.log(weight), mask=is_head)
 
 
-@triton.jit(do_not_specialize=["step_stride"])
+@triton.jit
 def _merge_backward_kernel(
-    query, keys, values, step_stride, out, lse, grad_out, grad_causal, places,
+    query, keys, key_stride, values, value_stride, out, lse, grad_out, grad_causal, places,
     grad_query, grad_keys, grad_values, scale,
     HAS_PLACES: tl.constexpr,
     NUM_OWN: tl.constexpr,
+    WIDTH: tl.constexpr,
     GROUP: tl.constexpr,
     KV_HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
@@ -248,8 +262,6 @@ def _merge_backward_kernel(
     row, place, heads, is_head, at, inside, kv_at, kv_inside = _find(
         places, HAS_PLACES, GROUP, KV_HEADS, HEAD_DIM, GROUP_BLOCK, KV_BLOCK, DIM_BLOCK
     )
-    WIDTH: tl.constexpr = GROUP * KV_HEADS * HEAD_DIM
-    kv_at += row * KV_HEADS * HEAD_DIM
 
     q = tl.load(query + place * WIDTH + at, mask=inside, other=0.0).to(tl.float32)
     do = tl.load(grad_out + row * WIDTH + at, mask=inside, other=0.0).to(tl.float32)
@@ -258,15 +270,17 @@ def _merge_backward_kernel(
     delta = tl.sum(o * do, axis=2)
     dq = tl.load(grad_causal + place * WIDTH + at, mask=inside, other=0.0).to(tl.float32)
     for step in tl.static_range(NUM_OWN):
-        own = step * step_stride + kv_at
-        k = tl.load(keys + own, mask=kv_inside, other=0.0).to(tl.float32)
-        v = tl.load(values + own, mask=kv_inside, other=0.0).to(tl.float32)
+        k = tl.load(keys[step] + row * key_stride + kv_at, mask=kv_inside, other=0.0)
+        v = tl.load(values[step] + row * value_stride + kv_at, mask=kv_inside, other=0.0).to(
+            tl.float32
+        )
         p = tl.where(is_head, tl.exp(tl.sum(q * k[None, :, :], axis=2) * scale - joint), 0.0)
         ds = p * (tl.sum(do * v[None, :, :], axis=2) - delta) * scale
         dq += ds[:, :, None] * k[None, :, :]
-        dk = tl.sum(ds[:, :, None] * q, axis=0).to(grad_keys.dtype.element_ty)
-        dv = tl.sum(p[:, :, None] * do, axis=0).to(grad_values.dtype.element_ty)
-        tl.store(grad_keys + own, dk, mask=kv_inside)
-        tl.store(grad_values + own, dv, mask=kv_inside)
+        dk = tl.sum(ds[:, :, None] * q, axis=0).to(grad_query.dtype.element_ty)
+        dv = tl.sum(p[:, :, None] * do, axis=0).to(grad_query.dtype.element_ty)
+        grad_at = row * KV_HEADS * HEAD_DIM + kv_at
+        tl.store(grad_keys[step] + grad_at, dk, mask=kv_inside)
+        tl.store(grad_values[step] + grad_at, dv, mask=kv_inside)
     dq = dq.to(grad_query.dtype.element_ty)
     tl.store(grad_query + place * WIDTH + at, dq, mask=inside)
