@@ -8,12 +8,15 @@ import torch
 from torch import Tensor
 
 from speculators_cli.core.data.batch import Batch
+from speculators_cli.core.data.noise import drop_and_add_noise
 from speculators_cli.core.models.attention import plain_attention
 from speculators_cli.core.models.eagle3 import Eagle3Draft
 from speculators_cli.core.models.fast.causal_attention import can_use_flash
 from speculators_cli.core.models.fast.joint_attention import joint_attention
 from speculators_cli.core.models.fast.spans import Spans
 from speculators_cli.core.models.verifier import FrozenVerifier
+from speculators_cli.core.training.optimizer import Optimizer
+from speculators_cli.settings.train import OptimizerSettings
 from tests.drafts import filled_draft, lay_out, make_config, make_sample, pack
 
 pytestmark = pytest.mark.gpu
@@ -134,3 +137,45 @@ def test_fast_equals_plain(variant: str, fraction: float) -> None:
         for half_grads in (fast_half, plain_half)
     ]
     assert rounding[0] <= 1.1 * rounding[1], rounding
+
+
+def test_nothing_is_compiled_after_the_first_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Rows, documents, gaps and chunks of the loss differ from batch to batch.
+    import triton
+
+    monkeypatch.setattr("speculators_cli.core.models.cost.MAX_TARGETS", 100)
+    rng = torch.Generator().manual_seed(0)
+    config = make_config(
+        hidden_size=192, target_hidden_size=192, intermediate_size=320, num_heads=6,
+        head_dim=64, vocab_size=900, draft_vocab_size=450, num_layers=2,
+    )  # fmt: skip
+    draft = moved(filled_draft(config, rng, kept_ids=torch.arange(0, 900, 2)))
+    draft.use_fast_kernels = True
+    optimizer = Optimizer(draft, OptimizerSettings(), use_fast_kernels=True)
+    compiled: list[str] = []
+
+    def step() -> None:
+        lengths = torch.randint(
+            2, 90, (int(torch.randint(1, 7, (), generator=rng)),), generator=rng
+        )
+        fraction = float(torch.rand((), generator=rng))
+        samples = [
+            make_sample(n, config, rng, supervised_fraction=fraction) for n in lengths.tolist()
+        ]
+        batch = pack(*samples, total_seq_len=512).to(CUDA).cast(torch.bfloat16)
+        ready, _ = drop_and_add_noise(batch, 0.05, seed=0, epoch=0)
+        num_scored = draft.count_scored(ready).clamp(min=1)
+        draft(ready, torch.tensor(draft.loss_weights, device=CUDA) / num_scored).loss.backward()
+        optimizer.step(1e-4)
+
+    for _ in range(10):
+        step()
+    monkeypatch.setattr(
+        triton.knobs.runtime,
+        "jit_post_compile_hook",
+        lambda **event: compiled.append(event["repr"]),
+    )
+    for _ in range(40):
+        step()
+
+    assert compiled == []

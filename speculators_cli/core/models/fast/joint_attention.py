@@ -204,7 +204,7 @@ def _find(
     return row, place, heads, is_head, at, inside, kv_at, kv_inside
 
 
-@triton.jit(do_not_specialize=["lse_stride"])
+@triton.jit(do_not_specialize=["lse_stride"], do_not_specialize_on_alignment=["places"])
 def _merge_kernel(
     query, keys, key_stride, values, value_stride, causal_out, causal_lse, lse_stride, places,
     out, lse, scale,
@@ -244,7 +244,7 @@ def _merge_kernel(
     tl.store(lse + row * GROUP * KV_HEADS + heads, largest + tl.log(weight), mask=is_head)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["places"])
 def _merge_backward_kernel(
     query, keys, key_stride, values, value_stride, out, lse, grad_out, grad_causal, places,
     grad_query, grad_keys, grad_values, scale,

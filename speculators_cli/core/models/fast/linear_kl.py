@@ -213,7 +213,10 @@ def _target_stats_kernel(
     tl.store(tokens + row, tl.load(kept_ids + tl.maximum(best, 0)))
 
 
-@triton.jit(do_not_specialize=["first", "logit_scale", "softcap"])
+@triton.jit(
+    do_not_specialize=["first", "logit_scale", "softcap"],
+    do_not_specialize_on_alignment=["tokens", "indices", "losses", "agreed", "scored"],
+)
 def _kl_kernel(
     logits, target_logits, stats, tokens, indices, first, is_kept, kept_ids, weights,
     losses, agreed, scored, vocab_size, logit_scale, softcap,

@@ -75,7 +75,7 @@ def _turn(
     return out
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["positions", "sources"])
 def _rotate_kernel(
     x, x_stride, cos, sin, positions, sources, out,
     HAS_SOURCES: tl.constexpr,

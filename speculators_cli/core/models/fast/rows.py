@@ -32,7 +32,7 @@ def add_rows(
     _add_kernel[grid](x, places, into, SIZE=size, BLOCK=BLOCK, num_warps=4)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["sources"])
 def _pick_kernel(x, sources, out, SIZE: tl.constexpr, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     i = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -42,7 +42,7 @@ def _pick_kernel(x, sources, out, SIZE: tl.constexpr, BLOCK: tl.constexpr):
     tl.store(out + row * SIZE + i, value, mask=i < SIZE)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["places"])
 def _add_kernel(x, places, into, SIZE: tl.constexpr, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     i = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
