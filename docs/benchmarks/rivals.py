@@ -15,6 +15,7 @@ import os
 import statistics
 import tempfile
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -58,6 +59,11 @@ def main() -> None:
         pin_memory=True,
         seed=0,
     )
+    # Others read last hidden states at every position.
+    loader.batches = [
+        replace(batch, last_hidden_states=batch.at_positions(batch.last_hidden_states).pin_memory())
+        for batch in loader.batches
+    ]
     with tempfile.TemporaryDirectory() as folder:
         write_verifier(Path(folder), verifier, vocab_size)
         build = {"speculators": build_speculators, "specforge": build_specforge}[options.tool]
