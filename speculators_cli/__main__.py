@@ -1,5 +1,6 @@
 """Start the command line: `speculators`, or `python -m speculators_cli` under torchrun."""
 
+import atexit
 import os
 import sys
 
@@ -8,14 +9,27 @@ from speculators_cli.cli.app import run
 
 def main() -> None:
     """Run the command named on the command line and exit with its code."""
-    code = run(sys.argv[1:])
+    codes: list[int] = []
+    # Called after every function that the command and its libraries register, for it is the first.
+    atexit.register(_leave, codes)
+    codes.append(run(sys.argv[1:]))
     if "RANK" in os.environ:
         # gloo's threads outlive the process group. If one wakes while the interpreter shuts down,
         # it aborts the process, and a good run ends with an error. So nothing is shut down.
+        _leave(codes)
+    sys.exit(codes[0])
+
+
+def _leave(codes: list[int]) -> None:
+    """End the process with the command's code, if it came to one.
+
+    Nothing is taken apart: with torch and transformers in it, the interpreter needs a second for
+    that, about as long as they took to import.
+    """
+    if codes:
         sys.stdout.flush()
         sys.stderr.flush()
-        os._exit(code)
-    sys.exit(code)
+        os._exit(codes[0])
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from typing import TYPE_CHECKING, Any
 
+from speculators_cli.cli.imports import importing
 from speculators_cli.cli.options import with_settings
 from speculators_cli.cli.output import Output, format_speed
 from speculators_cli.settings.base import load_settings
@@ -15,7 +16,8 @@ if TYPE_CHECKING:
 def bench(*, flags: dict[str, Any], output: Output) -> None:
     """Measure the training step for a verifier's shape, without its weights"""  # noqa: D415 - shown as help
     settings = load_settings(BenchSettings, flags, None)
-    from speculators_cli.core.bench.bench import bench as run
+    with importing():
+        from speculators_cli.core.bench.bench import bench as run
 
     try:
         report = run(settings, progress=output)

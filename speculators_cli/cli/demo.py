@@ -2,6 +2,7 @@
 
 from typing import TYPE_CHECKING, Any
 
+from speculators_cli.cli.imports import importing
 from speculators_cli.cli.options import with_settings
 from speculators_cli.cli.output import Output, format_duration
 from speculators_cli.settings.base import load_settings
@@ -15,7 +16,8 @@ if TYPE_CHECKING:
 def demo(*, flags: dict[str, Any], output: Output) -> None:
     """Run the whole pipeline on an embedded verifier, on CPU, offline"""  # noqa: D415 - shown as help
     settings = load_settings(DemoSettings, flags, None)
-    from speculators_cli.core.demo.demo import check_report, run_demo
+    with importing():
+        from speculators_cli.core.demo.demo import check_report, run_demo
 
     try:
         report = run_demo(settings, progress=output)

@@ -2,6 +2,7 @@
 
 from typing import TYPE_CHECKING, Any
 
+from speculators_cli.cli.imports import importing
 from speculators_cli.cli.options import with_settings
 from speculators_cli.cli.output import Output
 from speculators_cli.settings.base import load_settings
@@ -15,7 +16,8 @@ if TYPE_CHECKING:
 def export(*, flags: dict[str, Any], output: Output) -> None:
     """Write a draft model for a serving engine"""  # noqa: D415 - shown as help
     settings = load_settings(ExportSettings, flags, None)
-    from speculators_cli.core.export import export as core
+    with importing():
+        from speculators_cli.core.export import export as core
 
     report = core.export(settings, progress=output)
     if output.is_json:

@@ -6,6 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
+from speculators_cli.cli.imports import importing
 from speculators_cli.cli.options import with_settings
 from speculators_cli.cli.output import Output, format_duration, format_speed
 from speculators_cli.settings.base import load_settings
@@ -66,8 +67,9 @@ def train(
 
         launch(nproc_per_node, context.obj)
         return
-    from speculators_cli.core.training import run
-    from speculators_cli.core.training.report import TrainReport
+    with importing():
+        from speculators_cli.core.training import run
+        from speculators_cli.core.training.report import TrainReport
 
     try:
         report: TrainReport = run.train(settings, progress=output, dry_run=dry_run)

@@ -1,12 +1,14 @@
 """`speculators train --plan`."""
 
+from speculators_cli.cli.imports import importing
 from speculators_cli.cli.output import Output, format_bytes, format_duration
 from speculators_cli.settings.train import TrainSettings
 
 
 def show_plan(settings: TrainSettings, output: Output, *, num_ranks: int | None) -> None:
     """Write what a run will take."""
-    from speculators_cli.core.training.plan import plan
+    with importing():
+        from speculators_cli.core.training.plan import plan
 
     try:
         found = plan(settings, num_ranks=num_ranks, progress=output)
