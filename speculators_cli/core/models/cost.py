@@ -94,8 +94,8 @@ GPUS = {  # by a word in the device's name
 }
 # Share of the data sheet's operations that the step's part in proportion to them reached, and bytes
 # moved for each trained parameter: casts, gradients, norm and optimizer.
-FLOPS_REACHED = 0.63
-BYTES_A_PARAMETER = 94
+FLOPS_REACHED = 0.617
+BYTES_A_PARAMETER = 75
 
 
 def find_gpu(device_name: str) -> Gpu | None:
@@ -135,7 +135,8 @@ def estimate_memory(
     verifier = 2 * 2 * config.vocab_size * size
     if config.draft_vocab_size != config.vocab_size:
         verifier += 2 * head
-    batches = 2 * 2 * total_seq_len * (config.num_aux_layers + 1) * config.target_hidden_size
+    rows = total_seq_len * config.num_aux_layers + num_targets
+    batches = 2 * 2 * rows * config.target_hidden_size
     # Of a layer: inputs of its products and norms, what attention and the gate keep.
     row = 2 * (3 * size + 2 * query + kv + kv // 2 + 3 * inner)
     steps = config.ttt_steps * num_active * (config.num_layers * row + 2 * 3 * size)
