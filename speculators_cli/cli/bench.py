@@ -49,6 +49,8 @@ def show(report: "BenchReport", output: Output) -> None:
     ]
     if report.peak_memory_bytes is not None:
         rows.insert(4, ("peak memory", f"{report.peak_memory_bytes / 2**30:.1f} GiB"))
+    if report.launch_ms is not None:
+        rows.append(("launching a step", f"{report.launch_ms:.1f} ms of the host's time"))
     if report.idle_share is not None:
         rows.append(("GPU idle", f"{report.idle_share:.1%}"))
     output.panel(f"{report.verifier}, {report.kernels} kernels", rows)

@@ -28,6 +28,7 @@ def test_a_verifier_of_ones_own_is_measured(
     assert 0.5 < report["supervised_fraction"] < 0.7
     assert 0 < report["loss"] < 10
     assert report["split_ms"] is None
+    assert report["launch_ms"] is None
 
 
 @pytest.mark.parametrize("kernels", KERNELS)

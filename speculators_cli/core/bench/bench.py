@@ -62,6 +62,7 @@ class BenchReport:
     useful_tflops: float  # a second
     utilisation: float | None  # of the device's dense bfloat16 peak
     data_wait_share: float
+    launch_ms: float | None  # the host's time for a step: a GPU step takes no less
     idle_share: float | None  # of the last profiled step: no kernel computes
     split_ms: dict[str, float] | None  # by kind of kernel
     longest_kernels_ms: dict[str, float] | None  # by name, those that took most of a step
@@ -111,9 +112,10 @@ def _measure(settings: BenchSettings, trainer: Trainer, name: str) -> BenchRepor
         trainer.train_step(ready, epoch=0)
 
     times = _time(step, trainer, masks, settings)
-    is_profiled = trainer.ranks.device.type == "cuda" and settings.measure.profile
-    kernels = profile_steps(step) if is_profiled else None
-    return _report(settings, trainer, name, times, kernels)
+    is_cuda = trainer.ranks.device.type == "cuda"
+    launch_ms = _time_launch(trainer, batches) if is_cuda else None
+    kernels = profile_steps(step) if is_cuda and settings.measure.profile else None
+    return _report(settings, trainer, name, times, launch_ms, kernels)
 
 
 def _time(
@@ -147,6 +149,18 @@ def _time(
         peak_memory_bytes=torch.cuda.max_memory_allocated() if is_cuda else None,
         masks=list(masks),
     )
+
+
+def _time_launch(trainer: Trainer, batches: Iterator[tuple[Batch, ...]]) -> float:
+    """Milliseconds until the host has launched a step, with a GPU that does not hold it up."""
+    times = []
+    for _ in range(3):
+        ready = next(batches)
+        torch.cuda.synchronize()
+        started_at = time.perf_counter()
+        trainer.train_step(ready, epoch=0)
+        times.append((time.perf_counter() - started_at) * 1e3)
+    return statistics.median(times)
 
 
 class _Clock:
@@ -186,6 +200,7 @@ def _report(
     trainer: Trainer,
     name: str,
     times: _Times,
+    launch_ms: float | None,
     kernels: KernelTimes | None,
 ) -> BenchReport:
     draft, device = trainer.draft, trainer.ranks.device
@@ -226,6 +241,7 @@ def _report(
         useful_tflops=per_second / 1e12,
         utilisation=per_second / gpu.flops if gpu else None,
         data_wait_share=times.wait_share,
+        launch_ms=launch_ms,
         idle_share=kernels.idle_share if kernels else None,
         split_ms=kernels.split_ms if kernels else None,
         longest_kernels_ms=kernels.longest_ms if kernels else None,
