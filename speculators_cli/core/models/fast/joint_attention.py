@@ -110,6 +110,7 @@ class _Own(NamedTuple):
         """The kernels' constants."""
         _, num_heads, head_dim = query.shape
         group = num_heads // self.num_kv_heads
+        group_block = triton.next_power_of_2(group)
         kv_block = triton.next_power_of_2(self.num_kv_heads)
         dim_block = triton.next_power_of_2(head_dim)
         return {
@@ -118,12 +119,12 @@ class _Own(NamedTuple):
             "GROUP": group,
             "KV_HEADS": self.num_kv_heads,
             "HEAD_DIM": head_dim,
-            "GROUP_BLOCK": triton.next_power_of_2(group),
+            "GROUP_BLOCK": group_block,
             "KV_BLOCK": kv_block,
             "DIM_BLOCK": dim_block,
-            # A thread takes eight neighbours of a head, of all heads of a group: a sum over the
-            # group then needs no other thread.
-            "num_warps": min(max(kv_block * dim_block // 256, 1), 8),
+            # 32 values a thread: eight neighbours of a head, of four heads of a group, whose sum
+            # then needs no other thread.
+            "num_warps": min(max(group_block * kv_block * dim_block // 1024, 1), 8),
         }
 
 
