@@ -148,8 +148,8 @@ def collate(
 def _copy_rows(states: Tensor, rows: Tensor, into: NDArray[np.generic], dtype: torch.dtype) -> None:
     """Write some rows of [rows, hidden] states, cast; of a memory-mapped file no other is read."""
     if states.dtype == dtype:
-        # The mode that checks no bounds is the one that needs no buffer: the rows are inside.
-        np.take(_bits(states), rows.numpy(), axis=0, out=into, mode="clip")
+        # Not `np.take`, which copies all of a source that is not contiguous.
+        into[:] = _bits(states)[rows.numpy()]
     else:
         into[:] = _bits(states[rows].to(dtype))
 

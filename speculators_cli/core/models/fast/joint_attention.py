@@ -23,7 +23,7 @@ from speculators_cli.core.models.fast.spans import Spans
 
 
 def joint_attention(
-    query: Tensor,  # [queries, heads, head_dim], laid out by `spans`; gaps are not looked at
+    query: Tensor,  # [queries, heads, head_dim], laid out by `spans`, zeros in the gaps
     keys: Sequence[Tensor],  # step 0: [seq_len, kv_heads, head_dim]; later: [active, ...]
     values: Sequence[Tensor],  # as the keys
     spans: Spans,

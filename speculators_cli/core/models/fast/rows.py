@@ -25,9 +25,9 @@ def add_rows(
     places: Tensor,  # [rows], int64, distinct
     into: Tensor,  # [others, ...]
 ) -> None:
-    """Add each row to what stands at its place."""
+    """Add each row to what stands at its place; there may be none."""
     x = x.contiguous()
-    size = x[0].numel()
+    size = into[0].numel()
     grid = (len(places), triton.cdiv(size, BLOCK))
     _add_kernel[grid](x, places, into, SIZE=size, BLOCK=BLOCK, num_warps=4)
 

@@ -395,6 +395,29 @@ def test_any_mask_gives_what_the_plain_path_gives(
         assert (mine - grad).norm() <= 1e-5 * grad.norm() + 1e-6, name
 
 
+def test_steps_that_read_past_the_end_alone_give_what_the_plain_path_gives(
+    rng: torch.Generator,
+) -> None:
+    # The only supervised token is the sequence's last, in a document shorter than the TTT steps.
+    draft = fast_draft(rng)
+    silent, short = (make_sample(n, draft.config, rng) for n in (15, 2))
+    batch = pack(
+        replace(silent, loss_mask=torch.zeros(15).bool()),
+        replace(short, loss_mask=torch.tensor([False, True])),
+        total_seq_len=15,
+    )
+    found = []
+    for is_fast in (True, False):
+        draft.use_fast_kernels = is_fast
+        draft.zero_grad()
+        draft(batch).loss.backward()
+        assert draft.fc.weight.grad is not None
+        found.append(draft.fc.weight.grad.clone())
+
+    assert found[1].abs().max() > 0
+    torch.testing.assert_close(*found, rtol=RTOL, atol=ATOL)
+
+
 def test_a_batch_without_documents_gives_zeros(rng: torch.Generator) -> None:
     # A rank's last step may have nothing to read; the others wait for its gradients.
     draft = fast_draft(rng)
