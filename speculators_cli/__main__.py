@@ -10,7 +10,7 @@ from speculators_cli.cli.app import run
 def main() -> None:
     """Run the command named on the command line and exit with its code."""
     codes: list[int] = []
-    # Called after every function that the command and its libraries register, for it is the first.
+    # The first of those that the command and its libraries register, so it is called last.
     atexit.register(_leave, codes)
     codes.append(run(sys.argv[1:]))
     if "RANK" in os.environ:

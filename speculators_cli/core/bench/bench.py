@@ -62,7 +62,7 @@ class BenchReport:
     useful_tflops: float  # a second
     utilisation: float | None  # of the device's dense bfloat16 peak
     data_wait_share: float
-    launch_ms: float | None  # the host's time for a step: a GPU step takes no less
+    launch_ms: float | None  # of the host for a step, without the copy of the next batch
     idle_share: float | None  # of the last profiled step: no kernel computes
     split_ms: dict[str, float] | None  # by kind of kernel
     longest_kernels_ms: dict[str, float] | None  # by name, those that took most of a step

@@ -7,11 +7,7 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
-from speculators_cli.core.data.batch import (
-    Batch,
-    drop_non_finite,
-    rows_of,
-)
+from speculators_cli.core.data.batch import Batch, drop_non_finite, move, rows_of
 
 
 def drop_and_add_noise(batch: Batch, std: float, *, seed: int, epoch: int) -> tuple[Batch, Tensor]:
@@ -24,15 +20,16 @@ def drop_and_add_noise(batch: Batch, std: float, *, seed: int, epoch: int) -> tu
     documents = batch.document_ids
     is_broken = torch.zeros(len(batch.lengths), dtype=torch.bool, device=documents.device)
     mark_broken(batch.aux_hidden_states, documents, is_broken)
-    mark_broken(batch.last_hidden_states, documents[batch.targets], is_broken)
-    zero_broken(batch.last_hidden_states, documents[batch.targets], is_broken)
+    target_documents = documents[batch.targets]
+    mark_broken(batch.last_hidden_states, target_documents, is_broken)
+    zero_broken(batch.last_hidden_states, target_documents, is_broken)
     keys = [_key(seed, epoch, sample_id) for sample_id in batch.sample_ids]
     perturb(
         batch.aux_hidden_states,
         documents,
         batch.position_ids,
         is_broken,
-        torch.tensor(keys, dtype=torch.int64).pin_memory().to(is_broken.device, non_blocking=True),
+        move(torch.tensor(keys, dtype=torch.int64), documents.device),
         std,
     )
     loss_mask = batch.loss_mask & ~rows_of(is_broken, batch)

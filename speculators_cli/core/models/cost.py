@@ -154,12 +154,12 @@ def estimate_memory(
 # Draft logits at once. Each chunk reads and writes the whole gradient of the lm_head, so a wide
 # vocabulary wants long chunks, and memory short ones.
 MAX_LOGITS = 2**28
-MIN_TARGETS, MAX_TARGETS = 2048, 4096
+MIN_ROWS, MAX_ROWS = 2048, 4096
 
 
 def chunk_size(num_steps: int, draft_vocab_size: int) -> int:
-    """Targets that the loss takes at once."""
-    return min(max(MAX_LOGITS // (num_steps * draft_vocab_size), MIN_TARGETS), MAX_TARGETS)
+    """Rows that the loss takes at once, each with all its TTT steps."""
+    return min(max(MAX_LOGITS // (num_steps * draft_vocab_size), MIN_ROWS), MAX_ROWS)
 
 
 def count_parameters(config: Eagle3Config) -> int:

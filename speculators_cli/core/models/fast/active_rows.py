@@ -12,8 +12,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from speculators_cli.core.data.batch import Batch
-from speculators_cli.core.models.fast.spans import Spans, document_bounds, move
+from speculators_cli.core.data.batch import Batch, move
+from speculators_cli.core.models.fast.spans import Spans, document_bounds
+from speculators_cli.core.models.ttt import scored_positions
 
 Indices = NDArray[np.int64]
 
@@ -44,22 +45,18 @@ class ActiveRows:
 
 
 def find_active_rows(batch: Batch, num_steps: int) -> ActiveRows:
-    """Plan one packed sequence; enqueues one small copy to the batch's device."""
-    mask = batch.host_mask.numpy()
-    seq_len, device = len(mask), batch.input_ids.device
+    """Plan one packed sequence; enqueues a few small copies to the batch's device."""
+    seq_len, device = len(batch.host_mask), batch.input_ids.device
     bounds = document_bounds(batch.lengths, seq_len)
-    documents = np.repeat(np.arange(len(bounds) - 1), np.diff(bounds))
+    documents = torch.from_numpy(np.repeat(np.arange(len(bounds) - 1), np.diff(bounds)))
 
-    targets = np.flatnonzero(mask)
-    ahead = np.arange(seq_len)[:, None] + np.arange(num_steps)  # [seq_len, steps]
-    shifted = np.minimum(ahead, seq_len - 1)
-    is_inside = (ahead < seq_len) & (documents[shifted] == documents[:, None])
-    scored = np.where(is_inside, _places(targets, seq_len)[shifted], -1)
-    rows = np.flatnonzero((scored >= 0).any(axis=1))
+    targets = np.flatnonzero(batch.host_mask.numpy())
+    scored = scored_positions(batch.host_mask, documents, num_steps).numpy()  # [steps, seq_len]
+    rows = np.flatnonzero(scored.any(axis=0))
     if not len(rows):
         rows = np.zeros(1, dtype=np.int64)
 
-    shifted = shifted[rows].T  # [steps, active]
+    shifted = np.minimum(rows + np.arange(num_steps)[:, None], seq_len - 1)  # [steps, active]
     is_needed = np.zeros(seq_len, dtype=bool)
     is_needed[shifted] = True
     needed = np.flatnonzero(is_needed)
@@ -69,7 +66,7 @@ def find_active_rows(batch: Batch, num_steps: int) -> ActiveRows:
         "shifted": shifted,
         "needed": needed,
         "needed_rows": _places(needed, seq_len)[shifted],
-        "targets": scored[rows],
+        "targets": np.where(scored[:, rows], _places(targets, seq_len)[shifted], -1).T,
     }
     moved = _move(parts, device)
     return ActiveRows(

@@ -205,6 +205,12 @@ def _find(
     return row, place, heads, is_head, at, inside, kv_at, kv_inside
 
 
+@triton.jit
+def _load(pointers, inside):
+    """Values in float32, zeros outside."""
+    return tl.load(pointers, mask=inside, other=0.0).to(tl.float32)
+
+
 @triton.jit(do_not_specialize=["lse_stride"], do_not_specialize_on_alignment=["places"])
 def _merge_kernel(
     query, keys, key_stride, values, value_stride, causal_out, causal_lse, lse_stride, places,
@@ -224,15 +230,13 @@ def _merge_kernel(
         places, HAS_PLACES, GROUP, KV_HEADS, HEAD_DIM, GROUP_BLOCK, KV_BLOCK, DIM_BLOCK
     )
 
-    q = tl.load(query + place * WIDTH + at, mask=inside, other=0.0).to(tl.float32) * scale
-    total = tl.load(causal_out + place * WIDTH + at, mask=inside, other=0.0).to(tl.float32)
-    largest = tl.load(causal_lse + heads * lse_stride + place, mask=is_head, other=0.0)
+    q = _load(query + place * WIDTH + at, inside) * scale
+    total = _load(causal_out + place * WIDTH + at, inside)
+    largest = _load(causal_lse + heads * lse_stride + place, is_head)
     weight = tl.full([GROUP_BLOCK, KV_BLOCK], 1.0, dtype=tl.float32)
     for step in tl.static_range(NUM_OWN):
-        k = tl.load(keys[step] + row * key_stride + kv_at, mask=kv_inside, other=0.0)
-        v = tl.load(values[step] + row * value_stride + kv_at, mask=kv_inside, other=0.0).to(
-            tl.float32
-        )
+        k = _load(keys[step] + row * key_stride + kv_at, kv_inside)
+        v = _load(values[step] + row * value_stride + kv_at, kv_inside)
         score = tl.sum(q * k[None, :, :], axis=2)
         new_largest = tl.maximum(largest, score)
         shrink = tl.exp(largest - new_largest)
@@ -264,17 +268,15 @@ def _merge_backward_kernel(
         places, HAS_PLACES, GROUP, KV_HEADS, HEAD_DIM, GROUP_BLOCK, KV_BLOCK, DIM_BLOCK
     )
 
-    q = tl.load(query + place * WIDTH + at, mask=inside, other=0.0).to(tl.float32)
-    do = tl.load(grad_out + row * WIDTH + at, mask=inside, other=0.0).to(tl.float32)
-    o = tl.load(out + row * WIDTH + at, mask=inside, other=0.0).to(tl.float32)
-    joint = tl.load(lse + row * GROUP * KV_HEADS + heads, mask=is_head, other=0.0)
+    q = _load(query + place * WIDTH + at, inside)
+    do = _load(grad_out + row * WIDTH + at, inside)
+    o = _load(out + row * WIDTH + at, inside)
+    joint = _load(lse + row * GROUP * KV_HEADS + heads, is_head)
     delta = tl.sum(o * do, axis=2)
-    dq = tl.load(grad_causal + place * WIDTH + at, mask=inside, other=0.0).to(tl.float32)
+    dq = _load(grad_causal + place * WIDTH + at, inside)
     for step in tl.static_range(NUM_OWN):
-        k = tl.load(keys[step] + row * key_stride + kv_at, mask=kv_inside, other=0.0)
-        v = tl.load(values[step] + row * value_stride + kv_at, mask=kv_inside, other=0.0).to(
-            tl.float32
-        )
+        k = _load(keys[step] + row * key_stride + kv_at, kv_inside)
+        v = _load(values[step] + row * value_stride + kv_at, kv_inside)
         p = tl.where(is_head, tl.exp(tl.sum(q * k[None, :, :], axis=2) * scale - joint), 0.0)
         ds = p * (tl.sum(do * v[None, :, :], axis=2) - delta) * scale
         dq += ds[:, :, None] * k[None, :, :]

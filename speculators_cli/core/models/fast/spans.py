@@ -14,6 +14,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from speculators_cli.core.data.batch import move
+
 
 @dataclass(frozen=True)
 class Spans:
@@ -76,10 +78,3 @@ def document_bounds(lengths: Sequence[int], seq_len: int) -> tuple[int, ...]:
 
 def _offsets(bounds: Sequence[int], device: torch.device) -> Tensor:
     return move(torch.tensor(bounds, dtype=torch.int32), device)
-
-
-def move(tensor: Tensor, device: torch.device) -> Tensor:
-    """Bring a small tensor to the device; nothing waits for it."""
-    if device.type == "cuda":
-        tensor = tensor.pin_memory()
-    return tensor.to(device, non_blocking=True)

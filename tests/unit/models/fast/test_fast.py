@@ -299,7 +299,7 @@ def targets_of(verifier: FrozenVerifier, hidden: Tensor, *, is_kept: Tensor) -> 
 def test_linear_kl_equals_the_plain_loss(
     options: dict[str, float], chunk: int, rng: torch.Generator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("speculators_cli.core.models.cost.MAX_TARGETS", chunk)
+    monkeypatch.setattr("speculators_cli.core.models.cost.MAX_ROWS", chunk)
     verifier = make_verifier(rng, **options)
     first, second, last = (torch.randn(5, 24, generator=rng) for _ in range(3))
     head = torch.randn(37, 24, generator=rng)
