@@ -38,12 +38,13 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import torch
+from random_verifier import write_verifier
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -143,7 +144,9 @@ def make(options: argparse.Namespace) -> None:
     (folder / "ours").mkdir(parents=True)
     verifier_dir = options.verifier.absolute() if options.verifier else folder / "verifier"
     if not options.verifier:
-        write_verifier(verifier_dir)
+        shape, vocab_size = SHAPES["smollm2-135m"]
+        shape = replace(shape, max_position_embeddings=8192)
+        write_verifier(verifier_dir, shape, vocab_size, is_tied=True, device=torch.device("cpu"))
     (folder / "verifier.txt").write_text(str(verifier_dir))
     files = VerifierFiles(str(verifier_dir))
     verifier = read_verifier_config(files, trust_remote_code=False)
@@ -169,36 +172,6 @@ def make(options: argparse.Namespace) -> None:
         from datasets import Dataset
 
         Dataset.from_dict(table).with_format("torch").save_to_disk(folder / "upstream")
-
-
-def write_verifier(folder: Path) -> None:
-    """A Llama folder with SmolLM2-135M's config and the two tensors of it that are read."""
-    verifier, vocab_size = SHAPES["smollm2-135m"]
-    folder.mkdir(parents=True, exist_ok=True)
-    generator = torch.Generator().manual_seed(0)
-    embedding = torch.randn(vocab_size, verifier.hidden_size, generator=generator) * 0.02
-    tensors = {
-        "model.embed_tokens.weight": embedding.bfloat16(),
-        "model.norm.weight": torch.ones(verifier.hidden_size, dtype=torch.bfloat16),
-    }
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    config = {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        "torch_dtype": "bfloat16",
-        "hidden_size": verifier.hidden_size,
-        "intermediate_size": verifier.intermediate_size,
-        "num_hidden_layers": verifier.num_layers,
-        "num_attention_heads": verifier.num_heads,
-        "num_key_value_heads": verifier.num_kv_heads,
-        "head_dim": verifier.head_dim,
-        "vocab_size": vocab_size,
-        "rms_norm_eps": verifier.rms_norm_eps,
-        "rope_theta": verifier.rope_parameters["rope_theta"],
-        "max_position_embeddings": 8192,
-        "tie_word_embeddings": True,
-    }
-    (folder / "config.json").write_text(json.dumps(config))
 
 
 def draw_samples(

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
+from random_verifier import write_verifier
 
 from speculators_cli.core.bench.shapes import SHAPES
 from speculators_cli.core.bench.synthetic import SyntheticLoader
@@ -65,7 +65,7 @@ def main() -> None:
         for batch in loader.batches
     ]
     with tempfile.TemporaryDirectory() as folder:
-        write_verifier(Path(folder), verifier, vocab_size)
+        write_verifier(Path(folder), verifier, vocab_size, is_tied=False, device=CUDA)
         build = {"speculators": build_speculators, "specforge": build_specforge}[options.tool]
         step = build(config, Path(folder), options)
     torch.cuda.empty_cache()
@@ -146,39 +146,6 @@ def layer_config(config: Eagle3Config) -> dict[str, Any]:
         "attention_bias": False,
         "mlp_bias": False,
     }
-
-
-def write_verifier(folder: Path, verifier: VerifierConfig, vocab_size: int) -> None:
-    """A Llama folder that holds random embedding, norm and head, which is all that is read."""
-    generator = torch.Generator(CUDA).manual_seed(0)
-    shape = (vocab_size, verifier.hidden_size)
-    tensors = {
-        name: torch.empty(shape, dtype=torch.bfloat16, device=CUDA)
-        .normal_(std=0.02, generator=generator)
-        .cpu()
-        for name in ("model.embed_tokens.weight", "lm_head.weight")
-    }
-    tensors["model.norm.weight"] = torch.ones(verifier.hidden_size, dtype=torch.bfloat16)
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    index = {"metadata": {}, "weight_map": dict.fromkeys(tensors, "model.safetensors")}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-    config = {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        "torch_dtype": "bfloat16",
-        "hidden_size": verifier.hidden_size,
-        "intermediate_size": verifier.intermediate_size,
-        "num_hidden_layers": verifier.num_layers,
-        "num_attention_heads": verifier.num_heads,
-        "num_key_value_heads": verifier.num_kv_heads,
-        "head_dim": verifier.head_dim,
-        "vocab_size": vocab_size,
-        "rms_norm_eps": verifier.rms_norm_eps,
-        "rope_theta": verifier.rope_parameters["rope_theta"],
-        "max_position_embeddings": verifier.max_position_embeddings,
-        "tie_word_embeddings": False,
-    }
-    (folder / "config.json").write_text(json.dumps(config))
 
 
 def vocab_maps(config: Eagle3Config) -> tuple[torch.Tensor, torch.Tensor]:
