@@ -3,6 +3,7 @@
 import atexit
 import os
 import sys
+from contextlib import suppress
 
 from speculators_cli.cli.app import run
 
@@ -27,8 +28,11 @@ def _leave(codes: list[int]) -> None:
     that, about as long as they took to import.
     """
     if codes:
-        sys.stdout.flush()
-        sys.stderr.flush()
+        for stream in (sys.stdout, sys.stderr):
+            # A closed one is None, and who reads a pipe may have left.
+            with suppress(OSError, ValueError):
+                if stream is not None:
+                    stream.flush()
         os._exit(codes[0])
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import subprocess
 import sys
 from importlib.util import find_spec
@@ -103,3 +104,20 @@ def test_a_rank_leaves_without_what_libraries_do_at_exit(rank: str | None) -> No
     )
 
     assert ("at exit" in done.stdout) == (rank is None)
+
+
+@pytest.mark.parametrize("redirection", [">&-", "2>&-", ">/dev/full"])
+def test_a_command_ends_with_its_code_whatever_takes_its_output(redirection: str) -> None:
+    script = (
+        "import sys; from speculators_cli import __main__ as program; "
+        "program.run = lambda argv: (sys.stdout or sys.stderr).write('done') and 3; program.main()"
+    )
+    command = f"{shlex.quote(sys.executable)} -c {shlex.quote(script)} {redirection}"
+
+    environment = {**os.environ, "PYTHONUNBUFFERED": ""}
+    done = subprocess.run(
+        ["sh", "-c", command], capture_output=True, text=True, check=False, env=environment
+    )
+
+    assert done.returncode == 3
+    assert done.stderr in ("", "done")

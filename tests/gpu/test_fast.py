@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from speculators_cli.core.data.batch import Batch
+from speculators_cli.core.data.batch import Batch, drop_non_finite, rows_of
 from speculators_cli.core.data.noise import drop_and_add_noise
 from speculators_cli.core.models.attention import plain_attention
 from speculators_cli.core.models.eagle3 import Eagle3Draft
@@ -137,6 +137,30 @@ def test_fast_equals_plain(variant: str, fraction: float) -> None:
         for half_grads in (fast_half, plain_half)
     ]
     assert rounding[0] <= 1.1 * rounding[1], rounding
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_broken_documents_are_taken_out_as_on_the_cpu(value: float) -> None:
+    config = make_config(hidden_size=200, target_hidden_size=200)
+    rng = torch.Generator().manual_seed(0)
+    samples = [make_sample(n, config, rng, supervised_fraction=0.8) for n in (9, 12, 7, 15)]
+    batch = pack(*samples, total_seq_len=48)
+    supervised = batch.document_ids[batch.targets]
+    batch.aux_hidden_states[10, 599] = value
+    batch.last_hidden_states[int((supervised == 3).nonzero()[-1]), 3] = value
+    expected, is_broken = drop_non_finite(batch)
+
+    ready, found = drop_and_add_noise(batch.to(CUDA), 0.05, seed=0, epoch=0)
+
+    assert is_broken.tolist() == [False, True, False, True]
+    assert torch.equal(found.cpu(), is_broken)
+    assert torch.equal(ready.loss_mask.cpu(), expected.loss_mask)
+    assert torch.equal(ready.last_hidden_states.cpu(), expected.last_hidden_states)
+    noise = ready.aux_hidden_states.cpu() - expected.aux_hidden_states
+    is_left_alone = rows_of(is_broken, batch) | (batch.document_ids < 0)
+    assert not noise[is_left_alone].any()
+    # Sums with numbers near one are rounded.
+    assert noise[~is_left_alone].abs().max() == pytest.approx(0.05, rel=1e-2)
 
 
 def test_nothing_is_compiled_after_the_first_steps(monkeypatch: pytest.MonkeyPatch) -> None:

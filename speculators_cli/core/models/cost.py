@@ -142,8 +142,9 @@ def estimate_memory(
     steps = config.ttt_steps * num_active * (config.num_layers * row + 2 * 3 * size)
     whole_rows = (config.num_layers - 1) * (total_seq_len - num_active) * row
     fused = 2 * total_seq_len * (3 * size + query + 2 * kv)
-    pairs = min(num_targets, chunk_size(config.ttt_steps, config.draft_vocab_size))
-    logits = 2 * pairs * (config.ttt_steps + 1) * config.draft_vocab_size
+    chunk = chunk_size(config.ttt_steps, config.draft_vocab_size)
+    pairs = config.ttt_steps * min(num_active, chunk) + min(num_targets, chunk)
+    logits = 2 * pairs * config.draft_vocab_size
     widest = total_seq_len if config.num_layers > 1 else num_active
     backward = 4 * 3 * size * inner + 2 * widest * 3 * inner
     gradients = 4 * head if train_head else 0

@@ -58,6 +58,18 @@ def test_memory_is_within_10_percent_of_what_was_measured(
     assert num_bytes / 2**30 == pytest.approx(gib, rel=0.1)
 
 
+def test_memory_grows_with_the_rows_that_scattered_targets_reach() -> None:
+    config = shaped("qwen3-8b", draft_vocab_size=151936)
+
+    def estimate(num_active: int) -> int:
+        return estimate_memory(
+            config, total_seq_len=8192, num_active=num_active, num_targets=700, train_head=True
+        )
+
+    # Each has the draft's logits of all TTT steps, in bfloat16.
+    assert estimate(2000) - estimate(700) >= 1300 * config.ttt_steps * 151936 * 2
+
+
 def test_rows_are_counted_as_they_are_computed() -> None:
     # Two documents of 4 and 3, one position of padding; step 1 scores one position earlier.
     mask = torch.tensor([0, 0, 1, 0, 1, 0, 1, 0]).bool()

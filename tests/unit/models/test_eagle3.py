@@ -94,7 +94,8 @@ class Reference:
         config, verifier = self.config, draft.verifier
         ids, mask = sample.input_ids[1:], sample.loss_mask[1:]
         aux = torch.cat([layer[:-1].double() for layer in sample.aux_hidden_states], dim=-1)
-        last = rms(sample.last_hidden_states[1:].double(), verifier.norm_gain.double())
+        last = sample.last_hidden_states[1:].double()
+        last = last if sample.is_normed else rms(last, verifier.norm_gain.double())
         log_target = (last @ verifier.head[KEPT_IDS].double().T).log_softmax(-1)
         if config.norm_before_fc:
             aux = rms(aux, self.w["input_norm.weight"])
@@ -135,6 +136,7 @@ def test_losses_and_gradients_equal_the_definition_on_packed_documents(
     draft = filled_draft(config, rng, kept_ids=KEPT_IDS)
     draft.use_fast_kernels = kernels == "fast"
     samples = [make_sample(n, config, rng) for n in (9, 2, 13)]
+    samples.append(replace(make_sample(7, config, rng), is_normed=True))
     weights = {
         name: parameter.detach().double().requires_grad_()
         for name, parameter in draft.named_parameters()
