@@ -222,7 +222,7 @@ def run(options: argparse.Namespace) -> None:
     }
     trace = Trace(started_at=time.time())
     with (
-        (folder / f"{options.tool}.log").open("w") as log,
+        (folder / f"{options.tool}.log").open("w", buffering=1) as log,
         subprocess.Popen(  # noqa: S603
             command,
             env=environment,

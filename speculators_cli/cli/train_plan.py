@@ -17,7 +17,7 @@ def show_plan(settings: TrainSettings, output: Output, *, num_ranks: int | None)
     if output.is_json:
         output.result("train", {"plan": found.to_json()})
         return
-    unknown = "unknown without a GPU"
+    unknown = "known of the fast kernels on a GPU alone"
     rows = [
         ("samples", f"{found.num_samples:,}, {found.num_validation_samples:,} to validate on"),
         (

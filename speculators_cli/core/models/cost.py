@@ -121,7 +121,8 @@ def estimate_memory(
     """Peak bytes on a GPU in a step over one packed sequence, in bfloat16.
 
     The peak comes either in the loss, when a chunk's logits are there, or in the first layer of the
-    backward, when its feed-forward gradients are: by then no other gradient is but the head's.
+    backward, when its feed-forward weights' gradients are: by then no other gradient is but the
+    head's. Gradients of activations take the place of activations.
     """
     size, inner = config.hidden_size, config.intermediate_size
     query, kv = config.num_heads * config.head_dim, 2 * config.num_kv_heads * config.head_dim
@@ -145,8 +146,7 @@ def estimate_memory(
     chunk = chunk_size(config.ttt_steps, config.draft_vocab_size)
     pairs = config.ttt_steps * min(num_active, chunk) + min(num_targets, chunk)
     logits = 2 * pairs * config.draft_vocab_size
-    widest = total_seq_len if config.num_layers > 1 else num_active
-    backward = 4 * 3 * size * inner + 2 * widest * 3 * inner
+    backward = 4 * 3 * size * inner
     gradients = 4 * head if train_head else 0
     total = states + verifier + batches + steps + whole_rows + fused + gradients
     return total + max(logits, backward)

@@ -21,16 +21,21 @@ from speculators_cli.core.models.cost import (
     estimate_seconds,
     find_gpu,
 )
+from speculators_cli.core.models.kernels import use_fast_kernels
 from speculators_cli.core.progress import Progress
 from speculators_cli.core.training.distributed import Ranks, start_ranks
 from speculators_cli.core.training.inputs import read_inputs
+from speculators_cli.core.training.run import choose_compute_dtype
 from speculators_cli.core.training.warm_start import read_warm_start
 from speculators_cli.settings.train import TrainSettings
 
 
 @dataclass(frozen=True)
 class TrainPlan:
-    """What `speculators train` would do; None is unknown on this machine."""
+    """What `speculators train` would do; None is unknown on this machine.
+
+    Time and memory are known of the fast kernels in bfloat16 alone.
+    """
 
     num_samples: int
     num_validation_samples: int
@@ -43,7 +48,7 @@ class TrainPlan:
     num_parameters: int  # of the draft, its lm_head among them
     useful_tflop_per_step: float  # of one rank
     seconds: float | None  # training steps alone
-    memory_bytes_per_gpu: int | None  # peak, with the fast kernels in bfloat16
+    memory_bytes_per_gpu: int | None  # peak
     gpu_memory_bytes: int | None
     data_bytes: int  # read in each epoch
     bytes_per_second: float | None  # from disk, over all ranks
@@ -105,7 +110,8 @@ def _estimate(
     trained = count_trained(config, train_head=train_head)
     is_cuda = ranks.device.type == "cuda"
     device = torch.cuda.get_device_name() if is_cuda else "cpu"
-    gpu = find_gpu(device)
+    is_modelled = is_cuda and _runs_fast_in_bfloat16(settings, config, ranks.device)
+    gpu = find_gpu(device) if is_modelled else None
     seconds = total_steps * estimate_seconds(flops_per_step, trained, gpu) if gpu else None
     data_bytes = sum(entry.stamp.num_bytes for entry in samples.entries)
     epochs = total_steps / max(packed.num_steps, 1)
@@ -131,7 +137,7 @@ def _estimate(
         num_parameters=parameters,
         useful_tflop_per_step=flops_per_step / 1e12,
         seconds=seconds,
-        memory_bytes_per_gpu=memory if is_cuda else None,
+        memory_bytes_per_gpu=memory if is_modelled else None,
         gpu_memory_bytes=torch.cuda.mem_get_info()[1] if is_cuda else None,
         data_bytes=data_bytes,
         bytes_per_second=data_bytes * epochs / seconds if seconds else None,
@@ -140,6 +146,16 @@ def _estimate(
         num_checkpoints=_count_checkpoints(settings, packed, total_steps),
         free_bytes=shutil.disk_usage(find_existing(settings.run.save_path)).free,
     )
+
+
+def _runs_fast_in_bfloat16(
+    settings: TrainSettings, config: Eagle3Config, device: torch.device
+) -> bool:
+    dtype = choose_compute_dtype(settings, device)
+    is_fast = use_fast_kernels(
+        settings.distributed.kernels, device, dtype, head_dim=config.head_dim
+    )
+    return is_fast and dtype == torch.bfloat16
 
 
 def _count_rows(sequence: tuple[int, ...], samples: Dataset, settings: TrainSettings) -> RowCounts:
