@@ -30,7 +30,7 @@ class KernelTimes:
     idle_share: float  # of the last step's time: no kernel computed
 
 
-def profile_steps(step: Callable[[], None], *, num_steps: int = 2) -> KernelTimes:
+def profile_steps(step: Callable[[], object], *, num_steps: int = 2) -> KernelTimes:
     """Profile some steps; times are means a step."""
     torch.cuda.synchronize()
     with profile(activities=[ProfilerActivity.CUDA], acc_events=True) as profiler:
