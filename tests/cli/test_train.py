@@ -12,7 +12,9 @@ import pytest
 import torch
 
 from speculators_cli.cli.app import run
+from speculators_cli.core.data.dataset import Dataset
 from speculators_cli.core.data.formats import FORMATS, v1
+from speculators_cli.core.data.sample import Sample
 from tests.tiny import TinyInputs, write_as_specforge
 
 Capture = pytest.CaptureFixture[str]
@@ -81,6 +83,25 @@ def test_a_finished_run_hints_at_more_epochs(tiny: TinyInputs, capsys: Capture) 
 
     assert code == 0
     assert "hint: The run was already finished" in capsys.readouterr().err
+
+
+def test_waiting_for_samples_is_warned_of(
+    tiny: TinyInputs, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("speculators_cli.core.training.run_log.WATCHED_SECONDS", 0.2)
+    read = Dataset.read
+
+    def read_slowly(dataset: Dataset, sample_id: int) -> Sample:
+        time.sleep(0.2)
+        return read(dataset, sample_id)
+
+    monkeypatch.setattr(Dataset, "read", read_slowly)
+
+    assert run(["train", *tiny.flags(num_workers=0, log_every_steps=1, max_steps=4)]) == 0
+
+    _, err = capsys.readouterr()
+    assert err.count("went by waiting for samples") == 1
+    assert "--num-workers" in err
 
 
 def test_all_settings_errors_are_shown_at_once(tiny: TinyInputs, capsys: Capture) -> None:

@@ -15,8 +15,28 @@ from speculators_cli.core.training.metrics import Metrics, MetricSums
 
 # Broken samples named at one log step, at most, by each rank.
 MAX_NAMED = 16
-# Share of the time spent waiting for samples from which on it is worth a warning.
+# Share of the time spent waiting for samples from which on it is worth a warning, and the shortest
+# time it is taken of: reading ahead needs a moment to begin.
 MAX_WAIT_SHARE = 0.05
+WATCHED_SECONDS = 10.0
+
+
+class WaitWatch:
+    """Adds up how long samples were waited for, until it is worth a warning; one is enough."""
+
+    def __init__(self) -> None:
+        self.waited, self.watched, self.has_warned = 0.0, 0.0, False
+
+    def add(self, waited: float, seconds: float) -> float | None:
+        """Take in a time and what of it was waited; the share to warn of, if there is one."""
+        self.waited += waited
+        self.watched += seconds
+        if self.watched < WATCHED_SECONDS or self.has_warned:
+            return None
+        share = self.waited / self.watched
+        self.waited, self.watched = 0.0, 0.0
+        self.has_warned = share > MAX_WAIT_SHARE
+        return share if self.has_warned else None
 
 
 class RunLog:
@@ -51,7 +71,7 @@ class RunLog:
         self.logger = logger
         self.progress = progress
         self.sums = MetricSums(loss_weights)
-        self.is_warned_of_waiting = False
+        self.waits = WaitWatch()
         self.broken: list[tuple[tuple[int, ...], Tensor]] = []
         self.clock, self.clock_step = time.perf_counter(), 0
         self.num_tokens, self.seconds, self.num_broken_samples = 0.0, 0.0, 0
@@ -101,7 +121,9 @@ class RunLog:
             "num_broken_samples": self.num_broken_samples,
             "data_wait_share": self.ranks.max(wait_seconds / seconds),
         }
-        self._warn_of_waiting(step, metrics["data_wait_share"])
+        # The first samples always take their time.
+        if step > 1:
+            self._warn_of_waiting(step, metrics["data_wait_share"] * seconds, seconds)
         self._log("train", step, epoch, metrics)
         self.progress.trained(
             StepReport(
@@ -134,15 +156,13 @@ class RunLog:
         if self.logger is not None:
             self.logger.log(step, split, {"epoch": epoch, **metrics})
 
-    def _warn_of_waiting(self, step: int, share: float) -> None:
-        """Say once that samples come too slowly; the first ones always take their time."""
-        if step == 1 or share <= MAX_WAIT_SHARE or self.is_warned_of_waiting:
-            return
-        self.is_warned_of_waiting = True
-        self.progress.warn(
-            f"{share:.0%} of the time up to step {step:,} went by waiting for samples",
-            hint="Raise `--num-workers`, or put the samples on a faster disk",
-        )
+    def _warn_of_waiting(self, step: int, waited: float, seconds: float) -> None:
+        share = self.waits.add(waited, seconds)
+        if share is not None:
+            self.progress.warn(
+                f"{share:.0%} of the time up to step {step:,} went by waiting for samples",
+                hint="Raise `--num-workers`, or put the samples on a faster disk",
+            )
 
     def _name_broken(self) -> None:
         """Warn of samples whose hidden states are not finite, wherever they were met."""
