@@ -39,6 +39,7 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
+from importlib.util import find_spec
 from itertools import pairwise
 from pathlib import Path
 
@@ -139,6 +140,8 @@ def main() -> None:
 def make(options: argparse.Namespace) -> None:
     """Write verifier, maps and samples."""
     folder: Path = options.folder
+    if not options.only_ours and find_spec("datasets") is None:
+        sys.exit("needs `pip install speculators==0.9.0`, or pass --only-ours")
     for name in ("ours", "upstream"):
         shutil.rmtree(folder / name, ignore_errors=True)
     (folder / "ours").mkdir(parents=True)
@@ -204,6 +207,8 @@ def write_upstream_states(sample: Sample, file: Path) -> None:
 def run(options: argparse.Namespace) -> None:
     """Run a tool's command once, and print where its time went."""
     folder: Path = options.folder
+    if not (folder / "d2t.npy").exists():
+        sys.exit(f"{folder} holds no inputs: `make` them first")
     caches = folder / "caches" / options.tool
     if options.cold:
         shutil.rmtree(caches, ignore_errors=True)

@@ -6,12 +6,13 @@
 Each part runs forward and backward on what a step gives it: the packed sequence of
 `speculators bench`, bfloat16 on a GPU; what the TTT steps share, for all of them. One JSON line a
 part: `ms` is what its kernels take on the GPU, one after the other, `launch_ms` what the host takes
-to launch them. Without a GPU there is `launch_ms` alone, in float32; Triton's interpreter
-(`TRITON_INTERPRET=1`) then shows that a part runs, not how fast.
+to launch them. Without a GPU it needs Triton's interpreter, `TRITON_INTERPRET=1`, which shows that
+a part runs, in float32, not how fast.
 """
 
 import argparse
 import json
+import os
 import statistics
 import time
 from collections.abc import Callable
@@ -297,6 +298,8 @@ def main() -> None:
     parser.add_argument("--draft-vocab-size", type=int, default=32000)
     parser.add_argument("--only", choices=PARTS, help="one part")
     options = parser.parse_args()
+    if not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
+        parser.error("without a GPU, set TRITON_INTERPRET=1")
     options.num_layers, options.full_vocab = 1, False
     step = build_step(options)
     for name in [options.only] if options.only else PARTS:

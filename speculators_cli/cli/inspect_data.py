@@ -76,7 +76,8 @@ def show(report: "InspectionReport", name: str, output: Output) -> None:
     if not report.problems:
         output.line("Found no problem")
         return
-    output.line(f"Found {len(report.problems):,} problems")
+    noun = "problem" if len(report.problems) == 1 else "problems"
+    output.line(f"Found {len(report.problems):,} {noun}")
     for problem in report.problems[:MAX_NAMED]:
         output.line(f"  {problem.file}  {problem.problem}")
     if len(report.problems) > MAX_NAMED:

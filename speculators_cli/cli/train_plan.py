@@ -17,12 +17,13 @@ def show_plan(settings: TrainSettings, output: Output, *, num_ranks: int | None)
     if output.is_json:
         output.result("train", {"plan": found.to_json()})
         return
-    unknown = "known of the fast kernels on a GPU alone"
+    unknown = "estimated for the fast kernels on a GPU alone"
     rows = [
         ("samples", f"{found.num_samples:,}, {found.num_validation_samples:,} to validate on"),
         (
             "tokens",
-            f"{found.tokens_per_epoch:,} an epoch, {found.supervised_fraction:.0%} supervised",
+            f"{found.tokens_per_epoch:,} predicted an epoch, "
+            f"{found.supervised_fraction:.0%} supervised",
         ),
         ("steps", f"{found.total_steps:,}, {found.steps_per_epoch:,} an epoch"),
         ("draft", f"{found.num_parameters / 1e6:,.1f}M parameters"),

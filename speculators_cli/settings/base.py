@@ -257,7 +257,8 @@ def _describe(
     path = [str(part) for part in error["loc"]]
     if error["type"] == "extra_forbidden":
         return _describe_unknown(path, settings_class, known, config_file)
-    name = path[1] if len(path) > 1 else path[0]
+    # A check of all settings together has no path.
+    name = next(iter(path[1:2] or path), "")
     shown = known[name].flag if name in known else f"`{name}`"
     if error["type"] == "missing":
         return f"`{shown}` is required", None

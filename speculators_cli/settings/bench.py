@@ -103,7 +103,12 @@ class BenchSettings(Settings):
     measure: BenchMeasureSettings = Field(default_factory=BenchMeasureSettings, title="Measure")
 
     @model_validator(mode="after")
-    def _draft_vocabulary_fits(self) -> Self:
-        if self.shape.full_vocab and self.shape.draft_vocab_size != 32000:
-            raise ValueError("`full_vocab` and `draft_vocab_size` cannot both be given")
+    def _nothing_given_is_ignored(self) -> Self:
+        shape, samples = self.shape.model_fields_set, self.samples
+        if self.shape.full_vocab and "draft_vocab_size" in shape:
+            raise ValueError("`--full-vocab` and `--draft-vocab-size` cannot both be given")
+        if self.shape.verifier_name_or_path is not None and "shape" in shape:
+            raise ValueError("`--verifier-name-or-path` and `--shape` cannot both be given")
+        if samples.data_path and "supervised_fraction" in self.step.model_fields_set:
+            raise ValueError("`--supervised-fraction` is that of the samples in `--data-path`")
         return self

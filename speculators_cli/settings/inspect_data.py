@@ -31,7 +31,7 @@ class InspectSettings(Settings):
     )
     total_seq_len: int = Field(8192, ge=2, description="Tokens in one packed sequence")
     tokens_per_second: float = Field(
-        50_000.0,
+        120_000.0,
         gt=0,
         description="Speed of training that the time and disk rate of an epoch are told for; one "
         "H100 trains a draft for an 8B verifier at about the default",

@@ -265,7 +265,8 @@ class DistributedSettings(Settings):
     kernels: Literal["auto", "plain", "fast"] = Field(
         "auto",
         description="How a step is computed: fast (only the positions that reach the loss, with "
-        "kernels of a GPU), plain (every position, PyTorch's own), auto: fast where it can run",
+        "kernels of our own), plain (every position; kernels of our own for attention and noise "
+        "alone, on a GPU), auto: fast where it can run",
     )
     sharding: Literal["shard", "replicate", "auto"] = Field(
         "shard",

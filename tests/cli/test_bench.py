@@ -2,10 +2,13 @@
 
 import json
 from importlib.util import find_spec
+from unittest.mock import Mock
 
 import pytest
+import torch
 
 from speculators_cli.cli.app import run
+from speculators_cli.core.training.trainer import Trainer
 from tests.drafts import KERNELS
 from tests.tiny import TinyInputs
 
@@ -52,6 +55,58 @@ def test_samples_of_another_size_are_refused(
 
     assert code == 3
     assert "hidden size 24" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        "--full-vocab --draft-vocab-size 20",
+        "--verifier-name-or-path x --shape qwen3-8b",
+        "--data-path . --supervised-fraction 0.2",
+    ],
+)
+def test_what_would_be_ignored_is_refused(flags: str, capsys: pytest.CaptureFixture[str]) -> None:
+    code = run(["bench", *flags.split()])
+
+    assert code == 2
+    assert flags.split()[0] in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("fraction", [0.6, 0.2, 0.1])
+def test_a_short_sequence_is_supervised_as_asked(
+    fraction: float, tiny: TinyInputs, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = ["--verifier-name-or-path", str(tiny.verifier_dir), "--device", "cpu", *SMALL]
+
+    code = run(["bench", "--json", *flags, "--supervised-fraction", str(fraction)])
+
+    assert code == 0
+    found = json.loads(capsys.readouterr().out)["supervised_fraction"]
+    assert found == pytest.approx(fraction, abs=0.05)
+
+
+def test_more_steps_than_tokens_are_timed(tiny: TinyInputs) -> None:
+    flags = ["--verifier-name-or-path", str(tiny.verifier_dir), "--device", "cpu", *SMALL]
+
+    assert run(["bench", *flags, "--ttt-steps", "100"]) == 0
+
+
+@pytest.mark.parametrize(
+    "error",
+    [torch.cuda.OutOfMemoryError("CUDA out of memory"), RuntimeError("DefaultCPUAllocator: no")],
+)
+def test_too_little_memory_is_the_machines_fault(
+    error: Exception,
+    tiny: TinyInputs,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(Trainer, "train_step", Mock(side_effect=error))
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 2**30)
+    flags = ["--verifier-name-or-path", str(tiny.verifier_dir), "--device", "cpu", *SMALL]
+
+    assert run(["bench", *flags]) == 5
+    assert "--total-seq-len" in capsys.readouterr().err
 
 
 @pytest.mark.skipif(find_spec("triton") is None, reason="needs Triton")

@@ -39,8 +39,32 @@ def test_a_plan_without_a_gpu_leaves_out_time_and_memory(
     assert run(["train", "--plan", *tiny.flags()]) == 0
 
     out, _ = capsys.readouterr()
-    assert "time             known of the fast kernels on a GPU alone" in out
+    assert "time             estimated for the fast kernels on a GPU alone" in out
     assert "checkpoints" in out
+
+
+def test_a_plan_refuses_what_the_run_would(
+    tiny: TinyInputs, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tiny.folder / "file"
+    file.touch()
+
+    assert run(["train", "--plan", *tiny.flags(save_path=file)]) == 2
+    assert "--save-path" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("every", "max_steps"), [(4, None), (8, 8), (5, 5), (3, 11)])
+def test_a_plan_counts_checkpoints_as_they_are_written(
+    every: int, max_steps: int | None, tiny: TinyInputs, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = tiny.flags(checkpoint_every_steps=every, max_steps=max_steps)
+
+    assert run(["train", "--plan", "--json", *flags]) == 0
+    planned = json.loads(capsys.readouterr().out)["plan"]["num_checkpoints"]
+    assert run(["train", *flags]) == 0
+
+    saved = [f for f in tiny.save_path.iterdir() if f.is_dir() and not f.is_symlink()]
+    assert planned == len(saved)
 
 
 def test_a_plan_counts_the_processes_to_come(

@@ -3,6 +3,7 @@
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -137,6 +138,21 @@ def test_fast_equals_plain(variant: str, fraction: float) -> None:
         for half_grads in (fast_half, plain_half)
     ]
     assert rounding[0] <= 1.1 * rounding[1], rounding
+
+
+@pytest.mark.parametrize("rows", [[1, 4], [0], [2, 5, 9]])
+def test_documents_of_one_query_or_none_are_attended(rows: list[int]) -> None:
+    # Trap: a kernel that takes each document to have a query where none has more than one.
+    bounds = (0, 2, 3, 5, 6, 10)
+    spans = Spans.of_rows(bounds, np.array(rows), CUDA)
+    assert spans.longest_query == 1
+    query = torch.randn(10, 4, 64, device=CUDA, dtype=torch.bfloat16)
+    key, value = (torch.randn(10, 2, 64, device=CUDA, dtype=torch.bfloat16) for _ in range(2))
+
+    out = joint_attention(lay_out(query[rows], spans), [key], [value], spans)
+
+    exact = plain_attention(query.float(), bounds, key.float(), value.float())[rows]
+    assert relative_error(out, exact) < 1e-2
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

@@ -29,7 +29,12 @@ from speculators_cli.core.training.checkpoint import TrainState
 from speculators_cli.core.training.distributed import Ranks, start_ranks
 from speculators_cli.core.training.inputs import Inputs, check_samples_fit
 from speculators_cli.core.training.optimizer import Optimizer
-from speculators_cli.core.training.run import build_draft, build_loader, choose_compute_dtype
+from speculators_cli.core.training.run import (
+    build_draft,
+    build_loader,
+    choose_compute_dtype,
+    out_of_memory_explained,
+)
 from speculators_cli.core.training.run_log import RunLog
 from speculators_cli.core.training.trainer import Trainer
 from speculators_cli.settings.bench import BenchSettings
@@ -55,7 +60,7 @@ class BenchReport:
     step_ms_max: float
     tokens_per_second: float  # documents' tokens; padding does not count
     first_step_seconds: float
-    loss: float  # of the last step
+    loss: float  # mean of all steps but the first
     peak_memory_bytes: int | None
     estimated_memory_bytes: int  # what `train --plan` would say of the fast kernels
     useful_tflop: float  # a step
@@ -66,7 +71,7 @@ class BenchReport:
     idle_share: float | None  # of the last profiled step: no kernel computes
     split_ms: dict[str, float] | None  # by kind of kernel
     longest_kernels_ms: dict[str, float] | None  # by name, those that took most of a step
-    num_kernels: int | None  # launched in a step
+    num_kernels: int | None  # that compute, launched in a step
 
     def to_json(self) -> dict[str, Any]:
         """The fields."""
@@ -86,7 +91,7 @@ def bench(settings: BenchSettings, *, progress: Progress) -> BenchReport:
     with start_ranks(train_settings.distributed) as ranks:
         samples = _read_samples(settings, verifier, vocab_size, progress)
         trainer = _build_trainer(settings, train_settings, verifier, vocab_size, samples, ranks)
-        with closing(trainer):
+        with closing(trainer), out_of_memory_explained(train_settings):
             return _measure(settings, trainer, verifier.name_or_path)
 
 
@@ -236,6 +241,7 @@ def _report(
             num_active=max(row.num_active for row in rows),
             num_targets=max(row.num_targets for row in rows),
             train_head=train_head,
+            num_accumulated=settings.step.gradient_accumulation_steps,
         ),
         useful_tflop=flops / 1e12,
         useful_tflops=per_second / 1e12,

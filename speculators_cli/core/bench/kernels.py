@@ -47,10 +47,10 @@ def profile_steps(step: Callable[[], object], *, num_steps: int = 2) -> KernelTi
         milliseconds = event.device_time_total / 1e3 / num_steps
         kind = _kind(event.name)
         split[kind] += milliseconds
+        by_name[event.name] += milliseconds
         if kind != "copy":
             computing.append((event.time_range.start, event.time_range.end))
-        by_name[event.name] += milliseconds
-        num_kernels += 1
+            num_kernels += not event.name.lower().startswith("memset")
     longest = sorted(by_name.items(), key=lambda item: -item[1])[:NUM_LONGEST]
     # The first step still waits for its batch; each launches about as many kernels.
     last_step = sorted(computing)[len(computing) * (num_steps - 1) // num_steps :]

@@ -111,5 +111,9 @@ def _sample(
 
 def _two_turns(num_tokens: int, supervised_fraction: float) -> Tensor:
     """Prompt, answer, prompt, answer; answers are supervised, each half of the fraction."""
-    place = (torch.arange(num_tokens) - 1) / max(num_tokens - 1, 1) * 2 % 1
-    return place >= 1 - supervised_fraction
+    mask = torch.zeros(num_tokens, dtype=torch.bool)
+    # The first token is never predicted.
+    for turn in mask[1:].chunk(2):
+        num_supervised = round(supervised_fraction * len(turn))
+        turn[len(turn) - num_supervised :] = True
+    return mask

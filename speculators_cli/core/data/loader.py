@@ -59,6 +59,8 @@ class BatchLoader:
         num_workers: Reading threads; 0 reads when a batch is asked for.
         prefetch_factor: Packed sequences read ahead for each thread, at most.
         pin_memory: Whether batches are in memory a GPU can copy from by itself.
+        pads: Whether every packed sequence is as long as the longest may be: a GPU's memory then
+            serves the same sizes again. A CPU would compute the padding, too.
     """
 
     def __init__(
@@ -75,6 +77,7 @@ class BatchLoader:
         num_workers: int,
         prefetch_factor: int,
         pin_memory: bool,
+        pads: bool,
     ) -> None:
         assert global_batch % num_ranks == 0, "ranks share a step evenly"
         self.dataset = dataset
@@ -87,6 +90,7 @@ class BatchLoader:
         self.max_steps = max_steps
         self.max_ahead = num_workers * prefetch_factor
         self.pin_memory = pin_memory
+        self.pads = pads
         self._per_step = global_batch // num_ranks
         self._num_steps: dict[int, int] = {}
         self._latest: tuple[int, PackingPlan] | None = None
@@ -174,10 +178,15 @@ class BatchLoader:
         return self.plan(epoch).sequences[index * self.num_ranks + self.rank]
 
     def _collate(self, sequence: Packed) -> Batch:
+        samples = [self.dataset.read(sample_id) for sample_id in sequence]
+        total_seq_len = self.total_seq_len
+        if not self.pads:
+            num_positions = sum(sample.num_tokens - 1 for sample in samples)
+            total_seq_len = max(min(total_seq_len, num_positions), 1)
         return collate(
             sequence,
-            [self.dataset.read(sample_id) for sample_id in sequence],
-            total_seq_len=self.total_seq_len,
+            samples,
+            total_seq_len=total_seq_len,
             num_aux_layers=self.dataset.num_aux_layers,
             hidden_size=self.dataset.hidden_size,
             dtype=getattr(torch, self.dataset.dtype),

@@ -43,7 +43,7 @@ def count_rows(
         start += length
     active = scored_positions(loss_mask, documents, num_steps).any(0)
     needed = active.clone()
-    for step in range(1, num_steps):
+    for step in range(1, min(num_steps, len(active))):
         needed[step:] |= active[: len(active) - step]
     return RowCounts(
         num_positions=start,
@@ -116,13 +116,15 @@ def estimate_memory(
     num_active: int,
     num_targets: int,
     train_head: bool,
+    num_accumulated: int = 1,
     num_shards: int = 1,
 ) -> int:
-    """Peak bytes on a GPU in a step over one packed sequence, in bfloat16.
+    """Peak bytes on a GPU in a step, in bfloat16.
 
     The peak comes either in the loss, when a chunk's logits are there, or in the first layer of the
     backward, when its feed-forward weights' gradients are: by then no other gradient is but the
-    head's. Gradients of activations take the place of activations.
+    head's, unless an earlier sequence of the step left its own. Gradients of activations take the
+    place of activations. All sequences of a step are on the GPU, and those of the next.
     """
     size, inner = config.hidden_size, config.intermediate_size
     query, kv = config.num_heads * config.head_dim, 2 * config.num_kv_heads * config.head_dim
@@ -137,7 +139,7 @@ def estimate_memory(
     if config.draft_vocab_size != config.vocab_size:
         verifier += 2 * head
     rows = total_seq_len * config.num_aux_layers + num_targets
-    batches = 2 * 2 * rows * config.target_hidden_size
+    batches = 2 * num_accumulated * 2 * rows * config.target_hidden_size
     # Of a layer: inputs of its products and norms, what attention and the gate keep.
     row = 2 * (3 * size + 2 * query + kv + kv // 2 + 3 * inner)
     steps = config.ttt_steps * num_active * (config.num_layers * row + 2 * 3 * size)
@@ -148,6 +150,8 @@ def estimate_memory(
     logits = 2 * pairs * config.draft_vocab_size
     backward = 4 * 3 * size * inner
     gradients = 4 * head if train_head else 0
+    if num_accumulated > 1:
+        gradients = 4 * trained // num_shards
     total = states + verifier + batches + steps + whole_rows + fused + gradients
     return total + max(logits, backward)
 

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import LlamaConfig
-from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from speculators_cli.core.models.attention import AttentionMemory
 from speculators_cli.core.models.config import Eagle3Config
@@ -39,28 +39,43 @@ class RMSNorm(nn.Module):
 
 
 class RotaryEmbedding(nn.Module):
-    """RoPE tables of the verifier's kind: theta, scaling and head size come from its config."""
+    """RoPE tables of the verifier's kind: theta, scaling and head size come from its config.
+
+    Kinds that depend on a length, `dynamic` and `longrope`, take the verifier's longest, as a
+    serving engine does: a document's tables are the same whatever it is packed with.
+    """
+
+    frequencies: Tensor  # [head_dim/2], float32: radians a position for each pair
 
     def __init__(self, config: Eagle3Config) -> None:
         super().__init__()
-        self.tables = LlamaRotaryEmbedding(
-            LlamaConfig(
-                hidden_size=config.hidden_size,
-                num_attention_heads=config.num_heads,
-                head_dim=config.head_dim,
-                max_position_embeddings=config.max_position_embeddings,
-                rope_parameters=dict(config.rope_parameters),
-            )
-        )
+        frequencies, self.scale = _find_frequencies(config)
+        self.register_buffer("frequencies", frequencies, persistent=False)
 
     def forward(
         self,
         position_ids: Tensor,  # [seq_len], int64
     ) -> tuple[Tensor, Tensor]:
         """Cosine and sine of each position's angles, each [seq_len, 1, head_dim], float32."""
-        anchor = torch.empty(0, device=position_ids.device)
-        cos, sin = self.tables(anchor, position_ids[None])
-        return cos[0, :, None], sin[0, :, None]
+        angles = position_ids[:, None, None].float() * self.frequencies.to(position_ids.device)
+        angles = torch.cat((angles, angles), dim=-1)
+        return angles.cos() * self.scale, angles.sin() * self.scale
+
+
+def _find_frequencies(config: Eagle3Config) -> tuple[Tensor, float]:
+    """Radians a position for each pair, and what cosine and sine are multiplied by."""
+    kind = config.rope_parameters["rope_type"]
+    if kind == "default":
+        pairs = torch.arange(0, config.head_dim, 2).float()
+        return config.rope_parameters["rope_theta"] ** -(pairs / config.head_dim), 1.0
+    verifier = LlamaConfig(
+        hidden_size=config.hidden_size,
+        num_attention_heads=config.num_heads,
+        head_dim=config.head_dim,
+        max_position_embeddings=config.max_position_embeddings,
+        rope_parameters=dict(config.rope_parameters),
+    )
+    return ROPE_INIT_FUNCTIONS[kind](verifier, seq_len=config.max_position_embeddings)
 
 
 def rotate(

@@ -1,6 +1,6 @@
 """What a run measures: sums over positions, reduced once over ranks, divided once."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -18,14 +18,14 @@ class MetricSums:
 
     loss_weights: tuple[float, ...]
     steps: Tensor | None = None  # [6, steps], float64, as `StepSums.stacked`
-    tokens: Tensor = field(default_factory=lambda: torch.zeros(2, dtype=torch.float64))
+    tokens: Tensor | None = None  # [2], int64: of documents, supervised
 
     def add(self, sums: StepSums, batch: Batch) -> None:
         """Take in what one batch gave."""
         stacked = sums.stacked()
         self.steps = stacked if self.steps is None else self.steps + stacked
         counts = torch.stack([(batch.document_ids >= 0).sum(), batch.loss_mask.sum()])
-        self.tokens = self.tokens.to(counts.device) + counts
+        self.tokens = counts if self.tokens is None else self.tokens + counts
 
     def reduce(self, ranks: Ranks) -> Metrics:
         """Sum over ranks, then divide; waits for the device.
@@ -36,7 +36,8 @@ class MetricSums:
         """
         num_steps = len(self.loss_weights)
         steps = self.steps if self.steps is not None else torch.zeros(6, num_steps)
-        flat = torch.cat([steps.double().flatten(), self.tokens.to(steps.device)])
+        tokens = self.tokens if self.tokens is not None else torch.zeros(2)
+        flat = torch.cat([steps.double().flatten(), tokens.double()])
         *flat_steps, num_tokens, num_supervised = ranks.sum(flat).tolist()
         rows = [flat_steps[row * num_steps : (row + 1) * num_steps] for row in range(6)]
         losses = [_ratio(a, b) for a, b in zip(rows[0], rows[1], strict=True)]

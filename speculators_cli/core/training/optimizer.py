@@ -55,6 +55,7 @@ class Optimizer:
         device = self.parameters[0].device
         self.num_skipped = torch.zeros((), dtype=torch.int64, device=device)  # in all
         self.num_skipped_in_a_row = torch.zeros((), dtype=torch.int64, device=device)
+        self.most_skipped_in_a_row = torch.zeros((), dtype=torch.int64, device=device)
 
     def step(self, lr: float) -> Tensor:
         """Apply the gradients and drop them.
@@ -77,6 +78,9 @@ class Optimizer:
         self.adamw.zero_grad()
         self.num_skipped += is_broken
         self.num_skipped_in_a_row = (self.num_skipped_in_a_row + 1) * is_broken
+        self.most_skipped_in_a_row = torch.maximum(
+            self.most_skipped_in_a_row, self.num_skipped_in_a_row
+        )
         return norm
 
 

@@ -10,7 +10,7 @@ import torch
 
 from speculators_cli.core.data.dataset import Dataset
 from speculators_cli.core.data.packing import PackingPlan, plan_epoch
-from speculators_cli.core.files import find_existing
+from speculators_cli.core.files import check_output_dir, find_existing
 from speculators_cli.core.models.config import Eagle3Config
 from speculators_cli.core.models.cost import (
     RowCounts,
@@ -72,10 +72,13 @@ def plan(settings: TrainSettings, *, num_ranks: int | None, progress: Progress) 
     Raises:
         SettingsError: A setting or a path it names cannot be used.
         DataError: The samples cannot be used.
-        MachineError: The hub cannot be reached, or the device is not there.
+        MachineError: The hub cannot be reached, or the device is not there, or takes no kernels
+            that were asked for.
     """
+    check_output_dir(settings.run.save_path, flag="--save-path")
     with start_ranks(settings.distributed) as ranks:
-        ranks = replace(ranks, num_ranks=num_ranks or ranks.num_ranks)
+        if num_ranks is not None:
+            ranks = replace(ranks, num_ranks=num_ranks, num_local_ranks=num_ranks)
         settings, source = read_warm_start(settings)
         inputs = read_inputs(
             settings, source=source, num_ranks=ranks.num_ranks, index_file=None, progress=progress
@@ -110,19 +113,20 @@ def _estimate(
     trained = count_trained(config, train_head=train_head)
     is_cuda = ranks.device.type == "cuda"
     device = torch.cuda.get_device_name() if is_cuda else "cpu"
-    is_modelled = is_cuda and _runs_fast_in_bfloat16(settings, config, ranks.device)
+    is_modelled = _runs_fast_in_bfloat16(settings, config, ranks.device)
     gpu = find_gpu(device) if is_modelled else None
     seconds = total_steps * estimate_seconds(flops_per_step, trained, gpu) if gpu else None
     data_bytes = sum(entry.stamp.num_bytes for entry in samples.entries)
     epochs = total_steps / max(packed.num_steps, 1)
-    is_sharded = settings.distributed.sharding != "replicate"
+    shards = {"shard": ranks.num_ranks, "replicate": 1, "auto": ranks.num_local_ranks}
     memory = estimate_memory(
         config,
         total_seq_len=settings.data.total_seq_len,
         num_active=max(row.num_active for row in rows),
         num_targets=max(row.num_targets for row in rows),
         train_head=train_head,
-        num_shards=ranks.num_ranks if is_sharded else 1,
+        num_accumulated=per_rank,
+        num_shards=shards[settings.distributed.sharding],
     )
     tokens = sum(row.num_positions for row in rows)
     return TrainPlan(
@@ -181,10 +185,12 @@ def _count_rows(sequence: tuple[int, ...], samples: Dataset, settings: TrainSett
 
 def _count_checkpoints(settings: TrainSettings, packed: PackingPlan, total_steps: int) -> int:
     """Checkpoints on disk at the end of the run."""
-    num_saved = -(-total_steps // max(packed.num_steps, 1))
+    per_epoch = max(packed.num_steps, 1)
+    num_saved = -(-total_steps // per_epoch)
     every = settings.checkpoints.checkpoint_every_steps
     if every is not None:
-        num_saved += total_steps // every
+        in_mid_epoch = (step % per_epoch != 0 for step in range(every, total_steps, every))
+        num_saved += sum(in_mid_epoch)
     keep = settings.checkpoints.keep_checkpoints
     # The latest ones and the best.
     return num_saved if keep is None else min(num_saved, keep + 1)

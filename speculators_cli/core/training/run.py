@@ -69,7 +69,7 @@ def train(settings: TrainSettings, *, progress: Progress, dry_run: bool = False)
             ranks.connect(settings.distributed.timeout_seconds)
             with open_logger(settings, folder, start, progress) as logger:
                 trainer = build_trainer(settings, inputs, ranks, start, folder, logger, progress)
-                is_finished = start.state.step >= trainer.total_steps
+                is_finished = trainer.is_finished
                 announce(settings, inputs, trainer, start, progress)
                 with closing(trainer), out_of_memory_explained(settings):
                     if dry_run:
@@ -165,6 +165,7 @@ def build_trainer(
             weights={name: tensor for name, tensor in tensors.items() if name not in frozen},
             moments=checkpoint.read_trainer_tensors() if checkpoint else {},
         )
+        optimizer.num_skipped.fill_(start.state.num_skipped_steps)
     loader = build_loader(
         settings,
         inputs.samples,
@@ -252,6 +253,7 @@ def build_loader(
         num_workers=num_workers,
         prefetch_factor=settings.data.prefetch_factor,
         pin_memory=ranks.device.type == "cuda",
+        pads=ranks.device.type == "cuda",
     )
 
 
@@ -297,16 +299,22 @@ def announce(
 
 @contextmanager
 def out_of_memory_explained(settings: TrainSettings) -> Iterator[None]:
-    """Turn the GPU's out-of-memory error into one that names what to lower."""
+    """Turn PyTorch's out-of-memory errors into one that names what to lower."""
+    tokens = f"{settings.data.total_seq_len:,} tokens a packed sequence"
     try:
         yield
     except torch.cuda.OutOfMemoryError:
         peak = torch.cuda.max_memory_allocated() / 2**30
         raise MachineError(
-            f"The GPU is out of memory: {settings.data.total_seq_len:,} tokens a packed sequence, "
-            f"peak {peak:.1f} GiB",
-            hint="Lower `--total-seq-len`, or spread the draft over more GPUs; "
-            "the last checkpoint is intact",
+            f"The GPU is out of memory: {tokens}, peak {peak:.1f} GiB",
+            hint="Lower `--total-seq-len`, or spread the draft over more GPUs",
+        ) from None
+    except RuntimeError as error:
+        # All that tells the CPU's from other errors is its text.
+        if "DefaultCPUAllocator" not in str(error):
+            raise
+        raise MachineError(
+            f"The machine is out of memory: {tokens}", hint="Lower `--total-seq-len`"
         ) from None
 
 

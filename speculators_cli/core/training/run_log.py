@@ -1,6 +1,9 @@
 """What a run tells while it trains: log steps, validations, broken samples, speed."""
 
+import math
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -13,8 +16,9 @@ from speculators_cli.core.training.distributed import Ranks
 from speculators_cli.core.training.loggers import MetricLogger
 from speculators_cli.core.training.metrics import Metrics, MetricSums
 
-# Broken samples named at one log step, at most, by each rank.
+# Broken samples named at one log step, at most; and told of to other ranks in one message.
 MAX_NAMED = 16
+SHARED_AT_ONCE = 16
 # Share of the time spent waiting for samples from which on it is worth a warning, and the shortest
 # time it is taken of: reading ahead needs a moment to begin.
 MAX_WAIT_SHARE = 0.05
@@ -74,12 +78,27 @@ class RunLog:
         self.waits = WaitWatch()
         self.broken: list[tuple[tuple[int, ...], Tensor]] = []
         self.clock, self.clock_step = time.perf_counter(), 0
-        self.num_tokens, self.seconds, self.num_broken_samples = 0.0, 0.0, 0
+        self.num_tokens, self.seconds = 0.0, 0.0
+        self.broken_ids: set[int] = set()  # samples left out so far, by any rank
 
     @property
     def tokens_per_second(self) -> float:
         """Tokens trained on a second, over all ranks; time spent elsewhere left out."""
         return self.num_tokens / self.seconds if self.seconds else 0.0
+
+    @property
+    def num_broken_samples(self) -> int:
+        """Samples that were left out for what they hold, each counted once."""
+        return len(self.broken_ids)
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Leave a time out of what speed is measured over, once the device has done its steps."""
+        if self.ranks.device.type == "cuda":
+            torch.cuda.synchronize(self.ranks.device)
+        began_at = time.perf_counter()
+        yield
+        self.clock += time.perf_counter() - began_at
 
     def start_clock(self, step: int) -> None:
         """Measure speed from here on, after `step` steps."""
@@ -165,19 +184,24 @@ class RunLog:
             )
 
     def _name_broken(self) -> None:
-        """Warn of samples whose hidden states are not finite, wherever they were met."""
-        own = [
+        """Warn of samples whose hidden states are not finite, wherever they were met first."""
+        own = {
             sample_ids[index]
             for sample_ids, is_broken in self.broken
             for index in is_broken.nonzero().flatten().tolist()
-        ]
+        }
         self.broken.clear()
-        # A slice a rank; ids count from 1 there, 0 is empty.
-        ids = torch.zeros(self.ranks.num_ranks, MAX_NAMED, dtype=torch.int64)
-        named = torch.tensor(own[:MAX_NAMED], dtype=torch.int64) + 1
-        ids[self.ranks.rank, : len(named)] = named
-        self.num_broken_samples += int(self.ranks.sum(torch.tensor(len(own))))
-        for sample_id in self.ranks.sum(ids).flatten().tolist():
-            if sample_id:
-                file = self.samples.entries[sample_id - 1].file
-                self.progress.warn(f"Left out `{file}`: its hidden states are not all finite")
+        new, num_named = sorted(own - self.broken_ids), 0
+        for share in range(int(self.ranks.max(math.ceil(len(new) / SHARED_AT_ONCE)))):
+            # A row for each rank; ids count from 1 there, 0 is empty.
+            ids = torch.zeros(self.ranks.num_ranks, SHARED_AT_ONCE, dtype=torch.int64)
+            some = new[share * SHARED_AT_ONCE : (share + 1) * SHARED_AT_ONCE]
+            ids[self.ranks.rank, : len(some)] = torch.tensor(some, dtype=torch.int64) + 1
+            for sample_id in self.ranks.sum(ids).flatten().tolist():
+                if sample_id == 0 or sample_id - 1 in self.broken_ids:
+                    continue
+                self.broken_ids.add(sample_id - 1)
+                num_named += 1
+                if num_named <= MAX_NAMED:
+                    file = self.samples.entries[sample_id - 1].file
+                    self.progress.warn(f"Left out `{file}`: its hidden states are not all finite")

@@ -39,6 +39,7 @@ class Trainer:
 
     def __post_init__(self) -> None:
         self.signals = StopSignals()
+        self.lr, self.grad_norm = 0.0, torch.zeros(())  # of the last step
         self.feed = DeviceFeed(self.ranks.device)
         self.loss_weights = torch.tensor(self.draft.loss_weights, device=self.ranks.device)
 
@@ -47,6 +48,12 @@ class Trainer:
         self.loader.close()
         if self.validation_loader is not None:
             self.validation_loader.close()
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether nothing is left to do: an epoch whose steps are done may still want its end."""
+        is_epoch_whole = self.state.step_in_epoch == self.loader.steps_in(self.state.epoch)
+        return self.state.step >= self.total_steps and not is_epoch_whole
 
     def fit(self) -> None:
         """Train from the current step to the last one."""
@@ -66,12 +73,12 @@ class Trainer:
         self.log.start_clock(self.state.step)
         for batches in self.feed.steps(self.loader.epoch(epoch, self.state.step_in_epoch)):
             self.train_step(batches, epoch)
-            self.stop_if_asked()
+            self.stop_if_asked(epoch)
             if self.state.step == self.total_steps:
                 return
             if self.is_checkpoint_due():
-                self.save(f"step-{self.state.step}")
-                self.log.start_clock(self.state.step)
+                with self.log.paused():
+                    self.save(f"step-{self.state.step}")
 
     def train_step(self, batches: Sequence[Batch], epoch: int) -> None:
         """One optimizer step over this rank's packed sequences, which are on the device."""
@@ -83,26 +90,29 @@ class Trainer:
             sums = self.draft(batch, weights)
             sums.loss.backward()
             self.log.add(sums, batch)
-        lr = learning_rate(
+        self.lr = learning_rate(
             self.state.step,
             peak=self.settings.optimizer.lr,
             total_steps=self.total_steps,
             settings=self.settings.schedule,
         )
-        grad_norm = self.optimizer.step(lr)
+        self.grad_norm = self.optimizer.step(self.lr)
         step, step_in_epoch = self.state.step + 1, self.state.step_in_epoch + 1
         self.state = replace(self.state, step=step, step_in_epoch=step_in_epoch)
         if self.is_log_due(epoch):
-            skipped = int(self.optimizer.num_skipped)
-            self.log.log_step(
-                step,
-                epoch,
-                lr=lr,
-                grad_norm=grad_norm,
-                skipped=skipped,
-                wait_seconds=self.feed.take_wait_seconds(),
-            )
-            self.check_gradients()
+            self.log_step(epoch)
+
+    def log_step(self, epoch: int) -> None:
+        """Tell of the steps since the last one that was logged; stop a run that diverged."""
+        self.log.log_step(
+            self.state.step,
+            epoch,
+            lr=self.lr,
+            grad_norm=self.grad_norm,
+            skipped=int(self.optimizer.num_skipped),
+            wait_seconds=self.feed.take_wait_seconds(),
+        )
+        self.check_gradients()
 
     def prepare(self, batch: Batch, epoch: int) -> Batch:
         """Cast a training batch, leave out broken documents, add noise."""
@@ -141,9 +151,17 @@ class Trainer:
         self.save(name)
 
     def is_better(self, metrics: Metrics) -> bool:
-        """Whether a validation beats the best one so far, by simulated acceptance length."""
-        best = (self.state.best or {}).get("acceptance_length")
-        return best is None or metrics["acceptance_length"] > best
+        """Whether a validation beats the best one so far.
+
+        By simulated acceptance length; of equal ones, as at the start of a run, by the loss.
+        """
+        best = self.state.best or {}
+        if best.get("acceptance_length") is None:
+            return True
+        return (metrics["acceptance_length"], -metrics["loss"]) > (
+            best["acceptance_length"],
+            -best["loss"],
+        )
 
     def save(self, name: str) -> None:
         """Save a checkpoint; every rank waits until it is committed."""
@@ -162,11 +180,13 @@ class Trainer:
             self.folder.prune(self.settings.checkpoints.keep_checkpoints)
         self.ranks.barrier()
 
-    def stop_if_asked(self) -> None:
-        """Save and leave if a stop signal reached any rank."""
+    def stop_if_asked(self, epoch: int) -> None:
+        """Log, save and leave if a stop signal reached any rank."""
         number = int(self.ranks.max(self.signals.received))
         if not number:
             return
+        if not self.is_log_due(epoch):
+            self.log_step(epoch)
         name = f"step-{self.state.step}"
         self.save(name)
         raise StoppedError(
@@ -176,12 +196,12 @@ class Trainer:
         )
 
     def check_gradients(self) -> None:
-        """Stop a run whose gradients are not finite for too many steps in a row."""
-        in_a_row = int(self.optimizer.num_skipped_in_a_row)
+        """Stop a run whose gradients were not finite for too many steps in a row."""
+        in_a_row = int(self.optimizer.most_skipped_in_a_row)
         if in_a_row >= self.settings.optimizer.max_skipped_steps:
             raise DivergedError(
                 f"Training diverged: {in_a_row} steps in a row had no finite gradient, "
-                f"the last is step {self.state.step:,}",
+                f"up to step {self.state.step:,}",
                 hint="Lower `--lr`, or check the samples for extreme hidden states",
             )
 
@@ -193,8 +213,9 @@ class Trainer:
 
     def is_checkpoint_due(self) -> bool:
         """Whether a checkpoint is saved in the middle of the epoch, after the step just done."""
-        every = self.settings.checkpoints.checkpoint_every_steps
-        return every is not None and self.state.step % every == 0
+        every, epoch = self.settings.checkpoints.checkpoint_every_steps, self.state.epoch
+        is_last = self.state.step_in_epoch == self.loader.steps_in(epoch)  # saved as the epoch
+        return every is not None and self.state.step % every == 0 and not is_last
 
 
 BEST_KEYS = ("acceptance_length", "loss")

@@ -80,6 +80,7 @@ def make_loader(
     global_batch: int = 1,
     rank: int = 0,
     num_ranks: int = 1,
+    pads: bool = True,
 ) -> BatchLoader:
     loader = BatchLoader(
         samples,
@@ -93,6 +94,7 @@ def make_loader(
         num_workers=num_workers,
         prefetch_factor=prefetch_factor,
         pin_memory=False,
+        pads=pads,
     )
     opened.append(loader)
     return loader
@@ -107,6 +109,18 @@ def make_batch(samples: Samples, sequence: Packed) -> Batch:
         hidden_size=HIDDEN,
         dtype=torch.float32,
     )
+
+
+@pytest.mark.parametrize(("pads", "length"), [(True, SEQ_LEN), (False, 4 + 6)])
+def test_only_where_asked_a_sequence_is_longer_than_its_samples(
+    pads: bool, length: int, opened: list[BatchLoader]
+) -> None:
+    loader = make_loader(opened, make_samples(5, 7), num_epochs=1, num_workers=0, pads=pads)
+
+    ((batch,),) = loader.epoch(0)
+
+    assert len(batch.input_ids) == length
+    assert sum(batch.lengths) == 10
 
 
 def settle(loader: BatchLoader) -> None:

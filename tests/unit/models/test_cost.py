@@ -88,6 +88,24 @@ def test_rows_are_counted_as_they_are_computed() -> None:
     )
 
 
+def test_more_steps_than_positions_are_counted() -> None:
+    rows = count_rows(torch.ones(3).bool(), (3,), 7)
+
+    assert rows.num_active == rows.num_needed == 3
+
+
+def test_each_accumulated_sequence_takes_memory() -> None:
+    def estimate(num_accumulated: int) -> int:
+        return estimate_memory(
+            shaped("llama-3.1-8b"), total_seq_len=8192, num_active=4915, num_targets=4915,
+            train_head=True, num_accumulated=num_accumulated,
+        )  # fmt: skip
+
+    # Both copies of the aux hidden states of six more sequences.
+    assert estimate(8) - estimate(2) > 6 * 2 * 8192 * 3 * 4096 * 2
+    assert estimate(2) > estimate(1)
+
+
 def test_operations_of_a_draft_of_ones_are_those_counted_by_hand() -> None:
     config = make_config(
         hidden_size=1, target_hidden_size=1, intermediate_size=1, num_heads=1, num_kv_heads=1,

@@ -9,6 +9,7 @@ from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer
 
 from speculators_cli.core.models.attention import TTTMemory
 from speculators_cli.core.models.layers import DecoderLayer, Linear, RMSNorm, RotaryEmbedding
+from speculators_cli.core.models.verifier import ROPE_TYPES
 from tests.drafts import make_config
 
 SCALED_ROPE = {
@@ -63,6 +64,53 @@ def test_layers_compute_in_the_dtype_of_their_input_and_keep_float32_gradients()
     assert linear.weight.grad.dtype == torch.float32
     assert norm.weight.grad is not None
     assert norm.weight.grad.dtype == torch.float32
+
+
+ROPES: dict[str, dict[str, object]] = {
+    "default": {},
+    "linear": {"factor": 4.0},
+    "dynamic": {"factor": 4.0},
+    "yarn": {"factor": 8.0, "original_max_position_embeddings": 64},
+    "llama3": SCALED_ROPE,
+    "longrope": {
+        "short_factor": [1.0, 1.1, 1.2, 1.3],
+        "long_factor": [2.0, 3.0, 4.0, 5.0],
+        "original_max_position_embeddings": 64,
+        "factor": 8.0,
+    },
+}
+
+
+@pytest.mark.parametrize("kind", ROPE_TYPES)
+def test_rope_equals_transformers_at_the_verifiers_longest(kind: str) -> None:
+    rope = {"rope_type": kind, "rope_theta": 9e4, **ROPES[kind]}
+    ours = RotaryEmbedding(make_config(rope_parameters=rope, max_position_embeddings=512))
+    theirs = LlamaRotaryEmbedding(
+        LlamaConfig(
+            hidden_size=24, num_attention_heads=3, head_dim=8, rope_parameters=rope,
+            max_position_embeddings=512,
+        )
+    )  # fmt: skip
+    positions = torch.arange(512)
+
+    tables = ours(positions)
+
+    expected = theirs(torch.empty(0), positions[None])
+    for own, exact in zip(tables, expected, strict=True):
+        # Angles of some hundreds of radians, rounded in float32.
+        torch.testing.assert_close(own[:, 0], exact[0], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ROPE_TYPES)
+def test_a_position_turns_the_same_whatever_is_beside_it(kind: str) -> None:
+    # Trap: factors chosen by the longest document of a packed sequence.
+    rope = {"rope_type": kind, "rope_theta": 9e4, **ROPES[kind]}
+    rotary = RotaryEmbedding(make_config(rope_parameters=rope, max_position_embeddings=512))
+
+    alone, beside = rotary(torch.arange(10)), rotary(torch.arange(600))
+
+    for few, many in zip(alone, beside, strict=True):
+        assert torch.equal(few, many[:10])
 
 
 def test_rope_scaling_changes_the_tables() -> None:

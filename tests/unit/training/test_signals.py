@@ -46,6 +46,20 @@ def test_a_signal_saves_and_the_next_run_goes_on_as_if_there_was_none(
     assert all(torch.equal(weights[name], tensor) for name, tensor in expected.items())
 
 
+def test_a_run_stopped_in_its_last_step_still_ends_its_last_epoch(tiny: TinyInputs) -> None:
+    last = train(tiny.settings(run={"save_path": tiny.folder / "whole"}), progress=SilentProgress())
+
+    with pytest.raises(StoppedError):
+        train(tiny.settings(), progress=Signaller(signal.SIGTERM, step=last.total_steps))
+    report = train(tiny.settings(), progress=SilentProgress())
+
+    assert (tiny.save_path / "1" / "model.safetensors").exists()
+    assert report.step == last.total_steps
+    assert report.validation_loss == last.validation_loss
+    again = train(tiny.settings(), progress=SilentProgress())
+    assert again.was_already_finished
+
+
 def test_handlers_are_put_back() -> None:
     before = [signal.getsignal(number) for number in STOP_SIGNALS]
 

@@ -2,6 +2,7 @@
 
 import json
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,10 @@ import torch
 from safetensors.torch import load_file
 
 from speculators_cli.core.data.dataset import read_dataset
-from speculators_cli.core.errors import CheckpointError, DataError
+from speculators_cli.core.errors import CheckpointError, DataError, DivergedError
 from speculators_cli.core.progress import SilentProgress
 from speculators_cli.core.training.distributed import Ranks
+from speculators_cli.core.training.optimizer import Optimizer
 from speculators_cli.core.training.report import TrainReport
 from speculators_cli.core.training.run import build_loader, train
 from speculators_cli.core.training.trainer import Trainer
@@ -220,6 +222,115 @@ def test_a_dry_run_writes_nothing(tiny: TinyInputs, tmp_path: Path) -> None:
     assert report.is_dry_run
     assert report.step == 1
     assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_tie_in_acceptance_goes_to_the_lower_loss(
+    tiny: TinyInputs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    validate = Trainer.validate
+
+    def validate_without_a_hit(trainer: Trainer) -> dict[str, float]:
+        return (validate(trainer) or {}) | {"acceptance_length": 1.0}
+
+    monkeypatch.setattr(Trainer, "validate", validate_without_a_hit)
+
+    report = run(tiny, run={"epochs": 3})
+
+    losses = [line["loss"] for line in metric_lines(tiny, "val")]
+    assert losses[2] < losses[0]
+    assert report.best_epoch == losses.index(min(losses))
+
+
+def test_the_end_of_an_epoch_is_saved_once(tiny: TinyInputs) -> None:
+    report = run(tiny, checkpoints={"checkpoint_every_steps": 4})
+
+    assert report.total_steps == 16
+    folders = {f.name for f in tiny.save_path.iterdir() if f.is_dir() and not f.is_symlink()}
+    assert folders == {"step-4", "0", "step-12", "1"}
+
+
+def test_saving_does_not_count_in_speed_or_waiting(
+    tiny: TinyInputs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Trap: a clock set anew at a checkpoint, beside tokens of all steps since the last log line.
+    step, save = Trainer.train_step, Trainer.save
+
+    def slow_step(trainer: Trainer, *args: Any) -> None:
+        time.sleep(0.1)
+        step(trainer, *args)
+
+    def slow_save(trainer: Trainer, name: str) -> None:
+        time.sleep(0.3)
+        save(trainer, name)
+
+    monkeypatch.setattr(Trainer, "train_step", slow_step)
+    monkeypatch.setattr(Trainer, "save", slow_save)
+
+    report = run(
+        tiny,
+        run={"epochs": 1, "log_every_steps": 100},
+        checkpoints={"checkpoint_every_steps": 3},
+    )
+
+    # Eight steps of at most 64 tokens, a tenth of a second and a bit each.
+    assert 100 < report.tokens_per_second < 640
+
+
+def test_a_broken_sample_is_counted_and_named_once(data_dir: Path, tiny: TinyInputs) -> None:
+    messages = Messages()
+    file = sorted(data_dir.rglob("*.pt"))[3]
+    content = torch.load(file, weights_only=True)
+    content["hidden_states"][0][2, 1] = float("nan")
+    torch.save(content, file)
+    settings = tiny.settings(
+        data={"data_path": (data_dir,), "total_seq_len": 64, "train_data_ratio": 1.0},
+        run={"epochs": 3, "save_path": tiny.save_path},
+    )
+
+    report = train(settings, progress=messages)
+
+    assert report.num_bad_samples == 1
+    assert sum("Left out" in warning for warning in messages.warnings) == 1
+
+
+def test_skipped_steps_are_counted_on_after_a_resume(
+    tiny: TinyInputs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    step = Optimizer.step
+
+    def break_second(optimizer: Optimizer, lr: float) -> torch.Tensor:
+        calls.append(lr)
+        if len(calls) == 2:
+            assert optimizer.parameters[0].grad is not None
+            optimizer.parameters[0].grad.fill_(float("nan"))
+        return step(optimizer, lr)
+
+    calls: list[float] = []
+    monkeypatch.setattr(Optimizer, "step", break_second)
+
+    first = run(tiny, run={"max_steps": 3})
+    second = run(tiny, run={"max_steps": 5})
+
+    assert first.num_skipped_steps == second.num_skipped_steps == 1
+
+
+def test_a_run_that_diverged_between_log_lines_is_stopped(
+    tiny: TinyInputs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    step = Optimizer.step
+
+    def break_some(optimizer: Optimizer, lr: float) -> torch.Tensor:
+        calls.append(lr)
+        if 2 <= len(calls) <= 4:
+            assert optimizer.parameters[0].grad is not None
+            optimizer.parameters[0].grad.fill_(float("nan"))
+        return step(optimizer, lr)
+
+    calls: list[float] = []
+    monkeypatch.setattr(Optimizer, "step", break_some)
+
+    with pytest.raises(DivergedError, match="3 steps in a row"):
+        run(tiny, run={"log_every_steps": 100}, optimizer={"max_skipped_steps": 3})
 
 
 def test_no_logger_creates_no_log_folder(tiny: TinyInputs) -> None:

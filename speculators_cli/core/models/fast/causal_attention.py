@@ -45,9 +45,11 @@ def forward(
     """Attend from each query to the keys of its document up to its own position."""
     if not can_use_flash(query.device, query.dtype, query.shape[-1]):
         return _dense_forward(query, key, value, spans)
+    # With one query a document at most, the kernel would take it that none has fewer.
+    longest_query = max(spans.longest_query, 2)
     out, lse, rng_state, unused, _ = _flash_forward(
         query, key, value, spans.query_offsets, spans.key_offsets,
-        spans.longest_query, spans.longest_key, 0.0, True, False,
+        longest_query, spans.longest_key, 0.0, True, False,
     )  # fmt: skip
     return Causal(out, lse, (rng_state, unused))
 

@@ -14,6 +14,7 @@ BLOCK = 2048
 class _SwiGLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, gate_up: Tensor) -> Tensor:
+        gate_up = gate_up.contiguous()
         ctx.save_for_backward(gate_up)
         num_rows, size = len(gate_up), gate_up.shape[1] // 2
         out = gate_up.new_empty(num_rows, size)
