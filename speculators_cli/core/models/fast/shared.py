@@ -85,17 +85,14 @@ class _ShareWeights(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         ctx.gradient, ctx.shapes = gradient, [weight.shape for weight in weights]
         ctx.save_for_backward(gain, *(weights if gain is not None else ()))
-        ctx.device = weights[0].device
-        return torch.empty((), device=ctx.device)  # nobody reads it
+        return torch.empty((), device=weights[0].device)  # nobody reads it
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *_grads: Tensor) -> tuple[Tensor | None, ...]:
         total, ctx.gradient.total = ctx.gradient.total, None
         gain, *weights = ctx.saved_tensors
-        if total is None:
-            # No row was used: the other ranks wait for this one's zeros.
-            total = torch.zeros(sum(n for n, _ in ctx.shapes), ctx.shapes[0][1], device=ctx.device)
+        assert total is not None, "a product has reached the loss"
         parts = total.split([n for n, _ in ctx.shapes])
         if gain is None:
             return (None, None, *parts)
