@@ -50,17 +50,21 @@ class Trainer:
             self.validation_loader.close()
 
     @property
+    def is_epoch_whole(self) -> bool:
+        """Whether all steps of the epoch are done; it is not yet validated and saved."""
+        return self.state.step_in_epoch == self.loader.steps_in(self.state.epoch)
+
+    @property
     def is_finished(self) -> bool:
-        """Whether nothing is left to do: an epoch whose steps are done may still want its end."""
-        is_epoch_whole = self.state.step_in_epoch == self.loader.steps_in(self.state.epoch)
-        return self.state.step >= self.total_steps and not is_epoch_whole
+        """Whether nothing is left to do: an epoch whose steps are done still wants its end."""
+        return self.state.step >= self.total_steps and not self.is_epoch_whole
 
     def fit(self) -> None:
         """Train from the current step to the last one."""
         with self.signals:
             for epoch in range(self.state.epoch, self.settings.run.epochs):
                 self.train_epoch(epoch)
-                if self.state.step_in_epoch < self.loader.steps_in(epoch):
+                if not self.is_epoch_whole:
                     self.save(f"step-{self.state.step}")
                     return
                 self.finish_epoch(epoch)
@@ -213,9 +217,8 @@ class Trainer:
 
     def is_checkpoint_due(self) -> bool:
         """Whether a checkpoint is saved in the middle of the epoch, after the step just done."""
-        every, epoch = self.settings.checkpoints.checkpoint_every_steps, self.state.epoch
-        is_last = self.state.step_in_epoch == self.loader.steps_in(epoch)  # saved as the epoch
-        return every is not None and self.state.step % every == 0 and not is_last
+        every = self.settings.checkpoints.checkpoint_every_steps
+        return every is not None and self.state.step % every == 0 and not self.is_epoch_whole
 
 
 BEST_KEYS = ("acceptance_length", "loss")

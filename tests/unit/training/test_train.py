@@ -3,6 +3,7 @@
 import json
 import threading
 import time
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -293,20 +294,23 @@ def test_a_broken_sample_is_counted_and_named_once(data_dir: Path, tiny: TinyInp
     assert sum("Left out" in warning for warning in messages.warnings) == 1
 
 
-def test_skipped_steps_are_counted_on_after_a_resume(
-    tiny: TinyInputs, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    step = Optimizer.step
+def break_gradients(monkeypatch: pytest.MonkeyPatch, *, steps: set[int]) -> None:
+    """Make a gradient NaN in these steps, counted from 1 over all runs."""
+    step, calls = Optimizer.step, count(1)
 
-    def break_second(optimizer: Optimizer, lr: float) -> torch.Tensor:
-        calls.append(lr)
-        if len(calls) == 2:
+    def step_broken(optimizer: Optimizer, lr: float) -> torch.Tensor:
+        if next(calls) in steps:
             assert optimizer.parameters[0].grad is not None
             optimizer.parameters[0].grad.fill_(float("nan"))
         return step(optimizer, lr)
 
-    calls: list[float] = []
-    monkeypatch.setattr(Optimizer, "step", break_second)
+    monkeypatch.setattr(Optimizer, "step", step_broken)
+
+
+def test_skipped_steps_are_counted_on_after_a_resume(
+    tiny: TinyInputs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    break_gradients(monkeypatch, steps={2})
 
     first = run(tiny, run={"max_steps": 3})
     second = run(tiny, run={"max_steps": 5})
@@ -317,17 +321,7 @@ def test_skipped_steps_are_counted_on_after_a_resume(
 def test_a_run_that_diverged_between_log_lines_is_stopped(
     tiny: TinyInputs, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    step = Optimizer.step
-
-    def break_some(optimizer: Optimizer, lr: float) -> torch.Tensor:
-        calls.append(lr)
-        if 2 <= len(calls) <= 4:
-            assert optimizer.parameters[0].grad is not None
-            optimizer.parameters[0].grad.fill_(float("nan"))
-        return step(optimizer, lr)
-
-    calls: list[float] = []
-    monkeypatch.setattr(Optimizer, "step", break_some)
+    break_gradients(monkeypatch, steps={2, 3, 4})
 
     with pytest.raises(DivergedError, match="3 steps in a row"):
         run(tiny, run={"log_every_steps": 100}, optimizer={"max_skipped_steps": 3})
