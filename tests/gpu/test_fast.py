@@ -18,7 +18,7 @@ from speculators_cli.core.models.fast.spans import Spans
 from speculators_cli.core.models.verifier import FrozenVerifier
 from speculators_cli.core.training.optimizer import Optimizer
 from speculators_cli.settings.train import OptimizerSettings
-from tests.drafts import filled_draft, lay_out, make_config, make_sample, pack
+from tests.drafts import attend_from, filled_draft, lay_out, make_config, make_sample, pack
 
 pytestmark = pytest.mark.gpu
 CUDA = torch.device("cuda")
@@ -58,10 +58,7 @@ def test_joint_attention_is_as_close_to_float32_as_the_plain_path(
     assert can_use_flash(query.device, query.dtype, head_dim)
 
     def fast(query: Tensor, *parts: Tensor) -> Tensor:
-        keys, values = parts[:num_steps], parts[num_steps:]
-        own_keys, own_values = ([x[rows] for x in xs[1:]] for xs in (keys, values))
-        laid_out = lay_out(query[rows], spans)
-        return joint_attention(laid_out, [keys[0], *own_keys], [values[0], *own_values], spans)
+        return attend_from(rows, spans, query, *parts)
 
     def plain(query: Tensor, *parts: Tensor) -> Tensor:
         return plain_attention(query, bounds, *parts)[rows]

@@ -7,7 +7,7 @@ from torch import Tensor
 from speculators_cli.core.models.attention import plain_attention
 from speculators_cli.core.models.fast.joint_attention import joint_attention
 from speculators_cli.core.models.fast.spans import Spans
-from tests.drafts import lay_out
+from tests.drafts import attend_from
 from tests.gradients import assert_same
 
 CPU = torch.device("cpu")
@@ -25,10 +25,7 @@ def test_joint_attention_of_some_rows_equals_the_plain_one_of_all(
     parts = [torch.randn(16, kv_heads, head_dim, generator=rng) for _ in range(2 * num_steps)]
 
     def fast(query: Tensor, *parts: Tensor) -> Tensor:
-        keys, values = parts[:num_steps], parts[num_steps:]
-        own_keys, own_values = ([x[rows] for x in xs[1:]] for xs in (keys, values))
-        laid_out = lay_out(query[rows], spans)
-        return joint_attention(laid_out, [keys[0], *own_keys], [values[0], *own_values], spans)
+        return attend_from(rows, spans, query, *parts)
 
     def plain(query: Tensor, *parts: Tensor) -> Tensor:
         return plain_attention(query, bounds, *parts)[rows]
