@@ -162,3 +162,11 @@ def write_as_specforge(data_dir: Path, folder: Path) -> Path:
         content = sample | {"aux_hidden_state": joined[None], "hidden_state": last[None]}
         torch.save(content, folder / f"{file.stem}.ckpt")
     return folder
+
+
+def split_samples(data_dir: Path, folder: Path, *, num_samples: int) -> Path:
+    """Move the first samples of a folder into one of their own."""
+    folder.mkdir()
+    for file in sorted(data_dir.glob("*.pt"))[:num_samples]:
+        file.rename(folder / file.name)
+    return folder

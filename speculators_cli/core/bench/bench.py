@@ -27,7 +27,7 @@ from speculators_cli.core.models.verifier_files import VerifierFiles
 from speculators_cli.core.progress import Progress, SilentProgress
 from speculators_cli.core.training.checkpoint import TrainState
 from speculators_cli.core.training.distributed import Ranks, start_ranks
-from speculators_cli.core.training.inputs import Inputs, check_samples_fit
+from speculators_cli.core.training.inputs import Inputs, check_samples_fit, check_targets
 from speculators_cli.core.training.optimizer import Optimizer
 from speculators_cli.core.training.run import (
     build_draft,
@@ -313,6 +313,7 @@ def _read_samples(
         progress=progress,
     )
     check_samples_fit(dataset, verifier, vocab_size)
+    check_targets(dataset, settings.step.total_seq_len, samples.data_path[0])
     return dataset
 
 

@@ -34,7 +34,7 @@ NOT_SAMPLES = {"token_freq.pt"}
 BAD_SHARE = 0.01  # of the folder, unless the settings say how many
 MAX_NAMED = 10
 SPLIT_SEED = 0  # the split is the same in every run on the same samples
-INDEX_VERSION = 3
+INDEX_VERSION = 4
 SCANNED_AT_ONCE = 16  # files, by one thread
 FLAGS = {  # that read samples of a format
     "v0": "--data-format-version 0",
@@ -112,6 +112,10 @@ class Dataset:
     def num_supervised_tokens(self) -> int:
         """Supervised tokens of all samples."""
         return sum(entry.header.num_supervised_tokens for entry in self.entries)
+
+    def count_without_target(self, total_seq_len: int) -> int:
+        """Samples without a supervised token, once they are cut to this many tokens."""
+        return sum(not entry.header.has_target(total_seq_len) for entry in self.entries)
 
     @cached_property
     def data_hash(self) -> str:

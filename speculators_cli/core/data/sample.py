@@ -24,6 +24,11 @@ class SampleHeader:
     dtype: str  # of the hidden states on disk: `bfloat16`, `float32`, ...
     is_normed: bool  # whether the last hidden states are after the verifier's final norm
     max_token_id: int  # -1 in an empty sample
+    first_target: int  # index of the first supervised token that can be predicted; -1: none
+
+    def has_target(self, total_seq_len: int) -> bool:
+        """Whether a token is supervised in what a packed sequence of this many tokens holds."""
+        return 0 < self.first_target <= total_seq_len
 
 
 @dataclass(frozen=True)
@@ -46,14 +51,16 @@ class SampleTokens:
         is_normed: bool,
     ) -> Self:
         """Ids and mask with the header that follows from them."""
+        targets = np.flatnonzero(loss_mask[1:]) + 1
         header = SampleHeader(
             num_tokens=len(input_ids),
-            num_supervised_tokens=int(loss_mask[1:].sum()),
+            num_supervised_tokens=len(targets),
             hidden_size=hidden_size,
             num_aux_layers=num_aux_layers,
             dtype=dtype,
             is_normed=is_normed,
             max_token_id=int(input_ids.max()) if len(input_ids) else -1,
+            first_target=int(targets[0]) if len(targets) else -1,
         )
         return cls(header, input_ids, loss_mask)
 

@@ -91,7 +91,7 @@ def inspect_data(settings: InspectDataSettings, *, progress: Progress) -> Inspec
             hint="Name the folder that holds the captured hidden states",
         )
     usual, more = find_odd(scans)
-    problems += [*more, *check_tokens(scans)]
+    problems += [*more, *check_tokens(scans, wanted.total_seq_len)]
     drawn = draw(usual, wanted.samples)
     states = look_at_states(drawn_samples(drawn), progress)
     problems += [Problem(drawn[i].file, text) for i, text in states.problems]
@@ -165,7 +165,7 @@ def find_odd(scans: Sequence[Scan]) -> tuple[list[Scan], list[Problem]]:
     return [s for s in scans if kind(s) == usual], problems
 
 
-def check_tokens(scans: Sequence[Scan]) -> Iterator[Problem]:
+def check_tokens(scans: Sequence[Scan], total_seq_len: int) -> Iterator[Problem]:
     """What ids and masks alone give away."""
     first: dict[bytes, Path] = {}
     for s in scans:
@@ -173,6 +173,12 @@ def check_tokens(scans: Sequence[Scan]) -> Iterator[Problem]:
             yield Problem(s.file, f"has {s.header.num_tokens} tokens: nothing can be learnt")
         elif s.header.num_supervised_tokens == 0:
             yield Problem(s.file, "has no supervised token")
+        elif not s.header.has_target(total_seq_len):
+            yield Problem(
+                s.file,
+                f"has its first supervised token after {s.header.first_target:,} others, beyond "
+                f"the {total_seq_len:,} of `--total-seq-len`",
+            )
         elif s.is_mask_full:
             yield Problem(s.file, "has every token supervised, the prompt too: no chat template?")
         other = first.setdefault(s.tokens_hash, s.file)

@@ -1,5 +1,6 @@
 """Inputs: everything a run reads and checks before it loads a weight or writes a file."""
 
+import shlex
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -129,6 +130,9 @@ def read_inputs(
         check_samples_fit(validation, verifier, vocab_size)
     else:
         samples, validation = split(scanned, data.train_data_ratio)
+    check_targets(samples, data.total_seq_len, data.data_path[0])
+    if not _can_validate(validation, data.total_seq_len, progress):
+        validation = validation.select(())
     _check_enough(samples, data.total_seq_len, num_ranks)
     _warn_of_other_verifier(scanned, verifier, progress)
     _warn_of_lost_tokens(samples, data.total_seq_len, progress)
@@ -182,6 +186,52 @@ def _warn_of_other_verifier(samples: Dataset, verifier: VerifierConfig, progress
             )
 
 
+def check_targets(samples: Dataset, total_seq_len: int, folder: Path) -> None:
+    """Refuse samples that leave no token to predict, once they are cut.
+
+    Raises:
+        DataError: No sample has a supervised token within `--total-seq-len`.
+    """
+    if samples.count_without_target(total_seq_len) < len(samples):
+        return
+    shown = shlex.quote(str(folder))
+    if samples.num_supervised_tokens == 0:
+        raise DataError(
+            f"None of the {len(samples):,} samples to train on has a supervised token after its "
+            "first: there is nothing to predict",
+            hint=f"Set `loss_mask` to 1 at the answers' tokens; `speculators inspect-data {shown}` "
+            "shows how many are supervised",
+        )
+    first = min(x.header.first_target for x in samples.entries if x.header.first_target > 0)
+    raise DataError(
+        f"None of the {len(samples):,} samples to train on has a supervised token within "
+        f"`--total-seq-len` `{total_seq_len}`: they are cut before their answers, the first of "
+        f"which begins after {first:,} tokens",
+        hint=f"Pass `--total-seq-len {samples.lengths.max()}`, the longest sample's, or shorten "
+        "the prompts",
+    )
+
+
+def _can_validate(samples: Dataset, total_seq_len: int, progress: Progress) -> bool:
+    """Whether validation samples hold a target; warns where all or some do not."""
+    num_idle = samples.count_without_target(total_seq_len)
+    if not num_idle:
+        return True
+    where = f"within `--total-seq-len` `{total_seq_len}`"
+    if num_idle == len(samples):
+        progress.warn(
+            f"None of the {num_idle:,} validation samples has a supervised token {where}: "
+            "nothing is validated, and the latest checkpoint counts as the best",
+            hint="Pass other samples as `--val-data-path`, or lower `--train-data-ratio`",
+        )
+        return False
+    progress.warn(
+        f"{num_idle:,} of {len(samples):,} validation samples have no supervised token {where}",
+        hint="Run `speculators inspect-data` to list them",
+    )
+    return True
+
+
 def _warn_of_lost_tokens(samples: Dataset, total_seq_len: int, progress: Progress) -> None:
     """Warn of samples that are trained on in part or not at all."""
     over = samples.lengths - total_seq_len
@@ -191,9 +241,16 @@ def _warn_of_lost_tokens(samples: Dataset, total_seq_len: int, progress: Progres
             f"and lose {over[over > 0].sum():,} tokens at their ends",
             hint=f"Raise `--total-seq-len`; the longest has {samples.lengths.max():,}",
         )
-    num_idle = sum(entry.header.num_supervised_tokens == 0 for entry in samples.entries)
-    if num_idle:
+    num_unsupervised = sum(entry.header.first_target < 0 for entry in samples.entries)
+    if num_unsupervised:
         progress.warn(
-            f"{num_idle:,} of {len(samples):,} samples have no supervised token",
+            f"{num_unsupervised:,} of {len(samples):,} samples have no supervised token",
             hint="Run `speculators inspect-data` to list them",
+        )
+    num_cut = samples.count_without_target(total_seq_len) - num_unsupervised
+    if num_cut:
+        progress.warn(
+            f"{num_cut:,} of {len(samples):,} samples lose all their supervised tokens: their "
+            f"answers begin beyond `--total-seq-len` `{total_seq_len}`",
+            hint=f"Raise `--total-seq-len`; the longest has {samples.lengths.max():,}",
         )

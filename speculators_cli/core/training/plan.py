@@ -167,7 +167,12 @@ def _count_rows(sequence: tuple[int, ...], samples: Dataset, settings: TrainSett
     total_seq_len = settings.data.total_seq_len
     headers = [samples.entries[sample_id].header for sample_id in sequence]
     lengths = np.array([min(header.num_tokens - 1, total_seq_len) for header in headers])
-    targets = np.minimum([header.num_supervised_tokens for header in headers], lengths)
+    # Of a sample that is cut, at most what follows its first target.
+    room = [
+        lengths[i] - header.first_target + 1 if header.has_target(total_seq_len) else 0
+        for i, header in enumerate(headers)
+    ]
+    targets = np.minimum([header.num_supervised_tokens for header in headers], room)
     # One turn a document: a few positions before its first supervised one are active too.
     active = np.minimum(targets + settings.eagle3.ttt_steps - 1, lengths) * (targets > 0)
     # As if supervised positions lay evenly over the document.

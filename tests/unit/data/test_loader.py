@@ -48,7 +48,9 @@ class Samples(Dataset):
 
 def make_samples(*nums_tokens: int) -> Samples:
     def entry(num_tokens: int) -> Entry:
-        header = SampleHeader(num_tokens, num_tokens, HIDDEN, NUM_AUX, "float32", False, num_tokens)
+        header = SampleHeader(
+            num_tokens, num_tokens, HIDDEN, NUM_AUX, "float32", False, num_tokens, 1
+        )
         return Entry(Path("made-up"), "made-up", FileStamp(0, 0, ""), header)
 
     entries = tuple(map(entry, nums_tokens))
