@@ -10,7 +10,8 @@ from transformers import AutoConfig, PreTrainedConfig
 from speculators_cli.core.data.data_config import default_layer_ids
 from speculators_cli.core.errors import CheckpointError
 from speculators_cli.core.models.config import Eagle3Config
-from speculators_cli.core.models.verifier import ROPE_TYPES, VerifierConfig
+from speculators_cli.core.models.rope import ROPE_TYPES
+from speculators_cli.core.models.verifier import VerifierConfig
 
 PLAIN_ARCHITECTURES = ("LlamaForCausalLMEagle3", "Eagle3LlamaForCausalLM")
 DEFAULT_NUM_TOKENS = 3  # where a draft does not say how many it was trained to propose

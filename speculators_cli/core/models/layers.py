@@ -7,11 +7,10 @@ the precision, on one device and under FSDP alike, and gradients add up in float
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import LlamaConfig
-from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from speculators_cli.core.models.attention import AttentionMemory
 from speculators_cli.core.models.config import Eagle3Config
+from speculators_cli.core.models.rope import find_frequencies
 
 
 class Linear(nn.Linear):
@@ -49,7 +48,7 @@ class RotaryEmbedding(nn.Module):
 
     def __init__(self, config: Eagle3Config) -> None:
         super().__init__()
-        frequencies, self.scale = _find_frequencies(config)
+        frequencies, self.scale = find_frequencies(config)
         self.register_buffer("frequencies", frequencies, persistent=False)
 
     def forward(
@@ -60,22 +59,6 @@ class RotaryEmbedding(nn.Module):
         angles = position_ids[:, None, None].float() * self.frequencies.to(position_ids.device)
         angles = torch.cat((angles, angles), dim=-1)
         return angles.cos() * self.scale, angles.sin() * self.scale
-
-
-def _find_frequencies(config: Eagle3Config) -> tuple[Tensor, float]:
-    """Radians a position for each pair, and what cosine and sine are multiplied by."""
-    kind = config.rope_parameters["rope_type"]
-    if kind == "default":
-        pairs = torch.arange(0, config.head_dim, 2).float()
-        return config.rope_parameters["rope_theta"] ** -(pairs / config.head_dim), 1.0
-    verifier = LlamaConfig(
-        hidden_size=config.hidden_size,
-        num_attention_heads=config.num_heads,
-        head_dim=config.head_dim,
-        max_position_embeddings=config.max_position_embeddings,
-        rope_parameters=dict(config.rope_parameters),
-    )
-    return ROPE_INIT_FUNCTIONS[kind](verifier, seq_len=config.max_position_embeddings)
 
 
 def rotate(

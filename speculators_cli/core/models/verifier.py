@@ -10,10 +10,8 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
 from speculators_cli.core.errors import SettingsError
+from speculators_cli.core.models.rope import choose_rope
 from speculators_cli.core.models.verifier_files import VerifierFiles
-
-# RoPE kinds that a llama or qwen3 layer of a serving engine computes.
-ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "llama3", "longrope")
 
 
 @dataclass(frozen=True)
@@ -65,7 +63,7 @@ def read_verifier_config(files: VerifierFiles, *, trust_remote_code: bool) -> Ve
         num_kv_heads=getattr(text, "num_key_value_heads", None) or heads,
         head_dim=getattr(text, "head_dim", None) or text.hidden_size // heads,
         rms_norm_eps=getattr(text, "rms_norm_eps", 1e-6),
-        rope_parameters=_rope_parameters(text),
+        rope_parameters=choose_rope(text),
         max_position_embeddings=text.max_position_embeddings,
         norm_offset=_norm_offset(text, files.name_or_path, trust_remote_code=trust_remote_code),
         is_tied=bool(
@@ -81,18 +79,6 @@ def _intermediate_size(text: PreTrainedConfig) -> int:
     size = getattr(text, "intermediate_size", None)
     # Some families give one size a layer.
     return int(size[0] if isinstance(size, list) else size or 4 * text.hidden_size)
-
-
-def _rope_parameters(text: PreTrainedConfig) -> dict[str, Any]:
-    """RoPE of the verifier's full-attention layers, as one llama layer can compute it."""
-    given = getattr(text, "rope_parameters", None) or {}
-    given = given.get("full_attention", given)
-    theta = float(given.get("rope_theta", 10000.0))
-    if given.get("rope_type", "default") not in ROPE_TYPES:
-        return {"rope_type": "default", "rope_theta": theta}
-    left_out = ("partial_rotary_factor", "mrope_section", "mrope_interleaved", "type")
-    kept = {key: value for key, value in given.items() if key not in left_out}
-    return {"rope_type": "default", **kept, "rope_theta": theta}
 
 
 def _norm_offset(text: PreTrainedConfig, name: str, *, trust_remote_code: bool) -> float:

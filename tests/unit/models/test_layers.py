@@ -9,7 +9,7 @@ from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer
 
 from speculators_cli.core.models.attention import TTTMemory
 from speculators_cli.core.models.layers import DecoderLayer, Linear, RMSNorm, RotaryEmbedding
-from speculators_cli.core.models.verifier import ROPE_TYPES
+from speculators_cli.core.models.rope import ROPE_TYPES
 from tests.drafts import make_config
 
 SCALED_ROPE = {
