@@ -11,6 +11,7 @@ from functools import cached_property, lru_cache
 from hashlib import sha256
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -34,7 +35,7 @@ NOT_SAMPLES = {"token_freq.pt"}
 BAD_SHARE = 0.01  # of the folder, unless the settings say how many
 MAX_NAMED = 10
 SPLIT_SEED = 0  # the split is the same in every run on the same samples
-INDEX_VERSION = 4
+INDEX_VERSION = 5
 SCANNED_AT_ONCE = 16  # files, by one thread
 FLAGS = {  # that read samples of a format
     "v0": "--data-format-version 0",
@@ -50,6 +51,7 @@ class FileStamp:
 
     num_bytes: int
     mtime_ns: int
+    ctime_ns: int  # unlike the moment above, nobody can set it back
     beside: str  # the same of other files that the sample is read from
 
 
@@ -61,6 +63,7 @@ class Entry:
     name: str  # path below the folder the user named
     stamp: FileStamp
     header: SampleHeader
+    fingerprint: str  # of its contents
 
 
 @dataclass(frozen=True)
@@ -121,6 +124,12 @@ class Dataset:
     def data_hash(self) -> str:
         """Changes with the name or size of any sample, and with nothing else."""
         lines = [f"{entry.name}\0{entry.stamp.num_bytes}\n" for entry in self.entries]
+        return sha256("".join(lines).encode(errors="surrogateescape")).hexdigest()
+
+    @cached_property
+    def content_hash(self) -> str:
+        """Changes with the name, size or contents of any sample."""
+        lines = [f"{x.name}\0{x.stamp.num_bytes}\0{x.fingerprint}\n" for x in self.entries]
         return sha256("".join(lines).encode(errors="surrogateescape")).hexdigest()
 
     def count_sequences(self, total_seq_len: int) -> int:
@@ -318,6 +327,7 @@ def write_index(dataset: Dataset, file: Path) -> None:
             "name": entry.name,
             "stamp": asdict(entry.stamp),
             "header": asdict(entry.header),
+            "fingerprint": entry.fingerprint,
         }
     content = {
         "index_version": INDEX_VERSION,
@@ -328,12 +338,12 @@ def write_index(dataset: Dataset, file: Path) -> None:
         temporary.write_text(json.dumps(content), "utf-8")
 
 
-def _entry_from_json(path: str, fields: dict[str, dict[str, object]]) -> Entry:
-    header = SampleHeader(**fields["header"])  # type: ignore[arg-type]
+def _entry_from_json(path: str, fields: dict[str, Any]) -> Entry:
+    header = SampleHeader(**fields["header"])
     if header.dtype not in ITEM_BYTES:
         raise ValueError("not a type of hidden states")
-    stamp = FileStamp(**fields["stamp"])  # type: ignore[arg-type]
-    return Entry(Path(path), str(fields["name"]), stamp, header)
+    stamp = FileStamp(**fields["stamp"])
+    return Entry(Path(path), str(fields["name"]), stamp, header, str(fields["fingerprint"]))
 
 
 def _scan(
@@ -346,12 +356,13 @@ def _scan(
     """Read a file, or find it in the index, which holds no tokens."""
     try:
         status = file.stat()
-        stamp = FileStamp(status.st_size, status.st_mtime_ns, stamp_beside(file.parent))
+        beside = stamp_beside(file.parent)
+        stamp = FileStamp(status.st_size, status.st_mtime_ns, status.st_ctime_ns, beside)
         cached = known.get(str(file.absolute()))
         if cached is not None and cached.stamp == stamp:
-            return Entry(file, name, stamp, cached.header), None
+            return Entry(file, name, stamp, cached.header, cached.fingerprint), None
         tokens = FORMATS[data_format].read_tokens(file)
-        return Entry(file, name, stamp, tokens.header), tokens
+        return Entry(file, name, stamp, tokens.header, tokens.fingerprint), tokens
     except BadSampleError as error:
         return error
     except OSError as error:

@@ -38,6 +38,7 @@ class SampleTokens:
     header: SampleHeader
     input_ids: NDArray[np.int64]  # [seq_len]
     loss_mask: NDArray[np.bool_]  # [seq_len]
+    fingerprint: str  # changes with the contents of the file, which was not read whole
 
     @classmethod
     def with_header(
@@ -49,6 +50,7 @@ class SampleTokens:
         num_aux_layers: int,
         dtype: str,
         is_normed: bool,
+        fingerprint: str,
     ) -> Self:
         """Ids and mask with the header that follows from them."""
         targets = np.flatnonzero(loss_mask[1:]) + 1
@@ -62,7 +64,7 @@ class SampleTokens:
             max_token_id=int(input_ids.max()) if len(input_ids) else -1,
             first_target=int(targets[0]) if len(targets) else -1,
         )
-        return cls(header, input_ids, loss_mask)
+        return cls(header, input_ids, loss_mask, fingerprint)
 
 
 @dataclass(frozen=True)

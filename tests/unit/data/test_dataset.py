@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.serialization import set_crc32_options
 
 from speculators_cli.core.data.dataset import Dataset, find_files, read_dataset, split, write_index
 from speculators_cli.core.data.formats.format import SampleFormat
@@ -26,12 +27,14 @@ class Warnings(SilentProgress):
         self.texts.append(text)
 
 
-def write(file: Path, *, num_tokens: int = 6, hidden: int = 4, aux: int = 2) -> None:
+def write(
+    file: Path, *, num_tokens: int = 6, hidden: int = 4, aux: int = 2, value: float = 0.0
+) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
     content = {
         "input_ids": torch.arange(num_tokens),
         "loss_mask": torch.ones(num_tokens, dtype=torch.long),
-        "hidden_states": [torch.zeros(num_tokens, hidden) for _ in range(aux + 1)],
+        "hidden_states": [torch.full((num_tokens, hidden), value) for _ in range(aux + 1)],
     }
     torch.save(content, file)
 
@@ -229,6 +232,39 @@ def test_the_hash_sees_names_and_sizes_alone(tmp_path: Path) -> None:
 
     assert before == touched == moved
     assert grown != before
+
+
+@pytest.mark.parametrize("has_checksums", [True, False])
+def test_the_content_hash_sees_other_values_of_the_same_size(
+    tmp_path: Path, has_checksums: bool
+) -> None:
+    set_crc32_options(has_checksums)
+    try:
+        write(tmp_path / "data/data_0.pt", value=1.0)
+        before = read(tmp_path / "data")
+        copied = read(shutil.copytree(tmp_path / "data", tmp_path / "elsewhere"))
+        write(tmp_path / "data/data_0.pt", value=2.0)
+        after = read(tmp_path / "data")
+    finally:
+        set_crc32_options(True)
+
+    assert before.content_hash == copied.content_hash
+    assert before.data_hash == after.data_hash
+    assert before.content_hash != after.content_hash
+
+
+def test_a_sample_written_anew_is_seen_although_its_moment_is_set_back(tmp_path: Path) -> None:
+    # Trap: an index that takes a file of the same size and moment for the one it scanned.
+    data, index = tmp_path / "data", tmp_path / "index.json"
+    data.mkdir()
+    write(data / "data_0.pt", value=1.0)
+    before = read(data)
+    write_index(before, index)
+    moment = (data / "data_0.pt").stat().st_mtime_ns
+    write(data / "data_0.pt", value=2.0)
+    os.utime(data / "data_0.pt", ns=(moment, moment))
+
+    assert read(data, index_file=index).content_hash != before.content_hash
 
 
 def test_a_file_that_changes_during_the_run_is_a_clear_error(tmp_path: Path) -> None:

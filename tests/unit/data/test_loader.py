@@ -51,7 +51,7 @@ def make_samples(*nums_tokens: int) -> Samples:
         header = SampleHeader(
             num_tokens, num_tokens, HIDDEN, NUM_AUX, "float32", False, num_tokens, 1
         )
-        return Entry(Path("made-up"), "made-up", FileStamp(0, 0, ""), header)
+        return Entry(Path("made-up"), "made-up", FileStamp(0, 0, 0, ""), header, "")
 
     entries = tuple(map(entry, nums_tokens))
     return Samples(entries, "v1", (), (), begun=tuple(Event() for _ in entries))

@@ -58,6 +58,18 @@ def test_upstreams_samples_are_what_upstream_reads(name: str, rtol: float) -> No
         assert header.dtype == on_disk[name]
 
 
+def test_the_fingerprint_sees_other_states_of_the_same_size(folder: Path, tmp_path: Path) -> None:
+    file = states_file(folder, 0)
+    before = SPECULATORS.read_tokens(file).fingerprint
+    copied = Path(shutil.copytree(folder, tmp_path / "elsewhere"))
+    tensors = load_file(file)
+    tensors["hidden_states"] *= 1.5
+    save_file(tensors, file)
+
+    assert SPECULATORS.read_tokens(states_file(copied, 0)).fingerprint == before
+    assert SPECULATORS.read_tokens(file).fingerprint != before
+
+
 def test_the_table_may_lie_beside_the_states(folder: Path) -> None:
     for file in (folder / "hidden_states").iterdir():
         file.rename(folder / file.name)

@@ -25,7 +25,7 @@ def make_tokens(ids: list[int], mask: list[int]) -> SampleTokens:
         max_token_id=max(ids, default=-1),
         first_target=mask.index(1, 1) if any(mask[1:]) else -1,
     )
-    return SampleTokens(header, np.array(ids, np.int64), np.array(mask, np.bool_))
+    return SampleTokens(header, np.array(ids, np.int64), np.array(mask, np.bool_), "")
 
 
 @pytest.mark.parametrize("held_back", [1, 1000])

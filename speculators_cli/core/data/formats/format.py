@@ -100,6 +100,7 @@ class SampleFormat:
             layout = self.read_layout(archive)
             input_ids, loss_mask = _read_tokens(archive, layout)
             is_normed = _read_flag(archive, layout.is_normed)
+            fingerprint = archive.fingerprint
         return SampleTokens.with_header(
             input_ids,
             loss_mask,
@@ -107,6 +108,7 @@ class SampleFormat:
             num_aux_layers=len(layout.hidden_states) - 1,
             dtype=layout.hidden_states[-1].dtype,
             is_normed=is_normed,
+            fingerprint=fingerprint,
         )
 
     def read_layout(self, archive: Archive) -> Layout:

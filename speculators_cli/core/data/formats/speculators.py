@@ -9,6 +9,7 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import lru_cache
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 
 from speculators_cli.core.data.sample import BadSampleError, Sample, SampleTokens
 from speculators_cli.core.errors import MachineError
+from speculators_cli.core.files import read_parts
 
 STATES, SCALES, TOKENS = "hidden_states", "hidden_states_scales", "token_ids"
 STATE_FILE = "state.json"  # of a table: names its files
@@ -92,6 +94,16 @@ def _open(file: Path) -> Iterator[Any]:
         raise BadSampleError(f"is no safetensors file: {error}") from None
 
 
+def _fingerprint(file: Path, *tokens: NDArray[Any]) -> str:
+    """Changes with ids, mask, header and parts of the hidden states: there is no checksum."""
+    digest = sha256()
+    for array in tokens:
+        digest.update(array.tobytes())
+    with file.open("rb", buffering=0) as stream:
+        digest.update(read_parts(stream.fileno()))
+    return digest.hexdigest()[:32]
+
+
 def _read_tokens(file: Path, tensors: Any) -> SampleTokens:
     shape, dtype = _read_shape(tensors)
     token_ids = tensors.get_tensor(TOKENS).numpy().astype(np.int64)
@@ -99,13 +111,15 @@ def _read_tokens(file: Path, tensors: Any) -> SampleTokens:
         raise BadSampleError(f"has {token_ids.size:,} token ids but {shape[0]:,} hidden states")
     if len(token_ids) and token_ids.min() < 0:
         raise BadSampleError(f"has negative ids in `{TOKENS}`")
+    loss_mask = _read_mask(file, token_ids)
     return SampleTokens.with_header(
         token_ids,
-        _read_mask(file, token_ids),
+        loss_mask,
         hidden_size=shape[2],
         num_aux_layers=shape[1] - 1,
         dtype=dtype,
         is_normed=False,
+        fingerprint=_fingerprint(file, token_ids, loss_mask),
     )
 
 
