@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all, locks, and folders that can be written."""
+"""Files that are opened without waiting, or appear whole or not at all; locks; output folders."""
 
 import errno
 import fcntl
@@ -7,10 +7,11 @@ import os
 import re
 import shutil
 import socket
+import stat
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from speculators_cli.core.errors import MachineError, SettingsError, SpeculatorsError
 
@@ -19,6 +20,61 @@ BUFFER_BYTES = 2**20  # read at once
 NUM_PARTS, PART_BYTES = 8, 4096  # of a file too large to be read whole
 # What a kernel or a file system says that does not copy by itself.
 CANNOT_COPY = {errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM}
+KINDS = (
+    (stat.S_ISDIR, "a folder"),
+    (stat.S_ISFIFO, "a FIFO"),
+    (stat.S_ISSOCK, "a socket"),
+    (stat.S_ISCHR, "a device"),
+    (stat.S_ISBLK, "a device"),
+)
+
+
+def open_regular(file: Path) -> BinaryIO:
+    """Open a file to read its bytes, unbuffered; links are followed.
+
+    A FIFO or a terminal in its place would make any reader wait, a device might never end.
+
+    Raises:
+        OSError: It is not a regular file, or cannot be opened; `strerror` has the reason.
+    """
+    check_regular(file)
+    # It may have been replaced since: opening must not wait either.
+    descriptor = os.open(file, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY)
+    try:
+        _check_mode(os.fstat(descriptor).st_mode, file)
+        return os.fdopen(descriptor, "rb", buffering=0)
+    except BaseException:
+        os.close(descriptor)
+        raise
+
+
+def check_regular(file: Path) -> None:
+    """Check that a path leads to a regular file, for libraries that open it by themselves.
+
+    Raises:
+        OSError: It does not; `strerror` has the reason.
+    """
+    _check_mode(file.stat().st_mode, file)
+
+
+def _check_mode(mode: int, file: Path) -> None:
+    if stat.S_ISREG(mode):
+        return
+    kind = next((name for is_kind, name in KINDS if is_kind(mode)), "something else")
+    number = errno.EISDIR if stat.S_ISDIR(mode) else errno.EINVAL
+    raise OSError(number, f"{kind}, not a file", str(file))
+
+
+def read_regular(file: Path, *, most_bytes: int) -> bytes:
+    """The bytes of a regular file.
+
+    Raises:
+        OSError: It is no such file, cannot be read, or has more bytes than that.
+    """
+    with open_regular(file) as stream:
+        if os.fstat(stream.fileno()).st_size > most_bytes:
+            raise OSError(errno.EFBIG, f"larger than {most_bytes:,} bytes", str(file))
+        return stream.read()
 
 
 @contextmanager

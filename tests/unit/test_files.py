@@ -1,14 +1,16 @@
-"""Folders that appear whole or not at all."""
+"""Files that are opened without waiting, folders that appear whole or not at all."""
 
+import os
+import socket
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 from speculators_cli.core.errors import SettingsError
-from speculators_cli.core.files import locking, replacing_folder
+from speculators_cli.core.files import locking, open_regular, read_regular, replacing_folder
 
 KILL = """
 import os, signal, sys
@@ -126,3 +128,46 @@ def test_a_lock_that_its_holder_removed_is_not_taken(
         pass
 
     assert not file.exists()
+
+
+def make_socket(file: Path) -> None:
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(file))
+
+
+IRREGULAR: dict[str, Callable[[Path], object]] = {
+    "a FIFO": os.mkfifo,
+    "a folder": Path.mkdir,
+    "a socket": make_socket,
+    "a device": lambda file: file.symlink_to("/dev/zero"),
+}
+
+
+@pytest.mark.parametrize("kind", IRREGULAR)
+def test_what_is_no_file_is_refused_without_waiting(tmp_path: Path, kind: str) -> None:
+    IRREGULAR[kind](tmp_path / "config.json")
+
+    for read in (open_regular, lambda file: read_regular(file, most_bytes=9)):
+        with pytest.raises(OSError, match=f"{kind}, not a file"):
+            read(tmp_path / "config.json")
+
+
+def test_a_file_that_becomes_a_fifo_is_refused_without_waiting(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    os.mkfifo(tmp_path / "file")
+    monkeypatch.setattr("speculators_cli.core.files.check_regular", lambda _: None)
+
+    with pytest.raises(OSError, match="a FIFO, not a file"):
+        open_regular(tmp_path / "file")
+
+
+def test_a_file_is_read_through_links_and_no_further_than_wanted(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"0123456789")
+    (tmp_path / "link").symlink_to("file")
+
+    assert read_regular(tmp_path / "link", most_bytes=10) == b"0123456789"
+    with pytest.raises(OSError, match="larger than 9 bytes"):
+        read_regular(tmp_path / "link", most_bytes=9)
+    with pytest.raises(FileNotFoundError):
+        open_regular(tmp_path / "gone")
