@@ -214,9 +214,12 @@ class Tensors:
         self._fix = fix
         self._names = frozenset(content.keys())
 
-    def keys(self) -> list[str]:
-        """Names of all tensors."""
+    def names(self) -> list[str]:
+        """Names of all tensors, sorted."""
         return sorted(self._names)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._names
 
     def get_tensor(self, name: str) -> "torch.Tensor":
         """Read a tensor.

@@ -31,7 +31,7 @@ LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"
 
 def read_weights(file: Path) -> object:
     with open_safetensors(file) as tensors:
-        return [tensors.get_tensor(name) for name in tensors.keys()]  # noqa: SIM118 - is no dict
+        return [tensors.get_tensor(name) for name in tensors.names()]
 
 
 READERS: dict[str, Callable[[Path], object]] = {
@@ -180,7 +180,7 @@ def test_whole_weights_are_read(tmp_path: Path) -> None:
     file.write_bytes(WEIGHTS)
 
     with open_safetensors(file) as tensors:
-        names, shape = tensors.keys(), tensors.get_slice("a").get_shape()
+        names, shape = tensors.names(), tensors.get_slice("a").get_shape()
         tensor = tensors.get_tensor("a")
 
     assert (names, shape) == (["a"], [3, 4])

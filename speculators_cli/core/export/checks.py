@@ -94,7 +94,8 @@ def check_verifier(settings: ExportSettings, source: DraftSource, progress: Prog
             embedding = load_embedding(files, verifier)
     except SpeculatorsError as error:
         progress.warn(
-            f"Verifier `{name}` could not be read, so the draft was not checked against it",
+            f"Verifier `{name}` could not be read, so the draft was not checked against it: "
+            f"{error.message}",
             hint=error.hint,
         )
         return False

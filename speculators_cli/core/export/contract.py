@@ -4,20 +4,19 @@ An engine does not complain of a missing tensor or of a value it has a default f
 nothing that is accepted. So every value it reads must be there, and every tensor, and no other.
 """
 
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 
 from speculators_cli.core.errors import CheckpointError
 from speculators_cli.core.models.config import Eagle3Config
 from speculators_cli.core.models.draft_config import Given, read_draft_config
 from speculators_cli.core.models.draft_source import EMBEDDING
 from speculators_cli.core.models.repo_files import CONFIG_NAME, INDEX_NAME, WEIGHTS_NAME
+from speculators_cli.core.reading import UnreadableError, open_safetensors, read_json_object
 
 FLOATS = ("BF16", "F16", "F32")
 
@@ -122,9 +121,9 @@ RULES: Mapping[str, tuple[Rule, ...]] = {
 def find_problems(folder: Path, target: str) -> list[str]:
     """Everything in an exported folder that its engine would trip over, or silently misread."""
     try:
-        content = json.loads((folder / CONFIG_NAME).read_text("utf-8"))
-    except (OSError, ValueError) as error:
-        return [f"`{CONFIG_NAME}` cannot be read: {error}"]
+        content = read_json_object(folder / CONFIG_NAME)
+    except UnreadableError as error:
+        return [f"`{CONFIG_NAME}` {error.reason}"]
     problems = [
         f"`{rule.key}` in `{CONFIG_NAME}` is `{_get(content, rule.key)}`, expected {rule.expected}"
         for rule in RULES[target]
@@ -169,7 +168,7 @@ def _find_tensor_problems(folder: Path, config: Eagle3Config) -> list[str]:
         found = {_checkpoint_name(name): header for name, header in headers.items()}
         problems = _find_header_problems(found, config)
         return problems or _find_map_problems(folder, found, config)
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
+    except ValueError as error:
         return [f"the weights cannot be read: {error}"]
 
 
@@ -186,15 +185,17 @@ def _read_headers(folder: Path) -> dict[str, _Header]:
     listed = [WEIGHTS_NAME]
     weight_map = None
     if index_file.exists():
-        weight_map = json.loads(index_file.read_text("utf-8"))["weight_map"]
+        weight_map = read_json_object(index_file).get("weight_map")
+        if not isinstance(weight_map, dict) or not set(map(type, weight_map.values())) <= {str}:
+            raise ValueError(f"`{INDEX_NAME}` has no `weight_map` of names")
         listed = sorted(set(weight_map.values()))
     present = sorted(file.name for file in folder.glob("*.safetensors"))
     if present != listed:
         raise ValueError(f"the folder has {present}, expected {listed}")
     headers: dict[str, _Header] = {}
     for name in present:
-        with safe_open(folder / name, framework="pt") as tensors:
-            for key in list(tensors.keys()):
+        with open_safetensors(folder / name) as tensors:
+            for key in tensors.names():
                 part = tensors.get_slice(key)
                 headers[key] = _Header(name, part.get_dtype(), tuple(part.get_shape()))
     if weight_map is not None and weight_map != {key: x.file for key, x in headers.items()}:
@@ -230,7 +231,7 @@ def _find_map_problems(
         return []
     maps = []
     for name in ("d2t", "t2d"):
-        with safe_open(folder / found[name].file, framework="pt") as tensors:
+        with open_safetensors(folder / found[name].file) as tensors:
             maps.append(tensors.get_tensor(name))
     d2t, t2d = maps
     ids = d2t + torch.arange(len(d2t))

@@ -1,18 +1,12 @@
 """read_draft(): a trained draft from a folder or the hub, whoever trained it."""
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from speculators_cli.core.data.formats.archive import Archive
-from speculators_cli.core.data.formats.structure import TensorSpec
-from speculators_cli.core.data.sample import BadSampleError
 from speculators_cli.core.data.vocab_map import VocabMap
 from speculators_cli.core.errors import CheckpointError
 from speculators_cli.core.models.checkpoint import (
@@ -25,10 +19,9 @@ from speculators_cli.core.models.checkpoint import (
 )
 from speculators_cli.core.models.config import Eagle3Config
 from speculators_cli.core.models.draft_config import Given, read_draft_config
-from speculators_cli.core.models.repo_files import CONFIG_NAME, INDEX_NAME, WEIGHTS_NAME, RepoFiles
+from speculators_cli.core.models.repo_files import CONFIG_NAME, RepoFiles
 
 EMBEDDING = "embed_tokens.weight"
-PICKLE_NAME = "pytorch_model.bin"
 # Parts of the verifier, and tables, that some trainers save beside the draft.
 NOT_OF_THE_DRAFT = ("verifier_lm_head.weight", "verifier_norm.weight", "rotary_emb.inv_freq")
 
@@ -62,11 +55,11 @@ def read_draft(name_or_path: str, given: Given, *, flag: str) -> DraftSource:
     """
     chosen = choose_checkpoint(Path(name_or_path))
     name = name_or_path if chosen == Path(name_or_path) else str(chosen)
-    files = RepoFiles(name, flag=flag)
+    files = RepoFiles(name, flag=flag, error=CheckpointError)
     checkpoint = _read_own(files.folder) if files.is_local else None
-    content = _read_config(files.find(CONFIG_NAME), name)
+    content = files.read_json(CONFIG_NAME)
     config = read_draft_config(content, given, name=name)
-    tensors = {_rename(key): tensor for key, tensor in _read_tensors(files).items()}
+    tensors = _renamed(files.read_tensors(), name)
     d2t, t2d = tensors.pop("d2t", None), tensors.pop("t2d", None)
     embedding = tensors.pop(EMBEDDING, None)
     if t2d is not None:
@@ -119,68 +112,17 @@ def _read_own(folder: Path) -> Checkpoint | None:
     return checkpoint
 
 
-def _read_config(file: Path | None, name: str) -> dict[str, Any]:
-    if file is None:
-        raise CheckpointError(f"`{name}` has no `{CONFIG_NAME}`", hint="Name an EAGLE-3 draft")
-    try:
-        content = json.loads(file.read_text("utf-8"))
-    except ValueError as error:
-        raise CheckpointError(f"`{file}` is no JSON: {error}", hint="Download it again") from None
-    if not isinstance(content, dict):
-        raise CheckpointError(f"`{file}` holds no object", hint="Download it again")
-    return content
-
-
-def _read_tensors(files: RepoFiles) -> dict[str, Tensor]:
-    """Every tensor of a model, from its safetensors, whole or in shards, or its state dict."""
-    index = files.find(INDEX_NAME)
-    if index is not None:
-        names = sorted(set(json.loads(index.read_text("utf-8"))["weight_map"].values()))
-    else:
-        names = [WEIGHTS_NAME]
-    shards = [files.find(name) for name in names]
-    if all(shard is None for shard in shards):
-        pickle = files.find(PICKLE_NAME)
-        if pickle is None:
+def _renamed(tensors: Mapping[str, Tensor], name: str) -> dict[str, Tensor]:
+    """Tensors under the names that a checkpoint of this package gives them."""
+    renamed: dict[str, Tensor] = {}
+    for key, tensor in tensors.items():
+        own = key.removeprefix("model.").replace("midlayer.", "layers.0.", 1)
+        if own in renamed:
             raise CheckpointError(
-                f"`{files.name_or_path}` has neither `{WEIGHTS_NAME}` nor `{PICKLE_NAME}`",
-                hint="Download it again",
+                f"`{name}` holds `{own}` twice, once as `{key}`", hint="Download it again"
             )
-        return _read_state_dict(pickle)
-    tensors: dict[str, Tensor] = {}
-    for name, shard in zip(names, shards, strict=True):
-        if shard is None:
-            raise CheckpointError(
-                f"`{files.name_or_path}` lacks `{name}`", hint="Download it again"
-            )
-        try:
-            with safe_open(shard, framework="pt") as content:
-                tensors |= {key: content.get_tensor(key) for key in list(content.keys())}
-        except SafetensorError as error:
-            raise CheckpointError(
-                f"`{shard}` is damaged: {error}", hint="Download it again"
-            ) from None
-    return tensors
-
-
-def _read_state_dict(file: Path) -> dict[str, Tensor]:
-    """Tensors of a pickled state dict, which is read as data: nothing in it runs."""
-    try:
-        with Archive(file) as archive:
-            content = archive.content
-            if not isinstance(content, dict):
-                raise BadSampleError("holds no state dict")
-            specs = {str(key): x for key, x in content.items() if isinstance(x, TensorSpec)}
-            return dict(zip(specs, archive.map(tuple(specs.values())), strict=True))
-    except BadSampleError as error:
-        raise CheckpointError(
-            f"`{file}` {error}", hint="Convert it to safetensors where it comes from"
-        ) from None
-
-
-def _rename(name: str) -> str:
-    """The name that a checkpoint of this package gives a tensor."""
-    return name.removeprefix("model.").replace("midlayer.", "layers.0.", 1)
+        renamed[own] = tensor
+    return renamed
 
 
 def _check_tensors(

@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
 from speculators_cli.core.errors import SettingsError
+from speculators_cli.core.models.repo_files import CONFIG_NAME
 from speculators_cli.core.models.rope import choose_rope
 from speculators_cli.core.models.verifier_files import VerifierFiles
 
@@ -42,7 +43,7 @@ def read_verifier_config(files: VerifierFiles, *, trust_remote_code: bool) -> Ve
         SettingsError: The folder or its config.json cannot be used.
         MachineError: The hub cannot be reached, or refuses.
     """
-    files.file("config.json")
+    files.read_json(CONFIG_NAME)
     try:
         config = AutoConfig.from_pretrained(files.name_or_path, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError) as error:
@@ -185,8 +186,8 @@ def load_frozen_verifier(files: VerifierFiles, config: VerifierConfig) -> Frozen
     """Read embedding, final norm and head on the CPU; nothing else of the verifier is read.
 
     Raises:
-        SettingsError: They are missing, quantised or of sizes that contradict the config.
-        MachineError: A file of the hub cannot be fetched, or a file is damaged.
+        SettingsError: They are missing, damaged, quantised or of sizes that contradict the config.
+        MachineError: A file of the hub cannot be fetched.
     """
     names = files.find_parts(is_tied=config.is_tied)
     embedding = _read_tensor(files, names.embedding)
@@ -209,7 +210,7 @@ def load_embedding(files: VerifierFiles, config: VerifierConfig) -> Tensor:
 
     Raises:
         SettingsError: The verifier has no such tensor, or a quantised one.
-        MachineError: A file of the hub cannot be fetched, or a file is damaged.
+        MachineError: A file of the hub cannot be fetched.
     """
     return _read_tensor(files, files.find_parts(is_tied=config.is_tied).embedding)
 
@@ -219,7 +220,7 @@ def load_final_norm_gain(files: VerifierFiles, config: VerifierConfig) -> Tensor
 
     Raises:
         SettingsError: The verifier has no such tensor.
-        MachineError: A file of the hub cannot be fetched, or a file is damaged.
+        MachineError: A file of the hub cannot be fetched.
     """
     names = files.find_parts(is_tied=config.is_tied)
     return _read_tensor(files, names.norm).float() + config.norm_offset

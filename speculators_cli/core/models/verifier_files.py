@@ -65,6 +65,7 @@ class VerifierFiles(RepoFiles):
         return PartNames(embedding, norm, head or embedding)
 
     def _missing(self, name: str) -> SettingsError:
+        self.check_unlisted(name)
         return SettingsError(
             f"Verifier `{self.name_or_path}` has no tensor `{name}`",
             hint="Pass a causal language model of the Llama, Qwen, Mistral or Gemma kind",

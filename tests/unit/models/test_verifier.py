@@ -180,7 +180,7 @@ def test_a_damaged_weights_file_is_named(tmp_path: Path) -> None:
     save_verifier(FAMILIES["llama"](), tmp_path)
     (tmp_path / "model.safetensors").write_bytes(b"<html>not found</html>")
 
-    with pytest.raises(MachineError, match=r"model\.safetensors` is damaged"):
+    with pytest.raises(SettingsError, match=r"model\.safetensors` is a web page"):
         load(tmp_path)
 
 

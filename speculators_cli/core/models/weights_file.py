@@ -1,0 +1,68 @@
+"""Open a file of weights: safetensors, or a pickled state dict, which is read as data."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor
+
+from speculators_cli.core.data.formats.archive import Archive
+from speculators_cli.core.data.formats.structure import TensorSpec
+from speculators_cli.core.data.sample import BadSampleError
+from speculators_cli.core.reading import Tensors, UnreadableError, check_content, open_safetensors
+
+CONVERT = "Convert the model to safetensors with `save_pretrained` of transformers"
+
+
+@contextmanager
+def open_weights(file: Path) -> Iterator[Tensors]:
+    """Open a file of weights by its name; only its header is read.
+
+    Raises:
+        UnreadableError: It is no whole file of weights, or a pickle that would run code.
+    """
+    if file.suffix == ".safetensors":
+        with open_safetensors(file) as tensors:
+            yield tensors
+        return
+    check_content(file)
+    try:
+        with Archive(file) as archive:
+            yield Tensors(file, _StateDict(archive), CONVERT)
+    except BadSampleError as error:
+        raise UnreadableError(file, error.reason, hint=CONVERT) from None
+
+
+@dataclass(frozen=True)
+class _Slice:
+    """A tensor that is not read."""
+
+    spec: TensorSpec
+
+    def get_shape(self) -> list[int]:
+        return list(self.spec.shape)
+
+
+class _StateDict:
+    """Tensors of a pickle; nothing in it runs."""
+
+    def __init__(self, archive: Archive) -> None:
+        if not isinstance(archive.content, dict):
+            raise BadSampleError("holds no state dict")
+        self._archive = archive
+        self._specs = {
+            str(key): value
+            for key, value in archive.content.items()
+            if isinstance(value, TensorSpec)
+        }
+
+    def keys(self) -> list[str]:
+        return list(self._specs)
+
+    def get_tensor(self, name: str) -> Tensor:
+        (tensor,) = self._archive.map((self._specs[name],))
+        return tensor
+
+    def get_slice(self, name: str) -> _Slice:
+        return _Slice(self._specs[name])
