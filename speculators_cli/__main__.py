@@ -6,10 +6,12 @@ import sys
 from contextlib import suppress
 
 from speculators_cli.cli.app import run
+from speculators_cli.cli.streams import open_missing_descriptors
 
 
 def main() -> None:
     """Run the command named on the command line and exit with its code."""
+    open_missing_descriptors()
     codes: list[int] = []
     # The first of those that the command and its libraries register, so it is called last.
     atexit.register(_leave, codes)

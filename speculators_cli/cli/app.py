@@ -14,8 +14,9 @@ from speculators_cli.cli.env import env
 from speculators_cli.cli.export import export
 from speculators_cli.cli.inspect_data import inspect_data
 from speculators_cli.cli.output import Output
+from speculators_cli.cli.streams import lasting_streams
 from speculators_cli.cli.train import train
-from speculators_cli.core.errors import SpeculatorsError
+from speculators_cli.core.errors import MachineError, SpeculatorsError
 
 app = typer.Typer(
     name="speculators",
@@ -55,22 +56,38 @@ def run(argv: Sequence[str]) -> int:
     """Run a command line; errors the user can act on become a message and an exit code."""
     # Errors are met before the flags are parsed, too.
     output = Output(is_json="--json" in argv, is_verbose="--verbose" in argv or "-v" in argv)
+    with lasting_streams() as streams:
+        code = _run(argv, output)
+        lost = streams.finish()
+        if lost is None or code != 0:
+            return code
+        error = MachineError(
+            f"The result cannot be written to stdout: {lost.strerror}",
+            hint="Make room on the disk, or redirect stdout to another one",
+        )
+        output.error(error)
+        # A run keeps its own code: its result is in the save path, too.
+        return code if argv[0] == "train" else error.exit_code
+
+
+def _run(argv: Sequence[str], output: Output) -> int:
     try:
         app(args=list(argv), prog_name="speculators", obj=tuple(argv))
     except SystemExit as stop:
         return stop.code if isinstance(stop.code, int) else 1
     except SpeculatorsError as error:
-        output.error(error)
-        if output.is_verbose:
-            output.stderr.print_exception()
-        return error.exit_code
-    except Exception as error:
-        if output.is_verbose:
-            raise
+        return _report(error, output)
+    except Exception as error:  # noqa: BLE001 - a bug of any kind is reported
         bug = SpeculatorsError(
             f"Unexpected {type(error).__name__}: {error}",
             hint="Run again with `--verbose` and report the traceback",
         )
-        output.error(bug)
-        return bug.exit_code
+        return _report(bug, output)
     return 0
+
+
+def _report(error: SpeculatorsError, output: Output) -> int:
+    if output.is_verbose:
+        output.traceback()
+    output.error(error)
+    return error.exit_code

@@ -3,6 +3,7 @@
 import json
 import os
 import time
+import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -22,6 +23,7 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
+from speculators_cli.cli.escaping import escape, escape_line, escape_message
 from speculators_cli.core.errors import SpeculatorsError
 from speculators_cli.core.progress import StepReport, Task, ValidationReport
 
@@ -56,30 +58,35 @@ class Output:
     def info(self, message: str) -> None:
         """Tell a fact worth a line."""
         if not self.is_quiet:
-            self.stderr.print(message)
+            self.stderr.print(escape_message(message))
 
     def warn(self, message: str, *, hint: str | None = None) -> None:
         """Tell of something that does not stop the work."""
-        self.stderr.print(Text.assemble(("warning: ", "yellow"), message))
+        self.stderr.print(Text.assemble(("warning: ", "yellow"), escape_message(message)))
         if hint is not None:
             self.hint(hint)
 
     def hint(self, message: str) -> None:
         """Tell what to do next."""
         if not self.is_quiet:
-            self.stderr.print(Text.assemble(("hint: ", "cyan"), message))
+            self.stderr.print(Text.assemble(("hint: ", "cyan"), escape_message(message)))
 
     def error(self, error: SpeculatorsError) -> None:
         """Tell what went wrong and what to do about it."""
         self.close()
         rank = _rank_prefix()
-        self.stderr.print(Text.assemble(("error: ", "red"), rank, error.message))
+        self.stderr.print(Text.assemble(("error: ", "red"), rank, escape_message(error.message)))
         if error.hint is not None:
             self.stderr.print()
-            self.stderr.print(Text.assemble(("hint: ", "cyan"), error.hint))
+            self.stderr.print(Text.assemble(("hint: ", "cyan"), escape_message(error.hint)))
         if self.is_json:
             content = {"error": error.message, "hint": error.hint, "exit_code": error.exit_code}
             self.stderr.print(json.dumps(content))
+
+    def traceback(self) -> None:
+        """Show where the error being handled came from."""
+        self.close()
+        self.stderr.print(escape(traceback.format_exc()), end="")
 
     def result(self, command: str, report: Mapping[str, Any]) -> None:
         """Write a report as the command's JSON document."""
@@ -90,8 +97,8 @@ class Output:
         """Write a summary of names and values."""
         table = Table.grid(padding=(0, 2))
         for name, value in rows:
-            table.add_row(Text(name), Text(value))
-        self.stdout.print(Panel(table, title=title, title_align="left"))
+            table.add_row(Text(name), Text(escape_line(value)))
+        self.stdout.print(Panel(table, title=Text(escape_line(title)), title_align="left"))
 
     def table(self, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
         """Write a table; every column but the first holds numbers."""
@@ -99,16 +106,19 @@ class Output:
         for index, name in enumerate(columns):
             table.add_column(Text(name), justify="right" if index else "left")
         for row in rows:
-            table.add_row(*map(Text, row))
+            table.add_row(*(Text(escape_line(cell)) for cell in row))
         self.stdout.print(table)
 
     def line(self, text: str = "") -> None:
         """Write a line of the result."""
-        self.stdout.print(text)
+        self.stdout.print(escape_line(text))
 
     def marked(self, parts: Sequence[tuple[str, bool]]) -> None:
         """Write text, some of its parts in colour and between guillemets."""
-        pieces = ((f"«{text}»", "green") if is_marked else (text, "") for text, is_marked in parts)
+        pieces = (
+            (f"«{escape(text)}»", "green") if is_marked else (escape(text), "")
+            for text, is_marked in parts
+        )
         self.stdout.print(Text.assemble(*pieces))
 
     @contextmanager
@@ -118,11 +128,11 @@ class Output:
         if not self.is_live:
             yield _QuietTask()
             return
-        count = TextColumn("{task.completed:,}/{task.total:,}")
+        count = _text("{task.completed:,}/{task.total:,}")
         done = (DownloadColumn(), TransferSpeedColumn()) if is_bytes else (count,)
-        columns = (TextColumn("{task.description}"), BarColumn(), *done, TimeRemainingColumn())
+        columns = (_text("{task.description}"), BarColumn(), *done, TimeRemainingColumn())
         with Progress(*columns, console=self.stderr, transient=True) as progress:
-            yield _LiveTask(progress, progress.add_task(description, total=total))
+            yield _LiveTask(progress, progress.add_task(escape_line(description), total=total))
 
     def trained(self, report: StepReport) -> None:
         """Show a log step."""
@@ -134,11 +144,7 @@ class Output:
             )
             return
         if self._live is None:
-            columns = (
-                TextColumn("{task.description}"),
-                BarColumn(),
-                TextColumn("{task.fields[x]}"),
-            )
+            columns = (_text("{task.description}"), BarColumn(), _text("{task.fields[x]}"))
             self._live = Progress(*columns, console=self.stderr, transient=True)
             self._training = self._live.add_task("", total=report.total_steps, x="")
             self._live.start()
@@ -164,6 +170,10 @@ class Output:
         if self._live is not None:
             self._live.stop()
             self._live = None
+
+
+def _text(form: str) -> TextColumn:
+    return TextColumn(form, markup=False)
 
 
 class _QuietTask:

@@ -17,12 +17,14 @@ from pydantic import (
     ConfigDict,
     Field,
     ValidationError,
+    ValidatorFunctionWrapHandler,
+    field_validator,
 )
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails, PydanticCustomError
 
 from speculators_cli.core.errors import SettingsError
-from speculators_cli.core.files import replacing
+from speculators_cli.core.files import replacing, write_json
 
 
 @dataclass(frozen=True)
@@ -54,6 +56,18 @@ class Settings(BaseModel):
     """Base of all settings classes."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
+
+    @field_validator("*", mode="wrap")
+    @classmethod
+    def _take_any_file_name(cls, value: object, handler: ValidatorFunctionWrapHandler) -> object:
+        """Let text name files whose names are not UTF-8, which pydantic does not take as text."""
+        try:
+            return handler(value)
+        except ValidationError as error:
+            if not isinstance(value, str) or error.errors()[0]["type"] != "string_unicode":
+                raise
+        handler(_printable(value))
+        return value
 
 
 S = TypeVar("S", bound=Settings)
@@ -100,10 +114,17 @@ def setting_fields(settings_class: type[Settings]) -> Iterator[SettingField]:
             yield SettingField(section, name, info)
 
 
+def _printable(text: str) -> str:
+    """The text, its bytes that are not UTF-8 escaped."""
+    return text.encode("utf-8", "backslashreplace").decode()
+
+
 def path_error(path: Path, problem: str, *, hint: str | None = None) -> PydanticCustomError:
     """A path that cannot be used, to raise in a validator; `hint` reaches the user."""
     return PydanticCustomError(
-        "path", "`{path}` {problem}", {"path": str(path), "problem": problem, "hint": hint}
+        "path",
+        "`{path}` {problem}",
+        {"path": _printable(str(path)), "problem": problem, "hint": hint},
     )
 
 
@@ -213,7 +234,7 @@ def read_config(file: Path) -> dict[str, Any]:
 def write_settings(settings: Settings, file: Path) -> None:
     """Write all settings, defaults included, so that `--config` accepts them back."""
     with replacing(file) as temporary:
-        temporary.write_text(settings.model_dump_json(indent=2) + "\n", "utf-8")
+        write_json(settings.model_dump(mode="json"), temporary)
 
 
 def changes_on_resume(old: Mapping[str, Any], new: Settings) -> list[Change]:
