@@ -41,7 +41,8 @@ def inspect_data(*, flags: dict[str, Any], output: Output) -> None:
 
 def show(report: "InspectionReport", name: str, output: Output) -> None:
     """Write the description, then the problems."""
-    ids = f" ({', '.join(map(str, report.layer_ids))})" if report.layer_ids else ""
+    assumed = ", assumed" if report.are_layer_ids_assumed else ""
+    ids = f" ({', '.join(map(str, report.layer_ids))}{assumed})" if report.layer_ids else ""
     verifier = f", from `{report.verifier}`" if report.verifier else ""
     output.line(
         f"{name}: {report.num_samples:,} samples, format {report.format}, {report.num_aux_layers} "

@@ -121,6 +121,7 @@ def test_samples_of_other_layers_are_refused(
     served.mkdir()
     content = json.loads((trained / "1/config.json").read_text())
     content["eagle_aux_hidden_state_layer_ids"] = [2, 4, 6]
+    del content["layer_ids_assumed"]
     (served / "config.json").write_text(json.dumps(content))
     save_file(load_file(trained / "1/model.safetensors"), served / "model.safetensors")
     data_config = tiny.folder / "said"

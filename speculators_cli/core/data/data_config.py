@@ -9,6 +9,7 @@ from typing import Any
 
 from speculators_cli.core.errors import DataError
 from speculators_cli.core.files import replacing, write_json
+from speculators_cli.core.progress import Progress
 
 FILE_NAME = "data_config.json"
 OUR_CONVENTION = "vllm"  # id k is the output after k decoder layers
@@ -25,6 +26,11 @@ class DataConfig:
     is_assumed: bool  # the file itself says that its layer ids were assumed
     version: str | None  # "2.0" in the files of the generator of December 2025
 
+    @property
+    def has_known_convention(self) -> bool:
+        """Whether it is known how the file counts layers."""
+        return self.convention == OUR_CONVENTION or self.version == "2.0"
+
 
 @dataclass(frozen=True)
 class LayerIds:
@@ -32,6 +38,9 @@ class LayerIds:
 
     ids: tuple[int, ...]
     is_assumed: bool  # neither the user nor the data said so
+
+    def __str__(self) -> str:
+        return _show(self.ids)
 
 
 def read_data_config(file: Path) -> DataConfig:
@@ -89,11 +98,28 @@ def default_layer_ids(num_verifier_layers: int) -> tuple[int, ...]:
 
 
 def guess_num_layers(configs: Sequence[DataConfig]) -> int | None:
-    """Layers of a verifier that is not at hand; None where nothing is said of any layer.
+    """Layers of a verifier that is not at hand; None where no layer is known.
 
     A file of version 2.0 ends its ids with the verifier's last layer.
     """
-    return max((max(c.layer_ids) + 1 for c in configs if c.layer_ids), default=None)
+    known = [c for c in configs if c.layer_ids and c.has_known_convention]
+    return max((max(c.layer_ids or ()) + 1 for c in known), default=None)
+
+
+def warn_of_assumed(layer_ids: LayerIds, progress: Progress, *, whose: str) -> None:
+    """Warn of layer ids that are a guess, and stay marked as one until they are confirmed.
+
+    Args:
+        layer_ids: Of the aux hidden states.
+        progress: Who hears of it.
+        whose: What states no layer ids, as the beginning of a sentence.
+    """
+    if layer_ids.is_assumed:
+        progress.warn(
+            f"{whose} no verifier layer ids that are known: assumed `{layer_ids}`",
+            hint=f"Pass `--target-layer-ids {layer_ids}` to confirm them, or the right ones: a "
+            "draft that is served with other layers than it was trained on is hardly ever accepted",
+        )
 
 
 def resolve_layer_ids(

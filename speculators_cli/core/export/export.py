@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 
+from speculators_cli.core.data.data_config import LayerIds, warn_of_assumed
 from speculators_cli.core.errors import MachineError
 from speculators_cli.core.export.checks import check_can_run, check_place, check_verifier
 from speculators_cli.core.export.engine_versions import EngineAdvice, advise
@@ -49,6 +50,7 @@ class ExportReport:
     verification: Verification | None  # None: not asked for
     serve_command: str | None  # None: how to serve it is the engine's matter
     advice: EngineAdvice | None  # None: the engine is not vLLM
+    layer_ids: LayerIds
     is_verifier_checked: bool  # its sizes were read and fit
     pushed_to: str | None
 
@@ -67,6 +69,8 @@ class ExportReport:
             "is_verified": checked is not None,
             "logit_error": checked.logit_error if checked else None,
             "argmax_agreement": checked.argmax_agreement if checked else None,
+            "target_layer_ids": list(self.layer_ids.ids),
+            "are_layer_ids_assumed": self.layer_ids.is_assumed,
             "is_verifier_checked": self.is_verifier_checked,
             "serve_command": self.serve_command,
             "oldest_vllm": self.advice.oldest if self.advice else None,
@@ -93,6 +97,10 @@ def export(settings: ExportSettings, *, progress: Progress) -> ExportReport:
         ),
     )
     source = read_draft(given.checkpoint, known, flag="CHECKPOINT")
+    layer_ids = LayerIds(
+        source.config.target_layer_ids, is_assumed=source.config.are_layer_ids_assumed
+    )
+    warn_of_assumed(layer_ids, progress, whose=f"`{source.name}` states")
     num_tokens = chosen.num_speculative_tokens or source.config.ttt_steps
     served = replace(
         source.config,
@@ -151,6 +159,7 @@ def export(settings: ExportSettings, *, progress: Progress) -> ExportReport:
         verification=verification,
         serve_command=command,
         advice=advice,
+        layer_ids=layer_ids,
         is_verifier_checked=is_verifier_checked,
         pushed_to=chosen.push_to_hub,
     )

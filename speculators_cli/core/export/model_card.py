@@ -49,6 +49,8 @@ def build_provenance(source: DraftSource, settings: ExportSettings) -> dict[str,
             "dtype": chosen.dtype,
             "num_speculative_tokens": chosen.num_speculative_tokens or source.config.ttt_steps,
             "has_embedding": chosen.embeddings and source.embedding is not None,
+            "target_layer_ids": list(source.config.target_layer_ids),
+            "are_layer_ids_assumed": source.config.are_layer_ids_assumed,
         },
         "training": training,
     }
@@ -133,7 +135,7 @@ def _facts(
         ("decoder layers", f"{served.num_layers} of kind {served.arch}"),
         ("hidden size", f"{served.hidden_size:,}"),
         ("draft vocabulary", vocabulary),
-        ("verifier layers read", ids),
+        ("verifier layers read", f"{ids} (assumed)" if served.are_layer_ids_assumed else ids),
         ("tokens drafted at once", served.ttt_steps),
         ("weights", settings.export.dtype),
     ]

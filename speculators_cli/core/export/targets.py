@@ -56,7 +56,7 @@ def _plain_config(config: Eagle3Config, dtype: str) -> dict[str, Any]:
         "eagle_aux_hidden_state_layer_ids": list(config.target_layer_ids),
         "norm_before_residual": False,
         "dtype": dtype,
-        "producer": whole["producer"],
+        **config.producer_json(),
     }
     if config.target_hidden_size != config.hidden_size:
         content["target_hidden_size"] = config.target_hidden_size

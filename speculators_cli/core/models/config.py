@@ -7,6 +7,7 @@ from typing import Any
 from speculators_cli import __version__
 
 PRODUCER = "speculators-cli"
+LAYER_IDS_ASSUMED = "layer_ids_assumed"  # true beside layer ids that are a guess
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,7 @@ class Eagle3Config:
     ttt_steps: int
     verifier_name_or_path: str
     verifier_architectures: tuple[str, ...]
+    are_layer_ids_assumed: bool = False  # a guess that nobody confirmed
 
     @property
     def num_aux_layers(self) -> int:
@@ -88,8 +90,13 @@ class Eagle3Config:
             "fc_norm": self.fc_norm,
             "norm_output": self.norm_output,
             "dtype": dtype,
-            "producer": {"name": PRODUCER, "version": __version__},
+            **self.producer_json(),
         }
+
+    def producer_json(self) -> dict[str, Any]:
+        """Keys of our own in config.json, which no engine reads."""
+        mark = {LAYER_IDS_ASSUMED: True} if self.are_layer_ids_assumed else {}
+        return {**mark, "producer": {"name": PRODUCER, "version": __version__}}
 
     def tensor_shapes(self) -> dict[str, tuple[int, ...]]:
         """Name and shape of every weight of the draft itself, as a checkpoint holds them."""

@@ -9,7 +9,7 @@ from transformers import AutoConfig, PreTrainedConfig
 
 from speculators_cli.core.data.data_config import default_layer_ids
 from speculators_cli.core.errors import CheckpointError
-from speculators_cli.core.models.config import Eagle3Config
+from speculators_cli.core.models.config import LAYER_IDS_ASSUMED, Eagle3Config
 from speculators_cli.core.models.rope import ROPE_TYPES
 from speculators_cli.core.models.verifier import VerifierConfig
 
@@ -82,6 +82,7 @@ def _from_speculators(content: Mapping[str, Any], given: Given, name: str) -> Ea
         flags=flags,
         num_tokens=num_tokens,
         layer_ids=content.get("eagle_aux_hidden_state_layer_ids"),
+        are_ids_assumed=content.get(LAYER_IDS_ASSUMED) is True,
         draft_vocab_size=content.get("draft_vocab_size"),
         target_hidden_size=content.get("target_hidden_size"),
         verifier=(verifier.get("name_or_path"), verifier.get("architectures")),
@@ -103,6 +104,7 @@ def _from_plain(content: Mapping[str, Any], given: Given, name: str) -> Eagle3Co
         flags={key: content.get(key, eagle.get(key, False)) for key in keys},
         num_tokens=DEFAULT_NUM_TOKENS,
         layer_ids=layer_ids,
+        are_ids_assumed=content.get(LAYER_IDS_ASSUMED) is True,
         draft_vocab_size=content.get("draft_vocab_size"),
         target_hidden_size=content.get("target_hidden_size"),
         verifier=(None, None),
@@ -117,6 +119,7 @@ def _build(
     flags: Mapping[str, bool],
     num_tokens: int,
     layer_ids: list[int] | None,
+    are_ids_assumed: bool,
     draft_vocab_size: int | None,
     target_hidden_size: int | None,
     verifier: tuple[str | None, list[str] | None],
@@ -130,6 +133,7 @@ def _build(
             hint="Pass `--verifier-name-or-path`",
         )
     ids = given.target_layer_ids or tuple(layer_ids or ())
+    is_assumed = given.target_layer_ids is None and (are_ids_assumed or not ids)
     architectures = given.verifier_architectures or tuple(verifier[1] or ())
     if not ids or not architectures:
         assert given.ask_verifier is not None, "a reader of unfinished configs can ask"
@@ -158,6 +162,7 @@ def _build(
         vocab_size=config.vocab_size,
         draft_vocab_size=draft_vocab_size or config.vocab_size,
         target_layer_ids=ids,
+        are_layer_ids_assumed=is_assumed,
         ttt_steps=num_tokens,
         verifier_name_or_path=verifier_name,
         verifier_architectures=architectures,

@@ -17,6 +17,7 @@ from speculators_cli.core.data.data_config import (
     guess_num_layers,
     read_data_config,
     resolve_layer_ids,
+    warn_of_assumed,
 )
 from speculators_cli.core.data.dataset import find_files, is_sample_name
 from speculators_cli.core.data.formats import FORMATS
@@ -100,6 +101,8 @@ def convert_v0(settings: ConvertV0Settings, *, progress: Progress) -> Conversion
             hint="Name the folder that holds the v0 samples",
         )
     layer_ids = find_layer_ids(settings, [f for _, f in found], jobs, verifier)
+    if layer_ids is not None:
+        warn_of_assumed(layer_ids, progress, whose=f"`{files.v0_path}` states")
     to_do = [job for job in jobs if not is_converted(job.source, job.target, changes)]
     num_bytes = sum(job.num_bytes for job in to_do)
     errors: list[float] = []

@@ -104,6 +104,7 @@ def inspect_data(settings: InspectDataSettings, *, progress: Progress) -> Inspec
     if wanted.verify:
         problems += verify_checksums(files, progress)
     configs = [read_data_config(f) for f in found if f.name == FILE_NAME]
+    warn_of_guesses(configs, progress)
     problems += check_layer_ids(wanted.data_path, configs, usual[0], verifier)
     report = make_report(wanted, scans, usual, counts.total(), problems, states, agreement, configs)
     if wanted.html is not None:
@@ -241,6 +242,17 @@ def check_verifier(
         yield Problem(folder, problem)
 
 
+def warn_of_guesses(configs: Sequence[DataConfig], progress: Progress) -> None:
+    """Warn of layer ids that `data_config.json` marks as assumed."""
+    for config in configs:
+        if config.layer_ids is not None and config.is_assumed:
+            ids = ",".join(map(str, config.layer_ids))
+            progress.warn(
+                f"The layer ids `{ids}` in `{config.file}` were assumed",
+                hint=f"Pass `--target-layer-ids {ids}` to `speculators train` to confirm them",
+            )
+
+
 def check_layer_ids(
     folder: Path,
     configs: Sequence[DataConfig],
@@ -332,6 +344,7 @@ def make_report(
         dtypes=dict(dtypes),
         is_normed=header.is_normed,
         layer_ids=next((c.layer_ids for c in configs if c.layer_ids is not None), None),
+        are_layer_ids_assumed=any(c.is_assumed for c in configs if c.layer_ids is not None),
         layer_ids_convention=next((c.convention for c in configs if c.layer_ids), None),
         verifier=next((c.verifier for c in configs if c.verifier is not None), None),
         total_seq_len=wanted.total_seq_len,

@@ -70,6 +70,7 @@ def build_page(report: InspectionReport, name: str) -> str:
 def facts(report: InspectionReport) -> list[tuple[str, str]]:
     """What is said in words."""
     ids = ", ".join(map(str, report.layer_ids)) if report.layer_ids else "unknown"
+    ids += " (assumed)" if report.are_layer_ids_assumed else ""
     rows = [
         ("samples", f"{report.num_samples:,}, format {report.format}"),
         ("tokens", f"{report.tokens.total:,}, {report.supervised_tokens.total:,} supervised"),

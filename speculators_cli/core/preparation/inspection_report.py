@@ -35,6 +35,7 @@ class InspectionReport:
     dtypes: dict[str, int]  # samples of each type of hidden states
     is_normed: bool
     layer_ids: tuple[int, ...] | None  # as `data_config.json` says
+    are_layer_ids_assumed: bool  # by who wrote `data_config.json`
     layer_ids_convention: str | None
     verifier: str | None  # as `data_config.json` says
     total_seq_len: int

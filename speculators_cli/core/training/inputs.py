@@ -4,7 +4,11 @@ import shlex
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from speculators_cli.core.data.data_config import LayerIds, resolve_layer_ids
+from speculators_cli.core.data.data_config import (
+    LayerIds,
+    resolve_layer_ids,
+    warn_of_assumed,
+)
 from speculators_cli.core.data.dataset import Dataset, read_dataset, split, write_index
 from speculators_cli.core.data.vocab_map import VocabMap
 from speculators_cli.core.errors import DataError
@@ -36,6 +40,7 @@ class Inputs:
             return replace(
                 self.source.config,
                 target_layer_ids=self.layer_ids.ids,
+                are_layer_ids_assumed=self.layer_ids.is_assumed,
                 ttt_steps=eagle3.ttt_steps,
                 verifier_name_or_path=verifier.name_or_path,
                 verifier_architectures=verifier.architectures,
@@ -55,6 +60,7 @@ class Inputs:
             vocab_size=self.vocab_map.vocab_size,
             draft_vocab_size=self.vocab_map.draft_vocab_size,
             target_layer_ids=self.layer_ids.ids,
+            are_layer_ids_assumed=self.layer_ids.is_assumed,
             norm_before_residual=eagle3.norm_before_residual,
             norm_before_fc=eagle3.norm_before_fc,
             fc_norm=eagle3.fc_norm,
@@ -117,7 +123,8 @@ def read_inputs(
     )
     if source is not None:
         is_given = draft.target_layer_ids is not None
-        layer_ids = choose_layer_ids(source, layer_ids, is_given=is_given)
+        layer_ids = choose_layer_ids(source, layer_ids, is_given=is_given, progress=progress)
+    warn_of_assumed(layer_ids, progress, whose="The samples state")
     if data.val_data_path:
         validation = read_dataset(
             data.val_data_path,

@@ -45,6 +45,8 @@ class TrainPlan:
     total_steps: int
     num_ranks: int
     device: str
+    target_layer_ids: tuple[int, ...]
+    are_layer_ids_assumed: bool  # a guess that nobody confirmed
     num_parameters: int  # of the draft, its lm_head among them
     useful_tflop_per_step: float  # of one rank
     seconds: float | None  # training steps alone
@@ -138,6 +140,8 @@ def _estimate(
         total_steps=total_steps,
         num_ranks=ranks.num_ranks,
         device=device,
+        target_layer_ids=config.target_layer_ids,
+        are_layer_ids_assumed=config.are_layer_ids_assumed,
         num_parameters=parameters,
         useful_tflop_per_step=flops_per_step / 1e12,
         seconds=seconds,

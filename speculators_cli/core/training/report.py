@@ -22,6 +22,8 @@ class TrainReport:
     best_validation_loss: float | None
     acceptance_length: float | None  # simulated
     acceptance_rates: tuple[float, ...]  # at each TTT step
+    target_layer_ids: tuple[int, ...]
+    are_layer_ids_assumed: bool  # a guess that nobody confirmed
     num_skipped_steps: int
     num_bad_samples: int
     is_resumed: bool

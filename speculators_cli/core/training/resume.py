@@ -10,7 +10,7 @@ from speculators_cli.core.progress import Progress
 from speculators_cli.core.training.checkpoint import RunFolder, TrainState
 from speculators_cli.core.training.distributed import Ranks
 from speculators_cli.core.training.inputs import Inputs
-from speculators_cli.settings.base import changes_on_resume
+from speculators_cli.settings.base import Change, changes_on_resume
 from speculators_cli.settings.train import TrainSettings
 
 
@@ -85,6 +85,14 @@ def resumed_state(
     """
     saved = TrainState.from_json(checkpoint.state)
     _check_settings(saved, settings, checkpoint, progress)
+    ids = checkpoint.config.get("eagle_aux_hidden_state_layer_ids")
+    if ids != list(inputs.layer_ids.ids):
+        raise CheckpointError(
+            f"`{checkpoint.folder}` was trained on the verifier layers {ids}, this run would be on "
+            f"{list(inputs.layer_ids.ids)}",
+            hint="Pass the same `--target-layer-ids`, or start over with "
+            "`--no-resume-from-checkpoint`",
+        )
     if saved.vocab_map_hash != inputs.vocab_map.hash:
         raise CheckpointError(
             f"`{checkpoint.folder}` was trained with another draft vocabulary",
@@ -119,12 +127,17 @@ def _check_settings(
     saved: TrainState, settings: TrainSettings, checkpoint: Checkpoint, progress: Progress
 ) -> None:
     changes = changes_on_resume(saved.settings, settings)
-    refused = [change for change in changes if change.kind == "refused"]
+    refused = [x for x in changes if x.kind == "refused" and not _confirms_a_guess(x)]
     if refused:
         lines = [f"  `{c.name}` is `{c.new}`, the run began with `{c.old}`" for c in refused]
         raise CheckpointError(
             "\n".join([f"`{checkpoint.folder}` cannot go on with other settings", *lines]),
             hint="Use the old values, or start over with `--no-resume-from-checkpoint`",
         )
-    for change in changes:
+    for change in (x for x in changes if x.kind == "warned"):
         progress.warn(f"`{change.name}` is now `{change.new}`, the run began with `{change.old}`")
+
+
+def _confirms_a_guess(change: Change) -> bool:
+    """Whether layer ids are given that the run began without; they are compared by themselves."""
+    return change.name == "--target-layer-ids" and change.old is None

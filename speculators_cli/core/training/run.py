@@ -7,6 +7,7 @@ from contextlib import closing, contextmanager
 
 import torch
 
+from speculators_cli.core.data.data_config import LayerIds
 from speculators_cli.core.data.dataset import Dataset
 from speculators_cli.core.data.loader import BatchLoader
 from speculators_cli.core.errors import MachineError, SpeculatorsError
@@ -81,6 +82,7 @@ def train(settings: TrainSettings, *, progress: Progress, dry_run: bool = False)
             report = make_report(
                 trainer,
                 start,
+                inputs.layer_ids,
                 duration_seconds=time.perf_counter() - started_at,
                 was_already_finished=is_finished,
                 is_dry_run=dry_run,
@@ -275,12 +277,6 @@ def announce(
             f"Resuming from `{start.checkpoint.folder}`, step {start.state.step:,} of "
             f"{trainer.total_steps:,}"
         )
-    if inputs.layer_ids.is_assumed:
-        ids = ",".join(map(str, inputs.layer_ids.ids))
-        progress.warn(
-            f"The samples do not say which verifier layers they hold: assumed `{ids}`",
-            hint=f"Pass `--target-layer-ids {ids}` if that is right",
-        )
     num_gpus = torch.cuda.device_count() if ranks.device.type == "cuda" else 0
     if ranks.num_ranks == 1 and num_gpus > 1:
         progress.warn(
@@ -321,6 +317,7 @@ def out_of_memory_explained(settings: TrainSettings) -> Iterator[None]:
 def make_report(
     trainer: Trainer,
     start: Start,
+    layer_ids: LayerIds,
     *,
     duration_seconds: float,
     was_already_finished: bool,
@@ -350,6 +347,8 @@ def make_report(
             for step in range(settings.eagle3.ttt_steps)
             if f"acceptance_rate_{step}" in state.metrics
         ),
+        target_layer_ids=layer_ids.ids,
+        are_layer_ids_assumed=layer_ids.is_assumed,
         num_skipped_steps=int(trainer.optimizer.num_skipped),
         num_bad_samples=len(trainer.log.samples.bad) + trainer.log.num_broken_samples,
         is_resumed=start.is_resumed,

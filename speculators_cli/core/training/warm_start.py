@@ -9,6 +9,7 @@ from speculators_cli.core.models.draft_config import Given
 from speculators_cli.core.models.draft_source import DraftSource, read_draft
 from speculators_cli.core.models.verifier import VerifierConfig, read_verifier_config
 from speculators_cli.core.models.verifier_files import VerifierFiles
+from speculators_cli.core.progress import Progress
 from speculators_cli.settings.train import TrainSettings
 
 FLAG = "--from-checkpoint"
@@ -99,17 +100,29 @@ def choose_vocab_map(source: DraftSource, settings: TrainSettings) -> VocabMap:
     return source.vocab_map
 
 
-def choose_layer_ids(source: DraftSource, found: LayerIds, *, is_given: bool) -> LayerIds:
-    """The draft's layers where the samples do not say theirs; they must be the same.
+def choose_layer_ids(
+    source: DraftSource, found: LayerIds, *, is_given: bool, progress: Progress
+) -> LayerIds:
+    """The layers of the samples, which are the draft's; who knows them decides.
+
+    The layers of a draft are assumed for samples that state none: still a guess. Where neither
+    knows, the guess is the one of a run from scratch on the same samples.
 
     Raises:
         DataError: The samples hold other layers.
     """
     own = source.config.target_layer_ids
+    is_as_many = len(found.ids) == len(own)
     if is_given or found.ids == own:
         return found
-    if found.is_assumed and len(found.ids) == len(own):
-        return LayerIds(own, is_assumed=False)
+    if source.config.are_layer_ids_assumed and is_as_many:
+        progress.warn(
+            f"The verifier layers {list(own)} of the draft in `{source.name}` were assumed; it is "
+            f"trained on the samples' {list(found.ids)}"
+        )
+        return found
+    if found.is_assumed and is_as_many:
+        return LayerIds(own, is_assumed=True)
     raise DataError(
         f"The samples hold the verifier layers {list(found.ids)}, the draft in `{source.name}` "
         f"reads {list(own)}",
