@@ -1,50 +1,60 @@
 """Tokens of a verifier that a draft must be able to propose, however rare they are."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from typing import Any
 
-from transformers import AutoConfig, AutoTokenizer, GenerationConfig
-from transformers.utils import logging
+from transformers import AutoConfig
+
+from speculators_cli.core.errors import MachineError, SettingsError, SpeculatorsError
+from speculators_cli.core.models.repo_files import CONFIG_NAME, RepoFiles
+from speculators_cli.core.models.tokenizer import load_tokenizer
+
+GENERATION_CONFIG_NAME = "generation_config.json"
 
 
 def find_special_ids(
-    name_or_path: str, *, trust_remote_code: bool = False
-) -> tuple[frozenset[int], bool]:
+    files: RepoFiles, *, trust_remote_code: bool = False
+) -> tuple[frozenset[int], SpeculatorsError | None]:
     """End tokens, and the control tokens that the chat template writes.
 
     Returns:
-        Their ids; whether a tokenizer was found, without which only the configs were asked.
+        Their ids; why the tokenizer was not read, if it was not: then only the configs were.
+
+    Raises:
+        SettingsError: A config cannot be read.
     """
-    config = AutoConfig.from_pretrained(name_or_path, trust_remote_code=trust_remote_code)
-    ids = _as_set(getattr(config.get_text_config(decoder=True), "eos_token_id", None))
-    with _quiet_transformers():
-        with suppress(OSError):  # not every verifier has one
-            ids |= _as_set(GenerationConfig.from_pretrained(name_or_path).eos_token_id)
-        try:
-            tokenizer: Any = AutoTokenizer.from_pretrained(
-                name_or_path, trust_remote_code=trust_remote_code
-            )
-        except (OSError, ValueError):
-            return frozenset(ids), False
+    ids = _read_end_ids(files, trust_remote_code=trust_remote_code)
+    try:
+        tokenizer = load_tokenizer(files, trust_remote_code=trust_remote_code)
+    except SpeculatorsError as error:
+        return frozenset(ids), error
     template = str(tokenizer.chat_template or "")
     added = tokenizer.added_tokens_decoder.items()
     control = {token_id for token_id, token in added if token.content in template}
-    return frozenset(ids | control | _as_set(tokenizer.eos_token_id)), True
+    return frozenset(ids | control | _as_set(tokenizer.eos_token_id, "the tokenizer")), None
 
 
-@contextmanager
-def _quiet_transformers() -> Iterator[None]:
-    """What is missing is reported by the caller, in a line."""
-    level = logging.get_verbosity()
-    logging.set_verbosity_error()
+def _read_end_ids(files: RepoFiles, *, trust_remote_code: bool) -> set[int]:
+    content = files.read_json(CONFIG_NAME)
     try:
-        yield
-    finally:
-        logging.set_verbosity(level)
+        config = AutoConfig.from_pretrained(files.name_or_path, trust_remote_code=trust_remote_code)
+        end: Any = getattr(config.get_text_config(decoder=True), "eos_token_id", None)
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, ImportError):
+        # Of a family that transformers lacks, or that has code of its own.
+        end = content.get("eos_token_id")
+    ids = _as_set(end, CONFIG_NAME)
+    with suppress(MachineError):  # not every verifier has one, and offline nobody knows
+        if files.find(GENERATION_CONFIG_NAME) is not None:
+            generation = files.read_json(GENERATION_CONFIG_NAME)
+            ids |= _as_set(generation.get("eos_token_id"), GENERATION_CONFIG_NAME)
+    return ids
 
 
-def _as_set(ids: int | list[int] | None) -> set[int]:
-    if ids is None:
-        return set()
-    return set(ids) if isinstance(ids, list) else {ids}
+def _as_set(ids: object, where: str) -> set[int]:
+    found = ids if isinstance(ids, list) else [] if ids is None else [ids]
+    if not all(isinstance(i, int) and not isinstance(i, bool) for i in found):
+        raise SettingsError(
+            f"`eos_token_id` in `{where}` of the verifier is `{ids}`, expected whole numbers",
+            hint="Correct it, or download the verifier again",
+        )
+    return set(found)

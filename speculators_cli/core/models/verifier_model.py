@@ -7,10 +7,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
+from transformers import AutoModelForCausalLM, DynamicCache
 from transformers.utils import logging
 
 from speculators_cli.core.errors import SettingsError
+from speculators_cli.core.models.tokenizer import load_tokenizer
+from speculators_cli.core.models.verifier_files import VerifierFiles
 
 
 @dataclass(frozen=True)
@@ -44,18 +46,17 @@ class VerifierModel:
         trust_remote_code: bool = False,
     ) -> None:
         logging.disable_progress_bar()
+        files = VerifierFiles(name_or_path)
+        self.tokenizer: Any = load_tokenizer(files, trust_remote_code=trust_remote_code)
         try:
             self.model: Any = AutoModelForCausalLM.from_pretrained(
                 name_or_path, dtype=dtype, trust_remote_code=trust_remote_code
             ).eval()
-            self.tokenizer: Any = AutoTokenizer.from_pretrained(
-                name_or_path, trust_remote_code=trust_remote_code
-            )
         except (OSError, ValueError) as error:
             reason = str(error).strip().splitlines()[0]
             raise SettingsError(
                 f"Verifier `{name_or_path}` cannot be loaded: {reason}",
-                hint="Name a folder or hub id with weights and tokenizer",
+                hint="Pass a folder or hub id with `config.json` and `.safetensors` weights",
             ) from None
         self.layer_ids = tuple(layer_ids)
         # transformers 5.24 renamed it.

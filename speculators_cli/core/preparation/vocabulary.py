@@ -122,11 +122,16 @@ def choose_special_ids(
         )
         return frozenset()
     from speculators_cli.core.models.special_tokens import find_special_ids
+    from speculators_cli.core.models.verifier_files import VerifierFiles
 
-    ids, has_tokenizer = find_special_ids(name, trust_remote_code=settings.trust_remote_code)
-    if not has_tokenizer:
-        progress.warn(f"`{name}` has no tokenizer: the tokens of its chat template are not known")
-    return frozenset(i for i in ids if i < vocab_size)
+    files = VerifierFiles(name)
+    ids, problem = find_special_ids(files, trust_remote_code=settings.trust_remote_code)
+    if problem is not None:
+        progress.warn(
+            f"{problem.message}; the control tokens of its chat template are kept by count only",
+            hint=problem.hint,
+        )
+    return frozenset(i for i in ids if 0 <= i < vocab_size)
 
 
 def count(

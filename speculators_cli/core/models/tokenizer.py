@@ -1,0 +1,67 @@
+"""load_tokenizer(): a model's tokenizer, or one clear reason why there is none."""
+
+import re
+from typing import Any
+
+from transformers import AutoTokenizer
+from transformers.utils import logging
+
+from speculators_cli.core.errors import SpeculatorsError
+from speculators_cli.core.models.repo_files import RepoFiles
+from speculators_cli.core.reading import read_json_object, refusing
+
+CONFIG_NAME = "tokenizer_config.json"
+# Those of a folder are checked; those of the hub have been, when they were fetched.
+JSON_NAMES = ("tokenizer.json", CONFIG_NAME, "special_tokens_map.json", "added_tokens.json")
+FOUND = re.compile(r"tokenizer|tokenization|vocab|merges|.*\.tiktoken$")
+
+
+def load_tokenizer(files: RepoFiles, *, trust_remote_code: bool) -> Any:
+    """The tokenizer of a model, as transformers loads it.
+
+    Raises:
+        SpeculatorsError: The error of `files`: there is none, or it cannot be read.
+        MachineError: The hub cannot give it.
+    """
+    files.find(CONFIG_NAME)  # What is wrong with the hub or the name is met here.
+    if files.is_local:
+        _check_local(files)
+    level = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        return AutoTokenizer.from_pretrained(
+            files.name_or_path, trust_remote_code=trust_remote_code
+        )
+    # The tokenizers library raises plain `Exception`, and a tokenizer's own code anything.
+    except Exception as error:
+        raise _explain(files, error) from error
+    finally:
+        logging.set_verbosity(level)
+
+
+def _check_local(files: RepoFiles) -> None:
+    if not any(FOUND.match(file.name) for file in files.folder.iterdir()):
+        raise files.error(
+            f"`{files.name_or_path}` has no tokenizer",
+            hint="Pass a folder or hub id with `tokenizer.json`",
+        )
+    for name in JSON_NAMES:
+        file = files.find(name)
+        if file is not None:
+            with refusing(files.error):
+                read_json_object(file)
+
+
+def _explain(files: RepoFiles, error: Exception) -> SpeculatorsError:
+    reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
+    package = re.search(r"pip install ['`\"]?([A-Za-z][\w.\-]*)", str(error))
+    if "custom code" in str(error) or "trust_remote_code" in str(error):
+        reason = "it has code of its own"
+        hint = "Pass `--trust-remote-code` to run that code, if you trust it"
+    elif package is not None:
+        hint = f"Run `pip install {package[1]}`"
+    else:
+        hint = "Run `pip install -U tokenizers transformers`, or download the tokenizer again"
+    return files.error(
+        f"The tokenizer of `{files.name_or_path}` cannot be read: {reason}", hint=hint
+    )
