@@ -1,6 +1,7 @@
 """`speculators inspect-data` as the user types it."""
 
 import json
+import os
 import statistics
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +12,10 @@ import pytest
 import torch
 
 from speculators_cli.cli.app import run
+from speculators_cli.core.data.formats.detect import read_again
+from speculators_cli.core.data.sample import Sample
 from speculators_cli.core.demo.demo import VERIFIER_DIR, read_prompts
+from speculators_cli.core.preparation import inspection
 from tests.cli.golden import assert_golden
 from tests.tiny import VOCAB, TinyInputs, write_as_specforge
 
@@ -132,6 +136,29 @@ def test_files_that_are_no_samples_are_named(data_dir: Path, capsys: Capture) ->
     assert problems.keys() == {"page.pt", "empty.pt", "twice.pt"}
     assert "web page" in problems["page.pt"]
     assert "has the same tokens as" in problems["twice.pt"]
+
+
+def test_samples_that_shrink_or_vanish_once_they_are_found_are_named(
+    data_dir: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cut, gone = sorted(data_dir.glob("*.pt"))[:2]
+
+    def read(file: Path, data_format: str) -> Sample:
+        if file == gone:
+            file.unlink()
+        sample = read_again(file, data_format)
+        if file == cut:
+            os.truncate(file, 4096)
+        return sample
+
+    monkeypatch.setattr(inspection, "read_again", read)
+    code, report = report_of(capsys, data_dir, "--samples", 24)
+
+    assert code == 1
+    assert problems_of(report) == {
+        cut.name: "can no longer be read: is shorter than it was",
+        gone.name: "can no longer be read: No such file or directory",
+    }
 
 
 def test_flipped_bytes_are_found_when_every_byte_is_read(data_dir: Path, capsys: Capture) -> None:

@@ -1,6 +1,6 @@
 """Batch: the tensors of one packed sequence."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Self
 
@@ -9,8 +9,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from speculators_cli.core.data.sample import Sample
+from speculators_cli.core.data.formats.stored import StoredStates, find_rows
+from speculators_cli.core.data.sample import Sample, States
 
+CAST_AT_ONCE = 1024  # rows
 INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -83,7 +85,7 @@ class Batch:
 
 def collate(
     sample_ids: Sequence[int],
-    samples: Sequence[Sample],
+    samples: Iterable[Sample],
     *,
     total_seq_len: int,
     num_aux_layers: int,
@@ -91,11 +93,14 @@ def collate(
     dtype: torch.dtype,
     pin_memory: bool = False,
 ) -> Batch:
-    """Pack samples end to end; each hidden state is copied once, from its file into the batch.
+    """Pack samples end to end; each hidden state is read once, from its file into the batch.
 
     A sample of S tokens takes S - 1 positions: ids, last hidden states and loss mask lose their
     first, aux hidden states their last. What does not fit into `total_seq_len` is cut. Last hidden
-    states are read at supervised positions alone.
+    states are read at supervised positions alone. Samples are taken one at a time.
+
+    Raises:
+        ChangedSampleError: The file of a sample is no longer as it was.
     """
 
     def make(*shape: int, of: torch.dtype) -> Tensor:
@@ -109,27 +114,28 @@ def collate(
         (total_seq_len, num_aux_layers * hidden_size), dtype=dtype, pin_memory=pin_memory
     )
     last = torch.empty((total_seq_len, hidden_size), dtype=dtype, pin_memory=pin_memory)
-    aux_bits, last_bits = _bits(aux), _bits(last)
     start, num_targets, lengths = 0, 0, []
     for document, sample in enumerate(samples):
-        length = min(sample.num_tokens - 1, total_seq_len - start)
+        length = max(min(sample.num_tokens - 1, total_seq_len - start), 0)
         here = slice(start, start + length)
         input_ids[here] = sample.input_ids[1 : 1 + length]
         loss_mask[here] = sample.loss_mask[1 : 1 + length]
         position_ids[here] = torch.arange(1, 1 + length)
         document_ids[here] = document
-        for layer, states in enumerate(sample.aux_hidden_states):
-            columns = slice(layer * hidden_size, (layer + 1) * hidden_size)
-            aux_bits[here, columns] = _bits(states[:length].to(dtype))
+        column = 0
+        for states in side_by_side(sample.aux_hidden_states):
+            columns = slice(column, column + states.shape[1])
+            copy_rows(states, slice(0, length), aux[here, columns])
+            column = columns.stop
         supervised = loss_mask[here].nonzero().flatten()
         own = slice(num_targets, num_targets + len(supervised))
         targets[own] = supervised + start
         is_normed[own] = sample.is_normed
-        _copy_rows(sample.last_hidden_states, supervised + 1, last_bits[own], dtype)
+        copy_rows(sample.last_hidden_states, supervised + 1, last[own])
         lengths.append(length)
         start += length
         num_targets += len(supervised)
-    aux_bits[start:] = 0
+    _bits(aux)[start:] = 0
     return Batch(
         input_ids=input_ids,
         aux_hidden_states=aux,
@@ -145,13 +151,38 @@ def collate(
     )
 
 
-def _copy_rows(states: Tensor, rows: Tensor, into: NDArray[np.generic], dtype: torch.dtype) -> None:
-    """Write some rows of [rows, hidden] states, cast; of a memory-mapped file no other is read."""
-    if states.dtype == dtype:
-        # Not `np.take`, which copies all of a source that is not contiguous.
-        into[:] = _bits(states)[rows.numpy()]
+def side_by_side(layers: Sequence[States]) -> list[States]:
+    """Layers, those as one whose rows lie behind each other in a file: they are read together."""
+    blocks: list[States] = []
+    for layer in layers:
+        before = blocks[-1] if blocks else None
+        both = None
+        if isinstance(before, StoredStates) and isinstance(layer, StoredStates):
+            both = before.beside(layer)
+        if both is None:
+            blocks.append(layer)
+        else:
+            blocks[-1] = both
+    return blocks
+
+
+def copy_rows(
+    states: States,
+    rows: slice | Tensor,  # [rows], int64, ascending
+    into: Tensor,  # [rows, hidden], any float dtype
+) -> None:
+    """Write some rows, cast where the type differs; of a file no other is read."""
+    bits = _bits(into)
+    if states.dtype != into.dtype:
+        wanted = torch.from_numpy(find_rows(rows, len(states)))
+        for start in range(0, len(wanted), CAST_AT_ONCE):
+            part = slice(start, start + CAST_AT_ONCE)
+            bits[part] = _bits(states[wanted[part]].to(into.dtype))
+    elif isinstance(states, StoredStates):
+        states.read_into(bits.view(np.uint8), find_rows(rows, len(states)))
     else:
-        into[:] = _bits(states[rows].to(dtype))
+        # Not `np.take`, which copies all of a source that is not contiguous.
+        bits[:] = _bits(states[:])[rows if isinstance(rows, slice) else rows.numpy()]
 
 
 def _bits(tensor: Tensor) -> NDArray[np.generic]:

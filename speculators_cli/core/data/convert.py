@@ -10,7 +10,7 @@ from speculators_cli.core.data.formats import v0, v1
 from speculators_cli.core.data.formats.archive import Archive
 from speculators_cli.core.data.formats.archive_writer import ArchiveWriter
 from speculators_cli.core.data.formats.structure import TensorSpec
-from speculators_cli.core.data.sample import BadSampleError, SampleHeader
+from speculators_cli.core.data.sample import BadSampleError, SampleHeader, States
 from speculators_cli.core.files import replacing
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ def convert_file(source: Path, target: Path, changes: Changes) -> float:
     marked as normed, or divided by the norm's gain.
 
     Args:
-        source: Read through a memory map where its values change, else copied by the system.
+        source: Read in part at a time where its values change, else copied by the system.
         target: Replaced if it exists.
         changes: Of the hidden states.
 
@@ -84,7 +84,7 @@ def _write_states(
             return writer.copy(source, spec)
         # What is computed gets a checksum of its own, which would hide that its source is damaged.
         source.verify(spec)
-        (states,) = source.map((spec,))
+        states = source.states(spec)
 
         def rows() -> Iterator["Tensor"]:
             for changed, error in change(states, header.dtype, gain):
@@ -98,7 +98,7 @@ def _write_states(
 
 
 def change(
-    states: "Tensor",  # [seq_len, hidden]
+    states: States,  # [seq_len, hidden]
     dtype: str,
     gain: "Tensor | None",  # [hidden], float32
 ) -> Iterator[tuple["Tensor", float]]:

@@ -17,11 +17,12 @@ import numpy as np
 
 from speculators_cli.core.data.data_config import FILE_NAME, DataConfig, read_data_config
 from speculators_cli.core.data.formats import FORMATS
-from speculators_cli.core.data.formats.detect import detect, is_named_as
+from speculators_cli.core.data.formats.detect import detect, is_named_as, read_again
 from speculators_cli.core.data.formats.structure import ITEM_BYTES
 from speculators_cli.core.data.packing import plan_epoch
 from speculators_cli.core.data.sample import (
     BadSampleError,
+    ChangedSampleError,
     Problem,
     Sample,
     SampleHeader,
@@ -140,22 +141,26 @@ class Dataset:
         return plan.num_steps
 
     def read(self, sample_id: int) -> Sample:
-        """Read a sample; its hidden states are mapped and come from disk when they are used.
+        """Read a sample; its hidden states come from disk when they are used.
 
         Raises:
-            DataError: The file is not the one that was scanned.
+            ChangedSampleError: The file is not the one that was scanned.
         """
         entry = self.entries[sample_id]
         try:
-            if entry.file.stat().st_size != entry.stamp.num_bytes:
-                raise BadSampleError("has another size than when the run began")
-            return FORMATS[self.format].read_sample(entry.file)
-        except (BadSampleError, OSError) as error:
-            reason = error.reason if isinstance(error, BadSampleError) else str(error)
-            raise DataError(
-                f"`{entry.file}` can no longer be read: {reason}",
-                hint="Leave the samples as they are during a run, then run the command again",
-            ) from None
+            num_bytes = entry.file.stat().st_size
+        except OSError as error:
+            raise ChangedSampleError(entry.file, error.strerror or str(error)) from None
+        if num_bytes != entry.stamp.num_bytes:
+            raise ChangedSampleError(entry.file, "has another size than when the run began")
+        sample = read_again(entry.file, self.format)
+        shape = (entry.header.num_tokens, entry.header.hidden_size)
+        layers = (*sample.aux_hidden_states, sample.last_hidden_states)
+        if {tuple(states.shape) for states in layers} != {shape} or (
+            len(layers) != entry.header.num_aux_layers + 1
+        ):
+            raise ChangedSampleError(entry.file, "has other shapes than when the run began")
+        return sample
 
     def select(self, ids: Iterable[int]) -> "Dataset":
         """Some of the samples, in the order of `ids`."""

@@ -178,10 +178,11 @@ class BatchLoader:
         return self.plan(epoch).sequences[index * self.num_ranks + self.rank]
 
     def _collate(self, sequence: Packed) -> Batch:
-        samples = [self.dataset.read(sample_id) for sample_id in sequence]
+        # One at a time: each keeps its file open.
+        samples = (self.dataset.read(sample_id) for sample_id in sequence)
         total_seq_len = self.total_seq_len
         if not self.pads:
-            num_positions = sum(sample.num_tokens - 1 for sample in samples)
+            num_positions = int(self.dataset.lengths[list(sequence)].sum())
             total_seq_len = max(min(total_seq_len, num_positions), 1)
         return collate(
             sequence,

@@ -1,8 +1,9 @@
 """Sample: the tensors of one conversation, and what makes it valid."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Protocol, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -10,6 +11,7 @@ from numpy.typing import NDArray
 from speculators_cli.core.errors import DataError
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
 
@@ -67,14 +69,38 @@ class SampleTokens:
         return cls(header, input_ids, loss_mask, fingerprint)
 
 
+class States(Protocol):
+    """Hidden states [seq_len, hidden]: a tensor, or what reads rows of a file when they are taken.
+
+    Taking rows of a file raises `ChangedSampleError` where it is no longer as it was.
+    """
+
+    @property
+    def dtype(self) -> "torch.dtype":
+        """Any float type."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Tokens and hidden size."""
+
+    def __len__(self) -> int:
+        """Tokens."""
+
+    def __getitem__(self, rows: "slice | Tensor", /) -> "Tensor":
+        """Rows: a slice of them, those of ascending indices, or those where a mask is True."""
+
+    def split(self, num_rows: int, /) -> Iterable["Tensor"]:
+        """All rows, so many at a time."""
+
+
 @dataclass(frozen=True)
 class Sample:
-    """The tensors of one conversation, usually views of a memory-mapped file."""
+    """One conversation. Hidden states of one that is read stay in its file, which it keeps open."""
 
     input_ids: "Tensor"  # [seq_len], int64
     loss_mask: "Tensor"  # [seq_len], bool: True where the token is supervised
-    aux_hidden_states: tuple["Tensor", ...]  # aux tensors of [seq_len, hidden], any float dtype
-    last_hidden_states: "Tensor"  # [seq_len, hidden], any float dtype
+    aux_hidden_states: tuple[States, ...]  # aux layers of [seq_len, hidden], any float dtype
+    last_hidden_states: States  # [seq_len, hidden], any float dtype
     is_normed: bool
 
     @property
@@ -97,9 +123,29 @@ class BadSampleError(DataError):
     Args:
         reason: What is wrong with it, as the end of a sentence that begins with its name.
         other_format: The data format it is a sample of, if not of the one it was read as.
+        message: Of the error, where it names the file.
+        hint: What to do about it.
     """
 
-    def __init__(self, reason: str, *, other_format: str | None = None) -> None:
-        super().__init__(f"Bad sample: {reason}")
+    def __init__(
+        self,
+        reason: str,
+        *,
+        other_format: str | None = None,
+        message: str | None = None,
+        hint: str | None = None,
+    ) -> None:
+        super().__init__(message or f"Bad sample: {reason}", hint=hint)
         self.reason = reason
         self.other_format = other_format
+
+
+class ChangedSampleError(BadSampleError):
+    """A file that was a sample when it was found, and is no longer."""
+
+    def __init__(self, file: Path, reason: str) -> None:
+        super().__init__(
+            reason,
+            message=f"`{file}` can no longer be read: {reason}",
+            hint="Leave the samples as they are while they are read, then run the command again",
+        )

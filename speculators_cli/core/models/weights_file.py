@@ -61,8 +61,7 @@ class _StateDict:
         return list(self._specs)
 
     def get_tensor(self, name: str) -> Tensor:
-        (tensor,) = self._archive.map((self._specs[name],))
-        return tensor
+        return self._archive.read_tensor(self._specs[name])
 
     def get_slice(self, name: str) -> _Slice:
         return _Slice(self._specs[name])

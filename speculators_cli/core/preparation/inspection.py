@@ -20,9 +20,8 @@ from speculators_cli.core.data.data_config import (
     resolve_layer_ids,
 )
 from speculators_cli.core.data.dataset import find_files, is_sample_name, spread_evenly
-from speculators_cli.core.data.formats import FORMATS
 from speculators_cli.core.data.formats.archive import Archive
-from speculators_cli.core.data.formats.detect import detect
+from speculators_cli.core.data.formats.detect import detect, read_again
 from speculators_cli.core.data.packing import plan_epoch
 from speculators_cli.core.data.sample import (
     BadSampleError,
@@ -197,7 +196,7 @@ def drawn_samples(scans: Sequence[Scan]) -> list[Callable[[], Sample]]:
     """Readers of samples, so that one at a time is in memory."""
 
     def reader(s: Scan) -> Callable[[], Sample]:
-        return lambda: FORMATS[s.format].read_sample(s.file)
+        return lambda: read_again(s.file, s.format)
 
     return [reader(s) for s in scans]
 

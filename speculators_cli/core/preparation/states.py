@@ -7,7 +7,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from speculators_cli.core.data.sample import BadSampleError, Sample
+from speculators_cli.core.data.sample import ChangedSampleError, Sample, States
 from speculators_cli.core.progress import Progress
 
 OUTLIER = 10.0  # times the median scale of a layer over the samples
@@ -31,15 +31,9 @@ def look_at_states(samples: Sequence[Callable[[], Sample]], progress: Progress) 
         for index, read in enumerate(samples):
             task.advance()
             try:
-                sample = read()
-            except (BadSampleError, OSError):
-                continue  # said by the scan
-            layers = (*sample.aux_hidden_states, sample.last_hidden_states)
-            rms = [root_mean_square(x) for x in layers]
-            pairs = zip(layers, rms, strict=True)
-            checked = [check_layer(states, r, layer) for layer, (states, r) in enumerate(pairs)]
-            found = [problem for problem in checked if problem is not None]
-            found = found or find_equal_layers(sample.aux_hidden_states)
+                found, rms = look_at(read())
+            except ChangedSampleError as error:
+                found, rms = [f"can no longer be read: {error.reason}"], []
             problems += [(index, problem) for problem in found]
             if not found:
                 # The median, since the first token carries thousands in many verifiers.
@@ -56,18 +50,29 @@ def look_at_states(samples: Sequence[Callable[[], Sample]], progress: Progress) 
     return StatesReport(len(samples), tuple(usual.tolist()), tuple(problems))
 
 
-def find_equal_layers(layers: Sequence[Tensor]) -> list[str]:
+def look_at(sample: Sample) -> tuple[list[str], list[Tensor]]:
+    """What is wrong with the states of a sample, and the scale of each token in each layer."""
+    layers = (*sample.aux_hidden_states, sample.last_hidden_states)
+    rms = [root_mean_square(x) for x in layers]
+    pairs = zip(layers, rms, strict=True)
+    checked = [check_layer(states, r, layer) for layer, (states, r) in enumerate(pairs)]
+    found = [problem for problem in checked if problem is not None]
+    return found or find_equal_layers(sample.aux_hidden_states), rms
+
+
+def find_equal_layers(layers: Sequence[States]) -> list[str]:
     """Neighbours that hold the same states: one layer captured twice, under two ids."""
     return [
         f"has the same states in layers {i} and {i + 1}"
         for i, (low, high) in enumerate(pairwise(layers))
         # The first rows differ nearly always, and the rest stays on disk.
-        if torch.equal(low[:1], high[:1]) and torch.equal(low, high)
+        if low.dtype == high.dtype
+        and all(map(torch.equal, low.split(ROWS_AT_ONCE), high.split(ROWS_AT_ONCE)))
     ]
 
 
 def root_mean_square(
-    states: Tensor,  # [seq_len, hidden]
+    states: States,  # [seq_len, hidden]
 ) -> Tensor:
     """Of each token; [seq_len], float32. Rows are taken a few at a time: each is cast in memory."""
     parts = [torch.linalg.vector_norm(x.float(), dim=-1) for x in states.split(ROWS_AT_ONCE)]
@@ -76,7 +81,7 @@ def root_mean_square(
 
 
 def check_layer(
-    states: Tensor,  # [seq_len, hidden]
+    states: States,  # [seq_len, hidden]
     rms: Tensor,  # [seq_len]
     layer: int,
 ) -> str | None:
@@ -87,6 +92,8 @@ def check_layer(
         return f"has {num_broken:,} values that are not finite in layer {layer}"
     if not rms.any():
         return f"has only zeros in layer {layer}"
-    if len(rms) > 1 and bool((rms == rms[0]).all()) and bool((states == states[:1]).all()):
+    first = states[:1]
+    is_constant = len(rms) > 1 and bool((rms == rms[0]).all())
+    if is_constant and all(bool((x == first).all()) for x in states.split(ROWS_AT_ONCE)):
         return f"has the same states at every token in layer {layer}"
     return None

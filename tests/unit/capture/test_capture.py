@@ -33,15 +33,16 @@ def test_samples_hold_transformers_own_hidden_states(tmp_path: Path) -> None:
     for prompt, sample in zip(prompts, samples, strict=True):
         with torch.no_grad():
             out = plain(sample.input_ids[None], output_hidden_states=True, use_cache=False)
-            normed = plain.model.norm(sample.last_hidden_states)
+            last = sample.last_hidden_states[:]
+            normed = plain.model.norm(last)
         assert sample.input_ids[: len(prompt)].tolist() == prompt
         assert sample.loss_mask.tolist() == [i >= len(prompt) for i in range(sample.num_tokens)]
         assert not sample.is_normed
         for layer_id, states in zip(LAYER_IDS, sample.aux_hidden_states, strict=True):
-            assert torch.equal(states, out.hidden_states[layer_id][0])
+            assert torch.equal(states[:], out.hidden_states[layer_id][0])
         # transformers' last entry is after the final norm, ours before it.
         assert torch.equal(normed, out.hidden_states[-1][0])
-        assert not torch.equal(sample.last_hidden_states, normed)
+        assert not torch.equal(last, normed)
     assert report.num_samples == 3
     assert report.num_tokens == sum(sample.num_tokens for sample in samples)
     assert report.num_supervised_tokens == sum(int(s.loss_mask.sum()) for s in samples) > 0

@@ -74,7 +74,7 @@ def test_a_sample_that_is_too_long_is_cut_at_its_end() -> None:
 
 def test_last_states_are_cast_row_by_row() -> None:
     sample = make_sample(5)
-    half = replace(sample, last_hidden_states=sample.last_hidden_states.half() / 64)
+    half = replace(sample, last_hidden_states=sample.last_hidden_states[:].half() / 64)
 
     batch = pack(half)
 

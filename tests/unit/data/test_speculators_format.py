@@ -46,8 +46,8 @@ def test_upstreams_samples_are_what_upstream_reads(name: str, rtol: float) -> No
 
         assert torch.equal(sample.input_ids, expected[f"{row}.input_ids"])
         assert torch.equal(sample.loss_mask.long(), expected[f"{row}.loss_mask"])
-        aux = torch.cat(sample.aux_hidden_states, dim=-1)
-        last = sample.last_hidden_states
+        aux = torch.cat([states[:] for states in sample.aux_hidden_states], dim=-1)
+        last = sample.last_hidden_states[:]
         for found, key in ((aux, "hidden_states"), (last, "verifier_last_hidden_states")):
             assert found.dtype == torch.bfloat16
             torch.testing.assert_close(found, expected[f"{row}.{key}"], rtol=rtol, atol=0)

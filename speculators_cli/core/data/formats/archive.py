@@ -1,16 +1,15 @@
-"""A `.pt` file as a directory of tensors: described first, mapped into memory only when wanted."""
+"""A `.pt` file as a directory of tensors: described first, read only when wanted."""
 
-import mmap
-import os
 import struct
 from hashlib import sha256
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, BinaryIO, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
+from speculators_cli.core.data.formats.stored import OpenFile, StoredStates
 from speculators_cli.core.data.formats.structure import ITEM_BYTES, TensorSpec, read_structure
 from speculators_cli.core.data.formats.zip_records import (
     Record,
@@ -19,7 +18,7 @@ from speculators_cli.core.data.formats.zip_records import (
     read_directory,
 )
 from speculators_cli.core.data.sample import BadSampleError
-from speculators_cli.core.files import read_parts
+from speculators_cli.core.files import open_regular, read_parts
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -44,15 +43,15 @@ class Archive:
     content: object
 
     def __init__(self, file: Path) -> None:
-        self._stream: BinaryIO = file.open("rb", buffering=0)
-        self.file = self._stream.fileno()  # its descriptor
+        self.source = OpenFile(open_regular(file), file)
+        self.file, self.num_bytes = self.source.descriptor, self.source.num_bytes
+        self._is_lent = False  # states are read from it later
+        self._prefix = ""
+        self._records: dict[str, Record] = {}
         try:
-            self.num_bytes = os.fstat(self.file).st_size
-            self._prefix = ""
-            self._records: dict[str, Record] = {}
             self.content = self._read_directory()
         except BaseException:
-            self._stream.close()
+            self.source.close()
             raise
 
     def __enter__(self) -> Self:
@@ -64,7 +63,9 @@ class Archive:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        self._stream.close()
+        """Close the file, unless states are left to be read: it is closed with them."""
+        if error is not None or not self._is_lent:
+            self.source.close()
 
     @property
     def fingerprint(self) -> str:
@@ -96,7 +97,7 @@ class Archive:
     def read(self, spec: TensorSpec) -> NDArray[Any]:
         """Read a tensor of a type that NumPy has, or of bfloat16, into memory."""
         start, item_bytes = self._locate(spec), ITEM_BYTES[spec.dtype]
-        data = os.pread(self.file, spec.span * item_bytes, start)
+        data = self.source.read(start, spec.span * item_bytes)
         if len(data) != spec.span * item_bytes:
             raise BadSampleError("is truncated")
         dtype = "uint16" if spec.dtype == "bfloat16" else spec.dtype
@@ -107,11 +108,23 @@ class Archive:
             return (array.astype(np.uint32) << 16).view(np.float32)
         return array
 
-    def map(self, specs: tuple[TensorSpec, ...]) -> tuple["Tensor", ...]:
-        """Map tensors into memory: their bytes are read when they are used, and never written."""
-        starts = [self._locate(spec) for spec in specs]
-        mapping = mmap.mmap(self.file, self.num_bytes, access=mmap.ACCESS_COPY)
-        return tuple(_view(mapping, spec, start) for spec, start in zip(specs, starts, strict=True))
+    def read_tensor(self, spec: TensorSpec) -> "Tensor":
+        """Read a tensor of any type and shape into memory."""
+        import torch
+
+        flat = torch.empty(spec.span, dtype=getattr(torch, spec.dtype))
+        if spec.span:
+            parts = [flat.view(torch.uint8).numpy()]
+            self.source.fill(parts, self._locate(spec))
+        return flat.as_strided(spec.shape, spec.stride)
+
+    def states(self, spec: TensorSpec) -> StoredStates:
+        """Hidden states [seq_len, hidden], to be read when they are used; also once this ends."""
+        self._is_lent = True
+        rows, width = spec.shape
+        row_stride, stride = spec.stride
+        start = self._locate(spec)
+        return StoredStates(self.source, spec.dtype, start, (rows, width), (row_stride, stride))
 
     def find_storage(self, spec: TensorSpec) -> tuple[int, Record]:
         """Where in the file the storage of a tensor begins, and its record."""
@@ -149,7 +162,7 @@ class Archive:
     def _describe_foreign_file(self) -> str:
         if self.num_bytes == 0:
             return "is empty (0 bytes)"
-        start = os.pread(self.file, 64, 0)
+        start = self.source.read(0, 64)
         if start.startswith(b"PK"):
             return "is truncated or damaged: the end of its zip archive is missing"
         for first_bytes, reason in FIRST_BYTES.items():
@@ -166,7 +179,7 @@ class Archive:
     def _read_record(self, record: Record) -> bytes:
         if record.num_bytes > MAX_STRUCTURE_BYTES:
             raise BadSampleError("holds too much beside its tensors to be a sample")
-        return os.pread(self.file, record.num_bytes, self._find_start(record))
+        return self.source.read(self._find_start(record), record.num_bytes)
 
     def _find_start(self, record: Record) -> int:
         try:
@@ -178,13 +191,3 @@ class Archive:
         self.check(spec)
         start = self._find_start(self._find_record(spec))
         return start + spec.offset * ITEM_BYTES[spec.dtype]
-
-
-def _view(mapping: mmap.mmap, spec: TensorSpec, start: int) -> "Tensor":
-    import torch
-
-    dtype = getattr(torch, spec.dtype)
-    if spec.num_elements == 0:
-        return torch.empty(spec.shape, dtype=dtype)
-    flat = torch.frombuffer(mapping, dtype=dtype, count=spec.span, offset=start)
-    return flat.as_strided(spec.shape, spec.stride)

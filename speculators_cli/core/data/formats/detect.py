@@ -4,7 +4,12 @@ from pathlib import Path
 
 from speculators_cli.core.data.formats import FORMATS
 from speculators_cli.core.data.formats.format import Format
-from speculators_cli.core.data.sample import BadSampleError, SampleTokens
+from speculators_cli.core.data.sample import (
+    BadSampleError,
+    ChangedSampleError,
+    Sample,
+    SampleTokens,
+)
 
 
 def is_named_as(name: str, form: Format) -> bool:
@@ -27,3 +32,17 @@ def detect(file: Path) -> tuple[str, SampleTokens]:
         if error.other_format is None:
             raise
         return error.other_format, FORMATS[error.other_format].read_tokens(file)
+
+
+def read_again(file: Path, data_format: str) -> Sample:
+    """Read a file that was found to be a sample of a format before.
+
+    Raises:
+        ChangedSampleError: It is none any more, or cannot be opened.
+    """
+    try:
+        return FORMATS[data_format].read_sample(file)
+    except BadSampleError as error:
+        raise ChangedSampleError(file, error.reason) from None
+    except OSError as error:
+        raise ChangedSampleError(file, error.strerror or str(error)) from None

@@ -52,7 +52,7 @@ class Format(Protocol):
         """Changes with the files that samples in a folder are read from beside their own."""
 
     def read_sample(self, file: Path) -> Sample:
-        """Read a sample, its hidden states mapped where that can be."""
+        """Read a sample; its hidden states are read when they are used."""
 
     def read_tokens(self, file: Path) -> SampleTokens:
         """Read header, ids and mask of a sample; hidden states are not touched."""
@@ -72,7 +72,7 @@ class SampleFormat:
         return ""
 
     def read_sample(self, file: Path) -> Sample:
-        """Read a sample: ids and mask into memory, hidden states mapped and read when used.
+        """Read a sample: ids and mask into memory, hidden states when they are used.
 
         Raises:
             BadSampleError: The file is not a sample of this format.
@@ -83,7 +83,7 @@ class SampleFormat:
         with Archive(file) as archive:
             layout = self.read_layout(archive)
             input_ids, loss_mask = _read_tokens(archive, layout)
-            *aux, last = archive.map(layout.hidden_states)
+            *aux, last = map(archive.states, layout.hidden_states)
             is_normed = _read_flag(archive, layout.is_normed)
         return Sample(
             torch.from_numpy(input_ids), torch.from_numpy(loss_mask), tuple(aux), last, is_normed

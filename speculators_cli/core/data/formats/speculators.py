@@ -6,30 +6,27 @@ hidden states are from before the verifier's final norm.
 
 import json
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import lru_cache
 from hashlib import sha256
+from math import prod
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from safetensors import SafetensorError, safe_open
 
-from speculators_cli.core.data.sample import BadSampleError, Sample, SampleTokens
+from speculators_cli.core.data.formats.format import INTEGER_DTYPES
+from speculators_cli.core.data.formats.safetensors_file import SafetensorsFile
+from speculators_cli.core.data.formats.stored import ScaledStates
+from speculators_cli.core.data.sample import BadSampleError, Sample, SampleTokens, States
 from speculators_cli.core.errors import MachineError
 from speculators_cli.core.files import read_parts
 
 STATES, SCALES, TOKENS = "hidden_states", "hidden_states_scales", "token_ids"
 STATE_FILE = "state.json"  # of a table: names its files
 NAME = re.compile(r"hs_(\d+)\.safetensors")
-DTYPES = {
-    "BF16": "bfloat16",
-    "F16": "float16",
-    "F32": "float32",
-    "F8_E4M3": "float8_e4m3fn",
-}
+FLOAT8 = "float8_e4m3fn"
+STATE_DTYPES = {"bfloat16", "float16", "float32", "float64", FLOAT8}
 
 
 class SpeculatorsFormat:
@@ -49,7 +46,7 @@ class SpeculatorsFormat:
         return " ".join(f"{stat.st_size}:{stat.st_mtime_ns}" for stat in stats)
 
     def read_sample(self, file: Path) -> Sample:
-        """Read a sample: ids and mask into memory, hidden states mapped unless they are float8.
+        """Read a sample: ids and mask into memory, hidden states when they are used.
 
         Raises:
             BadSampleError: The file, or its row of the table, is not a sample.
@@ -58,13 +55,14 @@ class SpeculatorsFormat:
         """
         import torch
 
-        with _open(file) as tensors:
+        with SafetensorsFile(file) as tensors:
             tokens = _read_tokens(file, tensors)
-            states: torch.Tensor = tensors.get_tensor(STATES)  # [seq_len, layers, hidden]
-            if states.dtype == torch.float8_e4m3fn:
-                # One float32 scale a token; the product is rounded once.
-                states = (states.float() * tensors.get_tensor(SCALES)).bfloat16()
-        *aux, last = states.unbind(1)
+            layers = range(tokens.header.num_aux_layers + 1)
+            states: list[States] = [tensors.states(STATES, layer) for layer in layers]
+            if tokens.header.dtype == FLOAT8:
+                scales = torch.from_numpy(tensors.read(SCALES).reshape(-1, 1).copy())
+                states = [ScaledStates(tensors.states(STATES, k), scales) for k in layers]
+        *aux, last = states
         return Sample(
             torch.from_numpy(tokens.input_ids),
             torch.from_numpy(tokens.loss_mask),
@@ -81,67 +79,64 @@ class SpeculatorsFormat:
             MachineError: pyarrow is not installed.
             OSError: It cannot be opened.
         """
-        with _open(file) as tensors:
+        with SafetensorsFile(file) as tensors:
             return _read_tokens(file, tensors)
 
 
-@contextmanager
-def _open(file: Path) -> Iterator[Any]:
-    try:
-        with safe_open(file, framework="pt") as tensors:
-            yield tensors
-    except SafetensorError as error:
-        raise BadSampleError(f"is no safetensors file: {error}") from None
-
-
-def _fingerprint(file: Path, *tokens: NDArray[Any]) -> str:
-    """Changes with ids, mask, header and parts of the hidden states: there is no checksum."""
-    digest = sha256()
-    for array in tokens:
-        digest.update(array.tobytes())
-    with file.open("rb", buffering=0) as stream:
-        digest.update(read_parts(stream.fileno()))
-    return digest.hexdigest()[:32]
-
-
-def _read_tokens(file: Path, tensors: Any) -> SampleTokens:
-    shape, dtype = _read_shape(tensors)
-    token_ids = tensors.get_tensor(TOKENS).numpy().astype(np.int64)
-    if token_ids.shape != (shape[0],):
-        raise BadSampleError(f"has {token_ids.size:,} token ids but {shape[0]:,} hidden states")
+def _read_tokens(file: Path, tensors: SafetensorsFile) -> SampleTokens:
+    num_tokens, num_layers, hidden_size = _check_states(tensors)
+    ids = tensors.tensors[TOKENS]
+    if ids.dtype not in INTEGER_DTYPES:
+        raise BadSampleError(f"has `{TOKENS}` of type {ids.kind}")
+    if ids.shape != (num_tokens,):
+        raise BadSampleError(f"has {prod(ids.shape):,} token ids but {num_tokens:,} hidden states")
+    token_ids = tensors.read(TOKENS).astype(np.int64)
     if len(token_ids) and token_ids.min() < 0:
         raise BadSampleError(f"has negative ids in `{TOKENS}`")
     loss_mask = _read_mask(file, token_ids)
     return SampleTokens.with_header(
         token_ids,
         loss_mask,
-        hidden_size=shape[2],
-        num_aux_layers=shape[1] - 1,
-        dtype=dtype,
+        hidden_size=hidden_size,
+        num_aux_layers=num_layers - 1,
+        dtype=tensors.tensors[STATES].dtype,
         is_normed=False,
-        fingerprint=_fingerprint(file, token_ids, loss_mask),
+        fingerprint=_fingerprint(tensors, token_ids, loss_mask),
     )
 
 
-def _read_shape(tensors: Any) -> tuple[tuple[int, ...], str]:
-    """Shape and type of the hidden states, checked; nothing of them is read."""
-    names = set(tensors.keys())
+def _fingerprint(tensors: SafetensorsFile, *tokens: NDArray[Any]) -> str:
+    """Changes with ids, mask, header and parts of the hidden states: there is no checksum."""
+    digest = sha256()
+    for array in tokens:
+        digest.update(array.tobytes())
+    digest.update(read_parts(tensors.source.descriptor))
+    return digest.hexdigest()[:32]
+
+
+def _check_states(tensors: SafetensorsFile) -> tuple[int, int, int]:
+    """Tokens, layers and hidden size of the states, checked; nothing of them is read."""
+    names = tensors.tensors.keys()
     missing = [name for name in (STATES, TOKENS) if name not in names]
     if missing:
         raise BadSampleError(f"has no `{missing[0]}`; found {', '.join(sorted(names)[:8])}")
-    states = tensors.get_slice(STATES)
-    shape, kind = tuple(states.get_shape()), states.get_dtype()
+    states = tensors.tensors[STATES]
+    shape = states.shape
     if len(shape) != 3 or shape[1] < 2 or shape[2] == 0:
         raise BadSampleError(f"has `{STATES}` {list(shape)}, expected [seq_len, layers, hidden]")
-    if kind not in DTYPES:
-        raise BadSampleError(f"has hidden states of type {kind}, expected floats")
-    if kind == "F8_E4M3":
+    if states.dtype not in STATE_DTYPES:
+        raise BadSampleError(f"has hidden states of type {states.kind}, expected floats")
+    if states.dtype == FLOAT8:
         if SCALES not in names:
             raise BadSampleError(f"has float8 states without `{SCALES}`")
-        scales = tuple(tensors.get_slice(SCALES).get_shape())
-        if scales != (shape[0], 1, 1):
-            raise BadSampleError(f"has `{SCALES}` {list(scales)}, expected {[shape[0], 1, 1]}")
-    return shape, DTYPES[kind]
+        scales = tensors.tensors[SCALES]
+        if scales.shape != (shape[0], 1, 1):
+            raise BadSampleError(
+                f"has `{SCALES}` {list(scales.shape)}, expected {[shape[0], 1, 1]}"
+            )
+        if scales.dtype not in ("float32", "float64", "float16"):
+            raise BadSampleError(f"has `{SCALES}` of type {scales.kind}, expected F32")
+    return shape[0], shape[1], shape[2]
 
 
 def _read_mask(file: Path, token_ids: NDArray[np.int64]) -> NDArray[np.bool_]:

@@ -1,0 +1,136 @@
+"""A `.safetensors` file as a directory of tensors: described first, read only when wanted.
+
+Eight bytes with the length of a JSON object, the object, then the bytes of all tensors without a
+gap. The library of that name maps files into memory, which a file that shrinks does not survive.
+"""
+
+import json
+import struct
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from speculators_cli.core.data.formats.stored import OpenFile, StoredStates
+from speculators_cli.core.data.formats.structure import ITEM_BYTES
+from speculators_cli.core.data.sample import BadSampleError
+from speculators_cli.core.files import open_regular
+
+LENGTH = struct.Struct("<Q")
+MAX_HEADER_BYTES = 4 * 2**20  # of a sample: three tensors, some metadata
+METADATA = "__metadata__"
+DTYPES = {
+    "BF16": "bfloat16",
+    "BOOL": "bool",
+    "F16": "float16",
+    "F32": "float32",
+    "F64": "float64",
+    "F8_E4M3": "float8_e4m3fn",
+    "F8_E5M2": "float8_e5m2",
+    "I16": "int16",
+    "I32": "int32",
+    "I64": "int64",
+    "I8": "int8",
+    "U16": "uint16",
+    "U32": "uint32",
+    "U64": "uint64",
+    "U8": "uint8",
+}
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """A tensor as the header describes it."""
+
+    kind: str  # its type, as the header has it
+    shape: tuple[int, ...]
+    start: int  # of its bytes, in the file
+    end: int
+
+    @property
+    def dtype(self) -> str:
+        """Its type as torch has it, a key of `ITEM_BYTES`; empty if torch has none."""
+        return DTYPES.get(self.kind, "")
+
+
+class SafetensorsFile:
+    """An open `.safetensors` file, of which the header was read and checked.
+
+    Raises:
+        BadSampleError: It is no such file, or cut.
+        OSError: It cannot be opened.
+    """
+
+    def __init__(self, file: Path) -> None:
+        self.source = OpenFile(open_regular(file), file)
+        self._is_lent = False  # states are read from it later
+        try:
+            self.tensors = _read_header(self.source)
+        except (ValueError, TypeError, LookupError, RecursionError, struct.error) as error:
+            self.source.close()
+            raise BadSampleError(f"is no safetensors file: {error}") from None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        """Close the file, unless states are left to be read: it is closed with them."""
+        if error is not None or not self._is_lent:
+            self.source.close()
+
+    def read(self, name: str) -> NDArray[Any]:
+        """Read a tensor of a type that NumPy has into memory."""
+        tensor = self.tensors[name]
+        data = self.source.read(tensor.start, tensor.end - tensor.start)
+        if len(data) != tensor.end - tensor.start:
+            raise BadSampleError("is truncated")
+        return np.frombuffer(data, tensor.dtype).reshape(tensor.shape)
+
+    def states(self, name: str, layer: int) -> StoredStates:
+        """One layer of a tensor [seq_len, layers, hidden], to be read when it is used."""
+        self._is_lent = True
+        tensor = self.tensors[name]
+        rows, num_layers, width = tensor.shape
+        start = tensor.start + layer * width * ITEM_BYTES[tensor.dtype]
+        shape, stride = (rows, width), (num_layers * width, 1)
+        return StoredStates(self.source, tensor.dtype, start, shape, stride)
+
+
+def _read_header(source: OpenFile) -> dict[str, StoredTensor]:
+    (num_bytes,) = LENGTH.unpack(source.read(0, LENGTH.size))
+    first = LENGTH.size + num_bytes
+    if num_bytes > MAX_HEADER_BYTES or first > source.num_bytes:
+        raise ValueError("its header is larger than it may be")
+    header = json.loads(source.read(LENGTH.size, num_bytes))
+    if not isinstance(header, dict):
+        raise ValueError("its header is no object")
+    header.pop(METADATA, None)
+    tensors = {name: _read_tensor(entry, first) for name, entry in header.items()}
+    end = first
+    for tensor in sorted(tensors.values(), key=lambda tensor: (tensor.start, tensor.end)):
+        if tensor.start != end:
+            raise ValueError("its tensors overlap or leave gaps")
+        end = tensor.end
+    if end != source.num_bytes:
+        raise ValueError(f"it has {source.num_bytes:,} bytes, its header describes {end:,}")
+    return tensors
+
+
+def _read_tensor(entry: Any, first: int) -> StoredTensor:
+    start, end = entry["data_offsets"]
+    shape, kind = entry["shape"], entry["dtype"]
+    if not all(type(size) is int and 0 <= size < 2**63 for size in (*shape, start, end)):
+        raise ValueError("a size in its header is none")
+    item_bytes = ITEM_BYTES.get(DTYPES.get(kind, ""))
+    if end < start or (item_bytes is not None and prod(shape) * item_bytes != end - start):
+        raise ValueError("a tensor in its header has another size than its data")
+    return StoredTensor(str(kind), tuple(shape), first + start, first + end)

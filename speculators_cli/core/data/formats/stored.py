@@ -1,0 +1,248 @@
+"""Hidden states in a file: read by rows when they are wanted, straight to where they go.
+
+Nothing is mapped into memory: touching a mapped file that has shrunk would end the process.
+"""
+
+import os
+import weakref
+from collections.abc import Iterator, Sequence
+from functools import cached_property
+from itertools import pairwise
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO
+
+import numpy as np
+from numpy.typing import NDArray
+
+from speculators_cli.core.data.formats.structure import ITEM_BYTES
+from speculators_cli.core.data.sample import BadSampleError, ChangedSampleError
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+MAX_PARTS = 1024  # of memory that one call of the system fills (IOV_MAX)
+MAX_GAP_BYTES = 64 * 2**10  # less between wanted rows is read with them: a call costs more
+MAX_SPREAD_BYTES = 2**30  # of a tensor whose values do not lie together, which is read whole
+Bytes = NDArray[np.uint8]
+
+
+class OpenFile:
+    """A file that stays open while something refers to it, or until it is closed.
+
+    Args:
+        stream: The open file.
+        path: Its name, for messages.
+    """
+
+    def __init__(self, stream: BinaryIO, path: Path) -> None:
+        self.path = path
+        self.descriptor = stream.fileno()
+        self.num_bytes = os.fstat(self.descriptor).st_size
+        self.close = weakref.finalize(self, stream.close)
+
+    def read(self, start: int, num_bytes: int) -> bytes:
+        """Some bytes; fewer where the file ends."""
+        return os.pread(self.descriptor, num_bytes, start)
+
+    def fill(self, parts: Sequence[Bytes], start: int) -> None:
+        """Fill pieces of memory, one behind the other, with what the file holds from `start` on.
+
+        Raises:
+            ChangedSampleError: The file ends before that, or fails.
+        """
+        for first in range(0, len(parts), MAX_PARTS):
+            left = parts[first : first + MAX_PARTS]
+            while left:
+                num_read = self._fill_some(left, start)
+                start += num_read
+                left = _drop(left, num_read)
+
+    def _fill_some(self, parts: Sequence[Bytes], start: int) -> int:
+        """Fill pieces of memory as far as the system does at once; returns how many bytes."""
+        buffers: list[Any] = list(parts)
+        try:
+            num_read = os.preadv(self.descriptor, buffers, start)
+        except OSError as error:
+            raise ChangedSampleError(self.path, f"fails: {error.strerror}") from None
+        if num_read == 0:
+            raise ChangedSampleError(self.path, "is shorter than it was")
+        return num_read
+
+
+def _drop(parts: Sequence[Bytes], num_bytes: int) -> Sequence[Bytes]:
+    """What is left of pieces of memory behind so many bytes."""
+    for index, part in enumerate(parts):
+        if num_bytes < part.nbytes:
+            return [part.reshape(-1)[num_bytes:], *parts[index + 1 :]]
+        num_bytes -= part.nbytes
+    return []
+
+
+class StoredStates:
+    """Hidden states [seq_len, width] in a file; its rows are read when they are taken.
+
+    Args:
+        source: The file.
+        dtype: A key of `ITEM_BYTES`.
+        start: Byte at which the first value is.
+        shape: Rows and width.
+        stride: Values from one row to the next, and within a row; neither negative.
+
+    Raises:
+        BadSampleError: Their values are spread too widely.
+    """
+
+    def __init__(
+        self,
+        source: OpenFile,
+        dtype: str,
+        start: int,
+        shape: tuple[int, int],
+        stride: tuple[int, int],
+    ) -> None:
+        self.source = source
+        self.dtype_name = dtype
+        self.start = start
+        self.shape = shape
+        self.stride = stride
+        self._item_bytes = ITEM_BYTES[dtype]
+        self._width_bytes = shape[1] * self._item_bytes
+        self._are_rows_whole = stride[1] == 1 or shape[1] <= 1
+        if not self._are_rows_whole and self._num_spread_bytes > MAX_SPREAD_BYTES:
+            raise BadSampleError(f"has hidden states spread over {self._num_spread_bytes:,} bytes")
+
+    @property
+    def dtype(self) -> "torch.dtype":
+        """Type of the values."""
+        import torch
+
+        dtype: torch.dtype = getattr(torch, self.dtype_name)
+        return dtype
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, rows: "slice | Tensor") -> "Tensor":
+        """Read rows: a slice of them, those of ascending indices, or those where a mask is True."""
+        import torch
+
+        indices = find_rows(rows, len(self))
+        # As bytes: NumPy does not have every type that torch has.
+        values = torch.empty((len(indices), self._width_bytes), dtype=torch.uint8)
+        self.read_into(values.numpy(), indices)
+        return values.view(self.dtype)
+
+    def split(self, num_rows: int) -> Iterator["Tensor"]:
+        """Read all rows, so many at a time."""
+        for start in range(0, len(self), num_rows):
+            yield self[start : start + num_rows]
+
+    def beside(self, other: "StoredStates") -> "StoredStates | None":
+        """Both as one, where each row of the other lies behind this one's; else None."""
+        is_beside = (
+            (other.source, other.dtype_name) == (self.source, self.dtype_name)
+            and (other.stride, len(other)) == (self.stride, len(self))
+            and other.start == self.start + self.shape[1] * self.stride[1] * self._item_bytes
+        )
+        if not is_beside:
+            return None
+        shape = (len(self), self.shape[1] + other.shape[1])
+        return StoredStates(self.source, self.dtype_name, self.start, shape, self.stride)
+
+    def read_into(
+        self,
+        into: Bytes,  # [rows, width in bytes], the bytes of a row together
+        rows: NDArray[np.int64],  # [rows]
+    ) -> None:
+        """Read rows to where they go; wide gaps between them are not read.
+
+        Raises:
+            ChangedSampleError: The file ends before them, or fails.
+        """
+        if not into.size:
+            return
+        if not self._are_rows_whole:
+            into[:] = self._whole[rows].view(np.uint8)
+            return
+        offsets = self.start + rows * (self.stride[0] * self._item_bytes)
+        if into.flags.c_contiguous:
+            # Rows that follow each other are one piece.
+            firsts = np.append(0, np.flatnonzero(np.diff(offsets) != self._width_bytes) + 1)
+        else:
+            firsts = np.arange(len(rows))
+        ends = np.append(firsts[1:], len(rows))
+        begins = offsets[firsts]
+        gaps = begins[1:] - (offsets[ends[:-1] - 1] + self._width_bytes)
+        cuts = np.flatnonzero((gaps < 0) | (gaps > MAX_GAP_BYTES)) + 1
+        unwanted = np.empty(MAX_GAP_BYTES, np.uint8)
+        pieces = [into[a:b] for a, b in zip(firsts.tolist(), ends.tolist(), strict=True)]
+        for first, end in pairwise([0, *cuts.tolist(), len(pieces)]):
+            parts = _interleave(pieces[first:end], gaps[first : end - 1].tolist(), unwanted)
+            self.source.fill(parts, int(begins[first]))
+
+    @property
+    def _num_spread_bytes(self) -> int:
+        span = sum((n - 1) * step for n, step in zip(self.shape, self.stride, strict=True))
+        return (span + 1) * self._item_bytes
+
+    @cached_property
+    def _whole(self) -> NDArray[Any]:
+        """All values, as unsigned integers of their size."""
+        data = np.empty(self._num_spread_bytes, np.uint8)
+        self.source.fill([data], self.start)
+        strides = [step * self._item_bytes for step in self.stride]
+        return np.ndarray(self.shape, f"u{self._item_bytes}", data.data, strides=strides)
+
+
+class ScaledStates:
+    """Hidden states stored as float8 with one float32 scale a row; the product is rounded once.
+
+    Args:
+        stored: The float8 values.
+        scales: [seq_len, 1].
+    """
+
+    def __init__(self, stored: StoredStates, scales: "Tensor") -> None:
+        self.stored = stored
+        self.scales = scales
+        self.shape = stored.shape
+
+    @property
+    def dtype(self) -> "torch.dtype":
+        """Type of the products."""
+        import torch
+
+        return torch.bfloat16
+
+    def __len__(self) -> int:
+        return len(self.stored)
+
+    def __getitem__(self, rows: "slice | Tensor") -> "Tensor":
+        """Read and scale rows."""
+        return (self.stored[rows].float() * self.scales[rows]).bfloat16()
+
+    def split(self, num_rows: int) -> Iterator["Tensor"]:
+        """Read and scale all rows, so many at a time."""
+        for start in range(0, len(self), num_rows):
+            yield self[start : start + num_rows]
+
+
+def find_rows(rows: "slice | Tensor", num_rows: int) -> NDArray[np.int64]:
+    """Indices of the rows that an index takes."""
+    if isinstance(rows, slice):
+        return np.arange(num_rows)[rows]
+    indices: NDArray[np.int64] = rows.numpy()
+    return np.flatnonzero(indices) if indices.dtype == np.bool_ else indices
+
+
+def _interleave(pieces: list[Bytes], gaps: list[int], unwanted: Bytes) -> list[Bytes]:
+    """Pieces of memory, with room for what lies between their rows in the file."""
+    if not any(gaps):
+        return pieces
+    parts = [pieces[0]]
+    for gap, piece in zip(gaps, pieces[1:], strict=True):
+        if gap:
+            parts.append(unwanted[:gap])
+        parts.append(piece)
+    return parts
