@@ -1,10 +1,13 @@
 """Drafts over a verifier given by its tensors; by default tiny, with dimensions that all differ."""
 
+import json
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
 from speculators_cli.core.data.batch import Batch, collate
@@ -51,6 +54,28 @@ def make_config(**changes: Any) -> Eagle3Config:
         "verifier_architectures": ("LlamaForCausalLM",),
     }
     return Eagle3Config(**(fields | changes))
+
+
+def write_draft(folder: Path, config: Eagle3Config, **changes: Any) -> Path:
+    """A random draft of this shape in `folder`, as this package exports it.
+
+    `changes` go to the decoder layers' part of its config.json.
+    """
+    generator = torch.Generator().manual_seed(0)
+    tensors = {
+        name: float(len(shape) == 1) + 0.1 * torch.randn(shape, generator=generator)
+        for name, shape in config.tensor_shapes().items()
+    }
+    kept_ids = torch.randperm(config.vocab_size, generator=generator)
+    kept_ids = kept_ids[: config.draft_vocab_size].sort().values
+    tensors["d2t"] = kept_ids - torch.arange(len(kept_ids))
+    tensors["t2d"] = torch.zeros(config.vocab_size, dtype=torch.bool).index_fill_(0, kept_ids, True)
+    content = config.to_json()
+    content["transformer_layer_config"] |= changes
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps(content))
+    save_file(tensors, folder / "model.safetensors")
+    return folder
 
 
 def make_draft(

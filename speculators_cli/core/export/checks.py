@@ -62,6 +62,9 @@ def check_can_run(source: DraftSource, served: Eagle3Config, target: Target) -> 
         ExportError: It is one.
     """
     obstacles = target.find_obstacles(served)
+    if not obstacles:
+        rope = target.find_rope_problem(target.build_config(served, "float32"), served)
+        obstacles = [] if rope is None else [rope]
     if obstacles:
         raise ExportError(
             "\n".join(

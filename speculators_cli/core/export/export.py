@@ -17,9 +17,15 @@ from speculators_cli.core.export.model_card import (
     PROVENANCE_NAME,
     build_card,
     build_provenance,
+    longrope_warning,
     read_licence,
 )
-from speculators_cli.core.export.targets import TARGETS, vllm_command
+from speculators_cli.core.export.targets import (
+    TARGETS,
+    length_option,
+    longrope_length,
+    vllm_command,
+)
 from speculators_cli.core.export.verification import Verification, has_untrained_gains, verify
 from speculators_cli.core.export.weights import cast_tensors, write_weights
 from speculators_cli.core.files import replacing_folder, write_json
@@ -115,6 +121,9 @@ def export(settings: ExportSettings, *, progress: Progress) -> ExportReport:
             f"All norm gains of `{source.name}` are exactly 1.0, as before training: its training "
             "may have been lost to rounding"
         )
+    length = longrope_length(served)
+    if length is not None and chosen.target != "sglang":
+        progress.warn(longrope_warning(length))
     tensors = cast_tensors(source, DTYPES[chosen.dtype], with_embedding=chosen.embeddings)
     advice = None if chosen.target == "sglang" else advise(served)
     verification = None
@@ -176,8 +185,8 @@ def serve_command(served: Eagle3Config, output_dir: Path, target: str) -> str | 
     if target == "sglang":
         return None
     if target == "vllm" and not Path(verifier).exists():
-        return f"vllm serve {shlex.quote(str(output_dir))}"
-    return vllm_command(verifier, str(output_dir), served.ttt_steps)
+        return f"vllm serve {shlex.quote(str(output_dir))}{length_option(served)}"
+    return vllm_command(verifier, str(output_dir), served)
 
 
 def push(folder: Path, repo_id: str) -> None:

@@ -10,7 +10,7 @@ from yaml import YAMLError
 from speculators_cli import __version__
 from speculators_cli.core.errors import SpeculatorsError
 from speculators_cli.core.export.engine_versions import EngineAdvice
-from speculators_cli.core.export.targets import vllm_command
+from speculators_cli.core.export.targets import longrope_length, vllm_command
 from speculators_cli.core.models.config import PRODUCER, Eagle3Config
 from speculators_cli.core.models.draft_source import DraftSource
 from speculators_cli.core.models.repo_files import WEIGHTS_NAME
@@ -120,8 +120,19 @@ def _how_to_serve(command: str | None, served: Eagle3Config, *, is_on_hub: bool)
             "folder."
         )
     if not is_on_hub:
-        command = vllm_command("VERIFIER", "THIS_FOLDER", served.ttt_steps)
-    return f"```text\n{command}\n```"
+        command = vllm_command("VERIFIER", "THIS_FOLDER", served)
+    block = f"```text\n{command}\n```"
+    length = longrope_length(served)
+    return block if length is None else f"{block}\n\n{longrope_warning(length)}"
+
+
+def longrope_warning(length: int) -> str:
+    """What to heed in serving a draft with LongRoPE, trained with its long factors."""
+    return (
+        f"Its RoPE is LongRoPE with the long factors. vLLM applies them only with "
+        f"`--max-model-len` above {length:,}: with less, which can be its default, it applies the "
+        "short factors, and accepts fewer tokens silently."
+    )
 
 
 def _facts(

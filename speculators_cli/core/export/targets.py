@@ -6,6 +6,12 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from speculators_cli.core.export.engine_rope import (
+    Turning,
+    find_rope_problem,
+    sglang_turning,
+    vllm_turning,
+)
 from speculators_cli.core.models.config import Eagle3Config
 
 
@@ -17,6 +23,12 @@ class Target:
     find_obstacles: Callable[[Eagle3Config], list[str]]  # why a draft cannot be written so
     build_config: Callable[[Eagle3Config, str], dict[str, Any]]  # with the name of a dtype
     rename: Callable[[str], str]  # a tensor, from its name in a checkpoint
+    turning: Callable[[Mapping[str, Any]], Turning]  # by its decoder layers in config.json
+
+    def find_rope_problem(self, content: Mapping[str, Any], config: Eagle3Config) -> str | None:
+        """Why the engine would turn positions otherwise than in training, by config.json."""
+        layers = content.get("transformer_layer_config", content)
+        return find_rope_problem(layers, config, self.turning)
 
 
 def _vllm_obstacles(config: Eagle3Config) -> list[str]:
@@ -68,8 +80,21 @@ def _sglang_config(config: Eagle3Config, dtype: str) -> dict[str, Any]:
     # That engine counts the layer whose output is taken, not the layers passed.
     ids = [k - 1 for k in content.pop("eagle_aux_hidden_state_layer_ids")]
     return content | {
-        "eagle_config": {"use_aux_hidden_state": True, "eagle_aux_hidden_state_layer_ids": ids}
+        "rope_parameters": _sglang_rope(config),
+        "eagle_config": {"use_aux_hidden_state": True, "eagle_aux_hidden_state_layer_ids": ids},
     }
+
+
+def _sglang_rope(config: Eagle3Config) -> dict[str, Any]:
+    """The RoPE that was trained, where the engine would choose another by the length at hand."""
+    rope = dict(config.rope_parameters)
+    if rope["rope_type"] == "dynamic":
+        return {"rope_type": "default", "rope_theta": rope["rope_theta"]}
+    if longrope_length(config) is not None:
+        rope["short_factor"] = rope["long_factor"]
+        if "long_mscale" in rope:
+            rope["short_mscale"] = rope["long_mscale"]
+    return rope
 
 
 def _sglang_obstacles(config: Eagle3Config) -> list[str]:
@@ -79,11 +104,33 @@ def _sglang_obstacles(config: Eagle3Config) -> list[str]:
     return found
 
 
-def vllm_command(verifier: str, draft: str, num_tokens: int) -> str:
+def longrope_length(config: Eagle3Config) -> int | None:
+    """Tokens that vLLM must be given more than, to turn positions by the long factors of LongRoPE.
+
+    Returns:
+        None if it always turns positions as in training.
+    """
+    rope = config.rope_parameters
+    if rope["rope_type"] != "longrope" or rope["short_factor"] == rope["long_factor"]:
+        return None
+    length = int(rope["original_max_position_embeddings"])
+    return length if config.max_position_embeddings > length else None
+
+
+def length_option(config: Eagle3Config) -> str:
+    """What a vLLM command must end with for a draft, if anything."""
+    length = longrope_length(config)
+    if length is None:
+        return ""
+    return f" --max-model-len {min(2 * length, config.max_position_embeddings)}"
+
+
+def vllm_command(verifier: str, draft: str, config: Eagle3Config) -> str:
     """The command that serves a verifier with a draft, wherever the two lie."""
-    options = {"method": "eagle3", "model": draft, "num_speculative_tokens": num_tokens}
+    options = {"method": "eagle3", "model": draft, "num_speculative_tokens": config.ttt_steps}
     line = shlex.quote(json.dumps(options))
-    return f"vllm serve {shlex.quote(verifier)} --speculative-config {line}"
+    command = f"vllm serve {shlex.quote(verifier)} --speculative-config {line}"
+    return command + length_option(config)
 
 
 def _keep(name: str) -> str:
@@ -95,7 +142,7 @@ def _midlayer(name: str) -> str:
 
 
 TARGETS: Mapping[str, Target] = {
-    "vllm": Target("vLLM", _vllm_obstacles, _vllm_config, _keep),
-    "sglang": Target("SGLang", _sglang_obstacles, _sglang_config, _midlayer),
-    "eagle": Target("EAGLE-3", _plain_obstacles, _plain_config, _midlayer),
+    "vllm": Target("vLLM", _vllm_obstacles, _vllm_config, _keep, vllm_turning),
+    "sglang": Target("SGLang", _sglang_obstacles, _sglang_config, _midlayer, sglang_turning),
+    "eagle": Target("EAGLE-3", _plain_obstacles, _plain_config, _midlayer, vllm_turning),
 }

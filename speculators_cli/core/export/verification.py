@@ -1,5 +1,6 @@
 """Verification: a written folder against the contract, the checkpoint and the verifier."""
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -9,11 +10,13 @@ from torch import Tensor
 
 from speculators_cli.core.errors import ExportError
 from speculators_cli.core.export.contract import find_problems
+from speculators_cli.core.export.targets import TARGETS
 from speculators_cli.core.models.attention import AttentionMemory, CausalMemory
 from speculators_cli.core.models.config import Eagle3Config
 from speculators_cli.core.models.draft_config import Given
 from speculators_cli.core.models.draft_source import DraftSource, read_draft
 from speculators_cli.core.models.eagle3 import Eagle3Draft, load_draft
+from speculators_cli.core.models.repo_files import CONFIG_NAME
 from speculators_cli.core.models.verifier import EmbeddingOnly
 
 NUM_TOKENS = 32  # of the fixed batch
@@ -49,6 +52,9 @@ def verify(
     if not problems:
         exported = read_draft(str(folder), _given(served), flag="--output-dir")
         problems = _find_differences(exported, source, served, dtype)
+        content = json.loads((folder / CONFIG_NAME).read_text("utf-8"))
+        rope = TARGETS[target].find_rope_problem(content, source.config)
+        problems += [] if rope is None else [rope]
     if not problems:
         result = _compare_logits(exported, source)
         if not result.logit_error <= MAX_ERROR[dtype]:
@@ -92,7 +98,8 @@ def _find_differences(
 ) -> list[str]:
     # A plain config does not say how many tokens to draft.
     ttt_steps = served.ttt_steps if exported.kind == "eagle3" else exported.config.ttt_steps
-    config = replace(exported.config, ttt_steps=ttt_steps)
+    # A format may spell the same RoPE in another way.
+    config = replace(exported.config, ttt_steps=ttt_steps, rope_parameters=served.rope_parameters)
     found = [] if config == served else [f"its config reads {config}, expected {served}"]
     found += [
         f"`{name}` is not the checkpoint's, rounded to {dtype}"

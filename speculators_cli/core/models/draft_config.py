@@ -5,12 +5,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from huggingface_hub.errors import StrictDataclassError
-from transformers import AutoConfig, PreTrainedConfig
+from transformers import AutoConfig
 
 from speculators_cli.core.data.data_config import default_layer_ids
 from speculators_cli.core.errors import CheckpointError
 from speculators_cli.core.models.config import LAYER_IDS_ASSUMED, Eagle3Config
-from speculators_cli.core.models.rope import ROPE_TYPES
+from speculators_cli.core.models.rope import RopeError, read_rope
 from speculators_cli.core.models.verifier import VerifierConfig
 
 PLAIN_ARCHITECTURES = ("LlamaForCausalLMEagle3", "Eagle3LlamaForCausalLM")
@@ -146,6 +146,9 @@ def _build(
             "strictly ascending",
             hint="Pass `--target-layer-ids` if you know which layers it was trained on",
         )
+    head_dim = getattr(config, "head_dim", None) or (
+        config.hidden_size // config.num_attention_heads
+    )
     return Eagle3Config(
         arch=arch,
         hidden_size=config.hidden_size,
@@ -154,10 +157,9 @@ def _build(
         num_layers=config.num_hidden_layers,
         num_heads=config.num_attention_heads,
         num_kv_heads=config.num_key_value_heads or config.num_attention_heads,
-        head_dim=getattr(config, "head_dim", None)
-        or config.hidden_size // config.num_attention_heads,
+        head_dim=head_dim,
         rms_norm_eps=config.rms_norm_eps,
-        rope_parameters=_rope(config, name),
+        rope_parameters=_rope(layers, config, name, head_dim),
         max_position_embeddings=config.max_position_embeddings,
         vocab_size=config.vocab_size,
         draft_vocab_size=draft_vocab_size or config.vocab_size,
@@ -203,12 +205,15 @@ def _read_layers(layers: Mapping[str, Any], arch: str, name: str) -> Any:
     return config
 
 
-def _rope(config: PreTrainedConfig, name: str) -> dict[str, Any]:
-    found: dict[str, Any] = dict(getattr(config, "rope_parameters", None) or {})
-    rope = {"rope_type": "default", "rope_theta": 10000.0} | found
-    if rope["rope_type"] not in ROPE_TYPES or rope.pop("partial_rotary_factor", 1.0) != 1.0:
-        raise CheckpointError(
-            f"`{name}` has RoPE `{found}`, which this package does not compute",
-            hint=CONVERT_HINT,
+def _rope(layers: Mapping[str, Any], config: Any, name: str, head_dim: int) -> dict[str, Any]:
+    try:
+        return read_rope(
+            layers,
+            head_dim=head_dim,
+            max_position_embeddings=config.max_position_embeddings,
         )
-    return rope
+    except RopeError as error:
+        raise CheckpointError(
+            f"The RoPE of `{name}` is not one that this package computes: it {error}",
+            hint=CONVERT_HINT,
+        ) from None

@@ -1,5 +1,8 @@
-"""RoPE of a draft: which of the verifier's it can have, and the frequencies it turns by."""
+"""RoPE of a draft: what it takes of the verifier's, what is computed of it, the frequencies."""
 
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -9,33 +12,258 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from speculators_cli.core.models.config import Eagle3Config
 
-# RoPE kinds that a llama or qwen3 layer of a serving engine computes.
-ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "llama3", "longrope")
+DEFAULT_THETA = 10000.0
+_LENGTH = "original_max_position_embeddings"
+# What the frequencies of each kind are computed from, beside `rope_theta`: the keys that engines
+# read of it in a llama or qwen3 layer.
+_REQUIRED = {
+    "default": (),
+    "linear": ("factor",),
+    "dynamic": ("factor",),
+    "yarn": ("factor", _LENGTH),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", _LENGTH),
+    "longrope": ("short_factor", "long_factor", _LENGTH),
+}
+_OPTIONAL = {
+    "yarn": (
+        *("beta_fast", "beta_slow", "mscale", "mscale_all_dim"),
+        *("attention_factor", "truncate"),
+    ),
+    "longrope": ("factor", "attention_factor", "short_mscale", "long_mscale"),
+}
+ROPE_TYPES = tuple(_REQUIRED)
+# What an engine applies and this package does not, with the value that changes nothing.
+_NOT_COMPUTED: Mapping[str, float | None] = {
+    "partial_rotary_factor": 1.0,
+    "rope_dim": None,  # neutral is the size of a head
+    "max_trained_positions": None,  # neutral is the longest position
+    "mrope_section": None,
+    "use_fope": 0.0,
+    "attn_factor": 1.0,
+    "extrapolation_factor": 1.0,
+}
+_AT_THE_TOP = {
+    "rope_theta": ("rope_theta", "rotary_emb_base"),
+    "partial_rotary_factor": ("partial_rotary_factor", "rotary_pct", "rotary_emb_fraction"),
+    _LENGTH: (_LENGTH,),
+}
 
 
-def choose_rope(text: PreTrainedConfig) -> dict[str, Any]:
-    """RoPE of the verifier's full-attention layers, as one llama layer can compute it."""
-    given = getattr(text, "rope_parameters", None) or {}
-    given = given.get("full_attention", given)
-    theta = float(given.get("rope_theta", 10000.0))
-    if given.get("rope_type", "default") not in ROPE_TYPES:
-        return {"rope_type": "default", "rope_theta": theta}
-    left_out = ("partial_rotary_factor", "mrope_section", "mrope_interleaved", "type")
-    kept = {key: value for key, value in given.items() if key not in left_out}
-    return {"rope_type": "default", **kept, "rope_theta": theta}
+class RopeError(ValueError):
+    """Why a RoPE is not computed; the end of a sentence about it."""
+
+
+@dataclass(frozen=True)
+class ChosenRope:
+    """RoPE of a draft for a verifier."""
+
+    parameters: Mapping[str, Any]
+    left_out: str | None  # what a draft layer does not compute of the verifier's
+
+
+def choose_rope(
+    text: PreTrainedConfig, *, head_dim: int, max_position_embeddings: int
+) -> ChosenRope:
+    """RoPE of the verifier's full-attention layers, as a llama layer of an engine computes it.
+
+    A draft may have another: it must be the same in training and serving only. So where a layer
+    cannot have the verifier's, it has plain RoPE with the verifier's theta.
+    """
+    given = _full_attention(getattr(text, "rope_parameters", None) or {})
+    theta = float(given.get("rope_theta") or DEFAULT_THETA)
+    partial = given.get("partial_rotary_factor")
+    left_out = None
+    if partial not in (None, 1.0):
+        left_out = f"turns {partial} of each head (`partial_rotary_factor`), not all of it"
+    # On text, the sections of a multimodal RoPE all turn by the same position.
+    dropped = ("partial_rotary_factor", "mrope_section", "mrope_interleaved", "type")
+    kept = {key: value for key, value in given.items() if key not in dropped}
+    if kept.get("rope_type") == "mrope":
+        kept["rope_type"] = "default"
+    whole = {"rope_type": "default", **kept, "rope_theta": theta}
+    try:
+        parameters = check_rope(
+            whole, head_dim=head_dim, max_position_embeddings=max_position_embeddings
+        )
+    except RopeError as error:
+        return ChosenRope({"rope_type": "default", "rope_theta": theta}, left_out or str(error))
+    return ChosenRope(parameters, left_out)
+
+
+def read_rope(
+    layers: Mapping[str, Any], *, head_dim: int, max_position_embeddings: int
+) -> dict[str, Any]:
+    """RoPE of the decoder layers of a trained draft, from their part of its config.json.
+
+    Raises:
+        RopeError: It is not one that this package computes.
+    """
+    found = layers.get("rope_scaling") or layers.get("rope_parameters") or {}
+    if not isinstance(found, Mapping):
+        raise RopeError(f"is `{found}`, expected an object")
+    own = {key: value for key, value in found.items() if value is not None}
+    # Names of the same value at the top of the config, as engines look for them.
+    for key, names in _AT_THE_TOP.items():
+        values = [layers[name] for name in names if layers.get(name) is not None]
+        if values and (key not in own or key == _LENGTH):
+            own[key] = values[0]
+    kind = own.get("rope_type", own.get("type", "default"))
+    rope = {"rope_type": kind, "rope_theta": DEFAULT_THETA} | own
+    return check_rope(rope, head_dim=head_dim, max_position_embeddings=max_position_embeddings)
+
+
+def check_rope(
+    rope: Mapping[str, Any], *, head_dim: int, max_position_embeddings: int
+) -> dict[str, Any]:
+    """What the frequencies are computed from, with its types checked, and no other key.
+
+    Raises:
+        RopeError: An engine would apply what this package does not compute.
+    """
+    given = {key: value for key, value in rope.items() if value is not None}
+    given.setdefault("rope_theta", DEFAULT_THETA)
+    kind = _find_kind(given)
+    _refuse_not_computed(given, head_dim, max_position_embeddings)
+    if kind == "dynamic" and "alpha" in given:
+        # A constant change of theta, under a name of its own.
+        stretch = _number(given, "alpha") ** (head_dim / max(head_dim - 2, 1))
+        return {"rope_type": "default", "rope_theta": _number(given, "rope_theta") * stretch}
+    if _LENGTH in _REQUIRED[kind]:
+        given.setdefault(_LENGTH, max_position_embeddings)
+    if kind == "yarn" and "factor" not in given:
+        given["factor"] = max_position_embeddings / _number(given, _LENGTH)
+    missing = [key for key in _REQUIRED[kind] if key not in given]
+    if missing:
+        raise RopeError(f"is of type `{kind}` and lacks `{missing[0]}`")
+    keys = ("rope_theta", *_REQUIRED[kind], *_OPTIONAL.get(kind, ()))
+    read = {"rope_type": kind} | {key: _value(given, key) for key in given if key in keys}
+    if given.get("type") == kind:
+        read["type"] = kind
+    _check_kind(read, head_dim, max_position_embeddings)
+    return {key: read[key] for key in ("rope_type", *given) if key in read}
+
+
+def _full_attention(given: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The RoPE of full-attention layers, where each kind of layer has its own."""
+    nested = {key: value for key, value in given.items() if isinstance(value, Mapping)}
+    if not nested and "full_attention" not in given:
+        return given
+    return nested.get("full_attention") or next(iter(nested.values()), {})
+
+
+def _find_kind(given: Mapping[str, Any]) -> str:
+    kind = given.get("rope_type", given.get("type", "default"))
+    legacy = given.get("type", kind)
+    if legacy != kind and (legacy, kind) not in (("su", "longrope"), ("mrope", "default")):
+        raise RopeError(f"is of `rope_type` `{kind}` and of `type` `{legacy}`")
+    kind = "longrope" if kind == "su" else kind
+    if not isinstance(kind, str) or kind not in _REQUIRED:
+        raise RopeError(f"is of type `{kind}`")
+    return kind
+
+
+def _refuse_not_computed(
+    given: Mapping[str, Any], head_dim: int, max_position_embeddings: int
+) -> None:
+    if head_dim % 2:
+        raise RopeError(f"turns pairs, and a head has {head_dim} values")
+    neutral = dict(_NOT_COMPUTED) | {
+        "rope_dim": float(head_dim),
+        "max_trained_positions": float(max_position_embeddings),
+    }
+    for key, value in given.items():
+        if isinstance(value, Mapping):
+            raise RopeError(f"has values of its own for `{key}`")
+        if key in neutral and not _is_number(value, neutral[key]):
+            raise RopeError(f"has `{key}` `{value}`")
+
+
+def _is_number(value: object, expected: float | None) -> bool:
+    try:
+        return float(value) == expected  # type: ignore[arg-type]
+    except (TypeError, ValueError):
+        return False
+
+
+def _value(given: Mapping[str, Any], key: str) -> Any:
+    if key == "truncate":
+        if not isinstance(given[key], bool):
+            raise RopeError(f"has `truncate` `{given[key]}`, expected `true` or `false`")
+        return given[key]
+    if key in ("short_factor", "long_factor"):
+        if not isinstance(given[key], list | tuple):
+            raise RopeError(f"has `{key}` `{given[key]}`, expected a list")
+        return [_number({key: value}, key) for value in given[key]]
+    return _number(given, key)
+
+
+def _number(given: Mapping[str, Any], key: str) -> float:
+    """A positive number, which may stand as text."""
+    value = given[key]
+    try:
+        if isinstance(value, str):
+            value = int(value) if value.isdigit() else float(value)
+        if isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < math.inf:
+            return value
+    except ValueError:
+        pass
+    raise RopeError(f"has `{key}` `{given[key]}`, expected a positive number")
+
+
+def _check_kind(read: dict[str, Any], head_dim: int, max_position_embeddings: int) -> None:
+    """Refuse values that do not fit each other, or that engines read in different ways."""
+    kind = read["rope_type"]
+    if kind == "linear":
+        read["factor"] = float(read["factor"])  # An engine takes a whole number for a list.
+    if _LENGTH in read and (read[_LENGTH] != int(read[_LENGTH]) or read[_LENGTH] < 2):
+        raise RopeError(f"has `{_LENGTH}` `{read[_LENGTH]}`, expected a whole number")
+    if kind == "llama3" and read["low_freq_factor"] >= read["high_freq_factor"]:
+        raise RopeError("has a `low_freq_factor` that is not below its `high_freq_factor`")
+    if kind == "yarn" and read["rope_theta"] <= 1:
+        raise RopeError(f"has `rope_theta` `{read['rope_theta']}`, expected more than 1")
+    if kind == "longrope":
+        _check_longrope(read, head_dim, max_position_embeddings)
+
+
+def _check_longrope(read: dict[str, Any], head_dim: int, max_position_embeddings: int) -> None:
+    for key in ("short_factor", "long_factor"):
+        if len(read[key]) != head_dim // 2:
+            raise RopeError(f"has {len(read[key])} values in `{key}`, expected {head_dim // 2}")
+    ratio = max_position_embeddings / read[_LENGTH]
+    # Some engines look at these two, others only at the lengths.
+    if not math.isclose(read.get("factor", ratio), ratio, rel_tol=1e-6):
+        raise RopeError(f"has `factor` {read['factor']}, and its lengths a ratio of {ratio:g}")
+    usual = math.sqrt(1 + math.log(ratio) / math.log(read[_LENGTH])) if ratio > 1 else 1.0
+    applied = read.get(_chosen_mscale(read, max_position_embeddings), usual)
+    if not math.isclose(read.get("attention_factor", applied), applied, rel_tol=1e-6):
+        raise RopeError(
+            f"has `attention_factor` {read['attention_factor']}, and engines apply {applied:g}"
+        )
+
+
+def _chosen_mscale(rope: Mapping[str, Any], max_position_embeddings: int) -> str:
+    return "long_mscale" if max_position_embeddings > rope[_LENGTH] else "short_mscale"
 
 
 def find_frequencies(config: Eagle3Config) -> tuple[Tensor, float]:
     """Radians a position for each pair, and what cosine and sine are multiplied by."""
-    kind = config.rope_parameters["rope_type"]
+    rope = dict(config.rope_parameters)
+    kind = rope["rope_type"]
     if kind == "default":
         pairs = torch.arange(0, config.head_dim, 2).float()
-        return config.rope_parameters["rope_theta"] ** -(pairs / config.head_dim), 1.0
-    verifier = LlamaConfig(
-        hidden_size=config.hidden_size,
-        num_attention_heads=config.num_heads,
+        return rope["rope_theta"] ** -(pairs / config.head_dim), 1.0
+    given = (
+        rope.get(_chosen_mscale(rope, config.max_position_embeddings))
+        if kind == "longrope"
+        else None
+    )
+    known = {key: value for key, value in rope.items() if not key.endswith("_mscale")}
+    layer = LlamaConfig(
+        hidden_size=config.head_dim,
+        num_attention_heads=1,
         head_dim=config.head_dim,
         max_position_embeddings=config.max_position_embeddings,
-        rope_parameters=dict(config.rope_parameters),
+        rope_parameters=known,
     )
-    return ROPE_INIT_FUNCTIONS[kind](verifier, seq_len=config.max_position_embeddings)
+    frequencies, scale = ROPE_INIT_FUNCTIONS[kind](layer, seq_len=config.max_position_embeddings)
+    return frequencies, scale if given is None else given

@@ -28,12 +28,13 @@ class VerifierConfig:
     num_kv_heads: int
     head_dim: int
     rms_norm_eps: float
-    rope_parameters: Mapping[str, Any]
+    rope_parameters: Mapping[str, Any]  # as a draft can have it
     max_position_embeddings: int
     norm_offset: float  # what the final norm adds to its stored weight: 1 in the Gemma family
     is_tied: bool  # whether the head is the embedding
     logit_softcap: float | None  # logits are squashed to (-softcap, softcap)
     logit_scale: float  # logits are multiplied by this
+    rope_left_out: str | None = None  # what a draft cannot have of its RoPE
 
 
 def read_verifier_config(files: VerifierFiles, *, trust_remote_code: bool) -> VerifierConfig:
@@ -54,6 +55,10 @@ def read_verifier_config(files: VerifierFiles, *, trust_remote_code: bool) -> Ve
         ) from None
     text = config.get_text_config(decoder=True)
     heads = text.num_attention_heads
+    head_dim = getattr(text, "head_dim", None) or text.hidden_size // heads
+    rope = choose_rope(
+        text, head_dim=head_dim, max_position_embeddings=text.max_position_embeddings
+    )
     return VerifierConfig(
         name_or_path=files.name_or_path,
         architectures=tuple(config.architectures or ()),
@@ -62,9 +67,10 @@ def read_verifier_config(files: VerifierFiles, *, trust_remote_code: bool) -> Ve
         num_layers=text.num_hidden_layers,
         num_heads=heads,
         num_kv_heads=getattr(text, "num_key_value_heads", None) or heads,
-        head_dim=getattr(text, "head_dim", None) or text.hidden_size // heads,
+        head_dim=head_dim,
         rms_norm_eps=getattr(text, "rms_norm_eps", 1e-6),
-        rope_parameters=choose_rope(text),
+        rope_parameters=rope.parameters,
+        rope_left_out=rope.left_out,
         max_position_embeddings=text.max_position_embeddings,
         norm_offset=_norm_offset(text, files.name_or_path, trust_remote_code=trust_remote_code),
         is_tied=bool(

@@ -142,6 +142,8 @@ def read_inputs(
         validation = validation.select(())
     _check_enough(samples, data.total_seq_len, num_ranks)
     _warn_of_other_verifier(scanned, verifier, progress)
+    if source is None:
+        _warn_of_other_rope(verifier, progress)
     _warn_of_lost_tokens(samples, data.total_seq_len, progress)
     if index_file is not None:
         index_file.parent.mkdir(parents=True, exist_ok=True)
@@ -237,6 +239,16 @@ def _can_validate(samples: Dataset, total_seq_len: int, progress: Progress) -> b
         hint="Run `speculators inspect-data` to list them",
     )
     return True
+
+
+def _warn_of_other_rope(verifier: VerifierConfig, progress: Progress) -> None:
+    """Warn where the draft layers cannot have the RoPE of the verifier."""
+    if verifier.rope_left_out is not None:
+        rope = verifier.rope_parameters
+        progress.warn(
+            f"The RoPE of verifier `{verifier.name_or_path}` {verifier.rope_left_out}: the draft "
+            f"has `{rope['rope_type']}` RoPE of theta {rope['rope_theta']:g}, trained and served"
+        )
 
 
 def _warn_of_lost_tokens(samples: Dataset, total_seq_len: int, progress: Progress) -> None:

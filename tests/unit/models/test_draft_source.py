@@ -234,7 +234,7 @@ REFUSED: dict[str, tuple[Change, str]] = {
                 "partial_rotary_factor": 0.5,
             }
         ),
-        "has RoPE",
+        "has `partial_rotary_factor` `0.5`",
     ),
     "layers out of order": (
         lambda c, _: c.update(eagle_aux_hidden_state_layer_ids=[7, 4, 1]),
