@@ -47,17 +47,23 @@ def show(report: "ConversionReport", output_dir: str, output: Output) -> None:
     )
     if report.num_already_converted:
         output.line(f"{report.num_already_converted:,} had been converted before")
+    if report.num_sources_removed:
+        output.line(f"Removed {report.num_sources_removed:,} v0 files")
     if report.largest_round_trip_error is not None:
         error = report.largest_round_trip_error
         output.line(f"The norm applied again is off by {error:.1e} of a token's largest value")
-    if report.layer_ids is None:
-        output.line("Layer ids unknown; `speculators train` will assume and name them")
-    else:
-        assumed = " (assumed)" if report.are_layer_ids_assumed else ""
-        output.line(f"Layer ids {','.join(map(str, report.layer_ids))}{assumed}")
+    output.line(describe_layer_ids(report))
     for problem in report.problems[:MAX_NAMED]:
         output.line(f"  `{problem.file}` {problem.problem}")
     if len(report.problems) > MAX_NAMED:
         output.line(f"  and {len(report.problems) - MAX_NAMED:,} more")
     if report.problems:
         output.line(f"Could not convert {len(report.problems):,} files")
+
+
+def describe_layer_ids(report: "ConversionReport") -> str:
+    """The line on the verifier layers of the samples."""
+    if report.layer_ids is None:
+        return "Layer ids unknown; `speculators train` will assume and name them"
+    assumed = " (assumed)" if report.are_layer_ids_assumed else ""
+    return f"Layer ids {','.join(map(str, report.layer_ids))}{assumed}"

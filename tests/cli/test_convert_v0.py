@@ -190,6 +190,72 @@ def test_files_converted_in_another_way_are_converted_again(
     assert (new["hidden_states"][0].dtype == torch.bfloat16) != is_undone
 
 
+@pytest.mark.parametrize("flags", [[], ["--undo-norm"], ["--dtype", "bfloat16"]])
+@pytest.mark.parametrize("part", ["hidden_state", "target"])
+def test_states_that_were_captured_anew_are_converted_again(
+    tiny: TinyInputs, v0_dir: Path, capsys: Capture, flags: list[str], part: str
+) -> None:
+    out_dir, fresh_dir = tiny.folder / "v1", tiny.folder / "fresh"
+    verifier = ["--verifier-name-or-path", tiny.verifier_dir]
+    convert(v0_dir, "--output-dir", out_dir, *verifier, *flags)
+    sample = load(v0_dir / "data_0.ckpt")
+    sample[part] = sample[part] * 1.5
+    torch.save(sample, v0_dir / "data_0.ckpt")
+    capsys.readouterr()
+
+    convert(v0_dir, "--output-dir", out_dir, *verifier, *flags, "--json")
+
+    report = json.loads(capsys.readouterr().out)
+    convert(v0_dir, "--output-dir", fresh_dir, *verifier, *flags)
+    assert (report["num_converted"], report["num_already_converted"]) == (1, 23)
+    assert (out_dir / "data_0.pt").read_bytes() == (fresh_dir / "data_0.pt").read_bytes()
+
+
+def test_states_without_checksums_are_compared_by_their_bytes(
+    tiny: TinyInputs, v0_dir: Path, capsys: Capture
+) -> None:
+    flags = [v0_dir, "--output-dir", tiny.folder / "v1", "--json"]
+    torch.serialization.set_crc32_options(False)
+    try:
+        sample = load(v0_dir / "data_0.ckpt")
+        torch.save(sample, v0_dir / "data_0.ckpt")
+        convert(*flags)
+        capsys.readouterr()
+        convert(*flags)
+        same = json.loads(capsys.readouterr().out)
+        torch.save(sample | {"target": sample["target"] * 2}, v0_dir / "data_0.ckpt")
+        convert(*flags)
+        other = json.loads(capsys.readouterr().out)
+    finally:
+        torch.serialization.set_crc32_options(True)
+
+    assert (same["num_converted"], other["num_converted"]) == (0, 1)
+    assert torch.equal(
+        load(tiny.folder / "v1/data_0.pt")["hidden_states"][-1], 2 * sample["target"]
+    )
+
+
+def test_states_undone_with_the_norm_of_another_verifier_are_converted_again(
+    tiny: TinyInputs, v0_dir: Path, capsys: Capture
+) -> None:
+    out_dir, other_dir = tiny.folder / "v1", tiny.folder / "other-verifier"
+    other_dir.mkdir()
+    (other_dir / "config.json").write_bytes((tiny.verifier_dir / "config.json").read_bytes())
+    tensors = load_file(tiny.verifier_dir / "model.safetensors")
+    tensors["model.norm.weight"] *= 2
+    save_file(tensors, other_dir / "model.safetensors", {"format": "pt"})
+    flags = [v0_dir, "--output-dir", out_dir, "--undo-norm", "--verifier-name-or-path"]
+    convert(*flags, other_dir)
+    capsys.readouterr()
+
+    convert(*flags, tiny.verifier_dir, "--json")
+
+    assert json.loads(capsys.readouterr().out)["num_converted"] == 24
+    gain = load_file(tiny.verifier_dir / "model.safetensors")["model.norm.weight"]
+    new, old = load(out_dir / "data_0.pt"), load(v0_dir / "data_0.ckpt")
+    torch.testing.assert_close(new["hidden_states"][-1] * gain, old["target"])
+
+
 def test_float32_states_shrink_to_bfloat16(tiny: TinyInputs, v0_dir: Path) -> None:
     out_dir = tiny.folder / "v1"
 
@@ -215,6 +281,43 @@ def test_sources_go_once_their_copies_were_read_back(
     assert code == 1
     assert [file.name for file in v0_dir.rglob("*") if file.is_file()] == ["broken.pt"]
     assert len(list(out_dir.rglob("*.pt"))) == 24
+
+
+@pytest.mark.parametrize("flags", [[], ["--undo-norm"], ["--dtype", "bfloat16"]])
+def test_a_source_left_beside_its_copy_is_removed_by_the_next_run(
+    tiny: TinyInputs, v0_dir: Path, capsys: Capture, flags: list[str]
+) -> None:
+    more = ["--verifier-name-or-path", tiny.verifier_dir, *flags]
+    # As a run leaves them that ends between a copy and the removal of its source.
+    convert(v0_dir, "--output-dir", tiny.folder / "v1", *more)
+    copies = {file: file.read_bytes() for file in (tiny.folder / "v1").rglob("*.pt")}
+    capsys.readouterr()
+
+    code = convert(v0_dir, "--output-dir", tiny.folder / "v1", *more, "--delete-source", "--json")
+
+    report = json.loads(capsys.readouterr().out)
+    assert code == 0
+    assert (report["num_converted"], report["num_sources_removed"]) == (0, 24)
+    assert not [file for file in v0_dir.rglob("*") if file.is_file()]
+    assert {file: file.read_bytes() for file in (tiny.folder / "v1").rglob("*.pt")} == copies
+
+
+def test_a_source_is_converted_again_before_it_goes_if_its_copy_is_damaged(
+    tiny: TinyInputs, v0_dir: Path
+) -> None:
+    convert(v0_dir, "--output-dir", tiny.folder / "v1")
+    target = tiny.folder / "v1/data_0.pt"
+    whole = target.read_bytes()
+    damaged = bytearray(whole)
+    at = whole.index(load(v0_dir / "data_0.ckpt")["target"].numpy().tobytes())
+    damaged[at + 40] ^= 1
+    target.write_bytes(bytes(damaged))
+
+    code = convert(v0_dir, "--output-dir", tiny.folder / "v1", "--delete-source")
+
+    assert code == 0
+    assert target.read_bytes() == whole
+    assert not (v0_dir / "data_0.ckpt").exists()
 
 
 @pytest.mark.parametrize("flags", [[], ["--undo-norm"], ["--dtype", "bfloat16"]])

@@ -3,6 +3,7 @@
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -30,6 +31,20 @@ class Changes:
     def header(self, source: SampleHeader) -> SampleHeader:
         """The header of the v1 sample that a v0 sample becomes."""
         return replace(source, dtype=self.dtype or source.dtype, is_normed=self.gain is None)
+
+    def origin(self, source: Archive, header: SampleHeader) -> str | None:
+        """What changed states are computed from: checksums of the source, and the gain.
+
+        None where all states are copied: their own checksums are the source's.
+        """
+        layers = v0.FORMAT.read_layout(source).hidden_states
+        if self.gain is None and all(spec.dtype == header.dtype for spec in layers):
+            return None
+        storages = {spec.storage_key: spec for spec in layers}
+        parts = [f"{source.checksum(spec):08x}" for spec in storages.values()]
+        if self.gain is not None:
+            parts.append(sha256(self.gain.numpy().tobytes()).hexdigest())
+        return " ".join(parts)
 
 
 def convert_file(source: Path, target: Path, changes: Changes) -> float:
@@ -63,7 +78,7 @@ def convert_file(source: Path, target: Path, changes: Changes) -> float:
         replacing(target) as temporary,
         temporary.open("wb", buffering=0) as stream,
     ):
-        writer = ArchiveWriter(stream)
+        writer = ArchiveWriter(stream, origin=changes.origin(archive, header))
         layers, error = _write_states(writer, archive, changes, header)
         v1.finish(
             writer, layers, tokens.input_ids, tokens.loss_mask, is_normed=changes.gain is None
@@ -130,18 +145,41 @@ def undo_norm(last: "Tensor", gain: "Tensor", dtype: "torch.dtype") -> tuple["Te
 
 
 def is_converted(source: Path, target: Path, changes: Changes) -> bool:
-    """Whether a file is the v1 sample that `convert_file` would write, by its tokens and types."""
+    """Whether a file is the v1 sample that `convert_file` would write.
+
+    Tokens and types are compared, and checksums of hidden states: no state is read.
+    """
     if not target.exists():
         return False
     try:
         old, new = v0.FORMAT.read_tokens(source), v1.FORMAT.read_tokens(target)
+        return (
+            new.header == changes.header(old.header)
+            and old.input_ids.tobytes() == new.input_ids.tobytes()
+            and old.loss_mask.tobytes() == new.loss_mask.tobytes()
+            and _has_same_states(source, target, changes, new.header)
+        )
     except (BadSampleError, OSError):
         return False
-    return (
-        new.header == changes.header(old.header)
-        and old.input_ids.tobytes() == new.input_ids.tobytes()
-        and old.loss_mask.tobytes() == new.loss_mask.tobytes()
-    )
+
+
+def _has_same_states(source: Path, target: Path, changes: Changes, header: SampleHeader) -> bool:
+    """Whether states that are copied have the source's checksums, and others come from it."""
+    with Archive(source) as old, Archive(target) as new:
+        origin = changes.origin(old, header)
+        if origin is not None or new.origin is not None:
+            return origin == new.origin
+        pairs = zip(
+            v0.FORMAT.read_layout(old).hidden_states,
+            v1.FORMAT.read_layout(new).hidden_states,
+            strict=True,
+        )
+        return all(_describe(old, given) == _describe(new, copied) for given, copied in pairs)
+
+
+def _describe(archive: Archive, spec: TensorSpec) -> tuple[object, ...]:
+    """All that tells of a tensor without reading it."""
+    return archive.checksum(spec), spec.dtype, spec.offset, spec.shape, spec.stride
 
 
 def is_same(source: Path, target: Path, changes: Changes) -> bool:

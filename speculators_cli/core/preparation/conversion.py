@@ -48,6 +48,7 @@ class Job:
     target: Path
     num_bytes: int  # of the source
     bytes_per_value: int  # of its hidden states
+    is_converted: bool  # by an earlier run
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,7 @@ class ConversionReport:
     num_files: int
     num_converted: int  # in this run; of a dry run, that would be
     num_already_converted: int
+    num_sources_removed: int
     num_bytes: int  # of the sources converted in this run
     duration_seconds: float
     layer_ids: tuple[int, ...] | None  # of the aux hidden states; None is unknown
@@ -93,7 +95,7 @@ def convert_v0(settings: ConvertV0Settings, *, progress: Progress) -> Conversion
             f"`{files.v0_path}` holds no samples: no `.pt` or `.ckpt` file was found",
             hint="Name the folder that holds the v0 samples",
         )
-    jobs, problems = plan(sources, files.output_dir)
+    jobs, problems = plan(sources, files.output_dir, changes)
     if not jobs:
         raise DataError(
             f"None of the {len(sources):,} files in `{files.v0_path}` can be converted; the first, "
@@ -103,17 +105,22 @@ def convert_v0(settings: ConvertV0Settings, *, progress: Progress) -> Conversion
     layer_ids = find_layer_ids(settings, [f for _, f in found], jobs, verifier)
     if layer_ids is not None:
         warn_of_assumed(layer_ids, progress, whose=f"`{files.v0_path}` states")
-    to_do = [job for job in jobs if not is_converted(job.source, job.target, changes)]
+    to_do = [job for job in jobs if not job.is_converted]
     num_bytes = sum(job.num_bytes for job in to_do)
     errors: list[float] = []
+    num_removed = 0
     if not files.dry_run:
         check_space(to_do, files)
         files.output_dir.mkdir(parents=True, exist_ok=True)
         remove_leftovers(files.output_dir)
-        for result in convert_all(to_do, files, changes, progress):
+        # A source that a stopped run left beside its copy is still to be removed.
+        to_handle = jobs if files.delete_source else to_do
+        for job, result in convert_all(to_handle, files, changes, progress):
             if isinstance(result, Problem):
                 problems.append(result)
-            else:
+                continue
+            num_removed += files.delete_source
+            if not job.is_converted:
                 errors.append(result)
         data_config.write_data_config(
             files.output_dir,
@@ -125,6 +132,7 @@ def convert_v0(settings: ConvertV0Settings, *, progress: Progress) -> Conversion
         num_files=len(sources),
         num_converted=len(to_do) if files.dry_run else len(errors),
         num_already_converted=len(jobs) - len(to_do),
+        num_sources_removed=num_removed,
         num_bytes=num_bytes,
         duration_seconds=time.perf_counter() - started_at,
         layer_ids=layer_ids.ids if layer_ids else None,
@@ -166,7 +174,9 @@ def load_gain(verifier: "tuple[VerifierFiles, VerifierConfig] | None") -> "Tenso
     return gain
 
 
-def plan(sources: Sequence[tuple[str, Path]], output_dir: Path) -> tuple[list[Job], list[Problem]]:
+def plan(
+    sources: Sequence[tuple[str, Path]], output_dir: Path, changes: Changes
+) -> tuple[list[Job], list[Problem]]:
     """Where each file goes, and which cannot be read or would take another's place."""
     jobs: list[Job] = []
     problems: list[Problem] = []
@@ -186,7 +196,8 @@ def plan(sources: Sequence[tuple[str, Path]], output_dir: Path) -> tuple[list[Jo
             problems.append(Problem(source, f"cannot be read: {error.strerror}"))
         else:
             taken.add(target)
-            jobs.append(Job(source, target, num_bytes, ITEM_BYTES[header.dtype]))
+            done = is_converted(source, target, changes)
+            jobs.append(Job(source, target, num_bytes, ITEM_BYTES[header.dtype], done))
     return jobs, problems
 
 
@@ -253,7 +264,7 @@ def remove_leftovers(output_dir: Path) -> None:
 
 def convert_all(
     jobs: Sequence[Job], files: FilesSettings, changes: Changes, progress: Progress
-) -> Iterator[float | Problem]:
+) -> Iterator[tuple[Job, float | Problem]]:
     """Round-trip error of each file, or why it was not converted."""
 
     def convert(job: Job) -> float | Problem:
@@ -267,7 +278,7 @@ def convert_all(
         try:
             for job, result in zip(jobs, pool.map(convert, jobs), strict=True):
                 task.advance(job.num_bytes)
-                yield result
+                yield job, result
         except OSError as error:
             pool.shutdown(cancel_futures=True)
             raise MachineError(
@@ -277,18 +288,21 @@ def convert_all(
 
 
 def convert_job(job: Job, changes: Changes, *, delete_source: bool) -> float | Problem:
-    """Convert one file, then remove its source if that is wanted.
+    """Convert one file if it is not yet, then remove its source if that is wanted.
 
     Raises:
         OSError: The disk is full or fails.
     """
+    error = 0.0
     try:
         if delete_source:
             with Archive(job.source) as source:
                 source.verify()
-        error = convert_file(job.source, job.target, changes)
+        is_checked = job.is_converted and is_same(job.source, job.target, changes)
+        if not is_checked:
+            error = convert_file(job.source, job.target, changes)
         if delete_source:
-            if not is_same(job.source, job.target, changes):
+            if not is_checked and not is_same(job.source, job.target, changes):
                 return Problem(job.source, f"is not what was read back from `{job.target}`")
             sync(job.target.parent)
             job.source.unlink()

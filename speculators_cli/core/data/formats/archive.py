@@ -23,6 +23,7 @@ from speculators_cli.core.files import open_regular, read_parts
 if TYPE_CHECKING:
     from torch import Tensor
 
+ORIGIN_NAME = "origin"  # of a record of our own
 MAX_STRUCTURE_BYTES = 64 * 2**20
 FIRST_BYTES = {
     b"<": "is a web page, not a sample",
@@ -131,6 +132,20 @@ class Archive:
         record = self._find_record(spec)
         return self._find_start(record), record
 
+    def checksum(self, spec: TensorSpec) -> int:
+        """CRC-32 of a tensor's storage: as it is noted, computed where its writer noted none."""
+        record = self._find_record(spec)
+        return record.crc or self._compute_crc(record)
+
+    def _compute_crc(self, record: Record) -> int:
+        return compute_crc(self.file, self._find_start(record), record.num_bytes)
+
+    @property
+    def origin(self) -> str | None:
+        """What its tensors were computed from, where its writer noted it."""
+        record = self._records.get(f"{self._prefix}{ORIGIN_NAME}")
+        return None if record is None else self._read_record(record).decode(errors="replace")
+
     def verify(self, spec: TensorSpec | None = None) -> None:
         """Read every byte, or those of a tensor's storage, and compare with their checksums.
 
@@ -140,7 +155,8 @@ class Archive:
         key = "" if spec is None else f"{self._prefix}data/{spec.storage_key}"
         for name in [key] if key else self._records:
             record = self._records[name]
-            if compute_crc(self.file, self._find_start(record), record.num_bytes) != record.crc:
+            # Zero where torch was told not to compute it.
+            if record.crc and self._compute_crc(record) != record.crc:
                 raise BadSampleError(f"has flipped bytes in `{name}`")
 
     def _read_directory(self) -> object:

@@ -5,7 +5,7 @@ import struct
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import BinaryIO
 
-from speculators_cli.core.data.formats.archive import Archive
+from speculators_cli.core.data.formats.archive import ORIGIN_NAME, Archive
 from speculators_cli.core.data.formats.structure import ITEM_BYTES, STORAGE_DTYPES, TensorSpec
 from speculators_cli.core.data.formats.zip_records import RecordWriter
 from speculators_cli.core.data.sample import BadSampleError
@@ -20,9 +20,14 @@ class ArchiveWriter:
     A file is a zip archive: `data/0`, `data/1`, ... are the storages of tensors, and `data.pkl` is
     a pickle that rebuilds tensors from them. Here it comes last, beside the directory, so that
     reading what a file holds reads its end and nothing else.
+
+    Args:
+        file: Opened for writing.
+        origin: What the tensors were computed from, kept in a record that `torch.load` ignores.
     """
 
-    def __init__(self, file: BinaryIO) -> None:
+    def __init__(self, file: BinaryIO, *, origin: str | None = None) -> None:
+        self._origin = origin
         self._records = RecordWriter(file)
         self._storage_bytes: dict[str, int] = {}
         self._copied: dict[tuple[Archive, str], str] = {}
@@ -65,6 +70,8 @@ class ArchiveWriter:
     def finish(self, content: object) -> None:
         """Write what the file holds."""
         pickled = write_structure(content, self._storage_bytes)
+        if self._origin is not None:
+            self._records.add(PREFIX + ORIGIN_NAME, [self._origin.encode()])
         for name, data in (("byteorder", b"little"), ("version", b"3\n"), ("data.pkl", pickled)):
             self._records.add(PREFIX + name, [data])
         self._records.finish()
