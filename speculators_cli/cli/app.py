@@ -16,7 +16,13 @@ from speculators_cli.cli.inspect_data import inspect_data
 from speculators_cli.cli.output import Output
 from speculators_cli.cli.streams import lasting_streams
 from speculators_cli.cli.train import train
-from speculators_cli.core.errors import MachineError, SpeculatorsError
+from speculators_cli.core.errors import (
+    MachineError,
+    SpeculatorsError,
+    StoppedError,
+    unexpected,
+)
+from speculators_cli.core.signals import Interrupted, StopSignals
 
 app = typer.Typer(
     name="speculators",
@@ -72,17 +78,17 @@ def run(argv: Sequence[str]) -> int:
 
 def _run(argv: Sequence[str], output: Output) -> int:
     try:
-        app(args=list(argv), prog_name="speculators", obj=tuple(argv))
+        with StopSignals():
+            app(args=list(argv), prog_name="speculators", obj=tuple(argv))
     except SystemExit as stop:
         return stop.code if isinstance(stop.code, int) else 1
+    except Interrupted as stop:
+        number = stop.signal_number
+        return _report(StoppedError(f"Stopped by signal {number}", signal_number=number), output)
     except SpeculatorsError as error:
         return _report(error, output)
     except Exception as error:  # noqa: BLE001 - a bug of any kind is reported
-        bug = SpeculatorsError(
-            f"Unexpected {type(error).__name__}: {error}",
-            hint="Run again with `--verbose` and report the traceback",
-        )
-        return _report(bug, output)
+        return _report(unexpected(error), output)
     return 0
 
 

@@ -54,7 +54,7 @@ class DivergedError(SpeculatorsError):
 
 
 class StoppedError(SpeculatorsError):
-    """A signal ended the run after its state was saved.
+    """A signal ended the command, a run after its state was saved.
 
     Args:
         message: What was saved, and where.
@@ -66,3 +66,11 @@ class StoppedError(SpeculatorsError):
         super().__init__(message, hint=hint)
         self.signal_number = signal_number
         self.exit_code = 128 + signal_number
+
+
+def unexpected(error: Exception) -> SpeculatorsError:
+    """A bug, as a user is told of it."""
+    return SpeculatorsError(
+        f"Unexpected {type(error).__name__}: {error}",
+        hint="Run again with `--verbose` and report the traceback",
+    )

@@ -1,6 +1,8 @@
 """`speculators demo` as the user types it."""
 
 import json
+import os
+import signal
 import subprocess
 import sys
 from dataclasses import replace
@@ -14,6 +16,7 @@ from speculators_cli.core.demo.demo import (
     MAX_NEW_TOKENS,
     NUM_DRAFT_TOKENS,
     NUM_EVALUATION_PROMPTS,
+    RESULT_NAME,
     VERIFIER_DIR,
     DemoReport,
     check_report,
@@ -167,3 +170,18 @@ def encode(texts: list[str]) -> list[list[int]]:
 
     tokenizer = Tokenizer.from_file(str(VERIFIER_DIR / "tokenizer.json"))
     return [tokenizer.encode(text, add_special_tokens=False).ids for text in texts]
+
+
+def test_a_demo_that_is_stopped_while_capturing_ends_at_once_and_is_written_down(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    def stop(*_: object, **__: object) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr("speculators_cli.core.demo.demo.capture", stop)
+
+    code = run(["demo", "--output-dir", str(tmp_path)])
+
+    assert code == 128 + signal.SIGTERM
+    assert "error: Stopped by signal 15" in capsys.readouterr().err
+    assert json.loads((tmp_path / RESULT_NAME).read_text())["exit_code"] == code

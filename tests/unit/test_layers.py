@@ -10,7 +10,7 @@ import speculators_cli
 ROOT = Path(speculators_cli.__file__).parent
 PACKAGE = "speculators_cli"
 # What each layer may import, besides itself; the longest prefix of a module names its layer.
-BASE = {"core.errors", "core.files", "core.progress", "core.reading"}
+BASE = {"core.errors", "core.files", "core.progress", "core.signals", "core.reading"}
 JOBS = {
     "core.capture",
     "core.evaluation",
@@ -23,6 +23,7 @@ ALLOWED = {
     "core.environment": {""},
     "core.files": {"core.errors"},
     "core.progress": set(),
+    "core.signals": set(),
     "core.reading": {"core.errors"},
     "settings": BASE,
     "core.data": BASE | {"settings"},

@@ -6,7 +6,7 @@ Each stage is the package's ordinary code; only the inputs are the demo's own.
 import json
 import shutil
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
@@ -32,6 +32,7 @@ from speculators_cli.core.models.verifier_model import VerifierModel
 from speculators_cli.core.progress import Progress
 from speculators_cli.core.training.report import TrainReport
 from speculators_cli.core.training.run import train
+from speculators_cli.core.training.run_end import describe, recording_end
 from speculators_cli.settings.demo import DemoSettings
 from speculators_cli.settings.train import TrainSettings
 
@@ -87,9 +88,18 @@ def run_demo(settings: DemoSettings, *, progress: Progress) -> DemoReport:
     Raises:
         SettingsError: The output folder cannot be written, or holds what the demo did not make.
     """
+    prepare(settings.run.output_dir)
+
+    def write(error: SpeculatorsError) -> None:
+        write_result(settings.run.output_dir, describe(error))
+
+    with recording_end(write):
+        return _run_stages(settings, progress)
+
+
+def _run_stages(settings: DemoSettings, progress: Progress) -> DemoReport:
     started_at = time.perf_counter()
     output_dir, seed = settings.run.output_dir, settings.run.seed
-    prepare(output_dir)
     # A folder like any other, so that the commands can be tried on it afterwards.
     name = str(shutil.copytree(VERIFIER_DIR, output_dir / "verifier"))
     verifier = VerifierModel(name, default_layer_ids(NUM_LAYERS), dtype=torch.float32)
@@ -186,10 +196,10 @@ def is_own(output_dir: Path) -> bool:
     return isinstance(content, dict) and content.items() >= MADE_BY.items()
 
 
-def write_result(output_dir: Path, result: dict[str, Any]) -> None:
-    """Write the figures of a demo, so far empty or complete."""
+def write_result(output_dir: Path, result: Mapping[str, Any]) -> None:
+    """Write the figures of a demo, so far empty or complete, or the error that ended it."""
     with replacing(output_dir / RESULT_NAME) as temporary:
-        write_json(MADE_BY | result, temporary)
+        write_json({**MADE_BY, **result}, temporary)
 
 
 def read_prompts() -> list[str]:

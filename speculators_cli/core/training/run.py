@@ -17,6 +17,7 @@ from speculators_cli.core.models.kernels import use_fast_kernels
 from speculators_cli.core.models.losses import LOSSES
 from speculators_cli.core.models.verifier import FrozenVerifier, load_frozen_verifier
 from speculators_cli.core.progress import Progress, SilentProgress
+from speculators_cli.core.signals import StopSignals
 from speculators_cli.core.training.checkpoint import RunFolder
 from speculators_cli.core.training.checks import check_samples
 from speculators_cli.core.training.distributed import Ranks, shard, start_ranks
@@ -25,6 +26,7 @@ from speculators_cli.core.training.loggers import MetricLogger, build_loggers
 from speculators_cli.core.training.optimizer import Optimizer
 from speculators_cli.core.training.report import TrainReport
 from speculators_cli.core.training.resume import Start, find_start
+from speculators_cli.core.training.run_end import RunEnd, recording_end
 from speculators_cli.core.training.run_log import RunLog
 from speculators_cli.core.training.snapshot import restore
 from speculators_cli.core.training.trainer import Trainer
@@ -47,11 +49,18 @@ def train(settings: TrainSettings, *, progress: Progress, dry_run: bool = False)
         CheckpointError: The save path holds what cannot be resumed or replaced.
         MachineError: Disk, memory, device or hub are in the way.
         DivergedError: Gradients were not finite for too many steps in a row.
-        StoppedError: A signal asked the run to stop; its state is saved.
+        StoppedError: A signal asked the run to stop; its state is saved, if there is one.
     """
     started_at = time.perf_counter()
     check_output_dir(settings.run.save_path, flag="--save-path")
-    with start_ranks(settings.distributed) as ranks:
+    if settings.run.logger_names:
+        check_output_dir(settings.run.log_dir, flag="--log-dir")
+    end = RunEnd(settings.run.save_path)
+    with (
+        recording_end(end.write if is_recorded(dry_run=dry_run) else forget),
+        StopSignals() as signals,
+        start_ranks(settings.distributed) as ranks,
+    ):
         progress = progress if ranks.is_first else SilentProgress()
         index_file = None if dry_run else settings.run.save_path / RunFolder.INDEX_NAME
         settings, source = ranks.first_then_others("draft", lambda: read_warm_start(settings))
@@ -65,11 +74,13 @@ def train(settings: TrainSettings, *, progress: Progress, dry_run: bool = False)
                 progress=progress,
             ),
         )
-        with open_folder(settings, ranks, dry_run=dry_run) as folder:
+        with open_folder(settings, ranks, end, dry_run=dry_run) as folder:
             start = find_start(settings, inputs, ranks, folder, progress)
             ranks.connect(settings.distributed.timeout_seconds)
             with open_logger(settings, folder, start, progress) as logger:
-                trainer = build_trainer(settings, inputs, ranks, start, folder, logger, progress)
+                trainer = build_trainer(
+                    settings, inputs, ranks, start, folder, logger, progress, signals
+                )
                 is_finished = trainer.is_finished
                 announce(settings, inputs, trainer, start, progress)
                 with closing(trainer), out_of_memory_explained(settings):
@@ -92,11 +103,20 @@ def train(settings: TrainSettings, *, progress: Progress, dry_run: bool = False)
             return report
 
 
+def is_recorded(*, dry_run: bool) -> bool:
+    """Whether this process writes how the run ends: rank 0, known before ranks are."""
+    return not dry_run and (os.environ.get("RANK") or "0") == "0"
+
+
+def forget(_error: SpeculatorsError) -> None:
+    """Write nothing down."""
+
+
 @contextmanager
 def open_folder(
-    settings: TrainSettings, ranks: Ranks, *, dry_run: bool
+    settings: TrainSettings, ranks: Ranks, end: RunEnd, *, dry_run: bool
 ) -> Iterator[RunFolder | None]:
-    """The save path, locked and cleaned, on rank 0; an error of the run is recorded in it."""
+    """The save path, locked and cleaned, on rank 0."""
     if dry_run or not ranks.is_first:
         yield None
         return
@@ -105,14 +125,9 @@ def open_folder(
         resume=settings.run.resume_from_checkpoint,
         is_restart=int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0,
     ) as folder:
+        end.begin()
         write_settings(settings, folder.settings_file)
-        try:
-            yield folder
-        except SpeculatorsError as error:
-            folder.write_result(
-                {"error": error.message, "hint": error.hint, "exit_code": error.exit_code}
-            )
-            raise
+        yield folder
 
 
 @contextmanager
@@ -146,6 +161,7 @@ def build_trainer(
     folder: RunFolder | None,
     logger: MetricLogger | None,
     progress: Progress,
+    signals: StopSignals,
 ) -> Trainer:
     """Load the verifier's frozen parts, build the draft, shard it, give it its state."""
     verifier = load_frozen_verifier(inputs.verifier_files, inputs.verifier_config)
@@ -194,6 +210,8 @@ def build_trainer(
         state=start.state,
         total_steps=total_steps,
         folder=folder,
+        signals=signals,
+        is_saved=start.is_resumed,
         log=RunLog(
             ranks=ranks,
             samples=inputs.samples,

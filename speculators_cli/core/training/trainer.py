@@ -1,7 +1,9 @@
 """Trainer: the loop."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field, replace
+from typing import NoReturn
 
 import torch
 
@@ -10,13 +12,13 @@ from speculators_cli.core.data.loader import BatchSource
 from speculators_cli.core.data.noise import drop_and_add_noise
 from speculators_cli.core.errors import DivergedError, StoppedError
 from speculators_cli.core.models.draft import DraftModel
+from speculators_cli.core.signals import Interrupted, StopSignals
 from speculators_cli.core.training.checkpoint import RunFolder, TrainState
 from speculators_cli.core.training.distributed import Ranks
-from speculators_cli.core.training.feed import DeviceFeed
+from speculators_cli.core.training.feed import DeviceFeed, StepBatches
 from speculators_cli.core.training.metrics import Metrics, MetricSums
 from speculators_cli.core.training.optimizer import Optimizer, learning_rate
 from speculators_cli.core.training.run_log import RunLog
-from speculators_cli.core.training.signals import StopSignals
 from speculators_cli.core.training.snapshot import gather_moments, gather_weights
 from speculators_cli.settings.train import TrainSettings
 
@@ -36,9 +38,11 @@ class Trainer:
     total_steps: int  # optimizer steps of the whole run
     folder: RunFolder | None  # on rank 0, unless it is a dry run
     log: RunLog
+    signals: StopSignals = field(default_factory=StopSignals)  # open
+    is_saved: bool = False  # whether a checkpoint holds this state
 
     def __post_init__(self) -> None:
-        self.signals = StopSignals()
+        self.logged_step = self.state.step
         self.lr, self.grad_norm = 0.0, torch.zeros(())  # of the last step
         self.feed = DeviceFeed(self.ranks.device)
         self.loss_weights = torch.tensor(self.draft.loss_weights, device=self.ranks.device)
@@ -60,29 +64,54 @@ class Trainer:
         return self.state.step >= self.total_steps and not self.is_epoch_whole
 
     def fit(self) -> None:
-        """Train from the current step to the last one."""
-        with self.signals:
-            for epoch in range(self.state.epoch, self.settings.run.epochs):
-                self.train_epoch(epoch)
-                if not self.is_epoch_whole:
-                    self.save(f"step-{self.state.step}")
-                    return
-                self.finish_epoch(epoch)
-                if self.state.step >= self.total_steps:
-                    return
+        """Train from the current step to the last one; a signal saves, wherever it comes.
+
+        Raises:
+            StoppedError: A signal came.
+        """
+        with self.signals.deferring():
+            try:
+                self.train_epochs()
+            except Interrupted as stop:
+                self.stop(stop.signal_number)
+
+    def train_epochs(self) -> None:
+        """Train to the last step, epoch by epoch."""
+        for epoch in range(self.state.epoch, self.settings.run.epochs):
+            self.train_epoch(epoch)
+            if not self.is_epoch_whole:
+                self.save(f"step-{self.state.step}")
+                return
+            self.finish_epoch(epoch)
+            if self.state.step >= self.total_steps:
+                return
 
     def train_epoch(self, epoch: int) -> None:
         """Train through the rest of an epoch, or up to the last step."""
         self.draft.train()
         self.log.start_clock(self.state.step)
-        for batches in self.feed.steps(self.loader.epoch(epoch, self.state.step_in_epoch)):
+        steps = self.feed.steps(self.loader.epoch(epoch, self.state.step_in_epoch))
+        while (batches := self.take(steps)) is not None:
             self.train_step(batches, epoch)
-            self.stop_if_asked(epoch)
+            self.leave_if_asked()
             if self.state.step == self.total_steps:
                 return
             if self.is_checkpoint_due():
                 with self.log.paused():
                     self.save(f"step-{self.state.step}")
+
+    def take(self, steps: Iterator[StepBatches]) -> StepBatches | None:
+        """The batches of the next step, None at the end.
+
+        Raises:
+            Interrupted: A signal came while they were waited for.
+        """
+        with self.between_steps():
+            return next(steps, None)
+
+    def between_steps(self) -> AbstractContextManager[None]:
+        """Where a single process may leave at any line; ranks leave together, after a step."""
+        return self.signals.interruptible() if self.ranks.num_ranks == 1 else nullcontext()
 
     def train_step(self, batches: Sequence[Batch], epoch: int) -> None:
         """One optimizer step over this rank's packed sequences, which are on the device."""
@@ -103,11 +132,13 @@ class Trainer:
         self.grad_norm = self.optimizer.step(self.lr)
         step, step_in_epoch = self.state.step + 1, self.state.step_in_epoch + 1
         self.state = replace(self.state, step=step, step_in_epoch=step_in_epoch)
+        self.is_saved = False
         if self.is_log_due(epoch):
             self.log_step(epoch)
 
     def log_step(self, epoch: int) -> None:
         """Tell of the steps since the last one that was logged; stop a run that diverged."""
+        self.logged_step = self.state.step
         self.log.log_step(
             self.state.step,
             epoch,
@@ -129,7 +160,11 @@ class Trainer:
 
     @torch.no_grad()
     def validate(self) -> Metrics | None:
-        """All metrics over the validation samples; None if there are none."""
+        """All metrics over the validation samples; None if there are none.
+
+        Raises:
+            Interrupted: A signal came; all ranks leave at the same batch.
+        """
         if self.validation_loader is None:
             return None
         self.draft.eval()
@@ -137,12 +172,15 @@ class Trainer:
         for (batch,) in self.feed.steps(self.validation_loader.epoch(0)):
             finite, _ = drop_non_finite(batch.cast(self.compute_dtype))
             sums.add(self.draft(finite), finite)
+            self.leave_if_asked()
         self.feed.take_wait_seconds()
         return sums.reduce(self.ranks)
 
     def finish_epoch(self, epoch: int) -> None:
         """Validate and save a finished epoch."""
-        metrics, name = self.validate(), str(epoch)
+        with self.between_steps():
+            metrics = self.validate()
+        name = str(epoch)
         is_best = metrics is None or self.is_better(metrics)
         best = self.state.best
         if is_best:
@@ -183,16 +221,34 @@ class Trainer:
                 self.folder.set_best(self.state.best["name"])
             self.folder.prune(self.settings.checkpoints.keep_checkpoints)
         self.ranks.barrier()
+        self.is_saved = True
 
-    def stop_if_asked(self, epoch: int) -> None:
-        """Log, save and leave if a stop signal reached any rank."""
+    def leave_if_asked(self) -> None:
+        """Leave if a stop signal reached any rank; all ranks must call.
+
+        Raises:
+            Interrupted: One did.
+        """
         number = int(self.ranks.max(self.signals.received))
-        if not number:
-            return
-        if not self.is_log_due(epoch):
-            self.log_step(epoch)
+        if number:
+            raise Interrupted(number)
+
+    def stop(self, number: int) -> NoReturn:
+        """Log and save what is not logged and saved yet, and end the run.
+
+        Raises:
+            StoppedError: The state is saved.
+            Interrupted: There is none before the first step.
+        """
+        if self.state.step == 0:
+            raise Interrupted(number)
+        if self.logged_step < self.state.step:
+            self.log_step(self.state.epoch)
         name = f"step-{self.state.step}"
-        self.save(name)
+        if not self.is_saved:
+            self.save(name)
+        elif self.folder is not None and self.folder.latest is not None:
+            name = self.folder.latest.folder.name
         raise StoppedError(
             f"Stopped by signal {number} after step {self.state.step:,}, saved as `{name}`",
             signal_number=number,

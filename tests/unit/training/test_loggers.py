@@ -11,9 +11,11 @@ from typing import Any
 import pytest
 import torch
 
+from speculators_cli.core.errors import MachineError, SettingsError
 from speculators_cli.core.models.checkpoint import find_checkpoints
 from speculators_cli.core.progress import SilentProgress
 from speculators_cli.core.training import loggers
+from speculators_cli.core.training.loggers import LOGGERS
 from speculators_cli.core.training.loggers.jsonl import JsonlLogger
 from speculators_cli.core.training.run import train
 from tests.tiny import TinyInputs
@@ -165,3 +167,35 @@ def test_a_resumed_record_loses_the_steps_that_are_done_again(tmp_path: Path) ->
 
     steps = [json.loads(line)["step"] for line in file.read_text().splitlines()]
     assert steps == [1, 2, 3]
+
+
+def test_a_log_folder_that_cannot_be_one_is_refused_before_anything_is_read(
+    tiny: TinyInputs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tiny.log_dir.write_text("a file")
+    monkeypatch.setattr("speculators_cli.core.training.run.read_inputs", lambda *_, **__: 1 / 0)
+
+    with pytest.raises(SettingsError, match=r"`--log-dir`: .*logs` is not a folder"):
+        train(tiny.settings(run={"logger": "tensorboard"}), progress=SilentProgress())
+
+    assert not tiny.save_path.exists()
+
+
+def test_a_log_folder_is_looked_at_only_where_a_logger_is_asked_for(tiny: TinyInputs) -> None:
+    tiny.log_dir.write_text("a file")
+
+    report = train(tiny.settings(run={"max_steps": 1}), progress=SilentProgress())
+
+    assert report.step == 1
+
+
+def test_a_logger_that_cannot_start_is_named(
+    tiny: TinyInputs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setitem(LOGGERS, "tensorboard", fail)
+
+    with pytest.raises(MachineError, match=r"`--logger tensorboard` cannot start: .*No space left"):
+        train(tiny.settings(run={"logger": "tensorboard"}), progress=SilentProgress())

@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from speculators_cli.core.errors import MachineError, SpeculatorsError
 from speculators_cli.core.training.loggers.jsonl import JsonlLogger
 from speculators_cli.core.training.loggers.logger import MetricLogger, SafeLogger
 from speculators_cli.core.training.loggers.tensorboard import TensorboardLogger
@@ -45,7 +46,15 @@ def build_loggers(
         MachineError: A logger's package is missing, or it cannot start.
     """
     run_name = run_name or metrics_file.parent.resolve().name or "run"
-    opened: dict[str, MetricLogger] = {
-        name: LOGGERS[name](log_dir / run_name, run_name, settings, resumed_step) for name in names
-    }
+    opened: dict[str, MetricLogger] = {}
+    for name in names:
+        try:
+            opened[name] = LOGGERS[name](log_dir / run_name, run_name, settings, resumed_step)
+        except SpeculatorsError:
+            raise
+        except Exception as error:  # noqa: BLE001 - another project's code, of any error
+            raise MachineError(
+                f"`--logger {name}` cannot start: {error}",
+                hint=f"Check `--log-dir {log_dir}`, or leave the logger out",
+            ) from None
     return SafeLogger(JsonlLogger(metrics_file, resumed_step), opened, warn)

@@ -1,0 +1,92 @@
+"""Signals that ask a process to end."""
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import Self
+
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
+# A launcher passes a Ctrl-C on to processes that the terminal has sent it to already.
+SAME_PRESS_SECONDS = 0.5
+
+
+class Interrupted(BaseException):
+    """A stop signal has come; raised where the work may be left at any line.
+
+    Args:
+        signal_number: The signal.
+    """
+
+    def __init__(self, signal_number: int) -> None:
+        super().__init__(signal_number)
+        self.signal_number = signal_number
+
+
+class StopSignals:
+    """Leaves the work at the first stop signal while it is open; a second Ctrl-C exits at once.
+
+    In a block of `deferring` the signal is only remembered, for whoever asks at the next safe
+    place. A SIGHUP that was ignored, as `nohup` does, stays ignored. Signals reach only the main
+    thread: in another one there is nothing to do.
+    """
+
+    def __init__(self) -> None:
+        self.received: int = 0
+        self._received_at = 0.0
+        self._is_deferred = False
+        self._old: dict[signal.Signals, signal._HANDLER] = {}
+
+    def __enter__(self) -> Self:
+        if threading.current_thread() is threading.main_thread():
+            numbers = [number for number in STOP_SIGNALS if not _stays_ignored(number)]
+            self._old = {number: signal.signal(number, self._receive) for number in numbers}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._old.items():
+            signal.signal(number, handler)
+
+    @contextmanager
+    def deferring(self) -> Iterator[None]:
+        """Remember a signal within the block, and go on."""
+        with self._mode(is_deferred=True):
+            yield
+
+    @contextmanager
+    def interruptible(self) -> Iterator[None]:
+        """Leave the block at a signal, also one that has come before, within `deferring` too.
+
+        Raises:
+            Interrupted: A signal has come.
+        """
+        with self._mode(is_deferred=False):
+            if self.received:
+                raise Interrupted(self.received)
+            yield
+
+    @contextmanager
+    def _mode(self, *, is_deferred: bool) -> Iterator[None]:
+        before, self._is_deferred = self._is_deferred, is_deferred
+        try:
+            yield
+        finally:
+            self._is_deferred = before
+
+    def _receive(self, number: int, _frame: FrameType | None) -> None:
+        now = time.monotonic()
+        if self.received:
+            if number == signal.SIGINT and now - self._received_at > SAME_PRESS_SECONDS:
+                signal.signal(signal.SIGINT, signal.SIG_DFL)
+                os.kill(os.getpid(), signal.SIGINT)
+            return
+        self.received, self._received_at = number, now
+        if not self._is_deferred:
+            raise Interrupted(number)
+
+
+def _stays_ignored(number: signal.Signals) -> bool:
+    return number == signal.SIGHUP and signal.getsignal(number) == signal.SIG_IGN

@@ -1,0 +1,80 @@
+"""How a run ended, written down however it ends: torchrun hides the exit code."""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from speculators_cli.core.errors import (
+    CheckpointError,
+    DataError,
+    SettingsError,
+    SpeculatorsError,
+    StoppedError,
+    unexpected,
+)
+from speculators_cli.core.files import locking, replacing, write_json
+from speculators_cli.core.signals import Interrupted
+
+RESULT_NAME = "result.json"
+
+
+@contextmanager
+def recording_end(write: Callable[[SpeculatorsError], None]) -> Iterator[None]:
+    """Write down the error that ends the block; what failed to be written does not hide it.
+
+    Raises:
+        StoppedError: A signal came where nothing was there to be saved.
+    """
+    try:
+        yield
+    except Interrupted as stop:
+        stopped = StoppedError(
+            f"Stopped by signal {stop.signal_number}; nothing was to be saved yet",
+            signal_number=stop.signal_number,
+            hint="Run the same command again to start over",
+        )
+        with suppress(OSError, SpeculatorsError):
+            write(stopped)
+        raise stopped from None
+    except Exception as error:
+        known = error if isinstance(error, SpeculatorsError) else unexpected(error)
+        with suppress(OSError, SpeculatorsError):
+            write(known)
+        raise
+
+
+class RunEnd:
+    """The end of a run in its save path.
+
+    Args:
+        save_path: Made for the record, unless the run ended for what it was given to work with.
+    """
+
+    def __init__(self, save_path: Path) -> None:
+        self.save_path = save_path
+        self.is_begun = False  # whether the run has had its save path to itself
+
+    def begin(self) -> None:
+        """Take the record of an earlier run away: this one's end is not known yet."""
+        self.is_begun = True
+        (self.save_path / RESULT_NAME).unlink(missing_ok=True)
+
+    def write(self, error: SpeculatorsError) -> None:
+        """Write what ended the run, unless another run has the save path."""
+        if not self.is_begun:
+            if isinstance(error, SettingsError):
+                return
+            if isinstance(error, DataError | CheckpointError) and not self.save_path.exists():
+                return
+            self.save_path.mkdir(parents=True, exist_ok=True)
+        with (
+            locking(self.save_path / "run.lock", in_use=lambda _: error),
+            replacing(self.save_path / RESULT_NAME) as temporary,
+        ):
+            write_json(describe(error), temporary)
+
+
+def describe(error: SpeculatorsError) -> Mapping[str, Any]:
+    """The error as the record of a run has it."""
+    return {"error": error.message, "hint": error.hint, "exit_code": error.exit_code}
