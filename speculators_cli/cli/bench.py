@@ -5,8 +5,8 @@ from typing import TYPE_CHECKING, Any
 from speculators_cli.cli.imports import importing
 from speculators_cli.cli.options import with_settings
 from speculators_cli.cli.output import Output, format_speed
-from speculators_cli.settings.base import load_settings
 from speculators_cli.settings.bench import BenchSettings
+from speculators_cli.settings.loading import load_settings
 
 if TYPE_CHECKING:
     from speculators_cli.core.bench.bench import BenchReport

@@ -4,8 +4,8 @@ from typing import TYPE_CHECKING, Any
 
 from speculators_cli.cli.options import with_settings
 from speculators_cli.cli.output import Output
-from speculators_cli.settings.base import load_settings
 from speculators_cli.settings.build_vocab_map import BuildVocabMapSettings
+from speculators_cli.settings.loading import load_settings
 
 if TYPE_CHECKING:
     from speculators_cli.core.preparation.vocabulary import VocabMapReport

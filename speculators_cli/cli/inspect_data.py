@@ -6,8 +6,8 @@ import typer
 
 from speculators_cli.cli.options import with_settings
 from speculators_cli.cli.output import Output, format_duration
-from speculators_cli.settings.base import load_settings
 from speculators_cli.settings.inspect_data import InspectDataSettings
+from speculators_cli.settings.loading import load_settings
 
 if TYPE_CHECKING:
     from speculators_cli.core.preparation.inspection_report import (

@@ -9,7 +9,7 @@ import typer
 from speculators_cli.cli.imports import importing
 from speculators_cli.cli.options import with_settings
 from speculators_cli.cli.output import Output, format_duration, format_speed
-from speculators_cli.settings.base import load_settings
+from speculators_cli.settings.loading import load_settings
 from speculators_cli.settings.train import TrainSettings
 
 

@@ -1,15 +1,11 @@
-"""Settings: frozen, checked once, read from a file under the flags."""
+"""Settings: frozen and checked once; the kinds of values they have."""
 
-import difflib
-import json
-import tomllib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal
 
-import yaml
 from pydantic import (
     AfterValidator,
     BaseModel,
@@ -21,10 +17,11 @@ from pydantic import (
     field_validator,
 )
 from pydantic.fields import FieldInfo
-from pydantic_core import ErrorDetails, PydanticCustomError
+from pydantic_core import PydanticCustomError
 
-from speculators_cli.core.errors import SettingsError
 from speculators_cli.core.files import replacing, write_json
+
+LARGEST = 2**63 - 1  # whole number of a setting
 
 
 @dataclass(frozen=True)
@@ -69,8 +66,18 @@ class Settings(BaseModel):
         handler(_printable(value))
         return value
 
-
-S = TypeVar("S", bound=Settings)
+    @field_validator("*", mode="wrap")
+    @classmethod
+    def _can_be_computed_with(cls, value: object, handler: ValidatorFunctionWrapHandler) -> object:
+        """Refuse a path of no text, which would be the current folder, and endless numbers."""
+        found: object = handler(value)
+        given, values = (x if isinstance(x, tuple | list) else (x,) for x in (value, found))
+        for text, one in zip(given, values, strict=False):
+            if text == "" and isinstance(one, Path):
+                raise PydanticCustomError("value_error", "must not be empty")
+            if isinstance(one, int) and abs(one) > LARGEST:
+                raise PydanticCustomError("value_error", "must be below 2^63")
+        return found
 
 
 @dataclass(frozen=True)
@@ -138,6 +145,11 @@ def _check_folders(folders: tuple[Path, ...]) -> tuple[Path, ...]:
     return tuple(map(_check_folder, folders))
 
 
+def _as_list(value: object) -> object:
+    """One path, as one naturally writes it in a settings file, for a list of one."""
+    return (value,) if isinstance(value, str | Path) else value
+
+
 def _read_number(value: object) -> object:
     return int(value) if isinstance(value, str) and value.isdecimal() else value
 
@@ -157,7 +169,7 @@ def _check_layer_ids(ids: tuple[int, ...] | None) -> tuple[int, ...] | None:
 
 # A folder that must exist, folders, a data format and its version, layer ids: as a flag gives them.
 Folder = Annotated[Path, AfterValidator(_check_folder)]
-Folders = Annotated[tuple[Path, ...], AfterValidator(_check_folders)]
+Folders = Annotated[tuple[Path, ...], BeforeValidator(_as_list), AfterValidator(_check_folders)]
 DataFormat = Annotated[
     Literal["auto", "pt", "speculators", "specforge"],
     Field(
@@ -178,59 +190,6 @@ LayerIdsSetting = Annotated[
 ]
 
 
-def load_settings(
-    settings_class: type[S], flags: Mapping[str, object], config_file: Path | None
-) -> S:
-    """Check flags and settings file together; flags win.
-
-    Args:
-        settings_class: Its fields are sections.
-        flags: Values by name of the setting, for the flags that were given.
-        config_file: TOML, YAML or JSON with sections, or None.
-
-    Raises:
-        SettingsError: Names every setting that cannot be used.
-    """
-    content = read_config(config_file) if config_file is not None else {}
-    sections: dict[str, Any] = {name: {} for name in settings_class.model_fields}
-    sections |= {name: value if value is not None else {} for name, value in content.items()}
-    for field in setting_fields(settings_class):
-        if field.name in flags and isinstance(sections[field.section], dict):
-            section = sections[field.section] | {field.name: flags[field.name]}
-            sections[field.section] = section
-    try:
-        return settings_class.model_validate(sections)
-    except ValidationError as error:
-        errors = error.errors(include_url=False)
-        raise _settings_error(settings_class, errors, config_file) from None
-
-
-def read_config(file: Path) -> dict[str, Any]:
-    """Read a settings file; CRLF and a byte order mark are accepted.
-
-    Raises:
-        SettingsError: It cannot be read or parsed.
-    """
-    try:
-        text = file.read_text("utf-8-sig")
-        if file.suffix == ".toml":
-            content = tomllib.loads(text)
-        elif file.suffix in {".yaml", ".yml"}:
-            content = yaml.safe_load(text)
-        elif file.suffix == ".json":
-            content = json.loads(text)
-        else:
-            raise ValueError("its name must end in `.toml`, `.yaml`, `.yml` or `.json`")
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        reason = error.strerror if isinstance(error, OSError) else str(error)
-        raise SettingsError(
-            f"`--config`: `{file}` cannot be read: {reason}", hint="Name a settings file"
-        ) from None
-    if not isinstance(content, dict):
-        raise SettingsError(f"`--config`: `{file}` holds no sections", hint="Name a settings file")
-    return content
-
-
 def write_settings(settings: Settings, file: Path) -> None:
     """Write all settings, defaults included, so that `--config` accepts them back."""
     with replacing(file) as temporary:
@@ -248,62 +207,3 @@ def changes_on_resume(old: Mapping[str, Any], new: Settings) -> list[Change]:
         if kind is not None and before != now:
             changes.append(Change(field.flag, before, now, kind))
     return changes
-
-
-def _settings_error(
-    settings_class: type[Settings], errors: list[ErrorDetails], config_file: Path | None
-) -> SettingsError:
-    known = {field.name: field for field in setting_fields(settings_class)}
-    lines, hints = [], []
-    for error in errors:
-        line, hint = _describe(error, settings_class, known, config_file)
-        lines.append(f"  {line}")
-        hints.append(hint)
-    noun = "setting" if len(lines) == 1 else "settings"
-    # The most telling hint: one that a validator gave, or a name that was meant.
-    given = [hint for hint in hints if hint]
-    return SettingsError(
-        "\n".join([f"{len(lines)} {noun} cannot be used", *dict.fromkeys(lines)]),
-        hint=given[0] if given else "See `--help` of the command for every setting",
-    )
-
-
-def _describe(
-    error: ErrorDetails,
-    settings_class: type[Settings],
-    known: Mapping[str, SettingField],
-    config_file: Path | None,
-) -> tuple[str, str | None]:
-    """One line on what is wrong with which setting, and a hint."""
-    path = [str(part) for part in error["loc"]]
-    if error["type"] == "extra_forbidden":
-        return _describe_unknown(path, settings_class, known, config_file)
-    # A check of all settings together has no path.
-    name = next(iter(path[1:2] or path), "")
-    shown = known[name].flag if name in known else f"`{name}`"
-    if error["type"] == "missing":
-        return f"`{shown}` is required", None
-    if error["type"] == "path":
-        context = error.get("ctx", {})
-        return f"`{shown}`: {error['msg']}", context.get("hint")
-    if error["type"] == "value_error":
-        reason = error["msg"].removeprefix("Value error, ")
-        return (f"`{shown}` {reason}" if name in known else reason), None
-    reason = error["msg"].replace("Input should be", "must be")
-    return f"`{shown}` {reason}, got `{error['input']}`", None
-
-
-def _describe_unknown(
-    path: list[str],
-    settings_class: type[Settings],
-    known: Mapping[str, SettingField],
-    config_file: Path | None,
-) -> tuple[str, str | None]:
-    name = ".".join(path)
-    full_names = [f"{field.section}.{field.name}" for field in known.values()]
-    full_names += settings_class.model_fields
-    close = difflib.get_close_matches(name, full_names, n=1)
-    if not close and path[-1] in known:
-        close = [f"{known[path[-1]].section}.{path[-1]}"]
-    hint = f"Did you mean `{close[0]}`? See `--help` of the command for every setting"
-    return f"`{name}` in `{config_file}` is not a setting", hint if close else None

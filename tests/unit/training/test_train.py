@@ -334,7 +334,7 @@ def test_no_logger_creates_no_log_folder(tiny: TinyInputs) -> None:
 
 
 def test_the_saved_settings_repeat_the_run(tiny: TinyInputs, tmp_path: Path) -> None:
-    from speculators_cli.settings.base import load_settings
+    from speculators_cli.settings.loading import load_settings
     from speculators_cli.settings.train import TrainSettings
 
     run(tiny)
