@@ -68,6 +68,22 @@ def test_the_maps_are_not_needed(tiny: TinyInputs, trained: Path) -> None:
     assert train(tiny, "second", *flags, d2t_path=None, t2d_path=None, max_steps=1) == 0
 
 
+def test_maps_that_only_lie_in_the_working_folder_are_not_compared(
+    tiny: TinyInputs, trained: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import numpy as np
+
+    elsewhere = tiny.folder / "elsewhere"
+    elsewhere.mkdir()
+    t2d = np.arange(37) % 2 == 1
+    np.save(elsewhere / "d2t.npy", np.flatnonzero(t2d) - np.arange(t2d.sum()))
+    np.save(elsewhere / "t2d.npy", t2d)
+    monkeypatch.chdir(elsewhere)
+    flags = ("--from-checkpoint", str(trained))
+
+    assert train(tiny, "second", *flags, d2t_path=None, t2d_path=None, max_steps=1) == 0
+
+
 def test_the_run_can_be_resumed_and_repeated(tiny: TinyInputs, trained: Path) -> None:
     flags = ("--from-checkpoint", str(trained))
     assert train(tiny, "second", *flags, epochs=1) == 0

@@ -11,10 +11,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from speculators_cli.core.data.map_file import HINT, read_map
 from speculators_cli.core.errors import SettingsError
 from speculators_cli.core.files import replacing
-
-HINT = "Make both maps again with `speculators build-vocab-map`, or pass `--full-vocab`"
+from speculators_cli.core.reading import refusing
 
 
 @dataclass(frozen=True)
@@ -94,25 +94,12 @@ class VocabMap:
         Raises:
             SettingsError: One cannot be read, or they do not belong together.
         """
-        d2t, t2d = _read(d2t_file, "iu"), _read(t2d_file, "biu")
-        kept = d2t.astype(np.int64) + np.arange(len(d2t))
-        if t2d.dtype.kind != "b" and not np.isin(t2d, (0, 1)).all():
-            raise SettingsError(f"`{t2d_file}` holds values other than 0 and 1", hint=HINT)
-        if len(kept) == 0:
-            raise SettingsError(f"`{d2t_file}` holds no token", hint=HINT)
-        if kept.min() < 0 or kept.max() >= len(t2d) or (np.diff(kept) <= 0).any():
-            raise SettingsError(
-                f"`{d2t_file}` holds ids from {kept.min()} to {kept.max()}, expected ascending "
-                f"ones below the {len(t2d):,} of `{t2d_file}`",
-                hint=HINT,
-            )
-        if not np.array_equal(np.flatnonzero(t2d), kept):
-            raise SettingsError(
-                f"`{d2t_file}` ({len(d2t):,} tokens) and `{t2d_file}` ({int(t2d.sum()):,} of "
-                f"{len(t2d):,} tokens) do not keep the same tokens",
-                hint=HINT,
-            )
-        return cls(torch.from_numpy(d2t.astype(np.int64)), torch.from_numpy(t2d.astype(np.bool_)))
+        with refusing(SettingsError):
+            d2t, t2d = read_map(d2t_file, "d2t"), read_map(t2d_file, "t2d")
+        kept = find_kept(d2t, t2d)
+        if kept is None:
+            raise SettingsError(_describe_misfit(d2t, t2d, d2t_file, t2d_file), hint=HINT)
+        return cls(torch.from_numpy(kept - np.arange(len(kept))), torch.from_numpy(t2d > 0))
 
     def check(self, vocab_size: int) -> None:
         """Check that the maps are for a verifier with this many embedding rows.
@@ -127,11 +114,45 @@ class VocabMap:
             )
 
 
-def _read(file: Path, kinds: str) -> NDArray[np.generic]:
-    try:
-        array = np.load(file, allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
-        raise SettingsError(f"`{file}` cannot be read: {error}", hint=HINT) from None
-    if not isinstance(array, np.ndarray) or array.ndim != 1 or array.dtype.kind not in kinds:
-        raise SettingsError(f"`{file}` is not a vector of whole numbers", hint=HINT)
-    return array
+def find_kept(
+    d2t: NDArray[np.int64],  # [draft_vocab]: offsets
+    t2d: NDArray[np.int64],  # [vocab]: 1 where the draft vocabulary has the token
+) -> NDArray[np.int64] | None:
+    """The verifier ids that both maps keep, ascending; None where they do not agree.
+
+    Other tools order draft tokens by frequency. A fresh draft has no weights that would depend on
+    the order, so it gets the ascending one.
+    """
+    kept = np.sort(d2t + np.arange(len(d2t)))
+    is_mask = bool(np.isin(t2d, (0, 1)).all())
+    return kept if len(kept) and is_mask and np.array_equal(np.flatnonzero(t2d), kept) else None
+
+
+def _describe_misfit(
+    d2t: NDArray[np.int64], t2d: NDArray[np.int64], d2t_file: Path, t2d_file: Path
+) -> str:
+    """What is wrong with two maps that do not agree, by the likeliest mistake."""
+    if find_kept(t2d, d2t) is not None:
+        return f"`{d2t_file}` is the target-to-draft map and `{t2d_file}` the other: swap them"
+    if find_kept(d2t - np.arange(len(d2t)), t2d) is not None:
+        return (
+            f"`{d2t_file}` holds verifier ids, expected offsets: the verifier id of draft token i, "
+            "minus i"
+        )
+    if not np.isin(t2d, (0, 1)).all():
+        return f"`{t2d_file}` holds values other than 0 and 1"
+    if not len(d2t):
+        return f"`{d2t_file}` holds no token"
+    kept = d2t + np.arange(len(d2t))
+    if kept.min() < 0 or kept.max() >= len(t2d):
+        return (
+            f"`{d2t_file}` gives verifier ids from {kept.min():,} to {kept.max():,}, expected ones "
+            f"below the {len(t2d):,} of `{t2d_file}`"
+        )
+    ids, counts = np.unique(kept, return_counts=True)
+    if (counts > 1).any():
+        return f"`{d2t_file}` gives the verifier id {ids[counts > 1][0]:,} more than once"
+    return (
+        f"`{d2t_file}` ({len(d2t):,} tokens) and `{t2d_file}` ({int(t2d.sum()):,} of "
+        f"{len(t2d):,} tokens) do not keep the same tokens"
+    )

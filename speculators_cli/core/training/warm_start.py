@@ -49,7 +49,8 @@ def read_warm_start(settings: TrainSettings) -> tuple[TrainSettings, DraftSource
             for key in ("norm_before_residual", "norm_before_fc", "fc_norm", "norm_output")
         },
     }
-    content = settings.model_dump()
+    # What was left out stays so: maps that were not given are not compared with the draft's.
+    content = settings.model_dump(exclude_unset=True)
     for section, values in fixed.items():
         given = getattr(settings, section)
         for name, value in values.items():
@@ -59,7 +60,7 @@ def read_warm_start(settings: TrainSettings) -> tuple[TrainSettings, DraftSource
                     f"`{source.name}` has `{value}`",
                     hint=f"Leave it out: `{FLAG}` fixes the shape of the draft",
                 )
-        content[section] |= values
+        content[section] = content.get(section, {}) | values
     return TrainSettings.model_validate(content), source
 
 
@@ -90,7 +91,9 @@ def choose_vocab_map(source: DraftSource, settings: TrainSettings) -> VocabMap:
         SettingsError: They do not.
     """
     draft = settings.draft
-    if not source.vocab_map.is_full and draft.d2t_path.is_file() and draft.t2d_path.is_file():
+    are_given = {"d2t_path", "t2d_path"} & draft.model_fields_set
+    are_there = draft.d2t_path.is_file() and draft.t2d_path.is_file()
+    if not source.vocab_map.is_full and are_given and are_there:
         given = VocabMap.load(draft.d2t_path, draft.t2d_path)
         if given.hash != source.vocab_map.hash:
             raise SettingsError(

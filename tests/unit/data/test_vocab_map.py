@@ -1,5 +1,6 @@
 """VocabMap: two files that must agree."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -8,9 +9,12 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.torch import save_file
 
 from speculators_cli.core.data.vocab_map import VocabMap
 from speculators_cli.core.errors import SettingsError
+
+MASK = [False, True, False, True, True, False]
 
 
 def write(folder: Path, d2t: Any, t2d: Any) -> tuple[Path, Path]:
@@ -34,6 +38,99 @@ def test_offsets_lead_to_the_kept_ids(tmp_path: Path, dtype: Any, mask_dtype: An
     assert (vocab_map.d2t.dtype, vocab_map.t2d.dtype) == (torch.int64, torch.bool)
 
 
+@pytest.mark.parametrize("dtype", [np.float32, np.float64, np.int16, np.uint64])
+def test_whole_numbers_of_any_type_are_read(tmp_path: Path, dtype: Any) -> None:
+    files = write(tmp_path, np.array([1, 2, 2], dtype), np.array([0, 1, 0, 1, 1, 0], dtype))
+
+    vocab_map = VocabMap.load(*files)
+
+    assert vocab_map.d2t.tolist() == [1, 2, 2]
+    assert (vocab_map.d2t.dtype, vocab_map.t2d.dtype) == (torch.int64, torch.bool)
+
+
+def test_a_map_in_the_order_of_frequency_is_sorted(tmp_path: Path) -> None:
+    # Draft tokens 0, 1, 2 are the verifier's 4, 1, 3.
+    files = write(tmp_path, np.array([4, 0, 1]), np.array(MASK))
+
+    vocab_map = VocabMap.load(*files)
+
+    assert vocab_map.kept_ids.tolist() == [1, 3, 4]
+    assert vocab_map.d2t.tolist() == [1, 2, 2]
+
+
+D2T, T2D = torch.tensor([1, 2, 2]), torch.tensor([0, 1, 0, 1, 1, 0]).bool()
+
+
+BOTH = {"d2t": D2T, "t2d": T2D}
+CONTENTS: dict[str, Callable[[str], Any]] = {
+    "tensor": lambda key: BOTH[key],
+    "dict": lambda key: {key: BOTH[key]},
+    "both": lambda _: BOTH,
+    "bfloat16": lambda key: BOTH[key].bfloat16(),
+    "list": lambda key: BOTH[key].tolist(),
+}
+
+
+@pytest.mark.parametrize("kind", CONTENTS)
+def test_maps_are_read_as_torch_saves_them(tmp_path: Path, kind: str) -> None:
+    for key in BOTH:
+        torch.save(CONTENTS[kind](key), tmp_path / f"{key}.pt")
+
+    vocab_map = VocabMap.load(tmp_path / "d2t.pt", tmp_path / "t2d.pt")
+
+    assert vocab_map.kept_ids.tolist() == [1, 3, 4]
+    assert vocab_map.t2d.tolist() == MASK
+
+
+def test_maps_are_read_from_a_draft(tmp_path: Path) -> None:
+    file = tmp_path / "model.safetensors"
+    save_file(BOTH | {"fc.weight": torch.ones(2, 2)}, file)
+
+    vocab_map = VocabMap.load(file, file)
+
+    assert vocab_map.kept_ids.tolist() == [1, 3, 4]
+
+
+def test_maps_alone_in_their_files_may_have_any_name(tmp_path: Path) -> None:
+    for key, value in BOTH.items():
+        save_file({"map": value}, tmp_path / f"{key}.safetensors")
+
+    vocab_map = VocabMap.load(tmp_path / "d2t.safetensors", tmp_path / "t2d.safetensors")
+
+    assert vocab_map.kept_ids.tolist() == [1, 3, 4]
+
+
+@pytest.mark.parametrize(
+    ("name", "save", "reason", "hint"),
+    [
+        ("d2t.pt", lambda f: torch.save({"t2d": T2D}, f), "a dict with `t2d`, expected", "again"),
+        ("d2t.pt", lambda f: torch.save("text", f), "holds no tensor", "again"),
+        ("d2t.pt", lambda f: f.write_bytes(b"PK\3\4"), "is truncated", "again"),
+        ("d2t.npz", lambda f: np.savez(f, d2t=D2T), "several arrays", "Save `d2t` by itself: `np"),
+        ("d2t.safetensors", lambda f: save_file({"a": D2T, "b": T2D}, f), "no tensor `d2t`", ""),
+        ("d2t.npy", lambda f: f.write_bytes(b""), "is empty", "again"),
+        ("d2t.npy", lambda f: f.write_text("version https://git-lfs"), "LFS", "git lfs pull"),
+        ("d2t.npy", lambda f: f.write_bytes(b"\x93NUMPY"), "is not an array", "again"),
+        ("d2t.npy", Path.mkdir, "is a folder", "Pass the path of a regular file"),
+    ],
+    ids=[
+        *("other-key", "text", "truncated", "npz", "other-tensors"),
+        *("empty", "lfs-pointer", "no-header", "folder"),
+    ],
+)
+def test_files_that_hold_no_map_are_refused(
+    tmp_path: Path, name: str, save: Callable[[Path], None], reason: str, hint: str
+) -> None:
+    np.save(tmp_path / "t2d.npy", np.array(MASK))
+    save(tmp_path / name)
+
+    with pytest.raises(SettingsError, match=reason) as error:
+        VocabMap.load(tmp_path / name, tmp_path / "t2d.npy")
+
+    assert name in error.value.message
+    assert hint in str(error.value.hint)
+
+
 def test_the_full_map_keeps_every_token() -> None:
     vocab_map = VocabMap.full(5)
 
@@ -48,21 +145,26 @@ def test_the_kept_ids_stay_with_the_map_whatever_the_default_device() -> None:
     assert kept_ids.device.type == "cpu"
 
 
-MASK = [False, True, False, True, True, False]
-
-
 @pytest.mark.parametrize(
     ("d2t", "t2d", "reason"),
     [
-        ([1, 3, 4], MASK, "expected ascending ones below the 6"),  # verifier ids, not offsets
-        ([1, 2, 1], MASK, "expected ascending"),
+        ([1, 3, 4], MASK, "holds verifier ids, expected offsets"),
+        ([4, 1, 3], MASK, "holds verifier ids, expected offsets"),
+        (MASK, [1, 2, 2], "is the target-to-draft map and `.*t2d.npy` the other: swap them"),
+        (np.array(MASK, int), [1, 2, 2], "swap them"),
+        ([1, 2, 1], MASK, "gives the verifier id 3 more than once"),
         ([-1, 2, 2], MASK, "ids from -1 to 4"),
+        ([1, 2, 5], MASK, "ids from 1 to 7, expected ones below the 6"),
         ([1, 2], MASK, r"\(2 tokens\) and `.*` \(3 of 6 tokens\) do not keep the same"),
         ([0, 2, 2], MASK, "do not keep the same tokens"),
-        ([], [False] * 6, "is not a vector of whole numbers"),
+        ([], [False] * 6, "holds no token"),
         ([1, 2, 2], [0, 1, 0, 2, 1, 0], "values other than 0 and 1"),
-        ([[1, 2, 2]], MASK, "is not a vector"),
-        ([1.0, 2.0, 2.0], MASK, "is not a vector of whole numbers"),
+        ([[1, 2, 2]], MASK, r"of shape \[1, 3\], expected a vector"),
+        (["a", "b", "c"], MASK, "expected a vector"),
+        ([1.0, 2.5, 2.0], MASK, "holds 2.5, expected whole numbers"),
+        ([1.0, np.nan, 2.0], MASK, "holds nan, expected whole numbers"),
+        (np.array([1, 2, 2**64 - 1], np.uint64), MASK, "expected whole numbers"),
+        ([1, 2, 2], [0.0, 1.0, 0.5, 1.0, 1.0, 0.0], "holds 0.5"),
     ],
 )
 def test_maps_that_do_not_fit_are_refused(
@@ -79,7 +181,7 @@ def test_maps_that_do_not_fit_are_refused(
 def test_a_map_that_is_a_pickle_is_not_loaded(tmp_path: Path) -> None:
     files = write(tmp_path, np.array([1, 2, 2]), np.array([{"a": 1}], dtype=object))
 
-    with pytest.raises(SettingsError, match="cannot be read"):
+    with pytest.raises(SettingsError, match="is not an array in NumPy's format"):
         VocabMap.load(*files)
 
 
