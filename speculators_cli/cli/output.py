@@ -139,8 +139,8 @@ class Output:
         speed = format_speed(report.tokens_per_second)
         if not self.is_live:
             self.info(
-                f"step {report.step}/{report.total_steps}  loss {report.loss:.3f}  "
-                f"acceptance {report.acceptance_length:.2f}  lr {report.lr:.1e}  {speed}"
+                f"step {report.step}/{report.total_steps}  loss {_figure(report.loss, 3)}  "
+                f"acceptance {_figure(report.acceptance_length, 2)}  lr {report.lr:.1e}  {speed}"
             )
             return
         if self._live is None:
@@ -153,8 +153,9 @@ class Output:
             self._training,
             completed=report.step,
             description=f"epoch {report.epoch + 1}/{report.num_epochs}",
-            x=f"{report.step:,}/{report.total_steps:,}  loss {report.loss:.3f}  acceptance "
-            f"{report.acceptance_length:.2f}  {speed}  {format_clock(report.seconds_left)} left",
+            x=f"{report.step:,}/{report.total_steps:,}  loss {_figure(report.loss, 3)}  "
+            f"acceptance {_figure(report.acceptance_length, 2)}  {speed}  "
+            f"{format_clock(report.seconds_left)} left",
         )
 
     def validated(self, report: ValidationReport) -> None:
@@ -162,7 +163,7 @@ class Output:
         best = "  best so far" if report.is_best else ""
         self.info(
             f"epoch {report.epoch + 1}/{report.num_epochs} validated: loss {report.loss:.3f}  "
-            f"acceptance length {report.acceptance_length:.2f}{best}"
+            f"acceptance length {_figure(report.acceptance_length, 2)}{best}"
         )
 
     def close(self) -> None:
@@ -194,6 +195,10 @@ class _LiveTask:
         if now - self.shown_at > 0.1:
             self.progress.update(self.task_id, completed=self.num_done)
             self.shown_at = now
+
+
+def _figure(value: float | None, num_digits: int) -> str:
+    return "-" if value is None else f"{value:.{num_digits}f}"
 
 
 def format_speed(tokens_per_second: float) -> str:

@@ -14,8 +14,8 @@ class StepReport:
     total_steps: int
     epoch: int  # from 0, as the checkpoint folders are named
     num_epochs: int
-    loss: float
-    acceptance_length: float  # simulated
+    loss: float | None  # None where no position was scored
+    acceptance_length: float | None  # simulated
     lr: float
     tokens_per_second: float  # over all ranks
     seconds_left: float
@@ -28,7 +28,7 @@ class ValidationReport:
     epoch: int
     num_epochs: int
     loss: float  # nats per supervised token
-    acceptance_length: float  # simulated
+    acceptance_length: float | None  # simulated
     is_best: bool
 
 

@@ -257,7 +257,9 @@ def _report(
 
 def _loss(trainer: Trainer) -> float:
     """Mean loss of all steps since the first."""
-    return trainer.log.sums.reduce(trainer.ranks)["loss"]
+    loss = trainer.log.sums.reduce(trainer.ranks)["loss"]
+    assert loss is not None, "all tokens of its samples are supervised"
+    return loss
 
 
 def _endless(trainer: Trainer) -> Iterator[tuple[Batch, ...]]:

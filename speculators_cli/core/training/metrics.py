@@ -1,5 +1,6 @@
 """What a run measures: sums over positions, reduced once over ranks, divided once."""
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -9,7 +10,7 @@ from speculators_cli.core.data.batch import Batch
 from speculators_cli.core.models.ttt import StepSums
 from speculators_cli.core.training.distributed import Ranks
 
-Metrics = dict[str, float]
+Metrics = dict[str, float | None]  # None: nothing was counted
 
 
 @dataclass
@@ -32,7 +33,8 @@ class MetricSums:
 
         Returns:
             `loss` and `loss_k` in nats per scored position, `full_acc_k`, `cond_acc_k`,
-            `acceptance_rate_k`, `acceptance_length` (simulated), `tokens`, `supervised_fraction`.
+            `acceptance_rate_k`, `acceptance_length` (simulated), `tokens`, `supervised_fraction`;
+            None where nothing was counted.
         """
         num_steps = len(self.loss_weights)
         steps = self.steps if self.steps is not None else torch.zeros(6, num_steps)
@@ -42,7 +44,8 @@ class MetricSums:
         rows = [flat_steps[row * num_steps : (row + 1) * num_steps] for row in range(6)]
         losses = [_ratio(a, b) for a, b in zip(rows[0], rows[1], strict=True)]
         rates = [_ratio(a, b) for a, b in zip(rows[5], rows[3], strict=True)]
-        metrics = {"loss": sum(w * x for w, x in zip(self.loss_weights, losses, strict=True))}
+        weighted = [w * (x or 0.0) for w, x in zip(self.loss_weights, losses, strict=True)]
+        metrics: Metrics = {"loss": sum(weighted) if rows[1][0] else None}
         for step in range(num_steps):
             metrics |= {
                 f"loss_{step}": losses[step],
@@ -51,12 +54,17 @@ class MetricSums:
                 f"acceptance_rate_{step}": rates[step],
             }
         return metrics | {
-            "acceptance_length": 1.0 + sum(rates),
+            "acceptance_length": 1.0 + sum(rate or 0.0 for rate in rates) if rows[3][0] else None,
             "tokens": num_tokens,
             "supervised_fraction": _ratio(num_supervised, num_tokens),
         }
 
 
-def _ratio(numerator: float, denominator: float) -> float:
-    """The quotient, or 0 where nothing was counted."""
-    return numerator / denominator if denominator else 0.0
+def are_finite(*values: float | None) -> bool:
+    """Whether all of them are known and numbers."""
+    return all(value is not None and math.isfinite(value) for value in values)
+
+
+def _ratio(numerator: float, denominator: float) -> float | None:
+    """The quotient, or None where nothing was counted."""
+    return numerator / denominator if denominator else None

@@ -22,7 +22,7 @@ from speculators_cli.core.training.checkpoint import RunFolder
 from speculators_cli.core.training.checks import check_samples
 from speculators_cli.core.training.distributed import Ranks, shard, start_ranks
 from speculators_cli.core.training.inputs import Inputs, read_inputs
-from speculators_cli.core.training.loggers import MetricLogger, build_loggers
+from speculators_cli.core.training.loggers import SafeLogger, build_loggers
 from speculators_cli.core.training.optimizer import Optimizer
 from speculators_cli.core.training.report import TrainReport
 from speculators_cli.core.training.resume import Start, find_start
@@ -133,7 +133,7 @@ def open_folder(
 @contextmanager
 def open_logger(
     settings: TrainSettings, folder: RunFolder | None, start: Start, progress: Progress
-) -> Iterator[MetricLogger | None]:
+) -> Iterator[SafeLogger | None]:
     """The metric loggers on rank 0, closed at the end, however it comes."""
     if folder is None:
         yield None
@@ -159,7 +159,7 @@ def build_trainer(
     ranks: Ranks,
     start: Start,
     folder: RunFolder | None,
-    logger: MetricLogger | None,
+    logger: SafeLogger | None,
     progress: Progress,
     signals: StopSignals,
 ) -> Trainer:

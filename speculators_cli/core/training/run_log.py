@@ -13,7 +13,7 @@ from speculators_cli.core.data.dataset import Dataset
 from speculators_cli.core.models.ttt import StepSums
 from speculators_cli.core.progress import Progress, StepReport, ValidationReport
 from speculators_cli.core.training.distributed import Ranks
-from speculators_cli.core.training.loggers import MetricLogger
+from speculators_cli.core.training.loggers import SafeLogger
 from speculators_cli.core.training.metrics import Metrics, MetricSums
 
 # Broken samples named at one log step, at most; and told of to other ranks in one message.
@@ -64,7 +64,7 @@ class RunLog:
         loss_weights: tuple[float, ...],
         num_epochs: int,
         total_steps: int,
-        logger: MetricLogger | None,
+        logger: SafeLogger | None,
         progress: Progress,
     ) -> None:
         self.ranks = ranks
@@ -128,21 +128,22 @@ class RunLog:
         now = time.perf_counter()
         seconds, steps = max(now - self.clock, 1e-9), max(step - self.clock_step, 1)
         self.clock, self.clock_step = now, step
-        tokens = metrics.pop("tokens")
+        tokens = metrics.pop("tokens") or 0.0
         self.num_tokens += tokens
         self.seconds += seconds
         self._name_broken()
+        wait_share = self.ranks.max(wait_seconds / seconds)
         metrics |= {
             "lr": lr,
             "grad_norm": grad_norm.item(),
             "tokens_per_second": tokens / seconds,
             "num_skipped_steps": skipped,
             "num_broken_samples": self.num_broken_samples,
-            "data_wait_share": self.ranks.max(wait_seconds / seconds),
+            "data_wait_share": wait_share,
         }
         # The first samples always take their time.
         if step > 1:
-            self._warn_of_waiting(step, metrics["data_wait_share"] * seconds, seconds)
+            self._warn_of_waiting(step, wait_share * seconds, seconds)
         self._log("train", step, epoch, metrics)
         self.progress.trained(
             StepReport(
@@ -153,19 +154,33 @@ class RunLog:
                 loss=metrics["loss"],
                 acceptance_length=metrics["acceptance_length"],
                 lr=lr,
-                tokens_per_second=metrics["tokens_per_second"],
+                tokens_per_second=tokens / seconds,
                 seconds_left=(self.total_steps - step) * seconds / steps,
             )
         )
 
     def log_validation(self, step: int, epoch: int, metrics: Metrics, *, is_best: bool) -> None:
-        """Tell of a validation."""
+        """Tell of a validation, and warn of one that measures nothing."""
         self._log("val", step, epoch, metrics)
+        loss = metrics["loss"]
+        if loss is None:
+            self.progress.warn(
+                f"The validation of epoch {epoch + 1} measures nothing: no validation sample has a "
+                "position to score",
+                hint="Pass validation samples with supervised tokens by `--val-data-path`",
+            )
+            return
+        if not math.isfinite(loss):
+            self.progress.warn(
+                f"The validation loss of epoch {epoch + 1} is not finite, so the epoch is not "
+                "compared with the best one",
+                hint="Lower `--lr`, and go on from a checkpoint before it by `--from-checkpoint`",
+            )
         self.progress.validated(
             ValidationReport(
                 epoch=epoch,
                 num_epochs=self.num_epochs,
-                loss=metrics["loss"],
+                loss=loss,
                 acceptance_length=metrics["acceptance_length"],
                 is_best=is_best,
             )

@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
+from math import isfinite
 from typing import NoReturn
 
 import torch
@@ -16,7 +17,7 @@ from speculators_cli.core.signals import Interrupted, StopSignals
 from speculators_cli.core.training.checkpoint import RunFolder, TrainState
 from speculators_cli.core.training.distributed import Ranks
 from speculators_cli.core.training.feed import DeviceFeed, StepBatches
-from speculators_cli.core.training.metrics import Metrics, MetricSums
+from speculators_cli.core.training.metrics import Metrics, MetricSums, are_finite
 from speculators_cli.core.training.optimizer import Optimizer, learning_rate
 from speculators_cli.core.training.run_log import RunLog
 from speculators_cli.core.training.snapshot import gather_moments, gather_weights
@@ -185,9 +186,8 @@ class Trainer:
         best = self.state.best
         if is_best:
             best = {"name": name, **{key: (metrics or {}).get(key) for key in BEST_KEYS}}
-        self.state = replace(
-            self.state, epoch=epoch + 1, step_in_epoch=0, best=best, metrics=metrics or {}
-        )
+        known = {name: x for name, x in (metrics or {}).items() if x is not None and isfinite(x)}
+        self.state = replace(self.state, epoch=epoch + 1, step_in_epoch=0, best=best, metrics=known)
         if metrics is not None:
             self.log.log_validation(self.state.step, epoch, metrics, is_best=is_best)
         self.save(name)
@@ -195,15 +195,17 @@ class Trainer:
     def is_better(self, metrics: Metrics) -> bool:
         """Whether a validation beats the best one so far.
 
-        By simulated acceptance length; of equal ones, as at the start of a run, by the loss.
+        By simulated acceptance length; of equal ones, as at the start of a run, by the loss. One
+        without a loss, or whose loss is not finite, never does.
         """
+        length, loss = metrics["acceptance_length"], metrics["loss"]
+        if length is None or loss is None or not are_finite(length, loss):
+            return False
         best = self.state.best or {}
-        if best.get("acceptance_length") is None:
+        best_length, best_loss = best.get("acceptance_length"), best.get("loss")
+        if best_length is None or best_loss is None or not are_finite(best_length, best_loss):
             return True
-        return (metrics["acceptance_length"], -metrics["loss"]) > (
-            best["acceptance_length"],
-            -best["loss"],
-        )
+        return (length, -loss) > (best_length, -best_loss)
 
     def save(self, name: str) -> None:
         """Save a checkpoint; every rank waits until it is committed."""

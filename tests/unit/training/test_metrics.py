@@ -54,8 +54,18 @@ def test_a_loss_weighs_every_position_alike() -> None:
     assert metrics["supervised_fraction"] == pytest.approx(4 / 14)
 
 
-def test_nothing_counted_gives_zeros_instead_of_nan() -> None:
+def test_nothing_counted_is_unknown_and_no_number() -> None:
     metrics = MetricSums(loss_weights=(1.0,)).reduce(ONE_RANK)
 
-    assert metrics["loss"] == 0.0
-    assert metrics["acceptance_length"] == 1.0
+    assert {name: value for name, value in metrics.items() if value is not None} == {"tokens": 0}
+    assert {"loss", "acceptance_length", "supervised_fraction"} < metrics.keys()
+
+
+def test_a_step_that_nothing_reaches_leaves_the_loss_of_the_others() -> None:
+    sums = MetricSums(loss_weights=(1.0, 0.5))
+    sums.add(make_sums([10.0, 0.0], [4, 0], [1, 0]), make_batch(8, 3))
+
+    metrics = sums.reduce(ONE_RANK)
+
+    assert metrics["loss"] == pytest.approx(10 / 4)
+    assert metrics["loss_1"] is None

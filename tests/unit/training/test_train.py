@@ -1,6 +1,7 @@
 """train() from samples to checkpoints."""
 
 import json
+import math
 import threading
 import time
 from itertools import count
@@ -15,6 +16,7 @@ from speculators_cli.core.data.dataset import read_dataset
 from speculators_cli.core.errors import CheckpointError, DataError, DivergedError
 from speculators_cli.core.progress import SilentProgress
 from speculators_cli.core.training.distributed import Ranks
+from speculators_cli.core.training.metrics import Metrics
 from speculators_cli.core.training.optimizer import Optimizer
 from speculators_cli.core.training.report import TrainReport
 from speculators_cli.core.training.run import build_loader, train
@@ -230,7 +232,7 @@ def test_a_tie_in_acceptance_goes_to_the_lower_loss(
 ) -> None:
     validate = Trainer.validate
 
-    def validate_without_a_hit(trainer: Trainer) -> dict[str, float]:
+    def validate_without_a_hit(trainer: Trainer) -> Metrics:
         return (validate(trainer) or {}) | {"acceptance_length": 1.0}
 
     monkeypatch.setattr(Trainer, "validate", validate_without_a_hit)
@@ -240,6 +242,41 @@ def test_a_tie_in_acceptance_goes_to_the_lower_loss(
     losses = [line["loss"] for line in metric_lines(tiny, "val")]
     assert losses[2] < losses[0]
     assert report.best_epoch == losses.index(min(losses))
+
+
+@pytest.mark.parametrize(
+    ("loss", "message"),
+    [(math.nan, "loss of epoch 1 is not finite"), (None, "of epoch 1 measures nothing")],
+)
+def test_a_validation_without_a_finite_loss_is_warned_of_and_never_the_best(
+    tiny: TinyInputs, monkeypatch: pytest.MonkeyPatch, loss: float | None, message: str
+) -> None:
+    validate = Trainer.validate
+
+    def validate_badly(trainer: Trainer) -> Metrics:
+        metrics = validate(trainer) or {}
+        # The acceptance length alone would make the first epoch the best.
+        return metrics | {"loss": loss, "acceptance_length": 3.9} if is_bad(trainer) else metrics
+
+    def is_bad(trainer: Trainer) -> bool:
+        return trainer.state.epoch in bad_epochs
+
+    monkeypatch.setattr(Trainer, "validate", validate_badly)
+    messages, best = Messages(), tiny.save_path / "checkpoint_best"
+
+    bad_epochs = {0}
+    first = train(tiny.settings(run={"epochs": 1}), progress=messages)
+    is_linked_at_first = best.exists()
+    run(tiny, run={"epochs": 2})
+    bad_epochs = {2}
+    last = run(tiny, run={"epochs": 3})
+
+    assert any(message in warning for warning in messages.warnings)
+    assert (first.best_epoch, first.validation_loss, is_linked_at_first) == (None, None, False)
+    assert (last.best_epoch, best.readlink()) == (1, Path("1"))
+    lines = (tiny.save_path / "metrics.jsonl").read_text()
+    assert "NaN" not in lines
+    assert [line["loss"] is None for line in metric_lines(tiny, "val")] == [True, False, True]
 
 
 def test_the_end_of_an_epoch_is_saved_once(tiny: TinyInputs) -> None:

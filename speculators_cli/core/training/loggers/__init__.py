@@ -11,7 +11,7 @@ from speculators_cli.core.training.loggers.tensorboard import TensorboardLogger
 from speculators_cli.core.training.loggers.trackio import TrackioLogger
 from speculators_cli.core.training.loggers.wandb import WandbLogger
 
-__all__ = ["LOGGERS", "MetricLogger", "build_loggers"]
+__all__ = ["LOGGERS", "MetricLogger", "SafeLogger", "build_loggers"]
 
 OpenLogger = Callable[[Path, str, Mapping[str, Any], int | None], MetricLogger]
 LOGGERS: dict[str, OpenLogger] = {
@@ -30,7 +30,7 @@ def build_loggers(
     settings: Mapping[str, Any],
     resumed_step: int | None,
     warn: Callable[[str], None],
-) -> MetricLogger:
+) -> SafeLogger:
     """Open metrics.jsonl and the named loggers.
 
     Args:

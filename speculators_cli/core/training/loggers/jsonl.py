@@ -1,6 +1,7 @@
 """metrics.jsonl: one JSON object a line."""
 
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -21,9 +22,13 @@ class JsonlLogger:
             temporary.write_text("".join(kept), "utf-8")
         self._stream = file.open("a", encoding="utf-8", buffering=1)
 
-    def log(self, step: int, split: str, metrics: Mapping[str, float]) -> None:
-        """Append the metrics of a step."""
-        self._stream.write(json.dumps({"step": step, "split": split, **metrics}) + "\n")
+    def log(self, step: int, split: str, metrics: Mapping[str, float | None]) -> None:
+        """Append the metrics of a step; what is not a number is null, since JSON has no NaN."""
+        known = {
+            name: value if value is not None and math.isfinite(value) else None
+            for name, value in metrics.items()
+        }
+        self._stream.write(json.dumps({"step": step, "split": split, **known}) + "\n")
 
     def close(self) -> None:
         """Close the file."""

@@ -6,6 +6,16 @@ from typing import Protocol
 from speculators_cli.core.errors import MachineError
 
 
+class MetricRecords(Protocol):
+    """The run's own record, which has a place for figures that are not known."""
+
+    def log(self, step: int, split: str, metrics: Mapping[str, float | None]) -> None:
+        """Keep the metrics of an optimizer step; `split` is `train` or `val`."""
+
+    def close(self) -> None:
+        """Write what is still held back."""
+
+
 class MetricLogger(Protocol):
     """One place that keeps metrics."""
 
@@ -26,16 +36,17 @@ class SafeLogger:
     """
 
     def __init__(
-        self, records: MetricLogger, others: dict[str, MetricLogger], warn: Callable[[str], None]
+        self, records: MetricRecords, others: dict[str, MetricLogger], warn: Callable[[str], None]
     ) -> None:
         self.records = records
         self.others = others
         self.warn = warn
 
-    def log(self, step: int, split: str, metrics: Mapping[str, float]) -> None:
-        """Keep the metrics everywhere."""
+    def log(self, step: int, split: str, metrics: Mapping[str, float | None]) -> None:
+        """Keep the metrics everywhere; those that are not known in the record alone."""
         self.records.log(step, split, metrics)
-        self._each(lambda logger: logger.log(step, split, metrics))
+        known = {name: value for name, value in metrics.items() if value is not None}
+        self._each(lambda logger: logger.log(step, split, known))
 
     def close(self) -> None:
         """Close all."""
