@@ -1,9 +1,12 @@
 """Samples as upstream speculators 0.9.0 and `datasets` wrote them: see `tests/oracle/`."""
 
 import json
+import os
 import shutil
+import struct
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +18,7 @@ from torch import Tensor
 
 from speculators_cli.core.data.dataset import read_dataset, write_index
 from speculators_cli.core.data.formats import FORMATS, speculators
+from speculators_cli.core.data.formats.arrow_table import read_table
 from speculators_cli.core.data.sample import BadSampleError
 from speculators_cli.core.errors import MachineError
 from speculators_cli.core.progress import SilentProgress
@@ -81,7 +85,7 @@ def test_the_table_may_lie_beside_the_states(folder: Path) -> None:
 
 def test_a_changed_table_is_read_again_by_the_next_scan(folder: Path, tmp_path: Path) -> None:
     def scan() -> int:
-        speculators._open_table.cache_clear()  # a scan is the first of its process
+        speculators._read_once.cache_clear()  # a scan is the first of its process
         dataset = read_dataset(
             [folder],
             version=1,
@@ -207,3 +211,170 @@ def test_a_missing_pyarrow_says_what_to_install(
         SPECULATORS.read_tokens(states_file(folder, 1))
 
     assert "speculators-cli[arrow]" in str(error.value.hint)
+
+
+def write_table(folder: Path, columns: dict[str, Any], **how: Any) -> None:
+    """Put another table in the place of the recorded one."""
+    for shard in folder.glob("*.arrow"):
+        shard.unlink()
+    table = pa.table(columns)
+    options = pa.ipc.IpcWriteOptions(**how)
+    with pa.ipc.new_stream(folder / "x.arrow", table.schema, options=options) as out:
+        out.write_table(table)
+    (folder / "state.json").write_text(json.dumps({"_data_files": [{"filename": "x.arrow"}]}))
+
+
+IDS = [[5, 6, 7]] * 2
+TABLES: dict[str, tuple[dict[str, Any], str]] = {
+    "no-mask": ({"input_ids": IDS}, "not one column `input_ids` and one `loss_mask`"),
+    "twice": ({"input_ids": IDS, "Loss_mask": IDS}, "not one column"),
+    "flat": ({"input_ids": [1, 2], "loss_mask": IDS}, "a column of int64, expected lists"),
+    "text-ids": ({"input_ids": [["a"]] * 2, "loss_mask": IDS}, "`input_ids` of string"),
+    "text-mask": ({"input_ids": IDS, "loss_mask": [["a"]] * 2}, "`loss_mask` of string"),
+    "nested": ({"input_ids": [[[1]]] * 2, "loss_mask": IDS}, "`input_ids` of list"),
+    "dictionary": (
+        {"input_ids": pa.array(["a", "b"]).dictionary_encode(), "loss_mask": IDS},
+        "a column of dictionary",
+    ),
+    "nested-dictionary": (
+        {
+            "input_ids": pa.ListArray.from_arrays([0, 1, 2], pa.array([1, 2]).dictionary_encode()),
+            "loss_mask": IDS,
+        },
+        "`input_ids` of dictionary",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_a_table_of_other_columns_is_named(folder: Path, name: str) -> None:
+    columns, reason = TABLES[name]
+    write_table(folder, columns)
+
+    with pytest.raises(BadSampleError) as error:
+        SPECULATORS.read_tokens(states_file(folder, 1))
+
+    assert error.value.reason.startswith("has an Arrow table that cannot be read: ")
+    assert reason in error.value.reason
+
+
+@pytest.mark.parametrize("compression", ["lz4", "zstd"])
+def test_a_compressed_table_is_named(folder: Path, compression: str) -> None:
+    # What it unpacks to is as large as it claims.
+    write_table(folder, {"input_ids": IDS, "loss_mask": IDS}, compression=compression)
+
+    with pytest.raises(BadSampleError, match="it is compressed"):
+        SPECULATORS.read_tokens(states_file(folder, 1))
+
+
+def test_tables_of_all_types_of_numbers_are_read(folder: Path) -> None:
+    ids = load_file(states_file(folder, 1))["token_ids"].tolist()
+    mask = [i % 2 for i in range(len(ids))]
+    others = {"text": pa.array(["a", "b"]).dictionary_encode(), "more": [None, {"a": [1]}]}
+    for id_type, mask_type in [
+        (pa.list_(pa.int32()), pa.large_list(pa.bool_())),
+        (pa.large_list(pa.uint64()), pa.list_(pa.float32())),
+        (pa.list_(pa.int16()), pa.list_(pa.uint8())),
+    ]:
+        columns = {
+            "loss_mask": pa.array([[], mask], pa.list_(pa.int64())).cast(mask_type),
+            "input_ids": pa.array([[1], ids], id_type),
+        }
+        write_table(folder, others | columns)
+        speculators._read_once.cache_clear()
+
+        assert SPECULATORS.read_tokens(states_file(folder, 1)).loss_mask.tolist() == mask
+
+
+@pytest.mark.parametrize(
+    ("ids", "mask", "reason"),
+    [
+        (None, [1] * 8, "has other tokens than row 1"),
+        ([2**31] * 8, [1] * 8, "has other tokens than row 1"),
+        ([None] * 8, [1] * 8, "has other tokens than row 1"),
+        (..., None, "has no loss mask of zeros and ones in row 1"),
+        (..., [1] * 7 + [None], "has no loss mask of zeros and ones in row 1"),
+        (..., [1] * 7, "has no loss mask of zeros and ones in row 1"),
+        (..., [1] * 7 + [2], "has no loss mask of zeros and ones in row 1"),
+    ],
+)
+def test_a_row_without_its_ids_or_mask_is_named(
+    folder: Path, ids: Any, mask: Any, reason: str
+) -> None:
+    if ids is ...:
+        ids = load_file(states_file(folder, 1))["token_ids"].tolist()
+    write_table(folder, {"input_ids": [[1], ids], "loss_mask": [[1], mask]})
+
+    with pytest.raises(BadSampleError) as error:
+        SPECULATORS.read_tokens(states_file(folder, 1))
+
+    assert reason in error.value.reason
+
+
+@pytest.mark.parametrize("place", ["state.json", "x.arrow", "hidden_states/hs_1.safetensors"])
+@pytest.mark.parametrize("kind", ["a FIFO", "a folder", "a device"])
+def test_what_is_no_file_is_an_error_without_waiting(folder: Path, place: str, kind: str) -> None:
+    write_table(folder, {"input_ids": IDS, "loss_mask": IDS})
+    (folder / place).unlink()
+    if kind == "a device":
+        (folder / place).symlink_to("/dev/zero")
+    else:
+        (os.mkfifo if kind == "a FIFO" else Path.mkdir)(folder / place)
+
+    with pytest.raises((BadSampleError, OSError), match=f"{kind}, not a file"):
+        SPECULATORS.read_tokens(states_file(folder, 1))
+
+
+def test_a_table_that_lists_a_file_twice_is_named(folder: Path) -> None:
+    state = json.loads((folder / "state.json").read_text())
+    state["_data_files"] *= 2
+    (folder / "state.json").write_text(json.dumps(state))
+
+    with pytest.raises(BadSampleError, match="lists a file twice"):
+        SPECULATORS.read_tokens(states_file(folder, 1))
+
+
+def shards_and_offsets() -> Iterator[tuple[str, int]]:
+    """Every word of the metadata and offsets of the recorded table, some a run."""
+    for shard in sorted((RECORDED / "bf16").glob("*.arrow")):
+        yield from ((shard.name, at) for at in range(0, shard.stat().st_size - 8, 4))
+
+
+def read_damaged(folder: Path, damage: list[tuple[str, int, bytes]]) -> set[str]:
+    """Read the table with each damage on its own; which errors were not ours."""
+    found = set()
+    for name, at, data in damage:
+        whole = (folder / name).read_bytes()
+        (folder / name).write_bytes(whole[:at] + data + whole[at + len(data) :])
+        try:
+            table = read_table(folder)
+            for row in range(table.num_rows):
+                table.input_ids[row].sum(), table.loss_mask[row].sum()
+        except BadSampleError:
+            pass
+        except BaseException as error:  # noqa: BLE001 - it is what the test looks for
+            found.add(f"{name} {at} {data!r}: {error!r}")
+        (folder / name).write_bytes(whole)
+    return found
+
+
+def test_a_damaged_table_never_ends_the_process(folder: Path) -> None:
+    # Trap: pyarrow looks values up at whatever place a damaged offset gives.
+    words = [struct.pack("<i", x) for x in (-5, -1, 0, 1, 7, 2**20, 2**31 - 1, -(2**31))]
+    words += [struct.pack("<q", x) for x in (-1, 2**40, 2**62)] + [b"\xff"]
+    places = list(shards_and_offsets())[::5]
+    damage = [(*place, word) for place, word in zip(places, cycle(words), strict=False)]
+    assert len(damage) > 100
+    # The offsets of the lists, too, wherever they are.
+    for shard, lengths in zip(sorted(folder.glob("*.arrow")), [(11, 8), (14, 9)], strict=True):
+        start = shard.read_bytes().index(struct.pack("<3i", 0, lengths[0], sum(lengths)))
+        damage += [(shard.name, start + 4, struct.pack("<i", x)) for x in (-5, 2**30, 2**31 - 1)]
+
+    child = os.fork()
+    if child == 0:
+        found = read_damaged(folder, damage)
+        sys.stderr.writelines(found)
+        os._exit(1 if found else 0)
+    _, status = os.waitpid(child, 0)
+
+    assert os.waitstatus_to_exitcode(status) == 0

@@ -5,6 +5,7 @@ import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from speculators_cli.core.data.batch import Batch, collate
-from speculators_cli.core.data.formats import FORMATS
+from speculators_cli.core.data.formats import FORMATS, stored
 from speculators_cli.core.data.formats.stored import OpenFile, StoredStates
 from speculators_cli.core.data.sample import BadSampleError, ChangedSampleError, Sample
 
@@ -61,11 +62,17 @@ def in_memory(sample: Sample) -> Sample:
     return Sample(sample.input_ids, sample.loss_mask, aux, last, sample.is_normed)
 
 
+@pytest.mark.parametrize("block_bytes", [0, stored.BLOCK_BYTES])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("name", ["v0", "v1", "specforge"])
 def test_a_batch_from_files_is_the_one_from_memory(
-    tmp_path: Path, name: str, dtype: torch.dtype
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
+    dtype: torch.dtype,
+    block_bytes: int,
 ) -> None:
+    monkeypatch.setattr(stored, "BLOCK_BYTES", block_bytes)
     # Trap: a run of supervised rows, single ones, a wide gap, the last row.
     mask = torch.zeros(S, dtype=torch.bool)
     mask[[3, 4, 5, 9, 11, S - 1]] = True
@@ -110,9 +117,12 @@ def test_rows_are_those_of_the_strided_view(
 
     states = StoredStates(source, "int16", 2 * start, (40, width), stride)
     into = np.zeros((len(rows), width + is_apart), np.int16)[:, :width]
-    states.read_into(into.view(np.uint8), np.array(rows, np.int64))
+    for block_bytes in (0, stored.BLOCK_BYTES):
+        with patch.object(stored, "BLOCK_BYTES", block_bytes):
+            states.read_into(into.view(np.uint8), np.array(rows, np.int64))
+        assert into.tolist() == expected.tolist()
+        into[:] = 0
 
-    assert into.tolist() == expected.tolist()
     assert states[torch.tensor(rows, dtype=torch.int64)].tolist() == expected.tolist()
 
 

@@ -4,26 +4,26 @@ The table is what `datasets` saves to disk, in the folder of the states or in th
 hidden states are from before the verifier's final norm.
 """
 
-import json
 import re
 from functools import lru_cache
 from hashlib import sha256
 from math import prod
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from speculators_cli.core.data.formats.arrow_table import STATE_FILE, TokenTable, read_table
 from speculators_cli.core.data.formats.format import INTEGER_DTYPES
 from speculators_cli.core.data.formats.safetensors_file import SafetensorsFile
 from speculators_cli.core.data.formats.stored import ScaledStates
 from speculators_cli.core.data.sample import BadSampleError, Sample, SampleTokens, States
-from speculators_cli.core.errors import MachineError
 from speculators_cli.core.files import read_parts
 
 STATES, SCALES, TOKENS = "hidden_states", "hidden_states_scales", "token_ids"
-STATE_FILE = "state.json"  # of a table: names its files
+LOCK = Lock()
 NAME = re.compile(r"hs_(\d+)\.safetensors")
 FLOAT8 = "float8_e4m3fn"
 STATE_DTYPES = {"bfloat16", "float16", "float32", "float64", FLOAT8}
@@ -151,12 +151,9 @@ def _read_mask(file: Path, token_ids: NDArray[np.int64]) -> NDArray[np.bool_]:
     table = _open_table(folder)
     if row >= table.num_rows:
         raise BadSampleError(f"has no row: `{folder}` has {table.num_rows:,} of them")
-    ids, mask = (
-        table.column(name)[row].values.to_numpy(zero_copy_only=False)
-        for name in ("input_ids", "loss_mask")
-    )
-    if not np.array_equal(ids, token_ids):
+    if not np.array_equal(table.input_ids[row], token_ids):
         raise BadSampleError(f"has other tokens than row {row:,} of the Arrow table")
+    mask = table.loss_mask[row]
     is_supervised: NDArray[np.bool_] = mask == 1
     if mask.shape != token_ids.shape or not (is_supervised | (mask == 0)).all():
         raise BadSampleError(f"has no loss mask of zeros and ones in row {row:,} of the table")
@@ -165,31 +162,30 @@ def _read_mask(file: Path, token_ids: NDArray[np.int64]) -> NDArray[np.bool_]:
 
 def _find_table(folder: Path) -> Path | None:
     """The folder of the table whose samples lie in a folder: the same, or the one above."""
-    return next((x for x in (folder, folder.parent) if (x / STATE_FILE).is_file()), None)
+    return next((x for x in (folder, folder.parent) if (x / STATE_FILE).exists()), None)
+
+
+def _open_table(folder: Path) -> TokenTable:
+    """The Arrow table in a folder, read once, whichever thread is the first.
+
+    Raises:
+        BadSampleError: It cannot be read.
+        MachineError: pyarrow is not installed.
+    """
+    with LOCK:
+        table = _read_once(folder)
+    if isinstance(table, str):
+        raise BadSampleError(table)
+    return table
 
 
 @lru_cache(maxsize=64)
-def _open_table(folder: Path) -> Any:
-    """The Arrow table in a folder, mapped into memory."""
+def _read_once(folder: Path) -> TokenTable | str:
+    """A table, or why it cannot be read: each of its samples would read it again."""
     try:
-        import pyarrow as pa
-    except ModuleNotFoundError:
-        raise MachineError(
-            f"The loss masks in `{folder}` are in an Arrow table, and pyarrow is not installed",
-            hint="Run `pip install 'speculators-cli[arrow]'`",
-        ) from None
-    try:
-        listed = json.loads((folder / STATE_FILE).read_text("utf-8"))["_data_files"]
-        files = [folder / Path(entry["filename"]).name for entry in listed]
-        parts = [pa.ipc.open_stream(pa.memory_map(str(f))).read_all() for f in files]
-        table = pa.concat_tables(parts).select(["input_ids", "loss_mask"])
-    except (OSError, ValueError, LookupError, TypeError, pa.ArrowException) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise BadSampleError(f"has an Arrow table that cannot be read: {reason}") from None
-    for column in table.columns:
-        if not pa.types.is_list(column.type) and not pa.types.is_large_list(column.type):
-            raise BadSampleError("has an Arrow table without lists of ids and masks")
-    return table
+        return read_table(folder)
+    except BadSampleError as error:
+        return error.reason
 
 
 FORMAT = SpeculatorsFormat()

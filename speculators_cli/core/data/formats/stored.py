@@ -4,6 +4,7 @@ Nothing is mapped into memory: touching a mapped file that has shrunk would end 
 """
 
 import os
+import threading
 import weakref
 from collections.abc import Iterator, Sequence
 from functools import cached_property
@@ -24,7 +25,9 @@ if TYPE_CHECKING:
 MAX_PARTS = 1024  # of memory that one call of the system fills (IOV_MAX)
 MAX_GAP_BYTES = 64 * 2**10  # less between wanted rows is read with them: a call costs more
 MAX_SPREAD_BYTES = 2**30  # of a tensor whose values do not lie together, which is read whole
+BLOCK_BYTES = 4 * 2**20  # copied once more on their way: about what a core's cache holds
 Bytes = NDArray[np.uint8]
+_local = threading.local()
 
 
 class OpenFile:
@@ -166,16 +169,44 @@ class StoredStates:
             into[:] = self._whole[rows].view(np.uint8)
             return
         offsets = self.start + rows * (self.stride[0] * self._item_bytes)
+        steps = np.diff(offsets)
+        is_one_piece = into.flags.c_contiguous and bool((steps == self._width_bytes).all())
+        span = int(offsets[-1] - offsets[0]) + self._width_bytes
+        if is_one_piece:
+            self.source.fill([into], int(offsets[0]))
+        elif span <= BLOCK_BYTES and self._are_near(steps):
+            self._read_block(into, rows, offsets, span)
+        else:
+            self._read_pieces(into, offsets)
+
+    def _are_near(self, steps: NDArray[np.int64]) -> bool:
+        """Whether rows follow in order, so many bytes from one to the next, without wide gaps."""
+        gaps = steps - self._width_bytes
+        return bool(((gaps >= 0) & (gaps <= MAX_GAP_BYTES)).all())
+
+    def _read_block(
+        self, into: Bytes, rows: NDArray[np.int64], offsets: NDArray[np.int64], span: int
+    ) -> None:
+        """Read all from the first row to the last at once: many small pieces cost more."""
+        block = _own_block(span)
+        self.source.fill([block], int(offsets[0]))
+        shape = (int(rows[-1] - rows[0]) + 1, self._width_bytes)
+        strides = (self.stride[0] * self._item_bytes, 1)
+        values: Bytes = np.ndarray(shape, np.uint8, block.data, strides=strides)
+        into[:] = values if len(values) == len(rows) else values[rows - rows[0]]
+
+    def _read_pieces(self, into: Bytes, offsets: NDArray[np.int64]) -> None:
+        """Read each run of rows to where it goes, and what lies in narrow gaps between them."""
         if into.flags.c_contiguous:
             # Rows that follow each other are one piece.
             firsts = np.append(0, np.flatnonzero(np.diff(offsets) != self._width_bytes) + 1)
         else:
-            firsts = np.arange(len(rows))
-        ends = np.append(firsts[1:], len(rows))
+            firsts = np.arange(len(offsets))
+        ends = np.append(firsts[1:], len(offsets))
         begins = offsets[firsts]
         gaps = begins[1:] - (offsets[ends[:-1] - 1] + self._width_bytes)
         cuts = np.flatnonzero((gaps < 0) | (gaps > MAX_GAP_BYTES)) + 1
-        unwanted = np.empty(MAX_GAP_BYTES, np.uint8)
+        unwanted = _own_block(MAX_GAP_BYTES)
         pieces = [into[a:b] for a, b in zip(firsts.tolist(), ends.tolist(), strict=True)]
         for first, end in pairwise([0, *cuts.tolist(), len(pieces)]):
             parts = _interleave(pieces[first:end], gaps[first : end - 1].tolist(), unwanted)
@@ -234,6 +265,14 @@ def find_rows(rows: "slice | Tensor", num_rows: int) -> NDArray[np.int64]:
         return np.arange(num_rows)[rows]
     indices: NDArray[np.int64] = rows.numpy()
     return np.flatnonzero(indices) if indices.dtype == np.bool_ else indices
+
+
+def _own_block(num_bytes: int) -> Bytes:
+    """Memory of this thread's, used again and again: new memory costs more than the copy."""
+    block: Bytes | None = getattr(_local, "block", None)
+    if block is None or len(block) < num_bytes:
+        block = _local.block = np.empty(num_bytes, np.uint8)
+    return block[:num_bytes]
 
 
 def _interleave(pieces: list[Bytes], gaps: list[int], unwanted: Bytes) -> list[Bytes]:
