@@ -4,6 +4,7 @@ An engine does not complain of a missing tensor or of a value it has a default f
 nothing that is accepted. So every value it reads must be there, and every tensor, and no other.
 """
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,11 +48,30 @@ def _is_name(value: Any) -> bool:
 
 
 def _are_ascending(value: Any) -> bool:
-    return isinstance(value, list) and len(value) > 0 and value == sorted(set(value))
+    if not isinstance(value, list) or not value:
+        return False
+    return all(_is_whole(x) and x >= 0 for x in value) and value == sorted(set(value))
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_positive(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < math.inf
 
 
 def _is_rope(value: Any) -> bool:
-    return isinstance(value, dict) and "rope_type" in value and value.get("rope_theta", 0) > 0
+    """Whether every value of a RoPE is a number, a list of them, a name or a switch."""
+    if not isinstance(value, dict) or not _is_name(value.get("rope_type")):
+        return False
+    others = {key: x for key, x in value.items() if key not in ("rope_type", "type", "truncate")}
+    lists = [x if isinstance(x, list) else [x] for x in others.values()]
+    return "rope_theta" in value and all(_is_positive(x) for listed in lists for x in listed)
+
+
+def _is_full_attention(value: Any) -> bool:
+    return value is None or (isinstance(value, list) and set(map(str, value)) == {"full_attention"})
 
 
 _LAYER_SIZES = (
@@ -70,11 +90,16 @@ def _layer_rules(prefix: str) -> tuple[Rule, ...]:
     return (
         *(Rule(f"{prefix}{key}", "a positive whole number", _is_size) for key in _LAYER_SIZES),
         Rule(
-            f"{prefix}rms_norm_eps", "a positive number", lambda x: isinstance(x, float) and x > 0
+            f"{prefix}rms_norm_eps",
+            "a positive number",
+            lambda x: isinstance(x, float) and _is_positive(x),
         ),
         Rule(f"{prefix}hidden_act", "`silu`", _is("silu")),
-        Rule(f"{prefix}rope_parameters", "`rope_type` and `rope_theta`", _is_rope),
+        Rule(f"{prefix}rope_parameters", "`rope_type`, `rope_theta` and numbers", _is_rope),
         Rule(f"{prefix}attention_bias", "`false`", _is(False)),
+        Rule(f"{prefix}mlp_bias", "`false`", lambda value: value in (None, False)),
+        Rule(f"{prefix}tie_word_embeddings", "`false`", _is(False)),
+        Rule(f"{prefix}layer_types", "`full_attention` only", _is_full_attention),
         Rule("draft_vocab_size", "a positive whole number", _is_size),
     )
 

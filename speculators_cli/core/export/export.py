@@ -31,7 +31,7 @@ from speculators_cli.core.export.weights import cast_tensors, write_weights
 from speculators_cli.core.files import replacing_folder, write_json
 from speculators_cli.core.models.config import Eagle3Config
 from speculators_cli.core.models.draft_config import Given
-from speculators_cli.core.models.draft_source import EMBEDDING, read_draft
+from speculators_cli.core.models.draft_source import ASSUMED_HINT, EMBEDDING, read_draft
 from speculators_cli.core.models.repo_files import CONFIG_NAME
 from speculators_cli.core.models.verifier import read_verifier_config
 from speculators_cli.core.models.verifier_files import VerifierFiles
@@ -107,6 +107,8 @@ def export(settings: ExportSettings, *, progress: Progress) -> ExportReport:
         source.config.target_layer_ids, is_assumed=source.config.are_layer_ids_assumed
     )
     warn_of_assumed(layer_ids, progress, whose=f"`{source.name}` states")
+    if source.assumption is not None:
+        progress.warn(source.assumption, hint=ASSUMED_HINT)
     num_tokens = chosen.num_speculative_tokens or source.config.ttt_steps
     served = replace(
         source.config,

@@ -4,18 +4,25 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from huggingface_hub.errors import StrictDataclassError
-from transformers import AutoConfig
+from transformers import AutoConfig, PreTrainedConfig
 
 from speculators_cli.core.data.data_config import default_layer_ids
 from speculators_cli.core.errors import CheckpointError
 from speculators_cli.core.models.config import LAYER_IDS_ASSUMED, Eagle3Config
+from speculators_cli.core.models.config_values import Values
 from speculators_cli.core.models.rope import RopeError, read_rope
 from speculators_cli.core.models.verifier import VerifierConfig
 
 PLAIN_ARCHITECTURES = ("LlamaForCausalLMEagle3", "Eagle3LlamaForCausalLM")
+# Families whose layers are those of llama where their tensors are: projections apart, no bias.
+LLAMA_LAYERS = ("llama", "mistral", "qwen2", "phi3")
 DEFAULT_NUM_TOKENS = 3  # where a draft does not say how many it was trained to propose
 CONVERT_HINT = "Train it again with `speculators train`, which has no such option"
+FLAGS = ("norm_before_residual", "norm_before_fc", "fc_norm", "norm_output")
+_IDS = "eagle_aux_hidden_state_layer_ids"
+# What the tensors do not show, and engines have a default for.
+_UNSEEN = ("rms_norm_eps", "max_position_embeddings")
+_THETA_KEYS = ("rope_theta", "rotary_emb_base")
 
 
 @dataclass(frozen=True)
@@ -39,102 +46,136 @@ def read_draft_config(content: Mapping[str, Any], given: Given, *, name: str) ->
     Raises:
         CheckpointError: It is no EAGLE-3 draft, or one whose mathematics this package lacks.
     """
-    if content.get("speculators_model_type") is not None:
-        return _from_speculators(content, given, name)
-    architectures = content.get("architectures") or [None]
-    if architectures[0] in PLAIN_ARCHITECTURES or "draft_vocab_size" in content:
-        return _from_plain(content, given, name)
+    values = Values(content, name)
+    if is_speculators(content):
+        return _from_speculators(values, given)
+    if has_plain_layers(content) or "draft_vocab_size" in content:
+        return _from_plain(values, given)
+    architecture = next(iter(values.texts("architectures")), None)
     raise CheckpointError(
         f"`{name}` is no EAGLE-3 draft: its config.json has neither `speculators_model_type` nor "
-        f"`draft_vocab_size`, but architecture `{architectures[0]}`",
+        f"`draft_vocab_size`, but architecture `{architecture}`",
         hint="Name a checkpoint of `speculators train`, a speculators or an EAGLE-3 checkpoint",
     )
 
 
-def _from_speculators(content: Mapping[str, Any], given: Given, name: str) -> Eagle3Config:
-    kind = content["speculators_model_type"]
+def is_speculators(content: Mapping[str, Any]) -> bool:
+    """Whether a config.json is in the speculators format."""
+    return content.get("speculators_model_type") is not None
+
+
+def has_plain_layers(content: Mapping[str, Any]) -> bool:
+    """Whether a plain config.json gives its layers the class of llama's, whatever their type."""
+    architectures = content.get("architectures")
+    if isinstance(architectures, list):
+        architectures = next(iter(architectures), None)
+    return architectures in PLAIN_ARCHITECTURES
+
+
+def find_assumed(content: Mapping[str, Any], config: Eagle3Config) -> dict[str, Any]:
+    """Values that a config.json lacks, that no tensor shows, and what they are read as."""
+    layers = content["transformer_layer_config"] if is_speculators(content) else content
+    found = {key: getattr(config, key) for key in _UNSEEN if layers.get(key) is None}
+    rope = layers.get("rope_scaling") or layers.get("rope_parameters") or {}
+    if all(x is None for x in (rope.get("rope_theta"), *map(layers.get, _THETA_KEYS))):
+        found["rope_theta"] = config.rope_parameters["rope_theta"]
+    return found
+
+
+def ties_head(content: Mapping[str, Any], name: str) -> bool:
+    """Whether a config.json ties the LM head to the embedding."""
+    layers = content["transformer_layer_config"] if is_speculators(content) else content
+    return any(Values(part, name).switch("tie_word_embeddings") for part in (content, layers))
+
+
+def _from_speculators(values: Values, given: Given) -> Eagle3Config:
+    kind = values.content["speculators_model_type"]
     if kind != "eagle3":
         raise CheckpointError(
-            f"`{name}` is a draft of algorithm `{kind}`, expected `eagle3`",
+            f"`{values.name}` is a draft of algorithm `{kind}`, expected `eagle3`",
             hint="Name an EAGLE-3 draft",
         )
-    try:
-        layers = content["transformer_layer_config"]
-        speculators = content["speculators_config"]
-        verifier = speculators.get("verifier") or {}
-        methods = speculators.get("proposal_methods") or [{}]
-        num_tokens = methods[0].get("speculative_tokens") or DEFAULT_NUM_TOKENS
-        flags = {
-            # Absent, the engine that reads this format takes it as on.
-            "norm_before_residual": content.get("norm_before_residual", True),
-            **{
-                key: content.get(key, False) for key in ("norm_before_fc", "fc_norm", "norm_output")
-            },
-        }
-    except (KeyError, AttributeError, IndexError, TypeError) as error:
-        raise CheckpointError(
-            f"The config.json of `{name}` lacks `{error.args[0]}`", hint="Download it again"
-        ) from None
+    for key in ("transformer_layer_config", "speculators_config"):
+        if not values.has(key):
+            raise CheckpointError(
+                f"The config.json of `{values.name}` lacks `{key}`", hint="Download it again"
+            )
+    speculators = values.part("speculators_config")
+    verifier = speculators.part("verifier")
+    method = speculators.first_part("proposal_methods")
+    flags = {key: values.switch(key) or False for key in FLAGS}
+    if "norm_before_residual" not in values.content:
+        # Absent, the engine that reads this format takes it as on.
+        flags["norm_before_residual"] = True
     return _build(
-        layers,
+        values,
+        values.part("transformer_layer_config"),
         given,
-        name,
         flags=flags,
-        num_tokens=num_tokens,
-        layer_ids=content.get("eagle_aux_hidden_state_layer_ids"),
-        are_ids_assumed=content.get(LAYER_IDS_ASSUMED) is True,
-        draft_vocab_size=content.get("draft_vocab_size"),
-        target_hidden_size=content.get("target_hidden_size"),
-        verifier=(verifier.get("name_or_path"), verifier.get("architectures")),
+        num_tokens=method.size("speculative_tokens"),
+        layer_ids=values.layer_ids(_IDS),
+        verifier=(verifier.text("name_or_path"), verifier.texts("architectures")),
     )
 
 
-def _from_plain(content: Mapping[str, Any], given: Given, name: str) -> Eagle3Config:
-    eagle = content.get("eagle_config") or {}
-    nested = eagle.get("eagle_aux_hidden_state_layer_ids")
-    layer_ids = content.get("eagle_aux_hidden_state_layer_ids")
-    if layer_ids is None and nested is not None:
+def _from_plain(values: Values, given: Given) -> Eagle3Config:
+    eagle = values.part("eagle_config")
+    if eagle.switch("use_aux_hidden_state") is False:
+        raise CheckpointError(
+            f"`{values.name}` reads no aux hidden states (`use_aux_hidden_state` is off)",
+            hint="Name an EAGLE-3 draft",
+        )
+    layer_ids = values.layer_ids(_IDS)
+    if not layer_ids:
         # The engine that this key is for counts the layer, not the layers passed.
-        layer_ids = [k + 1 for k in nested]
-    keys = ("norm_before_residual", "norm_before_fc", "fc_norm", "norm_output")
+        layer_ids = tuple(k + 1 for k in eagle.layer_ids(_IDS))
     return _build(
-        content,
+        values,
+        values,
         given,
-        name,
-        flags={key: content.get(key, eagle.get(key, False)) for key in keys},
-        num_tokens=DEFAULT_NUM_TOKENS,
+        flags={key: _read_flag(values, eagle, key) for key in FLAGS},
+        num_tokens=None,
         layer_ids=layer_ids,
-        are_ids_assumed=content.get(LAYER_IDS_ASSUMED) is True,
-        draft_vocab_size=content.get("draft_vocab_size"),
-        target_hidden_size=content.get("target_hidden_size"),
-        verifier=(None, None),
+        verifier=(None, ()),
     )
+
+
+def _read_flag(values: Values, eagle: Values, key: str) -> bool:
+    """A flag at the top of a plain config or in its `eagle_config`; engines look at either."""
+    alias = {"fc_norm": "use_aux_norm"}.get(key, key)
+    found = {values.switch(key), eagle.switch(key), values.switch(alias)} - {None}
+    if len(found) > 1:
+        raise CheckpointError(
+            f"The config.json of `{values.name}` has `{key}` both on and off",
+            hint=f"Correct `{key}` in it: engines read one or the other",
+        )
+    return bool(found and found.pop())
 
 
 def _build(
-    layers: Mapping[str, Any],
+    values: Values,
+    layers: Values,
     given: Given,
-    name: str,
     *,
     flags: Mapping[str, bool],
-    num_tokens: int,
-    layer_ids: list[int] | None,
-    are_ids_assumed: bool,
-    draft_vocab_size: int | None,
-    target_hidden_size: int | None,
-    verifier: tuple[str | None, list[str] | None],
+    num_tokens: int | None,
+    layer_ids: tuple[int, ...],
+    verifier: tuple[str | None, tuple[str, ...]],
 ) -> Eagle3Config:
-    arch = layers.get("model_type", "llama")
-    config = _read_layers(layers, arch, name)
+    name = values.name
     verifier_name = given.verifier_name_or_path or verifier[0]
+    _refuse_other_layers(values, layers)
+    arch, family = _find_family(layers)
+    sizes = _read_sizes(layers, arch, family)
     if not verifier_name:
         raise CheckpointError(
             f"`{name}` does not say which verifier it drafts for",
             hint="Pass `--verifier-name-or-path`",
         )
-    ids = given.target_layer_ids or tuple(layer_ids or ())
+    ids = given.target_layer_ids or layer_ids
+    are_ids_assumed = values.content.get(LAYER_IDS_ASSUMED) is True
     is_assumed = given.target_layer_ids is None and (are_ids_assumed or not ids)
-    architectures = given.verifier_architectures or tuple(verifier[1] or ())
+    architectures = given.verifier_architectures or verifier[1]
     if not ids or not architectures:
         assert given.ask_verifier is not None, "a reader of unfinished configs can ask"
         asked = given.ask_verifier(verifier_name)
@@ -146,74 +187,107 @@ def _build(
             "strictly ascending",
             hint="Pass `--target-layer-ids` if you know which layers it was trained on",
         )
-    head_dim = getattr(config, "head_dim", None) or (
-        config.hidden_size // config.num_attention_heads
-    )
     return Eagle3Config(
         arch=arch,
-        hidden_size=config.hidden_size,
-        target_hidden_size=target_hidden_size or config.hidden_size,
-        intermediate_size=config.intermediate_size,
-        num_layers=config.num_hidden_layers,
-        num_heads=config.num_attention_heads,
-        num_kv_heads=config.num_key_value_heads or config.num_attention_heads,
-        head_dim=head_dim,
-        rms_norm_eps=config.rms_norm_eps,
-        rope_parameters=_rope(layers, config, name, head_dim),
-        max_position_embeddings=config.max_position_embeddings,
-        vocab_size=config.vocab_size,
-        draft_vocab_size=draft_vocab_size or config.vocab_size,
+        target_hidden_size=values.size("target_hidden_size") or sizes["hidden_size"],
+        rms_norm_eps=layers.number("rms_norm_eps") or family.rms_norm_eps,
+        rope_parameters=_rope(layers, sizes),
+        draft_vocab_size=values.size("draft_vocab_size") or sizes["vocab_size"],
         target_layer_ids=ids,
         are_layer_ids_assumed=is_assumed,
-        ttt_steps=num_tokens,
+        ttt_steps=num_tokens or DEFAULT_NUM_TOKENS,
         verifier_name_or_path=verifier_name,
         verifier_architectures=architectures,
+        **sizes,
         **flags,
     )
 
 
-def _read_layers(layers: Mapping[str, Any], arch: str, name: str) -> Any:
-    """The decoder layers' config; what is not written has the default of its family."""
-    if arch not in ("llama", "qwen3"):
-        raise CheckpointError(
-            f"`{name}` has decoder layers of type `{arch}`, expected `llama` or `qwen3`",
-            hint="Name a draft with such layers",
-        )
-    left_out = ("model_type", "architectures", "eagle_config", "auto_map")
-    kept = {key: value for key, value in layers.items() if key not in left_out}
-    try:
-        config: Any = AutoConfig.for_model(arch, **kept)
-    except (ValueError, TypeError, KeyError, StrictDataclassError) as error:
-        reason = " ".join(str(error).split())
-        raise CheckpointError(
-            f"The decoder layers that `{name}` describes cannot be: {reason}",
-            hint="Download it again",
-        ) from None
-    unlike = {
-        "hidden_act": (config.hidden_act, "silu"),
-        "attention_bias": (getattr(config, "attention_bias", False), False),
-        "mlp_bias": (getattr(config, "mlp_bias", False), False),
+def _find_family(layers: Values) -> tuple[str, Any]:
+    """Kind of the decoder layers, and the defaults of what is not written of them."""
+    model_type = layers.text("model_type") or "llama"
+    if model_type == "qwen3":
+        return "qwen3", AutoConfig.for_model(model_type)
+    if model_type in LLAMA_LAYERS:
+        return "llama", AutoConfig.for_model(model_type)
+    if has_plain_layers(layers.content):
+        # The class of the layers is given; the type is the verifier's.
+        return "llama", AutoConfig.for_model("llama")
+    expected = ", ".join(f"`{kind}`" for kind in (*LLAMA_LAYERS, "qwen3"))
+    raise CheckpointError(
+        f"`{layers.name}` has decoder layers of type `{model_type}`, expected one of {expected}",
+        hint="Name a draft with such layers",
+    )
+
+
+def _read_sizes(layers: Values, arch: str, family: PreTrainedConfig) -> dict[str, Any]:
+    """Sizes under the names of `Eagle3Config`; what is not written has the family's default."""
+    keys = {
+        "hidden_size": "hidden_size",
+        "intermediate_size": "intermediate_size",
+        "num_layers": "num_hidden_layers",
+        "num_heads": "num_attention_heads",
+        "max_position_embeddings": "max_position_embeddings",
+        "vocab_size": "vocab_size",
     }
-    if "sliding_attention" in (getattr(config, "layer_types", None) or ()):
-        unlike["layer_types"] = ("sliding_attention", "full_attention")
-    for key, (found, expected) in unlike.items():
-        if found != expected:
+    sizes: dict[str, Any] = {
+        own: layers.size(key) or getattr(family, key) for own, key in keys.items()
+    }
+    heads = sizes["num_heads"]
+    kv_heads, head_dim = heads, sizes["hidden_size"] // heads
+    if arch == "qwen3":
+        head_dim = family.head_dim
+        kv_heads = heads if "num_key_value_heads" in layers.content else family.num_key_value_heads
+    sizes["num_kv_heads"] = layers.size("num_key_value_heads") or kv_heads
+    sizes["head_dim"] = layers.size("head_dim") or head_dim
+    if sizes["head_dim"] == 0:
+        raise layers.error("num_attention_heads", f"at most {sizes['hidden_size']:,}")
+    return sizes
+
+
+def _refuse_other_layers(values: Values, layers: Values) -> None:
+    """Refuse layers that compute what those of this package do not."""
+    for part in (values, layers):
+        for key in ("quantization_config", "compression_config"):
+            if part.has(key):
+                method = part.part(key).content.get("quant_method", "an unnamed method")
+                raise CheckpointError(
+                    f"`{values.name}` is quantised with `{method}`",
+                    hint="Name the draft as it was before quantisation",
+                )
+    act = layers.text("hidden_act") or "silu"
+    found = {
+        "hidden_act": ("silu" if act == "swish" else act, "silu"),
+        **{
+            key: (layers.switch(key) or False, False)
+            for key in ("attention_bias", "mlp_bias", "use_sliding_window")
+        },
+        "layer_types": (_other_attention(layers), "full_attention"),
+        "logit_scale": (layers.number("logit_scale") or 1.0, 1.0),
+        "dual_chunk_attention_config": (layers.has("dual_chunk_attention_config"), False),
+    }
+    for key, (value, expected) in found.items():
+        if value != expected:
             raise CheckpointError(
-                f"`{name}` has `{key}` `{found}`, this package computes `{expected}`",
+                f"`{values.name}` has `{key}` `{value}`, this package computes `{expected}`",
                 hint=CONVERT_HINT,
             )
-    return config
 
 
-def _rope(layers: Mapping[str, Any], config: Any, name: str, head_dim: int) -> dict[str, Any]:
+def _other_attention(layers: Values) -> str:
+    kinds = layers.texts("layer_types")
+    return next((kind for kind in kinds if kind != "full_attention"), "full_attention")
+
+
+def _rope(layers: Values, sizes: Mapping[str, int]) -> dict[str, Any]:
     try:
         return read_rope(
-            layers,
-            head_dim=head_dim,
-            max_position_embeddings=config.max_position_embeddings,
+            layers.content,
+            head_dim=sizes["head_dim"],
+            max_position_embeddings=sizes["max_position_embeddings"],
         )
     except RopeError as error:
         raise CheckpointError(
-            f"The RoPE of `{name}` is not one that this package computes: it {error}",
+            f"The RoPE of `{layers.name}` is not one that this package computes: it {error}",
             hint=CONVERT_HINT,
         ) from None

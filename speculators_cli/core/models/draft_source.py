@@ -1,8 +1,10 @@
 """read_draft(): a trained draft from a folder or the hub, whoever trained it."""
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,10 +20,20 @@ from speculators_cli.core.models.checkpoint import (
     read_checkpoint,
 )
 from speculators_cli.core.models.config import Eagle3Config
-from speculators_cli.core.models.draft_config import Given, read_draft_config
+from speculators_cli.core.models.draft_config import (
+    Given,
+    find_assumed,
+    has_plain_layers,
+    is_speculators,
+    read_draft_config,
+    ties_head,
+)
 from speculators_cli.core.models.repo_files import CONFIG_NAME, RepoFiles
 
-EMBEDDING = "embed_tokens.weight"
+EMBEDDING, HEAD = "embed_tokens.weight", "lm_head.weight"
+ASSUMED_HINT = "Add them to its config.json if it was trained with others"
+MAX_VOCAB = 2**24  # the largest in use have a few hundred thousand
+_LAYER = re.compile(r"^layers\.(\d{1,9})\.")
 # Parts of the verifier, and tables, that some trainers save beside the draft.
 NOT_OF_THE_DRAFT = ("verifier_lm_head.weight", "verifier_norm.weight", "rotary_emb.inv_freq")
 
@@ -37,6 +49,18 @@ class DraftSource:
     embedding: Tensor | None  # [vocab, hidden]; None: the verifier's
     vocab_map: VocabMap
     checkpoint: Checkpoint | None  # what `speculators train` saved with it
+    assumed: Mapping[str, Any]  # what its config.json lacks and no tensor shows, as it is read
+
+    @property
+    def assumption(self) -> str | None:
+        """What was assumed of it, as a sentence; None: nothing."""
+        if not self.assumed:
+            return None
+        listed = ", ".join(f"`{key}` {value:g}" for key, value in self.assumed.items())
+        return (
+            f"The config.json of `{self.name}` does not set all values: assumed {listed}, the "
+            "defaults of engines for such layers"
+        )
 
 
 def read_draft(name_or_path: str, given: Given, *, flag: str) -> DraftSource:
@@ -60,22 +84,25 @@ def read_draft(name_or_path: str, given: Given, *, flag: str) -> DraftSource:
     content = files.read_json(CONFIG_NAME)
     config = read_draft_config(content, given, name=name)
     tensors = _renamed(files.read_tensors(), name)
+    config = _fit_config(config, content, tensors, name)
     d2t, t2d = tensors.pop("d2t", None), tensors.pop("t2d", None)
     embedding = tensors.pop(EMBEDDING, None)
-    if t2d is not None:
-        config = replace(config, vocab_size=len(t2d))
-    elif embedding is not None:
-        config = replace(config, vocab_size=len(embedding))
-    is_plain = content.get("speculators_model_type") is None
-    kind = "checkpoint" if checkpoint else "eagle3" if is_plain else "speculators"
+    if ties_head(content, name):
+        tensors = _untie(tensors, embedding, config, name)
+    weights = _check_tensors(tensors, embedding, config, name)
+    vocab_map, order = _read_vocab_map(d2t, t2d, config, name)
+    if order is not None:
+        weights[HEAD] = weights[HEAD][order]
+    kind = "speculators" if is_speculators(content) else "eagle3"
     return DraftSource(
         name=name,
-        kind=kind,
+        kind="checkpoint" if checkpoint else kind,
         config=config,
-        weights=_check_tensors(tensors, embedding, config, name),
+        weights=weights,
         embedding=embedding,
-        vocab_map=_vocab_map(d2t, t2d, config, name),
+        vocab_map=vocab_map,
         checkpoint=checkpoint,
+        assumed=find_assumed(content, config),
     )
 
 
@@ -125,6 +152,48 @@ def _renamed(tensors: Mapping[str, Tensor], name: str) -> dict[str, Tensor]:
     return renamed
 
 
+def _fit_config(
+    config: Eagle3Config, content: Mapping[str, Any], tensors: Mapping[str, Tensor], name: str
+) -> Eagle3Config:
+    """The config with what the tensors settle; one far from them is refused before it is used."""
+    found = {int(number) for key in tensors for number in _LAYER.findall(key)}
+    if config.num_layers != len(found):
+        raise CheckpointError(
+            f"`{name}` is not the draft its config.json describes: `num_hidden_layers` is "
+            f"{config.num_layers:,}, and the weights have {len(found):,} layers",
+            hint="Download it again, or name another checkpoint",
+        )
+    rows = tensors.get("t2d", tensors.get(EMBEDDING))
+    if rows is not None and rows.dim() > 0:
+        config = replace(config, vocab_size=len(rows))
+    if max(config.vocab_size, config.draft_vocab_size) > MAX_VOCAB:
+        raise CheckpointError(
+            f"`{name}` has a vocabulary of {max(config.vocab_size, config.draft_vocab_size):,} "
+            f"tokens in its config.json, expected at most {MAX_VOCAB:,}",
+            hint="Download it again, or name another checkpoint",
+        )
+    has_qk_norm = any(key.endswith((".q_norm.weight", ".k_norm.weight")) for key in tensors)
+    if config.has_qk_norm and not has_qk_norm and has_plain_layers(content):
+        # The engine goes by the class that the config gives the layers, not by their type.
+        config = replace(config, arch="llama")
+    return config
+
+
+def _untie(
+    tensors: dict[str, Tensor], embedding: Tensor | None, config: Eagle3Config, name: str
+) -> dict[str, Tensor]:
+    """The tensors with an LM head of their own, where the config ties it to the embedding."""
+    head = tensors.get(HEAD)
+    if embedding is None or config.draft_vocab_size != config.vocab_size:
+        return tensors  # There is nothing to tie to: an engine takes the LM head.
+    if head is not None and not torch.equal(head, embedding):
+        raise CheckpointError(
+            f"`{name}` has `tie_word_embeddings` on, and an `{HEAD}` that is not its embedding",
+            hint="Correct `tie_word_embeddings` in its config.json: engines read one or the other",
+        )
+    return tensors | {HEAD: embedding}
+
+
 def _check_tensors(
     tensors: Mapping[str, Tensor], embedding: Tensor | None, config: Eagle3Config, name: str
 ) -> dict[str, Tensor]:
@@ -135,14 +204,15 @@ def _check_tensors(
     found = {key: x for key, x in found.items() if key not in unread}
     shapes = config.tensor_shapes()
     problems = [f"lacks `{key}`" for key in sorted(shapes.keys() - found.keys())]
-    problems += [f"has an unknown tensor `{key}`" for key in sorted(found.keys() - shapes.keys())]
+    problems += [_describe_unknown(key) for key in sorted(found.keys() - shapes.keys())]
     expected = shapes | {EMBEDDING: (config.vocab_size, config.hidden_size)}
     given = dict(found) | ({} if embedding is None else {EMBEDDING: embedding})
     for key in sorted(given.keys() & expected.keys()):
         if tuple(given[key].shape) != expected[key]:
             problems.append(f"has `{key}` {tuple(given[key].shape)}, expected {expected[key]}")
         elif not given[key].is_floating_point() or given[key].element_size() < 2:
-            problems.append(f"has `{key}` in {given[key].dtype}, expected a plain float")
+            dtype = str(given[key].dtype).removeprefix("torch.")
+            problems.append(f"has `{key}` quantised to {dtype}, expected a plain float")
     if problems:
         raise CheckpointError(
             "\n".join(
@@ -156,7 +226,24 @@ def _check_tensors(
     return found
 
 
-def _vocab_map(d2t: Tensor | None, t2d: Tensor | None, config: Eagle3Config, name: str) -> VocabMap:
+def _describe_unknown(key: str) -> str:
+    if key.endswith(".bias"):
+        return f"has a bias `{key}`, which this package does not compute"
+    if key.endswith((".qkv_proj.weight", ".gate_up_proj.weight")):
+        return f"has `{key}`, projections in one tensor, expected one tensor for each"
+    if key.endswith(("_scale", "_scale_inv", "_zero_point", ".qweight", ".scales", "_packed")):
+        return f"is quantised: it has `{key}`"
+    return f"has an unknown tensor `{key}`"
+
+
+def _read_vocab_map(
+    d2t: Tensor | None, t2d: Tensor | None, config: Eagle3Config, name: str
+) -> tuple[VocabMap, Tensor | None]:
+    """The draft vocabulary in ascending order, and the order of the LM head's rows for it.
+
+    Some trainers keep the tokens in the order of their frequency. An engine takes any order, so
+    rows and offsets are sorted together; without an order, they are sorted already.
+    """
     if d2t is None:
         if config.draft_vocab_size != config.vocab_size:
             raise CheckpointError(
@@ -164,19 +251,43 @@ def _vocab_map(d2t: Tensor | None, t2d: Tensor | None, config: Eagle3Config, nam
                 f"{config.vocab_size:,} of the verifier",
                 hint="Download it again",
             )
-        return VocabMap.full(config.vocab_size)
-    kept = d2t.long() + torch.arange(len(d2t))
-    is_map = (
-        bool((kept.diff() > 0).all()) and 0 <= int(kept[0]) <= int(kept[-1]) < config.vocab_size
-    )
-    kept_mask = torch.zeros(config.vocab_size, dtype=torch.bool)
-    if is_map:
+        return VocabMap.full(config.vocab_size), None
+    problem = _find_map_problem(d2t, t2d, config)
+    if problem is None:
+        kept = d2t.long() + torch.arange(len(d2t))
+        order = kept.argsort()
+        ascending = kept[order]
+        is_sorted = torch.equal(ascending, kept)
+        # Ids in place of offsets would pass as offsets of a larger vocabulary in another order.
+        if not is_sorted and t2d is None and int(d2t.min()) >= 0:
+            problem = "holds ids, expected offsets"
+    if problem is None:
+        kept_mask = torch.zeros(config.vocab_size, dtype=torch.bool)
         kept_mask[kept] = True
-    agrees = t2d is None or torch.equal(t2d.bool(), kept_mask)
-    if not is_map or not agrees or len(d2t) != config.draft_vocab_size:
-        raise CheckpointError(
-            f"The draft vocabulary of `{name}` is broken: `d2t` ({len(d2t):,} offsets, expected "
-            f"{config.draft_vocab_size:,}) does not give ascending ids that `t2d` keeps",
-            hint="Download it again, or name another checkpoint",
+        if t2d is None or torch.equal(t2d.bool(), kept_mask):
+            vocab_map = VocabMap(ascending - torch.arange(len(kept)), kept_mask)
+            return vocab_map, None if is_sorted else order
+        problem = "gives other tokens than `t2d` keeps"
+    raise CheckpointError(
+        f"The draft vocabulary of `{name}` is broken: `d2t` {problem}",
+        hint="Download it again, or name another checkpoint",
+    )
+
+
+def _find_map_problem(d2t: Tensor, t2d: Tensor | None, config: Eagle3Config) -> str | None:
+    """What of the maps is not one token of the verifier for each row; the end of a sentence."""
+    for tensor, expected in ((d2t, config.draft_vocab_size), (t2d, config.vocab_size)):
+        if tensor is None:
+            continue
+        if tensor.is_floating_point() or tensor.shape != (expected,):
+            word = "" if tensor is d2t else "goes with a `t2d` that "
+            dtype = str(tensor.dtype).removeprefix("torch.")
+            return f"{word}is {tuple(tensor.shape)} of {dtype}, expected ({expected:,},) of int64"
+    kept = d2t.long() + torch.arange(len(d2t))
+    if int(kept.min()) < 0 or int(kept.max()) >= config.vocab_size:
+        return (
+            f"gives ids from {int(kept.min()):,} to {int(kept.max()):,}, expected 0 to "
+            f"{config.vocab_size - 1:,}"
         )
-    return VocabMap(d2t.long(), kept_mask)
+    num_twice = len(kept) - len(kept.unique())
+    return f"gives {num_twice:,} ids twice" if num_twice else None

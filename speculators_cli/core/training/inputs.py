@@ -13,7 +13,7 @@ from speculators_cli.core.data.dataset import Dataset, read_dataset, split, writ
 from speculators_cli.core.data.vocab_map import VocabMap
 from speculators_cli.core.errors import DataError
 from speculators_cli.core.models.config import Eagle3Config
-from speculators_cli.core.models.draft_source import DraftSource
+from speculators_cli.core.models.draft_source import ASSUMED_HINT, DraftSource
 from speculators_cli.core.models.verifier import VerifierConfig, read_verifier_config
 from speculators_cli.core.models.verifier_files import VerifierFiles
 from speculators_cli.core.progress import Progress
@@ -142,8 +142,7 @@ def read_inputs(
         validation = validation.select(())
     _check_enough(samples, data.total_seq_len, num_ranks)
     _warn_of_other_verifier(scanned, verifier, progress)
-    if source is None:
-        _warn_of_other_rope(verifier, progress)
+    _warn_of_other_rope(verifier, source, progress)
     _warn_of_lost_tokens(samples, data.total_seq_len, progress)
     if index_file is not None:
         index_file.parent.mkdir(parents=True, exist_ok=True)
@@ -241,9 +240,14 @@ def _can_validate(samples: Dataset, total_seq_len: int, progress: Progress) -> b
     return True
 
 
-def _warn_of_other_rope(verifier: VerifierConfig, progress: Progress) -> None:
-    """Warn where the draft layers cannot have the RoPE of the verifier."""
-    if verifier.rope_left_out is not None:
+def _warn_of_other_rope(
+    verifier: VerifierConfig, source: DraftSource | None, progress: Progress
+) -> None:
+    """Warn where the draft layers cannot have the RoPE of the verifier, or theirs was assumed."""
+    if source is not None:
+        if source.assumption is not None:
+            progress.warn(source.assumption, hint=ASSUMED_HINT)
+    elif verifier.rope_left_out is not None:
         rope = verifier.rope_parameters
         progress.warn(
             f"The RoPE of verifier `{verifier.name_or_path}` {verifier.rope_left_out}: the draft "
