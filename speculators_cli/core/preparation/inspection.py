@@ -33,7 +33,11 @@ from speculators_cli.core.data.sample import (
 from speculators_cli.core.data.token_counts import TokenCounts
 from speculators_cli.core.errors import DataError
 from speculators_cli.core.files import check_output_dir
-from speculators_cli.core.models.agreement import Agreement, measure_agreement
+from speculators_cli.core.models.agreement import (
+    Agreement,
+    find_wrong_marks,
+    measure_agreement,
+)
 from speculators_cli.core.models.verifier import (
     VerifierConfig,
     load_frozen_verifier,
@@ -98,7 +102,8 @@ def inspect_data(settings: InspectDataSettings, *, progress: Progress) -> Inspec
     if wanted.verifier_name_or_path is not None:
         verifier_files = VerifierFiles(wanted.verifier_name_or_path)
         verifier = read_verifier_config(verifier_files, trust_remote_code=wanted.trust_remote_code)
-        vocab_size, agreement = ask_verifier(verifier_files, verifier, drawn, progress)
+        vocab_size, agreement, more = ask_verifier(verifier_files, verifier, drawn, progress)
+        problems += more
         problems += check_verifier(usual, vocab_size, agreement, wanted.data_path)
     if wanted.verify:
         problems += verify_checksums(files, progress)
@@ -203,8 +208,8 @@ def drawn_samples(scans: Sequence[Scan]) -> list[Callable[[], Sample]]:
 
 def ask_verifier(
     files: VerifierFiles, config: VerifierConfig, drawn: Sequence[Scan], progress: Progress
-) -> tuple[int, Agreement | None]:
-    """Tokens of the verifier, and how well its head predicts the samples."""
+) -> tuple[int, Agreement | None, list[Problem]]:
+    """Tokens of the verifier, how well its head predicts the samples, and which it contradicts."""
     vocab_size = files.read_vocab_size(is_tied=config.is_tied)
     fitting = [
         s
@@ -212,7 +217,7 @@ def ask_verifier(
         if s.header.hidden_size == config.hidden_size and s.header.max_token_id < vocab_size
     ]
     if not fitting:
-        return vocab_size, None
+        return vocab_size, None, []
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     verifier = load_frozen_verifier(files, config).to(device)
     with progress.task("Asking the verifier", len(fitting)) as task:
@@ -222,7 +227,10 @@ def ask_verifier(
                 yield read()
                 task.advance()
 
-        return vocab_size, measure_agreement(verifier, read_all())
+        agreement = measure_agreement(verifier, read_all())
+    wrong = find_wrong_marks(verifier, drawn_samples(fitting))
+    problems = [Problem(fitting[i].file, marks.problem) for marks in wrong for i in marks.indices]
+    return vocab_size, agreement, problems
 
 
 def check_verifier(

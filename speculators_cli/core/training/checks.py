@@ -1,6 +1,8 @@
 """Whether samples are what they say they are: asked of a few, before the first step."""
 
-from collections.abc import Iterator
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -8,11 +10,15 @@ import numpy as np
 from speculators_cli.core.data.dataset import Dataset, spread_evenly
 from speculators_cli.core.data.sample import Sample
 from speculators_cli.core.errors import DataError
-from speculators_cli.core.models.agreement import measure_agreement
+from speculators_cli.core.models.agreement import find_wrong_marks, measure_agreement
 from speculators_cli.core.models.verifier import FrozenVerifier
 from speculators_cli.core.progress import Progress
 
-NUM_SAMPLES = 8
+NUM_LOOKED_AT = 128  # samples whose scale is compared with their mark
+NUM_ASKED = 32  # samples that the head is asked about, over all groups
+MAX_ASKED = 8  # of one group
+MIN_ASKED = 2
+MAX_GROUPS = 32
 MIN_POSITIONS = 64  # fewer decide nothing
 
 
@@ -21,7 +27,9 @@ def check_samples(
 ) -> None:
     """Ask the verifier's head whether it predicts the samples, with its final norm and without.
 
-    All ranks ask about the same samples, so that all of them go on or none does.
+    Each folder and each marking is judged by itself, from a few samples. The scale of the states
+    tells of more samples whether single ones are marked wrongly. All ranks look at the same
+    samples, so that all of them go on or none does.
 
     Args:
         samples: To train on.
@@ -33,20 +41,60 @@ def check_samples(
         DataError: The last hidden states are normed where they are marked as not, or the reverse:
             training would learn the wrong distribution.
     """
-    agreement = measure_agreement(verifier, _read_some(samples))
+    groups = _group(samples)
+    num_asked = min(MAX_ASKED, max(MIN_ASKED, NUM_ASKED // len(groups)))
+    for ids in groups:
+        shown = samples.entries[ids[0]].file.parent if len(groups) > 1 else folder
+        _check_group(samples, _spread(ids, num_asked), verifier, shown, progress)
+    per_group = max(MIN_ASKED, NUM_LOOKED_AT // len(groups))
+    looked_at = [i for ids in groups for i in _spread(ids, per_group)]
+    for wrong in find_wrong_marks(verifier, _readers(samples, looked_at)):
+        files = [samples.entries[looked_at[i]].file for i in wrong.indices]
+        raise DataError(
+            f"{len(files):,} of {len(looked_at):,} samples looked at in `{folder}` are marked "
+            f"wrongly, such as `{files[0]}`: each {wrong.problem}",
+            hint=f"{_hint(folder)}, and capture or mark these again; or pass `--no-check-samples` "
+            "to train on them as they are marked",
+        )
+
+
+def _group(samples: Dataset) -> list[list[int]]:
+    """Ids of the samples that have tokens to predict, by folder and mark; some, if many."""
+    groups: defaultdict[tuple[Path, bool], list[int]] = defaultdict(list)
+    for i in np.flatnonzero(samples.lengths).tolist():
+        entry = samples.entries[i]
+        groups[entry.file.parent, entry.header.is_normed].append(i)
+    found = list(groups.values())
+    return [found[i] for i in spread_evenly(len(found), MAX_GROUPS)]
+
+
+def _check_group(
+    samples: Dataset,
+    ids: Sequence[int],
+    verifier: FrozenVerifier,
+    folder: Path,
+    progress: Progress,
+) -> None:
+    agreement = measure_agreement(verifier, (read() for read in _readers(samples, ids)))
     if agreement is None or agreement.num_positions < MIN_POSITIONS or agreement.problem is None:
         return
-    hint = f"Run `speculators inspect-data {folder} --verifier-name-or-path ...` to see more"
     if agreement.is_mark_wrong:
         raise DataError(
             f"`{folder}` {agreement.problem}",
-            hint=f"{hint}, or pass `--no-check-samples` to train on them as they are marked",
+            hint=f"{_hint(folder)}, or pass `--no-check-samples` to train on them as they are "
+            "marked",
         )
-    progress.warn(f"`{folder}` {agreement.problem}", hint=hint)
+    progress.warn(f"`{folder}` {agreement.problem}", hint=_hint(folder))
 
 
-def _read_some(samples: Dataset) -> Iterator[Sample]:
-    """Some samples that have tokens to predict, evenly spread, one at a time in memory."""
-    usable = np.flatnonzero(samples.lengths)
-    for i in spread_evenly(len(usable), NUM_SAMPLES):
-        yield samples.read(int(usable[i]))
+def _hint(folder: Path) -> str:
+    return f"Run `speculators inspect-data {folder} --verifier-name-or-path ...` to see more"
+
+
+def _spread(ids: Sequence[int], most: int) -> list[int]:
+    return [ids[i] for i in spread_evenly(len(ids), most)]
+
+
+def _readers(samples: Dataset, ids: Sequence[int]) -> list[Callable[[], Sample]]:
+    """Readers of samples, so that one at a time is in memory."""
+    return [partial(samples.read, i) for i in ids]

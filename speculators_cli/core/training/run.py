@@ -170,6 +170,13 @@ def build_trainer(
         check_samples(
             inputs.samples, verifier, folder=settings.data.data_path[0], progress=progress
         )
+        if settings.data.val_data_path and len(inputs.validation_samples):
+            check_samples(
+                inputs.validation_samples,
+                verifier,
+                folder=settings.data.val_data_path[0],
+                progress=progress,
+            )
     draft = build_draft(settings, inputs, verifier)
     shard(draft, ranks, settings.distributed.sharding)
     optimizer = Optimizer(draft, settings.optimizer, use_fast_kernels=draft.use_fast_kernels)
