@@ -23,8 +23,8 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
-from speculators_cli.cli.escaping import escape, escape_line, escape_message
 from speculators_cli.core.errors import SpeculatorsError
+from speculators_cli.core.escaping import escape, escape_line, escape_message
 from speculators_cli.core.progress import StepReport, Task, ValidationReport
 
 SCHEMA_VERSION = 1

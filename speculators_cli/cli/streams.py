@@ -9,7 +9,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
-from speculators_cli.cli.escaping import escape
+from speculators_cli.core.escaping import escape
 
 # What is drawn with characters that not every encoding has, one for one.
 _PLAIN = {

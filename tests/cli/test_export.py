@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -142,6 +143,35 @@ def test_the_card_and_the_provenance_say_where_it_comes_from(
     assert provenance["training"]["data_hash"] == state["data_hash"]
     assert provenance["training"]["settings"]["optimizer"]["lr"] == 3e-3
     assert "save_path" not in json.dumps(provenance)
+
+
+def test_a_card_shows_hostile_names_and_does_nothing_of_what_they_say(
+    trained: Callable[..., Path], tmp_path: Path
+) -> None:
+    name = 'a: "b"\n---\n# c | ![x](https://e.example/p.png) <script>```\x1b[2J\udce9'
+    licence = "mit\n---\nbase_model: \u202eother"
+
+    code = export(
+        trained("--no-norm-before-residual"),
+        *("--output-dir", tmp_path / "served", "--license", licence, "--target", "eagle"),
+        *("--verifier-name-or-path", name),
+    )
+
+    text = (tmp_path / "served/README.md").read_text("utf-8")
+    front, body = text.removeprefix("---\n").split("\n---\n", 1)
+    data = yaml.safe_load(front)
+    before, block, after = body.split("````")
+    shown = (
+        r'a: "b"\\n---\\n\# c \| \!\[x\](https\://e.example/p.png) \<script\>\`\`\`'
+        r"\\x1b\[2J\\xe9"
+    )
+    assert code == 0
+    assert data["license"].startswith("mit")
+    assert "base_model" not in data
+    assert f"# EAGLE-3 draft for {shown}\n" in before
+    assert f"| verifier | {shown} |\n" in after
+    assert "vllm serve 'a: " in block
+    assert not set(text) & {"\x1b", "\u202e", "\udce9"}
 
 
 ADVICE = {

@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 
 from speculators_cli.cli.app import run
-from speculators_cli.cli.escaping import escape, escape_message
 from speculators_cli.cli.output import Output
 from speculators_cli.cli.streams import LastingFile
 from speculators_cli.core.errors import DataError
+from speculators_cli.core.escaping import escape, escape_message
 from tests.tiny import TinyInputs
 
 Capture = pytest.CaptureFixture[str]

@@ -10,7 +10,14 @@ import speculators_cli
 ROOT = Path(speculators_cli.__file__).parent
 PACKAGE = "speculators_cli"
 # What each layer may import, besides itself; the longest prefix of a module names its layer.
-BASE = {"core.errors", "core.files", "core.progress", "core.signals", "core.reading"}
+BASE = {
+    "core.errors",
+    "core.files",
+    "core.progress",
+    "core.signals",
+    "core.reading",
+    "core.escaping",
+}
 JOBS = {
     "core.capture",
     "core.evaluation",
@@ -24,6 +31,7 @@ ALLOWED = {
     "core.files": {"core.errors"},
     "core.progress": set(),
     "core.signals": set(),
+    "core.escaping": set(),
     "core.reading": {"core.errors"},
     "settings": BASE,
     "core.data": BASE | {"settings"},

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from speculators_cli.core.errors import ExportError, SettingsError, SpeculatorsError
-from speculators_cli.core.export.model_card import CARD_NAME, PROVENANCE_NAME
+from speculators_cli.core.export.licence import CARD_NAME
+from speculators_cli.core.export.model_card import PROVENANCE_NAME
 from speculators_cli.core.export.targets import Target
 from speculators_cli.core.export.verification import find_broken_values
 from speculators_cli.core.files import check_output_dir

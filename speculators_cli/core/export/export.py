@@ -12,13 +12,12 @@ from speculators_cli.core.data.data_config import LayerIds, warn_of_assumed
 from speculators_cli.core.errors import MachineError
 from speculators_cli.core.export.checks import check_can_run, check_place, check_verifier
 from speculators_cli.core.export.engine_versions import EngineAdvice, advise
+from speculators_cli.core.export.licence import CARD_NAME, read_licence
 from speculators_cli.core.export.model_card import (
-    CARD_NAME,
     PROVENANCE_NAME,
     build_card,
     build_provenance,
     longrope_warning,
-    read_licence,
 )
 from speculators_cli.core.export.targets import (
     TARGETS,

@@ -1,24 +1,24 @@
 """The model card of an export, and where it came from."""
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import ModelCard, ModelCardData
-from yaml import YAMLError
+from huggingface_hub import ModelCardData
 
 from speculators_cli import __version__
-from speculators_cli.core.errors import SpeculatorsError
+from speculators_cli.core.escaping import escape
+from speculators_cli.core.export import markdown
 from speculators_cli.core.export.engine_versions import EngineAdvice
 from speculators_cli.core.export.targets import longrope_length, vllm_command
 from speculators_cli.core.models.config import PRODUCER, Eagle3Config
 from speculators_cli.core.models.draft_source import DraftSource
 from speculators_cli.core.models.repo_files import WEIGHTS_NAME
-from speculators_cli.core.models.verifier_files import VerifierFiles
-from speculators_cli.core.progress import Progress
 from speculators_cli.settings.export import ExportSettings
 
-CARD_NAME, PROVENANCE_NAME = "README.md", "provenance.json"
+HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?", re.ASCII)
+PROVENANCE_NAME = "provenance.json"
 # Settings worth a line in the card: section, name, words.
 SHOWN = (
     ("run", "epochs", "epochs"),
@@ -56,25 +56,6 @@ def build_provenance(source: DraftSource, settings: ExportSettings) -> dict[str,
     }
 
 
-def read_licence(verifier: str, progress: Progress) -> dict[str, Any]:
-    """What a verifier's model card says of its licence, under the hub's names; {} for nothing."""
-    try:
-        file = VerifierFiles(verifier).find(CARD_NAME)
-        data = ModelCard.load(file, ignore_metadata_errors=True).data if file else None
-    except SpeculatorsError:
-        return {}  # The checks of the verifier have warned that it is out of reach.
-    except (ValueError, YAMLError, OSError) as error:
-        reason = str(error).splitlines()[0]
-        progress.warn(f"The licence of verifier `{verifier}` is not known: its card says {reason}")
-        return {}
-    found = {key: data.get(key) for key in ("license", "license_name")} if data else {}
-    link = data.get("license_link") if data else None
-    # Another link leads into the verifier's own folder.
-    if str(link).startswith("https://"):
-        found["license_link"] = link
-    return {key: value for key, value in found.items() if isinstance(value, str) and value}
-
-
 def build_card(
     source: DraftSource,
     served: Eagle3Config,
@@ -90,27 +71,27 @@ def build_card(
     shown = verifier if is_on_hub else Path(verifier).name
     data = ModelCardData(
         **{"license": "unknown", **licence},
-        base_model=verifier if is_on_hub else None,
+        base_model=verifier if is_on_hub and HUB_ID.fullmatch(verifier) else None,
         pipeline_tag="text-generation",
         tags=["speculative-decoding", "eagle3", "speculators", settings.export.target],
     )
     parts = [
-        f"# EAGLE-3 draft for {shown}",
+        f"# EAGLE-3 draft for {markdown.text(shown)}",
         "A draft model for speculative decoding: it proposes tokens that the verifier checks, so "
         "the output is the verifier's own, sooner.",
         "## Serve it",
         _how_to_serve(command, served, is_on_hub=is_on_hub),
         *([advice.sentence] if advice else []),
         "## What it is",
-        _table(_facts(source, served, shown, settings)),
+        markdown.table(_facts(source, served, shown, settings)),
     ]
     if source.checkpoint is not None:
         state = source.checkpoint.state
-        parts += ["## How it was trained", _table(_training_facts(state))]
+        parts += ["## How it was trained", markdown.table(_training_facts(state))]
         if state.get("metrics", {}).get("acceptance_length"):
             parts += ["## Acceptance", _acceptance(state["metrics"])]
     parts.append(f"Written by {PRODUCER} {__version__}; `provenance.json` has the rest.")
-    return str(ModelCard(f"---\n{data.to_yaml()}\n---\n\n" + "\n\n".join(parts) + "\n"))
+    return f"---\n{escape(data.to_yaml())}\n---\n\n" + "\n\n".join(parts) + "\n"
 
 
 def _how_to_serve(command: str | None, served: Eagle3Config, *, is_on_hub: bool) -> str:
@@ -121,7 +102,7 @@ def _how_to_serve(command: str | None, served: Eagle3Config, *, is_on_hub: bool)
         )
     if not is_on_hub:
         command = vllm_command("VERIFIER", "THIS_FOLDER", served)
-    block = f"```text\n{command}\n```"
+    block = markdown.block(command)
     length = longrope_length(served)
     return block if length is None else f"{block}\n\n{longrope_warning(length)}"
 
@@ -137,29 +118,29 @@ def longrope_warning(length: int) -> str:
 
 def _facts(
     source: DraftSource, served: Eagle3Config, shown: str, settings: ExportSettings
-) -> list[tuple[str, object]]:
+) -> list[tuple[str, str]]:
     ids = ", ".join(map(str, served.target_layer_ids))
     vocabulary = f"{served.draft_vocab_size:,} of {served.vocab_size:,} tokens"
     return [
-        ("verifier", shown),
-        ("made from", f"{source.kind} `{Path(source.name).name}`"),
+        ("verifier", markdown.text(shown)),
+        ("made from", f"{source.kind} {markdown.code(Path(source.name).name)}"),
         ("decoder layers", f"{served.num_layers} of kind {served.arch}"),
         ("hidden size", f"{served.hidden_size:,}"),
         ("draft vocabulary", vocabulary),
         ("verifier layers read", f"{ids} (assumed)" if served.are_layer_ids_assumed else ids),
-        ("tokens drafted at once", served.ttt_steps),
+        ("tokens drafted at once", str(served.ttt_steps)),
         ("weights", settings.export.dtype),
     ]
 
 
-def _training_facts(state: Mapping[str, Any]) -> list[tuple[str, object]]:
+def _training_facts(state: Mapping[str, Any]) -> list[tuple[str, str]]:
     settings = state.get("settings", {})
-    facts: list[tuple[str, object]] = [("optimizer steps", f"{state['step']:,}")]
+    facts = [("optimizer steps", f"{state['step']:,}")]
     for section, name, words in SHOWN:
         value = settings.get(section, {}).get(name)
         if value is not None:
-            facts.append((words, value))
-    facts.append(("data hash", f"`{state['data_hash']}`"))
+            facts.append((words, markdown.text(value)))
+    facts.append(("data hash", markdown.code(state["data_hash"])))
     return facts
 
 
@@ -173,10 +154,6 @@ def _acceptance(metrics: Mapping[str, float]) -> str:
         f"{metrics['acceptance_length']:.2f} tokens a verifier pass (acceptance rate at each "
         f"position: {', '.join(rates)}). What an engine reaches depends on the prompts."
     )
-
-
-def _table(rows: list[tuple[str, object]]) -> str:
-    return "\n".join(["| | |", "| --- | --- |", *(f"| {name} | {value} |" for name, value in rows)])
 
 
 def _without_folders(settings: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,9 +1,10 @@
 """The report of an inspection as one HTML file with plots, to send to somebody."""
 
 from collections.abc import Sequence
-from html import escape
+from html import escape as escape_html
 from pathlib import Path
 
+from speculators_cli.core.escaping import escape_line
 from speculators_cli.core.files import replacing
 from speculators_cli.core.preparation.inspection_report import Distribution, InspectionReport
 
@@ -127,6 +128,11 @@ def plot(title: str, labels: Sequence[str], values: Sequence[float], unit: str) 
         f"<figure><h2>{escape(title)} ({escape(unit)})</h2>"
         f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img">{"".join(parts)}</svg></figure>\n'
     )
+
+
+def escape(text: str) -> str:
+    """Text of any origin, for an element or an attribute: neither markup nor hidden characters."""
+    return escape_html(escape_line(text))
 
 
 def show(value: float) -> str:
