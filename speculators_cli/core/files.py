@@ -4,12 +4,12 @@ import errno
 import fcntl
 import json
 import os
-import re
 import shutil
 import socket
 import stat
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from itertools import count
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -18,6 +18,8 @@ from speculators_cli.core.errors import MachineError, SettingsError, Speculators
 TEMPORARY = ".tmp-"  # begins the name of a file that is not whole yet
 BUFFER_BYTES = 2**20  # read at once
 NUM_PARTS, PART_BYTES = 8, 4096  # of a file too large to be read whole
+# The next write fails as well. EFBIG is a limit on files that the system was given.
+DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EFBIG}
 # What a kernel or a file system says that does not copy by itself.
 CANNOT_COPY = {errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM}
 KINDS = (
@@ -78,14 +80,71 @@ def read_regular(file: Path, *, most_bytes: int) -> bytes:
 
 
 @contextmanager
-def replacing(file: Path) -> Iterator[Path]:
-    """A path to write to; it takes the place of `file` once the block is done, never half."""
-    temporary = file.with_name(f"{TEMPORARY}{file.name}.{os.getpid()}")
+def replacing(file: Path, *, within: Path | None = None) -> Iterator[Path]:
+    """A path to write to; it takes the place of `file` once the block is done, never half.
+
+    Args:
+        file: May exist.
+        within: Folder on the same disk for what is not whole yet; None: beside the file.
+
+    Raises:
+        MachineError: The disk is full or fails.
+    """
+    with disk_errors(file.parent):
+        temporary = _create_new(within or file.parent, file.name)
+        try:
+            yield temporary
+            temporary.replace(file)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+def _create_new(folder: Path, name: str) -> Path:
+    """An empty file in a folder, under a name that nothing had."""
+    for number in count():
+        path = folder / f"{TEMPORARY}{name}.{os.getpid()}{f'-{number}' if number else ''}"
+        try:
+            os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
+        except FileExistsError:
+            continue
+        return path
+    raise AssertionError("there is always another number")
+
+
+@contextmanager
+def disk_errors(folder: Path, *, num_bytes: int | None = None) -> Iterator[None]:
+    """Turn the system's errors of a disk into one that names the folder and its free bytes.
+
+    Args:
+        folder: What is written to; may be missing.
+        num_bytes: How many were about to be written, if that is known.
+    """
     try:
-        yield temporary
-        temporary.replace(file)
-    finally:
-        temporary.unlink(missing_ok=True)
+        yield
+    except OSError as error:
+        if error.errno not in DISK_ERRORS:
+            raise
+        raise disk_error(folder, str(error.strerror), num_bytes=num_bytes) from None
+
+
+def disk_error(folder: Path, reason: str, *, num_bytes: int | None = None) -> MachineError:
+    """The error for a disk that takes no more."""
+    reason = reason.rpartition("I/O error: ")[2]  # of the safetensors library
+    room = f"{format_bytes(shutil.disk_usage(find_existing(folder)).free)} free"
+    if num_bytes is not None:
+        room = f"{format_bytes(num_bytes)} needed, {room}"
+    return MachineError(
+        f"`{folder}` cannot be written: {reason} ({room})",
+        hint="Make room on the disk, then run the same command again",
+    )
+
+
+def format_bytes(num_bytes: int) -> str:
+    """Such as `12.3 GiB`, in the largest unit that leaves a digit before the point."""
+    for unit, size in (("TiB", 2**40), ("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
+        if num_bytes >= size:
+            return f"{num_bytes / size:,.1f} {unit}"
+    return f"{num_bytes:,} bytes"
 
 
 def check_output_dir(folder: Path, *, flag: str) -> None:
@@ -115,77 +174,20 @@ def find_existing(path: Path) -> Path:
     return next(p for p in (path, *path.parents) if p.exists())
 
 
-@contextmanager
-def replacing_folder(folder: Path, *, flag: str) -> Iterator[Path]:
-    """A folder to fill; it takes the place of `folder` once the block is done, never half.
-
-    What a killed process left of an earlier try is removed; what it had moved away comes back.
-
-    Args:
-        folder: May be missing, with any of its parents.
-        flag: The flag that named it.
-
-    Raises:
-        SettingsError: Another process is filling it.
-    """
-    folder = folder.absolute()
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    lock_file = folder.with_name(f"{TEMPORARY}{folder.name}.lock")
-
-    def in_use(holder: str) -> SettingsError:
-        return SettingsError(
-            f"`{flag}`: `{folder}` is being written by {holder}",
-            hint="Wait for it to end, or name another folder",
-        )
-
-    with locking(lock_file, in_use=in_use) as lock:
-        lock.write()
-        try:
-            with _swapping(folder) as temporary:
-                yield temporary
-        finally:
-            lock_file.unlink(missing_ok=True)
-
-
-@contextmanager
-def _swapping(folder: Path) -> Iterator[Path]:
-    old = folder.with_name(f"{TEMPORARY}{folder.name}.old")
-    if old.exists() and not folder.exists():
-        old.rename(folder)
-    # Not those of `folder.2`, which may be being written.
-    own = re.compile(rf"{re.escape(TEMPORARY + folder.name)}\.(\d+|old)")
-    for leftover in folder.parent.iterdir():
-        if own.fullmatch(leftover.name):
-            shutil.rmtree(leftover, ignore_errors=True)
-    temporary = folder.with_name(f"{TEMPORARY}{folder.name}.{os.getpid()}")
-    temporary.mkdir()
-    try:
-        yield temporary
-        for path in (*temporary.iterdir(), temporary):
-            sync(path)
-        if folder.exists():
-            folder.rename(old)
-            temporary.rename(folder)
-            shutil.rmtree(old, ignore_errors=True)
-        else:
-            temporary.rename(folder)
-        sync(folder.parent)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
 class Lock:
     """A lock that is held, and what its last holder wrote into it."""
 
-    def __init__(self, descriptor: int) -> None:
+    def __init__(self, descriptor: int, folder: Path) -> None:
         self.descriptor = descriptor
+        self.folder = folder
         self.last = _read_holder(descriptor)
 
     def write(self, **more: str) -> None:
         """Say who holds it."""
         holder = {"pid": os.getpid(), "host": socket.gethostname(), **more}
-        os.ftruncate(self.descriptor, 0)
-        os.pwrite(self.descriptor, json.dumps(holder).encode(), 0)
+        with disk_errors(self.folder):
+            os.ftruncate(self.descriptor, 0)
+            os.pwrite(self.descriptor, json.dumps(holder).encode(), 0)
 
 
 @contextmanager
@@ -196,7 +198,8 @@ def locking(file: Path, *, in_use: Callable[[str], SpeculatorsError]) -> Iterato
         file: Made if missing. Only who holds the lock may remove it.
         in_use: The error to raise where another process holds it, from the name of that.
     """
-    descriptor = os.open(file, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
+    with disk_errors(file.parent):
+        descriptor = os.open(file, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
     try:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -205,7 +208,7 @@ def locking(file: Path, *, in_use: Callable[[str], SpeculatorsError]) -> Iterato
             raise in_use(f"process {holder.get('pid')} on `{holder.get('host')}`") from None
         if os.fstat(descriptor).st_nlink == 0:
             raise in_use("a process that ended just now")
-        yield Lock(descriptor)
+        yield Lock(descriptor, file.parent)
     finally:
         os.close(descriptor)
 
@@ -310,6 +313,6 @@ def check_free_space(folder: Path, num_bytes: int, *, what: str, hint: str) -> N
     free = shutil.disk_usage(folder).free
     if free < num_bytes + 2**20:
         raise MachineError(
-            f"`{folder}` has {free / 2**30:.2f} GiB free, {what} takes {num_bytes / 2**30:.2f} GiB",
+            f"`{folder}` has {format_bytes(free)} free, {what} takes {format_bytes(num_bytes)}",
             hint=hint,
         )

@@ -534,7 +534,7 @@ def test_a_torn_checkpoint_is_refused(checkpoints: Path, tmp_path: Path, capsys:
 
     assert export(copy, "--output-dir", tmp_path / "out") == 4
 
-    assert "is not as it was saved" in capsys.readouterr().err
+    assert "is corrupted (checksum mismatch)" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -600,8 +600,8 @@ import os, signal, sys
 from speculators_cli.core.export import export as module
 names = ["write_weights", "write_json", "verify", "serve_command", "build_card", "sync"]
 name = names[int(sys.argv[1])]
-from speculators_cli.core import files
-owner = files if name == "sync" else module
+from speculators_cli.core import scratch
+owner = scratch if name == "sync" else module
 real = getattr(owner, name)
 def dying(*args, **options):
     real(*args, **options)

@@ -10,13 +10,15 @@ from pathlib import Path
 import pytest
 
 from speculators_cli.core.errors import SettingsError
-from speculators_cli.core.files import locking, open_regular, read_regular, replacing_folder
+from speculators_cli.core.files import locking, open_regular, read_regular
+from speculators_cli.core.scratch import replacing_folder
 
 KILL = """
 import os, signal, sys
 from pathlib import Path
 from speculators_cli.core.errors import SettingsError
-from speculators_cli.core.files import locking, replacing_folder
+from speculators_cli.core.files import locking
+from speculators_cli.core.scratch import replacing_folder
 real, calls = Path.rename, []
 def rename(self, target):
     calls.append(target)
@@ -61,7 +63,7 @@ def test_a_new_folder_takes_the_place_of_the_old(folder: Path) -> None:
 HOLD = """
 import sys
 from pathlib import Path
-from speculators_cli.core.files import replacing_folder
+from speculators_cli.core.scratch import replacing_folder
 with replacing_folder(Path(sys.argv[1]), flag="--output-dir") as folder:
     (folder / "weights").write_text("first")
     print("begun", flush=True)

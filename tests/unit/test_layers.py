@@ -17,6 +17,7 @@ BASE = {
     "core.signals",
     "core.reading",
     "core.escaping",
+    "core.scratch",
 }
 JOBS = {
     "core.capture",
@@ -33,6 +34,7 @@ ALLOWED = {
     "core.signals": set(),
     "core.escaping": set(),
     "core.reading": {"core.errors"},
+    "core.scratch": {"core.errors", "core.files"},
     "settings": BASE,
     "core.data": BASE | {"settings"},
     "core.models": BASE | {"settings", "core.data", ""},

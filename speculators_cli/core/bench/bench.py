@@ -22,10 +22,10 @@ from speculators_cli.core.data.loader import BatchSource
 from speculators_cli.core.data.vocab_map import VocabMap
 from speculators_cli.core.models.cost import count_flops, count_rows, estimate_memory, find_gpu
 from speculators_cli.core.models.eagle3 import Eagle3Draft
+from speculators_cli.core.models.train_state import TrainState
 from speculators_cli.core.models.verifier import FrozenVerifier, VerifierConfig
 from speculators_cli.core.models.verifier_files import VerifierFiles
 from speculators_cli.core.progress import Progress, SilentProgress
-from speculators_cli.core.training.checkpoint import TrainState
 from speculators_cli.core.training.distributed import Ranks, start_ranks
 from speculators_cli.core.training.inputs import Inputs, check_samples_fit, check_targets
 from speculators_cli.core.training.optimizer import Optimizer

@@ -27,7 +27,7 @@ from speculators_cli.core.export.targets import (
 )
 from speculators_cli.core.export.verification import Verification, has_untrained_gains, verify
 from speculators_cli.core.export.weights import cast_tensors, write_weights
-from speculators_cli.core.files import replacing_folder, write_json
+from speculators_cli.core.files import disk_error, write_json
 from speculators_cli.core.models.config import Eagle3Config
 from speculators_cli.core.models.draft_config import Given
 from speculators_cli.core.models.draft_source import ASSUMED_HINT, EMBEDDING, read_draft
@@ -35,6 +35,7 @@ from speculators_cli.core.models.repo_files import CONFIG_NAME
 from speculators_cli.core.models.verifier import read_verifier_config
 from speculators_cli.core.models.verifier_files import VerifierFiles
 from speculators_cli.core.progress import Progress
+from speculators_cli.core.scratch import replacing_folder
 from speculators_cli.settings.export import ExportSettings
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -151,10 +152,7 @@ def export(settings: ExportSettings, *, progress: Progress) -> ExportReport:
             (folder / CARD_NAME).write_text(card, "utf-8")
     except (OSError, SafetensorError) as error:
         reason = error.strerror if isinstance(error, OSError) else error
-        raise MachineError(
-            f"`{chosen.output_dir}` cannot be written: {reason}",
-            hint="Make room on the disk, or choose another `--output-dir`",
-        ) from None
+        raise disk_error(chosen.output_dir, str(reason)) from None
     if chosen.push_to_hub is not None:
         push(chosen.output_dir, chosen.push_to_hub)
     return ExportReport(

@@ -15,6 +15,7 @@ from speculators_cli.core.export.targets import longrope_length, vllm_command
 from speculators_cli.core.models.config import PRODUCER, Eagle3Config
 from speculators_cli.core.models.draft_source import DraftSource
 from speculators_cli.core.models.repo_files import WEIGHTS_NAME
+from speculators_cli.core.models.train_state import TrainState
 from speculators_cli.settings.export import ExportSettings
 
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?", re.ASCII)
@@ -38,9 +39,9 @@ def build_provenance(source: DraftSource, settings: ExportSettings) -> dict[str,
     if checkpoint is not None:
         state = checkpoint.state
         keys = ("run_id", "step", "epoch", "global_batch", "data_hash", "vocab_map_hash", "metrics")
-        training = {key: state.get(key) for key in keys}
-        training["settings"] = _without_folders(state.get("settings", {}))
-        training["weights_sha256"] = checkpoint.manifest["files"][WEIGHTS_NAME]["sha256"]
+        training = {key: getattr(state, key) for key in keys}
+        training["settings"] = _without_folders(state.settings)
+        training["weights_sha256"] = checkpoint.manifest.files[WEIGHTS_NAME].sha256
     return {
         "tool": {"name": PRODUCER, "version": __version__},
         "source": {"kind": source.kind, "name": Path(source.name).name},
@@ -88,8 +89,8 @@ def build_card(
     if source.checkpoint is not None:
         state = source.checkpoint.state
         parts += ["## How it was trained", markdown.table(_training_facts(state))]
-        if state.get("metrics", {}).get("acceptance_length"):
-            parts += ["## Acceptance", _acceptance(state["metrics"])]
+        if state.metrics.get("acceptance_length"):
+            parts += ["## Acceptance", _acceptance(state.metrics)]
     parts.append(f"Written by {PRODUCER} {__version__}; `provenance.json` has the rest.")
     return f"---\n{escape(data.to_yaml())}\n---\n\n" + "\n\n".join(parts) + "\n"
 
@@ -133,14 +134,13 @@ def _facts(
     ]
 
 
-def _training_facts(state: Mapping[str, Any]) -> list[tuple[str, str]]:
-    settings = state.get("settings", {})
-    facts = [("optimizer steps", f"{state['step']:,}")]
+def _training_facts(state: TrainState) -> list[tuple[str, str]]:
+    facts = [("optimizer steps", f"{state.step:,}")]
     for section, name, words in SHOWN:
-        value = settings.get(section, {}).get(name)
+        value = state.settings.get(section, {}).get(name)
         if value is not None:
             facts.append((words, markdown.text(value)))
-    facts.append(("data hash", markdown.code(state["data_hash"])))
+    facts.append(("data hash", markdown.code(state.data_hash)))
     return facts
 
 

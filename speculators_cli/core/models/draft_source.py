@@ -15,9 +15,9 @@ from speculators_cli.core.models.checkpoint import (
     BEST_LINK,
     TRAINER_DIR,
     Checkpoint,
-    find_checkpoints,
-    is_ours,
-    read_checkpoint,
+    Damaged,
+    inspect_checkpoint,
+    list_checkpoints,
 )
 from speculators_cli.core.models.config import Eagle3Config
 from speculators_cli.core.models.draft_config import (
@@ -115,9 +115,15 @@ def choose_checkpoint(path: Path) -> Path:
     if not path.is_dir() or (path / CONFIG_NAME).exists():
         return path
     best = path / BEST_LINK
-    if best.is_symlink() and read_checkpoint(best) is not None:
-        return path / best.readlink()
-    found = find_checkpoints(path)
+    if best.is_symlink() and best.exists():
+        chosen = inspect_checkpoint(path / best.readlink())
+        if isinstance(chosen, Damaged):
+            raise chosen.to_error()
+        if chosen is not None:
+            return chosen.folder
+    found, damaged = list_checkpoints(path)
+    if not found and damaged:
+        raise damaged[-1].to_error()
     if not found:
         raise CheckpointError(
             f"`{path}` holds neither a whole checkpoint nor a config.json",
@@ -128,14 +134,13 @@ def choose_checkpoint(path: Path) -> Path:
 
 def _read_own(folder: Path) -> Checkpoint | None:
     """The checkpoint of this package in a folder, every byte compared; None: another's."""
-    if not (is_ours(folder) and (folder / TRAINER_DIR).is_dir()):
+    if not (folder / TRAINER_DIR).is_dir():
         return None
-    checkpoint = read_checkpoint(folder)
-    if checkpoint is None:
-        raise CheckpointError(
-            f"`{folder}` is not a whole checkpoint", hint="Name another checkpoint of the run"
-        )
-    checkpoint.verify()
+    checkpoint = inspect_checkpoint(folder)
+    if isinstance(checkpoint, Damaged):
+        raise checkpoint.to_error()
+    if checkpoint is not None:
+        checkpoint.verify()
     return checkpoint
 
 

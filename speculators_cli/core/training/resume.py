@@ -6,8 +6,10 @@ from dataclasses import asdict, dataclass, replace
 
 from speculators_cli.core.errors import CheckpointError, DataError
 from speculators_cli.core.models.checkpoint import Checkpoint
+from speculators_cli.core.models.train_state import TrainState
 from speculators_cli.core.progress import Progress
-from speculators_cli.core.training.checkpoint import RunFolder, TrainState
+from speculators_cli.core.training.checkpoint import RunFolder
+from speculators_cli.core.training.checkpoint_checks import check_global_batch, check_tensors
 from speculators_cli.core.training.distributed import Ranks
 from speculators_cli.core.training.inputs import Inputs
 from speculators_cli.settings.base import Change, changes_on_resume
@@ -38,15 +40,22 @@ def find_start(
     """
     checkpoint = folder.latest if folder is not None else None
     text = None
+    for damaged in folder.damaged if folder is not None else []:
+        assert checkpoint is not None, "another one is resumed"
+        progress.warn(
+            f"`{damaged.folder}` is damaged and not resumed: {damaged.reason}",
+            hint=f"`{checkpoint.folder}` is resumed in its place",
+        )
     if ranks.is_first:
         if checkpoint is not None:
             state = resumed_state(checkpoint, settings, inputs, ranks, progress)
         else:
             run_id = folder.run_id if folder is not None else "dry-run"
             state = first_state(settings, inputs, ranks, run_id=run_id)
+            state = replace(state, generation=folder.generation if folder is not None else 1)
         text = json.dumps({"state": asdict(state), "is_resumed": checkpoint is not None})
     shared = json.loads(ranks.share("start", text))
-    return Start(TrainState(**shared["state"]), shared["is_resumed"], checkpoint)
+    return Start(TrainState.from_json(shared["state"]), shared["is_resumed"], checkpoint)
 
 
 def first_state(
@@ -67,6 +76,8 @@ def first_state(
         best=None,
         num_skipped_steps=0,
         metrics={},
+        content_hash=inputs.samples.content_hash,
+        has_same_data=True,
     )
 
 
@@ -83,7 +94,7 @@ def resumed_state(
         CheckpointError: Settings, ranks or the vocabulary map do not fit the checkpoint.
         DataError: The samples are not the ones the run began with.
     """
-    saved = TrainState.from_json(checkpoint.state)
+    saved = checkpoint.state
     _check_settings(saved, settings, checkpoint, progress)
     ids = checkpoint.config.get("eagle_aux_hidden_state_layer_ids")
     if ids != list(inputs.layer_ids.ids):
@@ -98,17 +109,19 @@ def resumed_state(
             f"`{checkpoint.folder}` was trained with another draft vocabulary",
             hint="Pass the same d2t and t2d, or start over with `--no-resume-from-checkpoint`",
         )
-    if saved.data_hash != inputs.samples.data_hash and not settings.data.allow_changed_data:
+    change = find_data_change(saved, inputs)
+    if change is not None and not settings.data.allow_changed_data:
         raise DataError(
-            f"The samples are not the ones that `{checkpoint.folder}` was trained on",
+            f"The samples are not the ones that `{checkpoint.folder}` was trained on: {change}",
             hint="Bring back the same samples, or pass `--allow-changed-data`",
         )
-    if saved.global_batch % ranks.num_ranks:
-        raise CheckpointError(
-            f"`{checkpoint.folder}` takes {saved.global_batch} packed sequences an optimizer step, "
-            f"which {ranks.num_ranks} ranks cannot share evenly",
-            hint=f"Start a number of ranks that divides {saved.global_batch}",
-        )
+    check_global_batch(
+        checkpoint,
+        num_ranks=ranks.num_ranks,
+        accumulation_steps=settings.optimizer.gradient_accumulation_steps,
+        num_samples=len(inputs.samples),
+    )
+    check_tensors(checkpoint, inputs.draft_config(settings), train_head=settings.eagle3.train_head)
     accumulation = settings.optimizer.gradient_accumulation_steps
     if accumulation * ranks.num_ranks != saved.global_batch:
         progress.warn(
@@ -119,8 +132,20 @@ def resumed_state(
         saved,
         num_ranks=ranks.num_ranks,
         data_hash=inputs.samples.data_hash,
+        content_hash=inputs.samples.content_hash,
+        has_same_data=saved.has_same_data and change is None,
         settings=settings.model_dump(mode="json"),
     )
+
+
+def find_data_change(saved: TrainState, inputs: Inputs) -> str | None:
+    """How the samples differ from those a run began with."""
+    if saved.data_hash != inputs.samples.data_hash:
+        return "names or sizes differ"
+    # Earlier versions have kept no hash of the contents.
+    if saved.content_hash not in (None, inputs.samples.content_hash):
+        return "names and sizes are the same, contents differ"
+    return None
 
 
 def _check_settings(

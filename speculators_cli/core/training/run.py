@@ -19,6 +19,7 @@ from speculators_cli.core.models.verifier import FrozenVerifier, load_frozen_ver
 from speculators_cli.core.progress import Progress, SilentProgress
 from speculators_cli.core.signals import StopSignals
 from speculators_cli.core.training.checkpoint import RunFolder
+from speculators_cli.core.training.checkpoint_checks import check_progress
 from speculators_cli.core.training.checks import check_samples
 from speculators_cli.core.training.distributed import Ranks, shard, start_ranks
 from speculators_cli.core.training.inputs import Inputs, read_inputs
@@ -28,6 +29,7 @@ from speculators_cli.core.training.report import TrainReport
 from speculators_cli.core.training.resume import Start, find_start
 from speculators_cli.core.training.run_end import RunEnd, recording_end
 from speculators_cli.core.training.run_log import RunLog
+from speculators_cli.core.training.save_path import INDEX_NAME, check_apart, check_save_path
 from speculators_cli.core.training.snapshot import restore
 from speculators_cli.core.training.trainer import Trainer
 from speculators_cli.core.training.warm_start import read_warm_start
@@ -55,6 +57,8 @@ def train(settings: TrainSettings, *, progress: Progress, dry_run: bool = False)
     check_output_dir(settings.run.save_path, flag="--save-path")
     if settings.run.logger_names:
         check_output_dir(settings.run.log_dir, flag="--log-dir")
+    if is_recorded(dry_run=dry_run):
+        check_place(settings)
     end = RunEnd(settings.run.save_path)
     with (
         recording_end(end.write if is_recorded(dry_run=dry_run) else forget),
@@ -62,7 +66,7 @@ def train(settings: TrainSettings, *, progress: Progress, dry_run: bool = False)
         start_ranks(settings.distributed) as ranks,
     ):
         progress = progress if ranks.is_first else SilentProgress()
-        index_file = None if dry_run else settings.run.save_path / RunFolder.INDEX_NAME
+        index_file = None if dry_run else settings.run.save_path / INDEX_NAME
         settings, source = ranks.first_then_others("draft", lambda: read_warm_start(settings))
         inputs = ranks.first_then_others(
             "inputs",
@@ -110,6 +114,18 @@ def is_recorded(*, dry_run: bool) -> bool:
 
 def forget(_error: SpeculatorsError) -> None:
     """Write nothing down."""
+
+
+def check_place(settings: TrainSettings) -> None:
+    """Check, before anything is read or written, that nothing of others is in the way.
+
+    Raises:
+        SettingsError: The run would write among its samples.
+        CheckpointError: The save path holds something that no run wrote.
+    """
+    save_path = settings.run.save_path
+    check_apart(save_path, (*settings.data.data_path, *settings.data.val_data_path))
+    check_save_path(save_path, resume=settings.run.resume_from_checkpoint)
 
 
 @contextmanager
@@ -204,6 +220,8 @@ def build_trainer(
         validation_loader = build_loader(
             settings, inputs.validation_samples, ranks, ranks.num_ranks, num_epochs=1
         )
+    if start.is_resumed:
+        check_progress(start.state, loader, num_epochs=settings.run.epochs)
     total_steps = sum(loader.steps_in(epoch) for epoch in range(settings.run.epochs))
     total_steps = min(total_steps, settings.run.max_steps or total_steps)
     return Trainer(

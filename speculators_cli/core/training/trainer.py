@@ -13,8 +13,9 @@ from speculators_cli.core.data.loader import BatchSource
 from speculators_cli.core.data.noise import drop_and_add_noise
 from speculators_cli.core.errors import DivergedError, StoppedError
 from speculators_cli.core.models.draft import DraftModel
+from speculators_cli.core.models.train_state import TrainState
 from speculators_cli.core.signals import Interrupted, StopSignals
-from speculators_cli.core.training.checkpoint import RunFolder, TrainState
+from speculators_cli.core.training.checkpoint import RunFolder
 from speculators_cli.core.training.distributed import Ranks
 from speculators_cli.core.training.feed import DeviceFeed, StepBatches
 from speculators_cli.core.training.metrics import Metrics, MetricSums, are_finite

@@ -47,7 +47,7 @@ def test_a_signal_saves_and_the_next_run_goes_on_as_if_there_was_none(
     train(tiny.settings(), progress=SilentProgress())
 
     assert stopped.value.exit_code == 128 + number
-    assert [(c.folder.name, c.state["step"]) for c in saved] == [("step-3", 3)]
+    assert [(c.folder.name, c.state.step) for c in saved] == [("step-3", 3)]
     ends = [find_checkpoints(path)[-1] for path in (tiny.save_path, tiny.folder / "whole")]
     weights, expected = (end.read_tensors() for end in ends)
     assert all(torch.equal(weights[name], tensor) for name, tensor in expected.items())
@@ -102,7 +102,7 @@ def test_a_signal_while_validating_saves_a_state_that_is_validated_on_resume(
     report = train(tiny.settings(), progress=SilentProgress())
 
     steps = expected.total_steps // 2
-    assert [(c.folder.name, c.state["step_in_epoch"]) for c in saved] == [(f"step-{steps}", steps)]
+    assert [(c.folder.name, c.state.step_in_epoch) for c in saved] == [(f"step-{steps}", steps)]
     assert (stopped.value.exit_code, ended["exit_code"]) == (128 + 15, 128 + 15)
     lines = [
         [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
@@ -122,7 +122,7 @@ def test_a_signal_while_samples_are_waited_for_saves_the_step_before(
     with pytest.raises(StoppedError, match="after step 2, saved as `step-2`"):
         train(tiny.settings(), progress=SilentProgress())
 
-    assert [c.state["step"] for c in find_checkpoints(tiny.save_path)] == [2]
+    assert [c.state.step for c in find_checkpoints(tiny.save_path)] == [2]
 
 
 def test_a_signal_before_the_first_new_step_keeps_the_checkpoint_that_there_is(

@@ -1,0 +1,77 @@
+"""TrainState: everything of a run's state but tensors, and what is read of it from disk."""
+
+import re
+from collections.abc import Mapping
+from dataclasses import fields
+from typing import Annotated, Any, Self
+
+from pydantic import AfterValidator, ConfigDict, Field, FiniteFloat, ValidationError
+from pydantic.dataclasses import dataclass
+
+CHECKPOINT_NAME = re.compile(r"\d+|step-\d+")  # an epoch, or a step within one
+MOST = 10**12  # of anything that is counted
+
+Count = Annotated[int, Field(ge=0, le=MOST)]
+
+
+def is_checkpoint_name(name: str) -> bool:
+    """Whether `train` gives a checkpoint this name."""
+    return CHECKPOINT_NAME.fullmatch(name) is not None
+
+
+def _check_best(best: dict[str, Any] | None) -> dict[str, Any] | None:
+    if best is None:
+        return None
+    if not (isinstance(best.get("name"), str) and best["name"].isdecimal()):
+        raise ValueError(f"`name` must be an epoch, got `{best.get('name')}`")
+    for key, value in best.items():
+        if key != "name" and not (value is None or isinstance(value, int | float)):
+            raise ValueError(f"`{key}` must be a number, got `{value}`")
+    return best
+
+
+@dataclass(frozen=True, config=ConfigDict(strict=True))
+class TrainState:
+    """Everything of a run's state but tensors."""
+
+    step: Count  # optimizer steps done
+    epoch: Count  # the epoch the next step belongs to
+    step_in_epoch: Count
+    run_id: str
+    started_at: FiniteFloat  # seconds since 1970
+    global_batch: Annotated[int, Field(ge=1, le=MOST)]  # packed sequences a step, over all ranks
+    num_ranks: Annotated[int, Field(ge=1, le=MOST)]
+    data_hash: str
+    vocab_map_hash: str
+    settings: dict[str, dict[str, Any]]
+    # Name and metrics of the best checkpoint.
+    best: Annotated[dict[str, Any] | None, AfterValidator(_check_best)]
+    num_skipped_steps: Count
+    metrics: dict[str, float]  # of the last validation
+    # States saved by earlier versions have none of the following.
+    generation: Count = 0  # runs before this one in its save path, itself counted
+    content_hash: str | None = None  # of the samples
+    verifier_hash: str | None = None  # of the verifier's frozen weights
+    has_same_data: bool = False  # whether the samples were the same ones from the first step on
+
+    @classmethod
+    def from_json(cls, content: Mapping[str, Any]) -> Self:
+        """The state saved in a checkpoint; keys of newer versions are left out.
+
+        Raises:
+            ValueError: A value is missing, or cannot be one that a run has saved.
+        """
+        known = {field.name for field in fields(cls)}
+        try:
+            state = cls(**{key: value for key, value in content.items() if key in known})
+        except ValidationError as error:
+            first = error.errors(include_url=False)[0]
+            place = ".".join(str(part) for part in first["loc"])
+            reason = first["msg"].replace("Input should be", "must be")
+            raise ValueError(f"`{place}` {reason[0].lower()}{reason[1:]}") from None
+        if state.step_in_epoch > state.step or state.epoch > state.step:
+            raise ValueError(
+                f"step {state.step:,} cannot be in epoch {state.epoch:,} at its step "
+                f"{state.step_in_epoch:,}"
+            )
+        return state

@@ -1,0 +1,150 @@
+"""What may lie in a save path: this program's own files, told by their contents, and no others.
+
+Nothing is removed or replaced because of its name.
+"""
+
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+from speculators_cli.core.errors import CheckpointError, SettingsError
+from speculators_cli.core.files import TEMPORARY
+from speculators_cli.core.models.checkpoint import BEST_LINK, find_foreign, is_ours, read_checkpoint
+from speculators_cli.core.models.repo_files import CONFIG_NAME
+from speculators_cli.core.models.train_state import is_checkpoint_name
+from speculators_cli.core.scratch import Scratch, remove
+from speculators_cli.core.training.run_end import RESULT_NAME
+
+LOCK_NAME, INDEX_NAME = "run.lock", "data_index.json"
+SETTINGS_NAME, METRICS_NAME = "settings.json", "metrics.jsonl"
+# How each record of a run begins. An empty file has nothing to lose.
+RECORDS = {
+    LOCK_NAME: rb'\{"pid": \d+, "host": ',
+    INDEX_NAME: rb'\{"index_version": \d+, "format": ',
+    SETTINGS_NAME: rb'\{\s*"draft": \{\s*"verifier_name_or_path": ',
+    METRICS_NAME: rb'\{"step": \d+, "split": ',
+    RESULT_NAME: rb'\{\s*"(error|checkpoint)": ',
+}
+SCRATCH_NAME = ".speculators-run"
+LEFTOVER = re.compile(rf"{re.escape(TEMPORARY)}({'|'.join(map(re.escape, RECORDS))})\.\d+(-\d+)?")
+REPLACED = ".replaced-"  # named so by versions that had no scratch folder
+
+
+def scratch_of(save_path: Path) -> Scratch:
+    """The folder of a save path for what is not whole yet."""
+    return Scratch(save_path / SCRATCH_NAME)
+
+
+def check_apart(save_path: Path, data_paths: tuple[Path, ...]) -> None:
+    """Check that a run does not write among its samples.
+
+    Raises:
+        SettingsError: The save path is a folder of samples, or lies in one.
+    """
+    resolved = save_path.resolve()
+    for data_path in data_paths:
+        if data_path.resolve() in (resolved, *resolved.parents):
+            place = "is" if data_path.resolve() == resolved else "lies in"
+            raise SettingsError(
+                f"`--save-path`: `{save_path}` {place} the folder of samples `{data_path}`",
+                hint="Choose a `--save-path` outside the samples",
+            )
+
+
+def check_save_path(save_path: Path, *, resume: bool) -> None:
+    """Check, without writing, that nothing of others is in the way of a run.
+
+    Args:
+        save_path: May be missing.
+        resume: Whether its checkpoints are resumed, or replaced.
+
+    Raises:
+        CheckpointError: Something is.
+    """
+    for path in sorted(save_path.iterdir()) if save_path.is_dir() else []:
+        problem = _find_problem(path, resume=resume)
+        if problem is not None:
+            raise CheckpointError(
+                f"`{path}` {problem}",
+                hint="Move it elsewhere, or choose another `--save-path`",
+            )
+
+
+def _find_problem(path: Path, *, resume: bool) -> str | None:
+    if path.name in RECORDS:
+        return None if _is_record(path, path.name) else "is not a record of `speculators train`"
+    if path.name == BEST_LINK:
+        is_own = path.is_symlink() and is_checkpoint_name(str(path.readlink()))
+        return None if is_own else "is not the link that `speculators train` makes"
+    if path.name == SCRATCH_NAME:
+        return None if Scratch(path).is_own else "is not a folder of `speculators train`"
+    if is_checkpoint_name(path.name):
+        return _find_problem_of_checkpoint(path, resume=resume)
+    looks_like_one = (
+        path.is_dir()
+        and not path.name.startswith(".")
+        and ((path / CONFIG_NAME).exists() or any(path.glob("*.safetensors")))
+    )
+    if looks_like_one and not is_ours(path):
+        return "is a checkpoint that `speculators train` did not write"
+    return None
+
+
+def _find_problem_of_checkpoint(path: Path, *, resume: bool) -> str | None:
+    if path.is_symlink() or not is_ours(path):
+        return "is in the way: `speculators train` did not write it"
+    foreign = find_foreign(path)
+    # One that is whole and resumed stays as it is; any other may be replaced.
+    if foreign is not None and not (resume and read_checkpoint(path) is not None):
+        return f"cannot be replaced: it holds `{foreign.name}`, which `train` did not write"
+    return None
+
+
+def _is_record(path: Path, name: str) -> bool:
+    """Whether a file begins as a record of a run does; an empty one has nothing to lose."""
+    if path.is_symlink() or not path.is_file():
+        return False
+    with path.open("rb") as stream:
+        start = stream.read(4096)
+    return not start or re.match(RECORDS[name], start) is not None
+
+
+def remove_leftovers(save_path: Path) -> None:
+    """Bring back a checkpoint that was about to be replaced; remove what is not whole."""
+    scratch = scratch_of(save_path)
+    if scratch.exists:
+        for replaced in scratch.folder.glob("replaced-*"):
+            folder = save_path / replaced.name.removeprefix("replaced-")
+            if not os.path.lexists(folder):
+                replaced.rename(folder)
+        scratch.clear()
+    for leftover in _find_old_leftovers(save_path):
+        name = leftover.name.removeprefix(REPLACED)
+        if leftover.name.startswith(REPLACED) and not os.path.lexists(save_path / name):
+            leftover.rename(save_path / name)
+        else:
+            remove(scratch_move(scratch, leftover))
+    for path in list(save_path.iterdir()):
+        match = LEFTOVER.fullmatch(path.name)
+        if match is not None and _is_record(path, match[1]):
+            path.unlink()
+    scratch.clear()
+
+
+def scratch_move(scratch: Scratch, path: Path) -> Path:
+    """Move something of ours to where it may be removed half; returns its new place."""
+    place = scratch.open() / f"removed-{path.name}"
+    path.rename(place)
+    return place
+
+
+def _find_old_leftovers(save_path: Path) -> Iterator[Path]:
+    """What a killed run of an earlier version left, where its contents prove whose it is."""
+    for path in list(save_path.iterdir()):
+        for prefix in (REPLACED, TEMPORARY):
+            name = path.name.removeprefix(prefix)
+            if path.name.startswith(prefix) and is_checkpoint_name(name):
+                is_plain = path.is_dir() and not path.is_symlink()
+                if is_plain and is_ours(path) and find_foreign(path) is None:
+                    yield path
