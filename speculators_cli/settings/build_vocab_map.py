@@ -63,7 +63,10 @@ class VocabularySettings(Settings):
         None, min_length=1, description="Hub id or folder of the verifier"
     )
     target_vocab_size: int | None = Field(
-        None, ge=1, description="Tokens of the verifier, in place of the verifier itself"
+        None,
+        ge=1,
+        le=2**24,
+        description="Tokens of the verifier, in place of the verifier itself",
     )
     draft_vocab_size: int = Field(32000, ge=1, description="Tokens the draft keeps")
     keep_special: bool = Field(

@@ -100,6 +100,71 @@ def test_training_on_either_gives_the_same_losses(tiny: TinyInputs, v0_dir: Path
     assert len(losses(one)) > 4
 
 
+def test_layers_of_different_types_are_trained_on_and_converted_as_they_are(
+    tiny: TinyInputs, v0_dir: Path
+) -> None:
+    # Trap: casting the last hidden states to the type of the aux ones loses bits.
+    (v0_dir / "data_0.ckpt").rename(v0_dir / "data_0.pt")
+    same_dir, out_dir = tiny.folder / "same", tiny.folder / "v1"
+    for file in v0_dir.rglob("*.pt"):
+        sample = load(file)
+        mixed = sample | {"hidden_state": sample["hidden_state"].bfloat16()}
+        torch.save(mixed, file)
+        same = same_dir / file.relative_to(v0_dir)
+        same.parent.mkdir(parents=True, exist_ok=True)
+        torch.save(sample | {"hidden_state": mixed["hidden_state"].float()}, same)
+
+    assert convert(v0_dir, "--output-dir", out_dir) == 0
+    assert convert(v0_dir, "--output-dir", tiny.folder / "half", "--dtype", "float16") == 0
+    folders = {v0_dir: 0, same_dir: 0, out_dir: 1}
+    for folder, version in folders.items():
+        flags = tiny.flags(data_path=folder, data_format_version=version, save_path=folder / "run")
+        assert run(["train", *flags]) == 0
+
+    assert losses(v0_dir / "run") == losses(same_dir / "run") == losses(out_dir / "run")
+    for kind in ("v1", "half"):
+        for file in v0_dir.rglob("*.pt"):
+            if file.is_relative_to(v0_dir / "run"):
+                continue
+            before, after = load(file), load(tiny.folder / kind / file.relative_to(v0_dir))
+            types = {
+                "v1": ([torch.bfloat16] * 3, torch.float32),
+                "half": ([torch.half] * 3, torch.half),
+            }
+            *aux, last = after["hidden_states"]
+            assert ([x.dtype for x in aux], last.dtype) == types[kind]
+            assert torch.equal(torch.cat(aux, -1), before["hidden_state"].to(aux[0].dtype))
+            assert torch.equal(last, before["target"].to(last.dtype))
+
+
+def test_samples_of_few_tokens_are_converted_and_links_to_nowhere_named(
+    tiny: TinyInputs, capsys: Capture
+) -> None:
+    folder = tiny.folder / "short"
+    folder.mkdir()
+    for num_tokens in (0, 1, 2):
+        content = {
+            "input_ids": torch.arange(num_tokens),
+            "loss_mask": torch.ones(num_tokens),
+            "hidden_state": torch.randn(num_tokens, 3 * HIDDEN),
+            "target": torch.randn(num_tokens, HIDDEN),
+        }
+        torch.save(content, folder / f"data_{num_tokens}.pt")
+    (folder / "gone.pt").symlink_to("nowhere")
+
+    code = convert(folder, "--output-dir", tiny.folder / "v1", "--json")
+
+    report = json.loads(capsys.readouterr().out)
+    assert code == 1
+    assert [(Path(p["file"]).name, p["problem"]) for p in report["problems"]] == [
+        ("gone.pt", "cannot be read: No such file or directory")
+    ]
+    assert report["num_converted"] == 3
+    for num_tokens in (0, 1, 2):
+        states = load(tiny.folder / "v1" / f"data_{num_tokens}.pt")["hidden_states"]
+        assert [x.shape for x in states] == [(num_tokens, HIDDEN)] * 4
+
+
 def test_the_norm_is_undone_so_that_any_reader_is_right(
     tiny: TinyInputs, v0_dir: Path, capsys: Capture
 ) -> None:

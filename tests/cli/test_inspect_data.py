@@ -1,5 +1,6 @@
 """`speculators inspect-data` as the user types it."""
 
+import gzip
 import json
 import os
 import statistics
@@ -346,6 +347,21 @@ def test_a_folder_of_specforges_is_recognised(tiny: TinyInputs, capsys: Capture)
 
     assert code == 0
     assert (report["format"], report["num_samples"], report["is_normed"]) == ("specforge", 24, True)
+
+
+def test_a_folder_of_specforges_may_be_packed(tiny: TinyInputs, capsys: Capture) -> None:
+    folder = write_as_specforge(tiny.data_dir, tiny.folder / "specforge")
+    _, unpacked = report_of(capsys, folder)
+    for file in folder.glob("*.ckpt"):
+        (folder / f"{file.name}.gz").write_bytes(gzip.compress(file.read_bytes()))
+        file.unlink()
+
+    code, report = report_of(capsys, folder, "--verify")
+
+    assert code == 0
+    same = ("format", "num_samples", "tokens", "supervised_tokens", "layer_rms", "problems")
+    assert {key: report[key] for key in same} == {key: unpacked[key] for key in same}
+    assert report["num_samples"] == 24
 
 
 def test_a_folder_of_upstreams_is_recognised(capsys: Capture) -> None:

@@ -32,13 +32,13 @@ class Changes:
         """The header of the v1 sample that a v0 sample becomes."""
         return replace(source, dtype=self.dtype or source.dtype, is_normed=self.gain is None)
 
-    def origin(self, source: Archive, header: SampleHeader) -> str | None:
+    def origin(self, source: Archive) -> str | None:
         """What changed states are computed from: checksums of the source, and the gain.
 
         None where all states are copied: their own checksums are the source's.
         """
         layers = v0.FORMAT.read_layout(source).hidden_states
-        if self.gain is None and all(spec.dtype == header.dtype for spec in layers):
+        if self.gain is None and all(self.dtype in (None, spec.dtype) for spec in layers):
             return None
         storages = {spec.storage_key: spec for spec in layers}
         parts = [f"{source.checksum(spec):08x}" for spec in storages.values()]
@@ -78,8 +78,8 @@ def convert_file(source: Path, target: Path, changes: Changes) -> float:
         replacing(target) as temporary,
         temporary.open("wb", buffering=0) as stream,
     ):
-        writer = ArchiveWriter(stream, origin=changes.origin(archive, header))
-        layers, error = _write_states(writer, archive, changes, header)
+        writer = ArchiveWriter(stream, origin=changes.origin(archive))
+        layers, error = _write_states(writer, archive, changes)
         v1.finish(
             writer, layers, tokens.input_ids, tokens.loss_mask, is_normed=changes.gain is None
         )
@@ -88,25 +88,26 @@ def convert_file(source: Path, target: Path, changes: Changes) -> float:
 
 
 def _write_states(
-    writer: ArchiveWriter, source: Archive, changes: Changes, header: SampleHeader
+    writer: ArchiveWriter, source: Archive, changes: Changes
 ) -> tuple[list[TensorSpec], float]:
     """Write all layers; returns where they are, and the round-trip error of the last."""
     *aux, last = v0.FORMAT.read_layout(source).hidden_states
     errors = [0.0]
 
     def write(spec: TensorSpec, gain: "Tensor | None") -> TensorSpec:
-        if gain is None and spec.dtype == header.dtype:
+        dtype = changes.dtype or spec.dtype
+        if gain is None and spec.dtype == dtype:
             return writer.copy(source, spec)
         # What is computed gets a checksum of its own, which would hide that its source is damaged.
         source.verify(spec)
         states = source.states(spec)
 
         def rows() -> Iterator["Tensor"]:
-            for changed, error in change(states, header.dtype, gain):
+            for changed, error in change(states, dtype, gain):
                 errors.append(error)
                 yield changed
 
-        return v1.write_rows(writer, rows(), header.dtype, spec.shape)
+        return v1.write_rows(writer, rows(), dtype, spec.shape)
 
     layers = [write(spec, None) for spec in aux]
     return [*layers, write(last, changes.gain)], max(errors)
@@ -114,13 +115,13 @@ def _write_states(
 
 def change(
     states: States,  # [seq_len, hidden]
-    dtype: str,
+    dtype: str | None,  # of what is written; None: as read
     gain: "Tensor | None",  # [hidden], float32
 ) -> Iterator[tuple["Tensor", float]]:
     """The states a v1 sample gets, some tokens at a time, each with its round-trip error."""
     import torch
 
-    wanted: torch.dtype = getattr(torch, dtype)
+    wanted: torch.dtype = states.dtype if dtype is None else getattr(torch, dtype)
     for rows in states.split(v1.ROWS_AT_ONCE):
         yield (rows.to(wanted), 0.0) if gain is None else undo_norm(rows, gain, wanted)
 
@@ -157,16 +158,16 @@ def is_converted(source: Path, target: Path, changes: Changes) -> bool:
             new.header == changes.header(old.header)
             and old.input_ids.tobytes() == new.input_ids.tobytes()
             and old.loss_mask.tobytes() == new.loss_mask.tobytes()
-            and _has_same_states(source, target, changes, new.header)
+            and _has_same_states(source, target, changes)
         )
     except (BadSampleError, OSError):
         return False
 
 
-def _has_same_states(source: Path, target: Path, changes: Changes, header: SampleHeader) -> bool:
+def _has_same_states(source: Path, target: Path, changes: Changes) -> bool:
     """Whether states that are copied have the source's checksums, and others come from it."""
     with Archive(source) as old, Archive(target) as new:
-        origin = changes.origin(old, header)
+        origin = changes.origin(old)
         if origin is not None or new.origin is not None:
             return origin == new.origin
         pairs = zip(
@@ -189,7 +190,6 @@ def is_same(source: Path, target: Path, changes: Changes) -> bool:
     if not is_converted(source, target, changes):
         return False
     old, new = v0.FORMAT.read_sample(source), v1.FORMAT.read_sample(target)
-    dtype = v1.FORMAT.read_tokens(target).header.dtype
     pairs = [
         *((a, b, None) for a, b in zip(old.aux_hidden_states, new.aux_hidden_states, strict=True)),
         (old.last_hidden_states, new.last_hidden_states, changes.gain),
@@ -198,6 +198,6 @@ def is_same(source: Path, target: Path, changes: Changes) -> bool:
         torch.equal(given.contiguous().view(torch.uint8), read.contiguous().view(torch.uint8))
         for before, after, gain in pairs
         for (given, _), read in zip(
-            change(before, dtype, gain), after.split(v1.ROWS_AT_ONCE), strict=True
+            change(before, changes.dtype, gain), after.split(v1.ROWS_AT_ONCE), strict=True
         )
     )

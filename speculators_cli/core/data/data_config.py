@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from speculators_cli.core.errors import DataError
-from speculators_cli.core.files import replacing, write_json
+from speculators_cli.core.files import read_regular, replacing, write_json
 from speculators_cli.core.progress import Progress
 
 FILE_NAME = "data_config.json"
+MAX_BYTES = 2**20
 OUR_CONVENTION = "vllm"  # id k is the output after k decoder layers
 
 
@@ -50,8 +51,8 @@ def read_data_config(file: Path) -> DataConfig:
         DataError: It is no JSON object.
     """
     try:
-        content = json.loads(file.read_text("utf-8-sig"))
-    except (OSError, ValueError) as error:
+        content = json.loads(read_regular(file, most_bytes=MAX_BYTES).decode("utf-8-sig"))
+    except (OSError, ValueError, RecursionError) as error:
         raise DataError(
             f"`{file}` cannot be read: {error}", hint="Repair the file, or remove it"
         ) from None

@@ -29,13 +29,15 @@ from speculators_cli.core.data.sample import (
     SampleTokens,
 )
 from speculators_cli.core.errors import DataError
-from speculators_cli.core.files import replacing
+from speculators_cli.core.files import read_regular, replacing
 from speculators_cli.core.progress import Progress
 
 NOT_SAMPLES = {"token_freq.pt"}
+PACKED = {".bz2", ".gz", ".tar", ".tgz", ".xz", ".zip", ".zst"}
 BAD_SHARE = 0.01  # of the folder, unless the settings say how many
 MAX_NAMED = 10
 SPLIT_SEED = 0  # the split is the same in every run on the same samples
+MAX_INDEX_BYTES = 2**31  # some 500 a sample
 INDEX_VERSION = 5
 SCANNED_AT_ONCE = 16  # files, by one thread
 FLAGS = {  # that read samples of a format
@@ -214,7 +216,7 @@ def read_dataset(
     if not files:
         raise DataError(
             f"{shown} holds no samples: no `{FORMATS[name].suffixes[0]}` file was found",
-            hint="Name the folder that holds the captured hidden states",
+            hint=_hint_of_packed(found) or "Name the folder that holds the captured hidden states",
         )
     known = read_index(index_file, name) if index_file is not None else {}
     stamp_beside = lru_cache(maxsize=None)(FORMATS[name].stamp_beside)  # once a folder
@@ -240,6 +242,7 @@ def read_dataset(
     entries, odd = _split_off_odd(entries)
     bad = (*(Problem(file, error.reason) for file, error in broken), *odd)
     _judge_bad(bad, len(files), max_bad_samples, progress)
+    _warn_of_short(entries, progress)
     dataset = Dataset(tuple(entries), name, bad, configs)
     if not dataset.lengths.any():
         raise DataError(
@@ -290,23 +293,33 @@ def is_sample_name(name: str, data_format: str | None = None) -> bool:
 
 
 def find_files(folder: Path) -> Iterator[tuple[str, Path]]:
-    """Regular files below a folder, in sorted order, links followed; each with its relative name.
+    """All but folders below a folder, in sorted order, links followed; each with its relative name.
 
-    Folders that contain themselves through a link are entered once; FIFOs and devices are left out.
+    Folders that contain themselves through a link are entered once. Links that lead nowhere, FIFOs
+    and devices are among what is found: whoever opens one by its name says what is wrong with it.
+
+    Raises:
+        DataError: A folder cannot be listed.
     """
     seen: set[tuple[int, int]] = set()
 
     def walk(current: Path) -> Iterator[Path]:
-        status = current.stat()
-        if (status.st_dev, status.st_ino) in seen:
-            return
-        seen.add((status.st_dev, status.st_ino))
-        with os.scandir(current) as listing:
-            children = sorted(listing, key=lambda child: child.name)
+        try:
+            status = current.stat()
+            if (status.st_dev, status.st_ino) in seen:
+                return
+            seen.add((status.st_dev, status.st_ino))
+            with os.scandir(current) as listing:
+                children = sorted(listing, key=lambda child: child.name)
+        except OSError as error:
+            raise DataError(
+                f"`{current}` cannot be listed: {error.strerror}",
+                hint="Make every folder of the samples readable, or name another one",
+            ) from None
         for child in children:
-            if child.is_dir():
+            if _is_folder(child):
                 yield from walk(Path(child.path))
-            elif child.is_file():
+            else:
                 yield Path(child.path)
 
     for file in walk(folder):
@@ -316,11 +329,11 @@ def find_files(folder: Path) -> Iterator[tuple[str, Path]]:
 def read_index(file: Path, data_format: str) -> dict[str, Entry]:
     """Entries of an earlier scan by path; empty if there is none that can be used."""
     try:
-        content = json.loads(file.read_text("utf-8"))
+        content = json.loads(read_regular(file, most_bytes=MAX_INDEX_BYTES))
         if (content["index_version"], content["format"]) != (INDEX_VERSION, data_format):
             return {}
         return {path: _entry_from_json(path, fields) for path, fields in content["files"].items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return {}
 
 
@@ -347,6 +360,9 @@ def _entry_from_json(path: str, fields: dict[str, Any]) -> Entry:
     header = SampleHeader(**fields["header"])
     if header.dtype not in ITEM_BYTES:
         raise ValueError("not a type of hidden states")
+    numbers = {**fields["header"], "dtype": 0, "is_normed": 0}.values()
+    if type(header.is_normed) is not bool or not all(type(x) is int for x in numbers):
+        raise TypeError("not a header")
     stamp = FileStamp(**fields["stamp"])
     return Entry(Path(path), str(fields["name"]), stamp, header, str(fields["fingerprint"]))
 
@@ -407,6 +423,31 @@ def _split_off_odd(entries: list[Entry]) -> tuple[list[Entry], list[Problem]]:
             )
             odd.append(Problem(entry.file, reason))
     return kept, odd
+
+
+def _hint_of_packed(found: Sequence[tuple[str, Path]]) -> str | None:
+    """What to do where all that was found is packed."""
+    packed = next((name for name, file in found if file.suffix in PACKED), None)
+    return f"Unpack the files, such as `{packed}`" if packed else None
+
+
+def _is_folder(child: "os.DirEntry[str]") -> bool:
+    """Whether it is a folder, or a link to one; a link that leads in a circle is none."""
+    try:
+        return child.is_dir()
+    except OSError:
+        return False
+
+
+def _warn_of_short(entries: Sequence[Entry], progress: Progress) -> None:
+    """Warn of samples that are whole, but leave nothing to predict."""
+    short = [entry for entry in entries if entry.header.num_tokens < 2]
+    if short:
+        lines = [f"  `{entry.file}` has {entry.header.num_tokens}" for entry in short[:MAX_NAMED]]
+        if len(short) > MAX_NAMED:
+            lines.append(f"  and {len(short) - MAX_NAMED:,} more")
+        text = f"{len(short):,} of {len(entries):,} samples have fewer than two tokens"
+        progress.warn("\n".join([f"{text}: nothing in them can be predicted", *lines]))
 
 
 def _judge_bad(

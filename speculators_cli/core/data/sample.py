@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
+MAX_TOKEN_ID = 2**24 - 1  # far beyond any vocabulary: counts and maps are as large as the highest
+
 
 @dataclass(frozen=True)
 class SampleHeader:
@@ -23,7 +25,7 @@ class SampleHeader:
     num_supervised_tokens: int  # of the tokens that can be predicted: all but the first
     hidden_size: int
     num_aux_layers: int
-    dtype: str  # of the hidden states on disk: `bfloat16`, `float32`, ...
+    dtype: str  # of the hidden states on disk, or one that holds all of theirs: `bfloat16`, ...
     is_normed: bool  # whether the last hidden states are after the verifier's final norm
     max_token_id: int  # -1 in an empty sample
     first_target: int  # index of the first supervised token that can be predicted; -1: none
@@ -149,3 +151,20 @@ class ChangedSampleError(BadSampleError):
             message=f"`{file}` can no longer be read: {reason}",
             hint="Leave the samples as they are while they are read, then run the command again",
         )
+
+
+def check_ids(
+    input_ids: NDArray[np.int64],  # [seq_len]
+    key: str,
+) -> None:
+    """Check that ids can be those of a vocabulary.
+
+    Raises:
+        BadSampleError: One is negative, or so high that it is damage.
+    """
+    if not len(input_ids):
+        return
+    if input_ids.min() < 0:
+        raise BadSampleError(f"has negative ids in `{key}`")
+    if input_ids.max() > MAX_TOKEN_ID:
+        raise BadSampleError(f"has token id {input_ids.max():,} in `{key}`: no vocabulary has it")

@@ -13,6 +13,7 @@ from speculators_cli.core.errors import DataError, SettingsError
 from speculators_cli.core.files import replacing
 
 FILE_NAME = "token_freq.pt"
+MAX_TOTAL = 2**63 - 1  # what an int64 holds; ranking and shares add all counts up
 HELD_BACK_TOKENS = 2**20  # counted at once: a count costs a pass over the vocabulary
 
 
@@ -78,9 +79,11 @@ def read_token_freq(files: Sequence[Path], vocab_size: int) -> NDArray[np.int64]
         [vocab], int64.
 
     Raises:
-        SettingsError: One is no such file, or counts tokens that the verifier does not have.
+        SettingsError: One is no such file, or counts tokens that the verifier does not have; or
+            the counts are too large to be added up.
     """
     counts = np.zeros(vocab_size, dtype=np.int64)
+    total = 0
     for file in files:
         for token_id, count in _read_table(file).items():
             if not 0 <= token_id < vocab_size:
@@ -88,6 +91,13 @@ def read_token_freq(files: Sequence[Path], vocab_size: int) -> NDArray[np.int64]
                     f"`--token-freq-path`: `{file}` counts token {token_id:,}, the verifier has "
                     f"{vocab_size:,} tokens",
                     hint="Pass the verifier whose tokens were counted",
+                )
+            total += count
+            if total > MAX_TOTAL:
+                raise SettingsError(
+                    f"`--token-freq-path`: the counts add up to more than {MAX_TOTAL:,} with "
+                    f"`{file}`, which counts token {token_id:,} {count:,} times",
+                    hint="Count the tokens again: no data set has as many",
                 )
             counts[token_id] += count
     return counts

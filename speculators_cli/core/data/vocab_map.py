@@ -73,8 +73,8 @@ class VocabMap:
                 f"kept, to {len(counts):,}, those of the verifier, got `{draft_vocab_size}`",
                 hint="Choose a size between, such as a quarter of the verifier's",
             )
-        ranking = counts.astype(np.float64)
-        ranking[list(always)] = np.inf
+        ranking = counts.astype(np.int64)  # as float64, large counts would tie
+        ranking[list(always)] = np.iinfo(np.int64).max
         # Stable: equal counts, zeros among them, stay in the order of their ids.
         kept = np.sort(np.argsort(-ranking, kind="stable")[:draft_vocab_size])
         t2d = np.zeros(len(counts), dtype=np.bool_)

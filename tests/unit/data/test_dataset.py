@@ -1,8 +1,10 @@
 """Dataset: which files are samples, in which order, and what is remembered of them."""
 
+import json
 import os
 import shutil
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +12,9 @@ import pytest
 import torch
 from torch.serialization import set_crc32_options
 
-from speculators_cli.core.data.dataset import Dataset, find_files, read_dataset, split, write_index
+from speculators_cli.core.data.dataset import Dataset, read_dataset, split, write_index
 from speculators_cli.core.data.formats.format import SampleFormat
-from speculators_cli.core.data.sample import SampleTokens
+from speculators_cli.core.data.sample import ChangedSampleError, SampleTokens
 from speculators_cli.core.errors import DataError
 from speculators_cli.core.progress import SilentProgress
 
@@ -106,11 +108,104 @@ def test_links_are_followed_and_cycles_end(tmp_path: Path) -> None:
     assert names(read(data)) == ["far/far.pt", "linked.pt", "near.pt"]
 
 
-def test_fifos_are_left_out_without_waiting(tmp_path: Path) -> None:
+def test_what_cannot_be_opened_is_counted_and_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Trap: a FIFO waits, a link that leads nowhere is no file, and neither is a sample less.
     write(tmp_path / "data_0.pt")
-    os.mkfifo(tmp_path / "data_1.pt")
+    os.mkfifo(tmp_path / "fifo.pt")
+    (tmp_path / "device.pt").symlink_to("/dev/zero")
+    (tmp_path / "gone.pt").symlink_to(tmp_path / "nowhere")
+    (tmp_path / "circle.pt").symlink_to(tmp_path / "circle.pt")
+    write(tmp_path / "secret.pt")
+    opened = os.open
 
-    assert [name for name, _ in find_files(tmp_path)] == ["data_0.pt"]
+    def refuse(file: Path, flags: int) -> int:
+        if file.name == "secret.pt":
+            raise PermissionError(13, "Permission denied", str(file))
+        return opened(file, flags)
+
+    monkeypatch.setattr(os, "open", refuse)
+    dataset = read(tmp_path, max_bad_samples=5)
+
+    assert names(dataset) == ["data_0.pt"]
+    assert {problem.file.name: problem.problem for problem in dataset.bad} == {
+        "fifo.pt": "cannot be read: a FIFO, not a file",
+        "device.pt": "cannot be read: a device, not a file",
+        "gone.pt": "cannot be read: No such file or directory",
+        "circle.pt": "cannot be read: Too many levels of symbolic links",
+        "secret.pt": "cannot be read: Permission denied",
+    }
+    with pytest.raises(DataError, match="5 of 6 samples cannot be used"):
+        read(tmp_path, max_bad_samples=4)
+
+
+def test_a_folder_that_cannot_be_listed_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(tmp_path / "a" / "data_0.pt")
+    listed = os.scandir
+
+    def refuse(folder: Path) -> object:
+        if folder.name == "a":
+            raise PermissionError(13, "Permission denied", str(folder))
+        return listed(folder)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+
+    with pytest.raises(DataError, match="a` cannot be listed: Permission denied"):
+        read(tmp_path)
+
+
+def test_samples_without_a_token_to_predict_are_named_and_harmless(tmp_path: Path) -> None:
+    for number, num_tokens in enumerate([6, 1, 0, 2]):
+        write(tmp_path / f"data_{number}.pt", num_tokens=num_tokens)
+    warnings = Warnings()
+
+    dataset = read(tmp_path, progress=warnings)
+
+    assert dataset.lengths.tolist() == [5, 0, 0, 1]
+    (text,) = warnings.texts
+    assert "2 of 4 samples have fewer than two tokens" in text
+    assert "data_1.pt` has 1" in text
+    assert "data_2.pt` has 0" in text
+
+
+def test_a_folder_of_packed_files_says_so(tmp_path: Path) -> None:
+    (tmp_path / "data_0.pt.gz").write_bytes(b"")
+
+    with pytest.raises(DataError, match=r"no `\.pt` file was found") as error:
+        read(tmp_path)
+
+    assert error.value.hint == "Unpack the files, such as `data_0.pt.gz`"
+
+
+@pytest.mark.parametrize("change", ["shrinks", "vanishes", "other shapes"])
+def test_a_sample_that_changes_after_the_scan_is_an_error_with_its_name(
+    tmp_path: Path, change: str
+) -> None:
+    file = tmp_path / "data_0.pt"
+    write(file, num_tokens=300)
+    dataset = read(tmp_path)
+    if change == "shrinks":
+        os.truncate(file, 100)
+    elif change == "vanishes":
+        file.unlink()
+    else:
+        write(file, num_tokens=100)
+        dataset = replace_size(dataset, num_bytes=file.stat().st_size)
+
+    with pytest.raises(ChangedSampleError, match=r"data_0.pt` can no longer be read: ") as error:
+        dataset.read(0)
+
+    assert error.value.exit_code == 3
+
+
+def replace_size(dataset: Dataset, num_bytes: int) -> Dataset:
+    """As if a file had been as large from the first."""
+    (entry,) = dataset.entries
+    entry = replace(entry, stamp=replace(entry.stamp, num_bytes=num_bytes))
+    return replace(dataset, entries=(entry,))
 
 
 def test_a_second_scan_opens_no_file_that_is_as_it_was(
@@ -145,6 +240,29 @@ def test_an_index_that_cannot_be_used_is_made_again(tmp_path: Path, text: str) -
     index.write_text(text)
 
     assert len(read(tmp_path / "data", index_file=index)) == 1
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("num_tokens", "6"), ("hidden_size", None), ("is_normed", 1), ("dtype", [])]
+)
+def test_an_index_of_other_types_is_made_again(tmp_path: Path, key: str, value: object) -> None:
+    data, index = tmp_path / "data", tmp_path / "index.json"
+    write(data / "data_0.pt")
+    first = read(data)
+    write_index(first, index)
+    content = json.loads(index.read_text())
+    (entry,) = content["files"].values()
+    entry["header"][key] = value
+    index.write_text(json.dumps(content))
+
+    assert read(data, index_file=index) == first
+
+
+def test_a_fifo_in_the_place_of_an_index_is_passed_over(tmp_path: Path) -> None:
+    write(tmp_path / "data" / "data_0.pt")
+    os.mkfifo(tmp_path / "index.json")
+
+    assert len(read(tmp_path / "data", index_file=tmp_path / "index.json")) == 1
 
 
 def test_headers_are_read_without_the_hidden_states(tmp_path: Path) -> None:

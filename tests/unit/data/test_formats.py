@@ -1,5 +1,6 @@
 """v0 and v1 samples: what is read, what is refused, and that nothing in a file ever runs."""
 
+import gzip
 import io
 import os
 import pickle
@@ -17,7 +18,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from speculators_cli.core.data.batch import collate
 from speculators_cli.core.data.formats import FORMATS, v1
+from speculators_cli.core.data.formats.archive_writer import ArchiveWriter
+from speculators_cli.core.data.formats.structure import TensorSpec
 from speculators_cli.core.data.sample import BadSampleError, Sample
 
 S, HIDDEN, AUX = 7, 6, 3
@@ -188,6 +192,121 @@ def test_masks_of_any_type_are_read(tmp_path: Path, dtype: torch.dtype) -> None:
     assert FORMATS["v1"].read_sample(file).loss_mask.tolist() == [0, 1, 1, 0, 1, 0, 0]
     # The first token cannot be predicted; the rest of the mask counts.
     assert FORMATS["v1"].read_tokens(file).header.num_supervised_tokens == 3
+
+
+@pytest.mark.parametrize("num_tokens", [0, 1, 2])
+@pytest.mark.parametrize("has_batch", [False, True])
+@pytest.mark.parametrize("name", ["v0", "v1", "specforge"])
+def test_samples_of_few_tokens_keep_their_dimensions(
+    tmp_path: Path, name: str, num_tokens: int, has_batch: bool
+) -> None:
+    # Trap: the leading 1 of one token is no batch.
+    last, wide = torch.randn(num_tokens, HIDDEN), torch.randn(num_tokens, AUX * HIDDEN)
+    layers = [*wide.split(HIDDEN, -1), last]
+    states: dict[str, dict[str, Any]] = {
+        "v0": {"hidden_state": wide, "target": last},
+        "v1": {"hidden_states": [layer.contiguous() for layer in layers]},
+        "specforge": {"aux_hidden_state": wide, "hidden_state": last},
+    }
+    content = states[name] | {
+        "input_ids": torch.arange(num_tokens),
+        "loss_mask": torch.ones(num_tokens).long(),
+    }
+    if has_batch:
+        content = {
+            key: [x[None] for x in value] if isinstance(value, list) else value[None]
+            for key, value in content.items()
+        }
+    file = saved(tmp_path, content)
+
+    aux, read = loaded(FORMATS[name].read_sample(file))
+
+    assert all(map(torch.equal, [*aux, read], layers))
+    assert FORMATS[name].read_tokens(file).header.num_tokens == num_tokens
+
+
+@pytest.mark.parametrize(
+    ("aux", "last", "common"),
+    [
+        (torch.bfloat16, torch.float32, torch.float32),
+        (torch.float32, torch.bfloat16, torch.float32),
+        (torch.float16, torch.bfloat16, torch.float32),
+        (torch.float64, torch.float32, torch.float64),
+        (torch.float16, torch.float64, torch.float64),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("name", ["v0", "v1", "specforge"])
+def test_layers_of_one_sample_may_differ_in_type(
+    tmp_path: Path, name: str, aux: torch.dtype, last: torch.dtype, common: torch.dtype
+) -> None:
+    v0 = v0_content()
+    wide, target = v0["hidden_state"].to(aux), v0["target"].to(last)
+    layers = [x.contiguous() for x in wide.split(HIDDEN, -1)]
+    contents = {
+        "v0": v0_content(hidden_state=wide, target=target),
+        "v1": v1_content(hidden_states=[*layers, target]),
+        "specforge": specforge_content(aux_hidden_state=wide, hidden_state=target),
+    }
+    file = saved(tmp_path, contents[name])
+
+    sample = FORMATS[name].read_sample(file)
+    batch = collate(
+        [0], [sample], total_seq_len=S, num_aux_layers=AUX, hidden_size=HIDDEN, dtype=common
+    )
+
+    assert {states.dtype for states in sample.aux_hidden_states} == {aux}
+    assert sample.last_hidden_states.dtype == last
+    assert FORMATS[name].read_tokens(file).header.dtype == str(common).removeprefix("torch.")
+    # Each value is cast once, and none is rounded.
+    assert torch.equal(batch.aux_hidden_states[: S - 1].double(), wide[:-1].double())
+    assert torch.equal(batch.last_hidden_states.double(), target[3:].double())
+
+
+@pytest.mark.parametrize("token_id", [2**24, 2**31, 2**40, 2**63 - 1])
+def test_a_token_id_beyond_any_vocabulary_is_refused(tmp_path: Path, token_id: int) -> None:
+    ids = torch.arange(S)
+    ids[2] = token_id
+
+    reason = refused(saved(tmp_path, v1_content(input_ids=ids)))
+
+    assert reason == f"has token id {token_id:,} in `input_ids`: no vocabulary has it"
+
+
+def packed(folder: Path, data: bytes) -> Path:
+    file = folder / "data_0.ckpt.gz"
+    file.write_bytes(data)
+    return file
+
+
+def test_a_packed_sample_is_the_one_that_was_packed(tmp_path: Path) -> None:
+    data = _bytes_of(specforge_content())
+    expected = FORMATS["specforge"].read_sample(saved(tmp_path, specforge_content()))
+
+    for parts in ([data], [data[:3000], data[3000:]]):
+        file = packed(tmp_path, b"".join(map(gzip.compress, parts)))
+        assert equal(FORMATS["specforge"].read_sample(file), expected)
+
+
+@pytest.mark.parametrize(
+    ("damage", "reason"),
+    [
+        (lambda data: data[:-9], "is a truncated gzip file"),
+        (lambda data: data[:40], "is a truncated gzip file"),
+        (lambda data: data[:-8] + b"\0" * 8, "is a damaged gzip file"),
+        (lambda data: data[:99] + b"\xff" * 9 + data[108:], "is a damaged gzip file"),
+        (lambda data: data + b"more", "is a damaged gzip file"),
+        (lambda _: gzip.compress(b"no sample"), "is not a file that `torch.save` writes"),
+        (lambda _: gzip.compress(bytes(2**27), 9), "unpacks to more than 67,108,864 bytes"),
+    ],
+    ids=["cut", "a stub", "checksum", "flipped", "more behind it", "no sample", "a bomb"],
+)
+def test_what_is_no_packed_sample_is_refused(
+    tmp_path: Path, damage: Callable[[bytes], bytes], reason: str
+) -> None:
+    file = packed(tmp_path, damage(gzip.compress(_bytes_of(specforge_content()))))
+
+    assert refused(file, version="specforge").startswith(reason)
 
 
 @pytest.mark.parametrize(
@@ -484,3 +603,35 @@ def test_a_damaged_byte_is_read_or_refused_but_never_an_error_of_ours(
     with suppress(BadSampleError):
         sample = FORMATS["v1"].read_sample(file)
         assert len(sample.input_ids) == len(sample.loss_mask) == len(sample.last_hidden_states)
+
+
+def test_records_that_overlap_are_refused(tmp_path: Path) -> None:
+    # Trap: each storage is copied whole, so that a small file would grow without end.
+    content = bytearray(_bytes_of(v1_content()))
+    file, at = tmp_path / "sample.pt", content.index(b"PK\1\2")
+    while content[at : at + 4] == b"PK\1\2":
+        sizes = struct.unpack_from("<3H", content, at + 28)
+        # Each record claims half of the file.
+        struct.pack_into("<2I", content, at + 20, *[len(content) // 2] * 2)
+        at += 46 + sum(sizes)
+    file.write_bytes(content)
+
+    assert refused(file) == "is damaged: the records of its zip archive overlap"
+
+
+def test_ids_of_a_sparse_file_do_not_fill_memory(tmp_path: Path) -> None:
+    num_ids = 2**36
+    file = tmp_path / "sample.pt"
+    with file.open("wb") as stream:
+        writer = ArchiveWriter(stream)
+        states = [writer.add([bytes(4 * HIDDEN)], "float32", (1, HIDDEN)) for _ in range(2)]
+        spec = TensorSpec("hole", "int64", 0, (num_ids,), (1,))
+        content = {"input_ids": spec, "loss_mask": spec, "hidden_states": states}
+        writer._storage_bytes["hole"] = 8 * num_ids
+        at = writer._records._find_start("archive/data/hole")
+        os.truncate(file, at + 8 * num_ids)
+        writer._records._enter("archive/data/hole", at, 8 * num_ids, 0)
+        writer.finish(content)
+
+    with pytest.raises(BadSampleError):
+        FORMATS["v1"].read_tokens(file)

@@ -101,3 +101,29 @@ def test_a_file_that_is_no_table_is_refused(
         read_token_freq([Path("freq.pt")], 5)
 
     assert not Path("hostile-was-run").exists()
+
+
+def test_counts_that_an_int64_cannot_hold_are_refused(tmp_path: Path) -> None:
+    # Trap: int64 sums wrap to negative counts without a word.
+    files = [tmp_path / "a.pt", tmp_path / "b.pt"]
+    torch.save({1: 2**62, 2: 2**62 - 1}, files[0])
+    torch.save({1: 1}, files[1])
+
+    assert read_token_freq(files[:1], 5).tolist() == [0, 2**62, 2**62 - 1, 0, 0]
+    with pytest.raises(SettingsError, match=r"more than 9,223,372,036,854,775,807 .*b.pt"):
+        read_token_freq(files, 5)
+
+
+@pytest.mark.parametrize("count", [2**63, 2**64, 10**30])
+def test_one_count_that_an_int64_cannot_hold_is_refused(tmp_path: Path, count: int) -> None:
+    torch.save({1: count}, tmp_path / "a.pt")
+
+    with pytest.raises(SettingsError, match="add up to more than"):
+        read_token_freq([tmp_path / "a.pt"], 5)
+
+
+def test_a_fifo_in_place_of_counts_is_named(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "a.pt")
+
+    with pytest.raises(SettingsError, match="cannot be read: a FIFO, not a file"):
+        read_token_freq([tmp_path / "a.pt"], 5)

@@ -225,3 +225,11 @@ def test_saved_maps_load_as_they_were(tmp_path: Path) -> None:
     loaded = VocabMap.load(tmp_path / "d2t.npy", tmp_path / "t2d.npy")
     assert torch.equal(loaded.d2t, vocab_map.d2t)
     assert torch.equal(loaded.t2d, vocab_map.t2d)
+
+
+def test_large_counts_are_ranked_exactly() -> None:
+    # Trap: as float64 the two are equal, and the lower id is kept.
+    counts = np.array([2**60, 2**60 + 1, 5])
+
+    assert VocabMap.choose(counts, 1).kept_ids.tolist() == [1]
+    assert VocabMap.choose(counts, 2, always=[2]).kept_ids.tolist() == [1, 2]

@@ -4,11 +4,12 @@ import struct
 from hashlib import sha256
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, BinaryIO, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
+from speculators_cli.core.data.formats.gzip_file import is_gzip, unpack
 from speculators_cli.core.data.formats.stored import OpenFile, StoredStates
 from speculators_cli.core.data.formats.structure import ITEM_BYTES, TensorSpec, read_structure
 from speculators_cli.core.data.formats.zip_records import (
@@ -32,6 +33,15 @@ FIRST_BYTES = {
 }
 
 
+def _open(file: Path) -> BinaryIO:
+    """Open a file; one packed with gzip is unpacked into memory."""
+    stream = open_regular(file)
+    if not is_gzip(stream):
+        return stream
+    with stream:
+        return unpack(stream)
+
+
 class Archive:
     """An open `.pt` file: what it says it holds (`content`), and access to its tensors.
 
@@ -44,7 +54,7 @@ class Archive:
     content: object
 
     def __init__(self, file: Path) -> None:
-        self.source = OpenFile(open_regular(file), file)
+        self.source = OpenFile(_open(file), file)
         self.file, self.num_bytes = self.source.descriptor, self.source.num_bytes
         self._is_lent = False  # states are read from it later
         self._prefix = ""
@@ -90,7 +100,9 @@ class Archive:
             BadSampleError: It does not.
         """
         record = self._find_record(spec)
-        if (spec.offset + spec.span) * ITEM_BYTES[spec.dtype] > record.num_bytes:
+        # Columns of a matrix without rows begin behind its end.
+        end = (spec.offset + spec.span) * ITEM_BYTES[spec.dtype] if spec.num_elements else 0
+        if end > record.num_bytes:
             raise BadSampleError(
                 f"holds a tensor of {spec.num_bytes:,} bytes with {record.num_bytes:,} of data"
             )
@@ -166,6 +178,8 @@ class Archive:
             raise BadSampleError(self._describe_foreign_file()) from None
         if not all(record.is_stored for record in self._records.values()):
             raise BadSampleError("is compressed; samples are stored as they are")
+        if sum(record.num_bytes for record in self._records.values()) > self.num_bytes:
+            raise BadSampleError("is damaged: the records of its zip archive overlap")
         name = next((name for name in self._records if name.endswith("/data.pkl")), None)
         if name is None:
             raise BadSampleError("is a zip archive that `torch.save` did not write")

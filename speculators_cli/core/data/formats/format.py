@@ -9,8 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from speculators_cli.core.data.formats.archive import Archive
-from speculators_cli.core.data.formats.structure import TensorSpec
-from speculators_cli.core.data.sample import BadSampleError, Sample, SampleTokens
+from speculators_cli.core.data.formats.structure import TensorSpec, find_common
+from speculators_cli.core.data.sample import BadSampleError, Sample, SampleTokens, check_ids
 
 HIDDEN_STATE_DTYPES = ("bfloat16", "float16", "float32", "float64")
 INTEGER_DTYPES = ("uint8", "int8", "int16", "int32", "int64", "uint16", "uint32")
@@ -106,7 +106,7 @@ class SampleFormat:
             loss_mask,
             hidden_size=layout.hidden_states[-1].shape[1],
             num_aux_layers=len(layout.hidden_states) - 1,
-            dtype=layout.hidden_states[-1].dtype,
+            dtype=find_common(spec.dtype for spec in layout.hidden_states),
             is_normed=is_normed,
             fingerprint=fingerprint,
         )
@@ -128,8 +128,8 @@ class SampleFormat:
         return layout
 
 
-def get_tensor(content: Mapping[object, object], key: str) -> TensorSpec:
-    """The tensor under a key, without leading dimensions of 1.
+def get_tensor(content: Mapping[object, object], key: str, num_dimensions: int = 1) -> TensorSpec:
+    """The tensor under a key, without leading dimensions of 1 beyond those it is to have.
 
     Raises:
         BadSampleError: The key is missing, or does not hold a tensor.
@@ -139,7 +139,7 @@ def get_tensor(content: Mapping[object, object], key: str) -> TensorSpec:
     value = content[key]
     if not isinstance(value, TensorSpec):
         raise BadSampleError(f"has {_kind(value)} as `{key}`, expected a tensor")
-    return value.without_batch()
+    return value.without_batch(num_dimensions)
 
 
 def split_columns(
@@ -150,7 +150,7 @@ def split_columns(
     Raises:
         BadSampleError: There is no such matrix.
     """
-    aux = get_tensor(content, key)
+    aux = get_tensor(content, key, 2)
     if len(aux.shape) != 2 or len(last.shape) != 2:
         raise BadSampleError(
             f"has `{key}` of shape {list(aux.shape)} and `{last_key}` of shape "
@@ -189,10 +189,9 @@ def _check(layout: Layout, file_bytes: int) -> None:
             raise BadSampleError(
                 f"has {num_tokens:,} input ids but {spec.shape[0]:,} hidden states in layer {index}"
             )
-        if spec.shape[1] != last.shape[1] or spec.dtype != last.dtype:
+        if spec.shape[1] != last.shape[1]:
             raise BadSampleError(
-                f"has hidden size {spec.shape[1]:,} ({spec.dtype}) in layer {index}, "
-                f"{last.shape[1]:,} ({last.dtype}) in the last"
+                f"has hidden size {spec.shape[1]:,} in layer {index}, {last.shape[1]:,} in the last"
             )
     if len(layout.hidden_states) < 2 or last.shape[1] == 0:
         raise BadSampleError("has no aux hidden states")
@@ -225,8 +224,7 @@ def _read_tokens(archive: Archive, layout: Layout) -> tuple[NDArray[np.int64], N
     is_supervised: NDArray[np.bool_] = mask == 1
     if not (is_supervised | (mask == 0)).all():
         raise BadSampleError("has values other than 0 and 1 in `loss_mask`")
-    if len(input_ids) and input_ids.min() < 0:
-        raise BadSampleError("has negative ids in `input_ids`")
+    check_ids(input_ids, "input_ids")
     return input_ids, is_supervised
 
 

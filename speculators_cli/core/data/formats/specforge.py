@@ -1,4 +1,4 @@
-"""SpecForge's `.ckpt`: aux hidden states in one matrix, last hidden states after the final norm."""
+"""SpecForge's `.ckpt`, also packed: aux states in one matrix, last hidden states after the norm."""
 
 from collections.abc import Mapping
 
@@ -19,9 +19,9 @@ def lay_out(content: Mapping[object, object]) -> Layout:
         BadSampleError: A part is missing.
     """
     input_ids, loss_mask = get_tensor(content, "input_ids"), get_tensor(content, "loss_mask")
-    last = get_tensor(content, "hidden_state")
+    last = get_tensor(content, "hidden_state", 2)
     layers = split_columns(content, "aux_hidden_state", last, "hidden_state")
     return Layout(input_ids, loss_mask, (*layers, last), is_normed=True)
 
 
-FORMAT = SampleFormat("specforge", (".ckpt",), lay_out)
+FORMAT = SampleFormat("specforge", (".ckpt", ".ckpt.gz"), lay_out)

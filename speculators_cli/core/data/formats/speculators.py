@@ -19,7 +19,13 @@ from speculators_cli.core.data.formats.arrow_table import STATE_FILE, TokenTable
 from speculators_cli.core.data.formats.format import INTEGER_DTYPES
 from speculators_cli.core.data.formats.safetensors_file import SafetensorsFile
 from speculators_cli.core.data.formats.stored import ScaledStates
-from speculators_cli.core.data.sample import BadSampleError, Sample, SampleTokens, States
+from speculators_cli.core.data.sample import (
+    BadSampleError,
+    Sample,
+    SampleTokens,
+    States,
+    check_ids,
+)
 from speculators_cli.core.files import read_parts
 
 STATES, SCALES, TOKENS = "hidden_states", "hidden_states_scales", "token_ids"
@@ -91,8 +97,7 @@ def _read_tokens(file: Path, tensors: SafetensorsFile) -> SampleTokens:
     if ids.shape != (num_tokens,):
         raise BadSampleError(f"has {prod(ids.shape):,} token ids but {num_tokens:,} hidden states")
     token_ids = tensors.read(TOKENS).astype(np.int64)
-    if len(token_ids) and token_ids.min() < 0:
-        raise BadSampleError(f"has negative ids in `{TOKENS}`")
+    check_ids(token_ids, TOKENS)
     loss_mask = _read_mask(file, token_ids)
     return SampleTokens.with_header(
         token_ids,

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 MAX_PARTS = 1024  # of memory that one call of the system fills (IOV_MAX)
 MAX_GAP_BYTES = 64 * 2**10  # less between wanted rows is read with them: a call costs more
+MAX_READ_BYTES = 2**28  # beside hidden states: ids of 32 million tokens
 MAX_SPREAD_BYTES = 2**30  # of a tensor whose values do not lie together, which is read whole
 BLOCK_BYTES = 4 * 2**20  # copied once more on their way: about what a core's cache holds
 Bytes = NDArray[np.uint8]
@@ -45,7 +46,13 @@ class OpenFile:
         self.close = weakref.finalize(self, stream.close)
 
     def read(self, start: int, num_bytes: int) -> bytes:
-        """Some bytes; fewer where the file ends."""
+        """Some bytes, to be looked at; fewer where the file ends.
+
+        Raises:
+            BadSampleError: They are more than anything but hidden states takes.
+        """
+        if num_bytes > MAX_READ_BYTES:
+            raise BadSampleError(f"claims {num_bytes:,} bytes beside its hidden states")
         return os.pread(self.descriptor, num_bytes, start)
 
     def fill(self, parts: Sequence[Bytes], start: int) -> None:

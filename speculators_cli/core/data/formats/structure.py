@@ -2,7 +2,7 @@
 
 import pickle
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import lru_cache
 from math import prod
@@ -47,6 +47,7 @@ STORAGE_DTYPES = {
     "torch.ShortStorage": "int16",
     "torch.storage.UntypedStorage": "uint8",
 }
+FLOATS = ("float64", "float32")  # each holds every value of those after it, and of narrower ones
 # Types that torch saves as bytes with the dtype beside them.
 UNTYPED_DTYPES = {
     f"torch.{name}": name for name in ("float8_e4m3fn", "float8_e5m2", "uint16", "uint32", "uint64")
@@ -114,12 +115,25 @@ class TensorSpec:
         shape = (rows, stop - start)
         return TensorSpec(self.storage_key, self.dtype, offset, shape, self.stride)
 
-    def without_batch(self) -> "TensorSpec":
-        """The same without leading dimensions of 1, which some generators leave in place."""
+    def without_batch(self, num_dimensions: int) -> "TensorSpec":
+        """The same without leading dimensions of 1, which some generators leave in place.
+
+        Args:
+            num_dimensions: That are left at least: those of one token are 1, too.
+        """
         shape, stride = self.shape, self.stride
-        while len(shape) > 1 and shape[0] == 1:
+        while len(shape) > num_dimensions and shape[0] == 1:
             shape, stride = shape[1:], stride[1:]
         return TensorSpec(self.storage_key, self.dtype, self.offset, shape, stride)
+
+
+def find_common(dtypes: Iterable[str]) -> str:
+    """The narrowest float type that holds every value of some others."""
+    distinct = set(dtypes)
+    if len(distinct) == 1:
+        return distinct.pop()
+    # bfloat16 and float16 have values that the other lacks.
+    return next((dtype for dtype in FLOATS if dtype in distinct), "float32")
 
 
 def read_structure(pickled: bytes) -> object:
@@ -326,7 +340,7 @@ def _tensor_spec(
     claimed, held = spec.num_elements, num_elements - spec.offset
     if len(spec.shape) != len(spec.stride):
         raise ValueError("not a stride for each dimension")
-    if max(claimed, spec.span) > held:
+    if claimed and max(claimed, spec.span) > held:
         raise BadSampleError(
             f"holds a tensor of {claimed * ITEM_BYTES[dtype]:,} bytes in a storage of "
             f"{max(held, 0) * ITEM_BYTES[dtype]:,} (expanded or cut)"

@@ -17,7 +17,7 @@ def lay_out(content: Mapping[object, object]) -> Layout:
         BadSampleError: A part is missing.
     """
     input_ids, loss_mask = get_tensor(content, "input_ids"), get_tensor(content, "loss_mask")
-    last = get_tensor(content, "target")
+    last = get_tensor(content, "target", 2)
     layers = split_columns(content, "hidden_state", last, "target")
     return Layout(input_ids, loss_mask, (*layers, last), is_normed=True)
 

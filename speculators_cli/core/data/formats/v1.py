@@ -40,7 +40,7 @@ def lay_out(content: Mapping[object, object]) -> Layout:
     is_normed = content.get(IS_NORMED, False)
     if not isinstance(is_normed, bool | TensorSpec):
         raise BadSampleError(f"has no truth value as `{IS_NORMED}`")
-    return Layout(input_ids, loss_mask, tuple(spec.without_batch() for spec in specs), is_normed)
+    return Layout(input_ids, loss_mask, tuple(spec.without_batch(2) for spec in specs), is_normed)
 
 
 def write_sample(sample: Sample, file: Path) -> None:

@@ -30,7 +30,7 @@ LARGEST = WIDER - 1  # that a header holds
 ZIP64, PADDING = 1, 0x4246  # kinds of extra fields; torch pads with the same
 ALIGNMENT = 64  # of a record's bytes, so that tensors can be mapped
 TAIL_BYTES = 4096  # of a file, holds the directory of a sample nearly always
-MAX_DIRECTORY_BYTES = 64 * 2**20
+MAX_DIRECTORY_BYTES = 8 * 2**20
 
 
 class Record(NamedTuple):
