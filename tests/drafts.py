@@ -10,13 +10,13 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from speculators_cli.core.algorithms.eagle3.config import Eagle3Config
+from speculators_cli.core.algorithms.eagle3.training import Eagle3Training
 from speculators_cli.core.data.batch import Batch, collate
 from speculators_cli.core.data.sample import Sample
 from speculators_cli.core.data.vocab_map import VocabMap
-from speculators_cli.core.models.config import Eagle3Config
-from speculators_cli.core.models.eagle3 import Eagle3Draft
-from speculators_cli.core.models.fast.spans import Spans
-from speculators_cli.core.models.losses import kl_loss
+from speculators_cli.core.kernels.spans import Spans
+from speculators_cli.core.models.losses import LOSSES
 from speculators_cli.core.models.verifier import FrozenVerifier, VerifierConfig
 
 # Kernels to compute with; Triton is made for Linux alone.
@@ -86,8 +86,8 @@ def make_draft(
     norm_gain: Tensor | None,
     kept_ids: Tensor,
     loss_decay: float,
-) -> Eagle3Draft:
-    """An `Eagle3Draft` over given verifier tensors; its weights are not filled."""
+) -> Eagle3Training:
+    """An `Eagle3Training` over given verifier tensors; its weights are not filled."""
     gain = torch.ones(config.hidden_size) if norm_gain is None else norm_gain
     verifier_config = VerifierConfig(
         name_or_path=config.verifier_name_or_path,
@@ -107,11 +107,11 @@ def make_draft(
         logit_scale=1.0,
     )
     t2d = torch.zeros(config.vocab_size, dtype=torch.bool).index_fill_(0, kept_ids, True)
-    return Eagle3Draft(
+    return Eagle3Training(
         config,
         FrozenVerifier(embedding, gain, head, verifier_config),
         VocabMap(kept_ids - torch.arange(len(kept_ids)), t2d),
-        loss=kl_loss,
+        loss=LOSSES["kl"],
         loss_decay=loss_decay,
         train_head=True,
     )
@@ -119,7 +119,7 @@ def make_draft(
 
 def filled_draft(
     config: Eagle3Config, rng: torch.Generator, *, kept_ids: Tensor, loss_decay: float = 0.7
-) -> Eagle3Draft:
+) -> Eagle3Training:
     """A draft with every weight random, so that no gain is one and no path is silent."""
     shape = (config.vocab_size, config.hidden_size)
     # Logits of a spread near one, whatever the width.
@@ -184,7 +184,7 @@ def lay_out(
 def attend_from(rows: Tensor, spans: Spans, query: Tensor, *keys_and_values: Tensor) -> Tensor:
     """`joint_attention` from some rows; the rest is given as `plain_attention` takes it."""
     # Triton is made for Linux alone.
-    from speculators_cli.core.models.fast.joint_attention import joint_attention
+    from speculators_cli.core.kernels.joint_attention import joint_attention
 
     num_steps = len(keys_and_values) // 2
     parts = (keys_and_values[:num_steps], keys_and_values[num_steps:])

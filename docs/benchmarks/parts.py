@@ -24,21 +24,21 @@ import torch.nn.functional as F
 from rivals import draft_config
 from torch import Tensor, nn
 
-from speculators_cli.core.bench.kernels import profile_steps
+from speculators_cli.core.algorithms.eagle3.active_rows import ActiveRows, find_active_rows
+from speculators_cli.core.algorithms.eagle3.attention import TTTMemory
+from speculators_cli.core.algorithms.eagle3.config import Eagle3Config
+from speculators_cli.core.bench.profile import profile_steps
 from speculators_cli.core.bench.shapes import SHAPES
 from speculators_cli.core.bench.synthetic import SyntheticLoader
 from speculators_cli.core.data.batch import Batch, drop_non_finite
 from speculators_cli.core.data.noise import add_noise, drop_and_add_noise
+from speculators_cli.core.kernels.joint_attention import joint_attention
+from speculators_cli.core.kernels.linear_kl import Targets, linear_kl
+from speculators_cli.core.kernels.rms_norm import rms_norm
+from speculators_cli.core.kernels.rotary import rotate
+from speculators_cli.core.kernels.shared import SharedRows, SharedWeight, gather
+from speculators_cli.core.kernels.swiglu import swiglu
 from speculators_cli.core.models import layers
-from speculators_cli.core.models.attention import TTTMemory
-from speculators_cli.core.models.config import Eagle3Config
-from speculators_cli.core.models.fast.active_rows import ActiveRows, find_active_rows
-from speculators_cli.core.models.fast.joint_attention import joint_attention
-from speculators_cli.core.models.fast.linear_kl import Targets, linear_kl
-from speculators_cli.core.models.fast.rms_norm import rms_norm
-from speculators_cli.core.models.fast.rotary import rotate
-from speculators_cli.core.models.fast.shared import SharedRows, SharedWeight, gather
-from speculators_cli.core.models.fast.swiglu import swiglu
 from speculators_cli.core.models.losses import kl_loss
 from speculators_cli.core.training.optimizer import Optimizer
 from speculators_cli.settings.train import OptimizerSettings

@@ -23,11 +23,11 @@ from typing import Any
 import torch
 from random_verifier import write_verifier
 
+from speculators_cli.core.algorithms.eagle3.config import Eagle3Config
 from speculators_cli.core.bench.shapes import SHAPES
 from speculators_cli.core.bench.synthetic import SyntheticLoader
 from speculators_cli.core.data.batch import Batch
 from speculators_cli.core.data.data_config import default_layer_ids
-from speculators_cli.core.models.config import Eagle3Config
 from speculators_cli.core.models.verifier import VerifierConfig
 
 CUDA = torch.device("cuda")

@@ -202,8 +202,9 @@ def changes_on_resume(old: Mapping[str, Any], new: Settings) -> list[Change]:
     changes = []
     for field in setting_fields(type(new)):
         kind = next((m.change for m in field.info.metadata if isinstance(m, OnResume)), None)
-        before = old.get(field.section, {}).get(field.name)
         now = current[field.section][field.name]
+        # A run begun before there was such a setting did what is now its default.
+        before = old.get(field.section, {}).get(field.name, field.info.get_default())
         if kind is not None and before != now:
             changes.append(Change(field.flag, before, now, kind))
     return changes

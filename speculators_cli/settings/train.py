@@ -2,10 +2,11 @@
 
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Annotated, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, field_validator
 
+from speculators_cli.settings.algorithms.eagle3 import Eagle3Settings
 from speculators_cli.settings.base import (
     REFUSED_ON_RESUME,
     WARNED_ON_RESUME,
@@ -13,12 +14,12 @@ from speculators_cli.settings.base import (
     Folders,
     FormatVersion,
     LayerIdsSetting,
-    OffFlag,
     Settings,
     TrustRemoteCode,
     path_error,
 )
 
+AlgorithmName = Literal["eagle3"]
 LOGGER_NAMES = ("trackio", "wandb", "tensorboard")
 
 
@@ -152,6 +153,9 @@ class DraftSettings(Settings):
         validate_default=True,
         description="Target-to-draft map: which verifier tokens are kept",
     )
+    algorithm: Annotated[AlgorithmName, REFUSED_ON_RESUME] = Field(
+        "eagle3", description="How the draft model drafts"
+    )
     draft_arch: Annotated[DraftArch, REFUSED_ON_RESUME] = Field(
         DraftArch.LLAMA, description="Kind of the draft's decoder layers"
     )
@@ -174,39 +178,6 @@ class DraftSettings(Settings):
                 hint="Make both maps with `speculators build-vocab-map`, or pass `--full-vocab`",
             )
         return value
-
-
-class Eagle3Settings(Settings):
-    """What is special to EAGLE-3."""
-
-    ttt_steps: Annotated[int, WARNED_ON_RESUME] = Field(3, ge=1, description="TTT steps")
-    ttt_step_loss_decay: Annotated[float, WARNED_ON_RESUME] = Field(
-        1.0, gt=0, description="Loss weight of a TTT step over the one before"
-    )
-    loss: Annotated[Literal["kl"], WARNED_ON_RESUME] = Field(
-        "kl", description="Loss between the verifier's and the draft's distribution: kl"
-    )
-    norm_before_residual: Annotated[bool, REFUSED_ON_RESUME] = Field(
-        True, description="Let the first layer's residual start after its norm"
-    )
-    norm_before_fc: Annotated[bool, REFUSED_ON_RESUME] = Field(
-        False, description="Normalise the concatenated aux hidden states"
-    )
-    fc_norm: Annotated[bool, REFUSED_ON_RESUME] = Field(
-        False, description="Normalise the aux hidden states of each layer on their own"
-    )
-    norm_output: Annotated[bool, REFUSED_ON_RESUME] = Field(
-        False, description="Feed the normalised hidden states to the next TTT step"
-    )
-    train_head: Annotated[bool, REFUSED_ON_RESUME, OffFlag("--freeze-head")] = Field(
-        True, description="Train the draft's lm_head, or keep the verifier's rows"
-    )
-
-    @model_validator(mode="after")
-    def _one_norm_before_fc(self) -> Self:
-        if self.norm_before_fc and self.fc_norm:
-            raise ValueError("`norm_before_fc` and `fc_norm` cannot both be on")
-        return self
 
 
 class OptimizerSettings(Settings):
@@ -291,3 +262,9 @@ class TrainSettings(Settings):
     distributed: DistributedSettings = Field(
         default_factory=DistributedSettings, title="Distributed"
     )
+
+    @property
+    def algorithm_settings(self) -> Settings:
+        """The section of the algorithm."""
+        section: Settings = getattr(self, self.draft.algorithm)
+        return section

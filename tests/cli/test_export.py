@@ -542,7 +542,7 @@ def test_a_torn_checkpoint_is_refused(checkpoints: Path, tmp_path: Path, capsys:
     [
         (["./nowhere", "--output-dir", "out"], 2, "`CHECKPOINT`: the folder `./nowhere`"),
         (["empty", "--output-dir", "out"], 4, "neither a whole checkpoint nor a config.json"),
-        (["verifier", "--output-dir", "out"], 4, "is no EAGLE-3 draft"),
+        (["verifier", "--output-dir", "out"], 4, "is no draft"),
         (["verifier"], 2, "`--output-dir` is required"),
         (["run/0", "--output-dir", "run/0"], 2, "holds the checkpoint"),
         (["run", "--output-dir", "out", "--dtype", "int8"], 2, "`--dtype`"),

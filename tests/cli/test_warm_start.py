@@ -103,7 +103,7 @@ def test_the_run_can_be_resumed_and_repeated(tiny: TinyInputs, trained: Path) ->
         (["--norm-before-residual"], 2, "`--norm-before-residual` is `True`"),
         (["--full-vocab"], 2, "`--full-vocab` is `True`"),
         (["--from-checkpoint", "./nowhere"], 2, "`--from-checkpoint`: the folder `./nowhere`"),
-        (["--from-checkpoint", "verifier"], 4, "is no EAGLE-3 draft"),
+        (["--from-checkpoint", "verifier"], 4, "is no draft"),
         (["--d2t-path", "other-d2t.npy", "--t2d-path", "other-t2d.npy"], 2, "is not the draft voc"),
     ],
 )

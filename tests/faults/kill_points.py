@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from speculators_cli.core.models.checkpoint import find_checkpoints, hash_file
+from speculators_cli.core.drafts.checkpoint_reader import find_checkpoints, hash_file
 from speculators_cli.core.progress import SilentProgress
 from speculators_cli.core.training.run import train
 from speculators_cli.settings.train import TrainSettings

@@ -8,12 +8,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from speculators_cli.core.algorithms.eagle3.attention import plain_attention
+from speculators_cli.core.algorithms.eagle3.training import Eagle3Training
 from speculators_cli.core.data.batch import Batch, drop_non_finite, rows_of
 from speculators_cli.core.data.noise import drop_and_add_noise
-from speculators_cli.core.models.attention import plain_attention
-from speculators_cli.core.models.eagle3 import Eagle3Draft
-from speculators_cli.core.models.fast.causal_attention import can_use_flash
-from speculators_cli.core.models.fast.spans import Spans
+from speculators_cli.core.kernels.causal_attention import can_use_flash
+from speculators_cli.core.kernels.spans import Spans
 from speculators_cli.core.models.verifier import FrozenVerifier
 from speculators_cli.core.training.optimizer import Optimizer
 from speculators_cli.settings.train import OptimizerSettings
@@ -77,7 +77,7 @@ def test_joint_attention_is_as_close_to_float32_as_the_plain_path(
         assert relative_error(a, c) <= max(1.1 * relative_error(b, c), 1e-2), index
 
 
-def moved(draft: Eagle3Draft) -> Eagle3Draft:
+def moved(draft: Eagle3Training) -> Eagle3Training:
     """The same on the GPU, its verifier too."""
     verifier = draft.verifier
     draft.verifier = FrozenVerifier(
@@ -88,7 +88,7 @@ def moved(draft: Eagle3Draft) -> Eagle3Draft:
     return draft.cuda()
 
 
-def run(draft: Eagle3Draft, batch: Batch, *, is_fast: bool) -> tuple[Tensor, dict[str, Tensor]]:
+def run(draft: Eagle3Training, batch: Batch, *, is_fast: bool) -> tuple[Tensor, dict[str, Tensor]]:
     draft.use_fast_kernels = is_fast
     draft.zero_grad()
     sums = draft(batch, torch.tensor(draft.loss_weights, device=CUDA))
@@ -186,7 +186,7 @@ def test_nothing_is_compiled_after_the_first_steps(monkeypatch: pytest.MonkeyPat
     # Rows, documents, gaps and chunks of the loss differ from batch to batch.
     import triton
 
-    monkeypatch.setattr("speculators_cli.core.models.cost.MAX_ROWS", 100)
+    monkeypatch.setattr("speculators_cli.core.algorithms.eagle3.cost.MAX_ROWS", 100)
     rng = torch.Generator().manual_seed(0)
     config = make_config(
         hidden_size=192, target_hidden_size=192, intermediate_size=320, num_heads=6,

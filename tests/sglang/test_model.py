@@ -13,11 +13,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from speculators_cli.core.models.attention import AttentionMemory, CausalMemory
-from speculators_cli.core.models.draft_config import Given
-from speculators_cli.core.models.draft_source import DraftSource, read_draft
-from speculators_cli.core.models.eagle3 import load_draft
-from speculators_cli.core.models.verifier import EmbeddingOnly
+from speculators_cli.core.algorithms.eagle3.algorithm import load_draft
+from speculators_cli.core.algorithms.eagle3.config import Eagle3Config
+from speculators_cli.core.algorithms.overrides import Overrides
+from speculators_cli.core.drafts.trained_draft import TrainedDraft, read_draft
+from speculators_cli.core.models.attention import CausalMemory
 from tests.vllm.drafts import RESIDUAL_OFF, Variant, export, train
 
 pytestmark = pytest.mark.sglang
@@ -33,7 +33,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("sglang")
 
 
-def make_inputs(source: DraftSource) -> dict[str, Tensor]:
+def make_inputs(source: TrainedDraft) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(0)
     config = source.config
     width = config.num_aux_layers * config.target_hidden_size
@@ -45,17 +45,18 @@ def make_inputs(source: DraftSource) -> dict[str, Tensor]:
 
 
 @torch.inference_mode()
-def compute(source: DraftSource, inputs: dict[str, Tensor]) -> Tensor:
+def compute(source: TrainedDraft, inputs: dict[str, Tensor]) -> Tensor:
     """[2 * seq_len, draft_vocab]: logits of two steps, by this package."""
     assert source.embedding is not None
-    draft = load_draft(source, EmbeddingOnly(source.embedding))
+    assert isinstance(source.config, Eagle3Config)
+    draft = load_draft(source.config, source.weights, source.embedding)
     hidden = draft.fuse(inputs["hidden_states"])
     logits = []
     for step in range(2):
-        memories: list[AttentionMemory] = [CausalMemory() for _ in draft.layers]
-        embedded = draft.embed(inputs["tokens"].roll(-step), torch.float32)
-        hidden = draft.decode(embedded, hidden, inputs["positions"] + step, memories)
-        logits.append(draft.lm_head(draft.norm(hidden)))
+        memories = [CausalMemory() for _ in draft.layers]
+        tokens, positions = inputs["tokens"].roll(-step), inputs["positions"] + step
+        normed, hidden = draft.step(tokens, hidden, positions, memories)
+        logits.append(draft.lm_head(normed))
     return torch.cat(logits)
 
 
@@ -71,7 +72,7 @@ def compute(source: DraftSource, inputs: dict[str, Tensor]) -> Tensor:
 def test_the_engine_computes_the_same_draft(folder: Path, variant: Variant) -> None:
     save_path = train(variant, folder)
     out = export(save_path, folder / f"{save_path.name}-served", "--target", "sglang")
-    given = Given(verifier_name_or_path="verifier", verifier_architectures=("any",))
+    given = Overrides(verifier_name_or_path="verifier", verifier_architectures=("any",))
     source = read_draft(str(out), given, flag="CHECKPOINT")
     inputs = make_inputs(source)
     files = [folder / f"{save_path.name}-{name}.safetensors" for name in ("inputs", "result")]

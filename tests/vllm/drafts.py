@@ -16,14 +16,12 @@ import torch
 from safetensors.torch import load_file
 
 from speculators_cli.cli.app import run
+from speculators_cli.core.algorithms.overrides import Overrides
 from speculators_cli.core.capture.capture import capture
 from speculators_cli.core.demo.demo import VERIFIER_DIR, read_prompts
+from speculators_cli.core.drafts.trained_draft import read_draft
 from speculators_cli.core.evaluation.draft_and_verify import draft_and_verify
-from speculators_cli.core.models.draft_config import Given
-from speculators_cli.core.models.draft_source import read_draft
-from speculators_cli.core.models.drafter import Drafter
-from speculators_cli.core.models.eagle3 import load_draft
-from speculators_cli.core.models.verifier import load_frozen_verifier, read_verifier_config
+from speculators_cli.core.models.verifier import load_embedding, read_verifier_config
 from speculators_cli.core.models.verifier_files import VerifierFiles
 from speculators_cli.core.models.verifier_model import VerifierModel
 from speculators_cli.core.progress import SilentProgress
@@ -121,13 +119,13 @@ class Questions:
             draft: The folder.
             misread: Values of its config to take in place of what it says.
         """
-        source = read_draft(str(draft), Given(), flag="CHECKPOINT")
+        source = read_draft(str(draft), Overrides(), flag="CHECKPOINT")
         config = replace(source.config, **misread)
         known = {name: x for name, x in source.weights.items() if name in config.tensor_shapes()}
         source = replace(source, config=config, weights=known)
         files = VerifierFiles(self.verifier)
-        parts = load_frozen_verifier(files, read_verifier_config(files, trust_remote_code=False))
-        drafter = Drafter(load_draft(source, parts), 3)
+        embedding = load_embedding(files, read_verifier_config(files, trust_remote_code=False))
+        drafter = source.build_drafter(embedding, num_draft_tokens=3)
         verifier = VerifierModel(self.verifier, config.target_layer_ids, dtype=torch.float32)
         answers = [
             draft_and_verify(verifier, drafter, prompt, MAX_NEW_TOKENS) for prompt in self.prompts

@@ -13,8 +13,8 @@ import pytest
 import torch
 
 from speculators_cli.cli.app import run
-from speculators_cli.core.models.draft_config import Given
-from speculators_cli.core.models.draft_source import read_draft
+from speculators_cli.core.algorithms.overrides import Overrides
+from speculators_cli.core.drafts.trained_draft import read_draft
 from speculators_cli.core.models.verifier_model import VerifierModel
 from tests.vllm.drafts import (
     RESIDUAL_OFF,
@@ -139,7 +139,7 @@ def test_an_eagle_checkpoint_is_served(
 def test_a_draft_of_ones_own_is_served(tmp_path: Path, check: Check) -> None:
     source, out = os.environ["VLLM_DRAFT"], tmp_path / "served"
     assert run(["export", source, "--output-dir", str(out), "--dtype", "float32"]) == 0
-    config = read_draft(str(out), Given(), flag="CHECKPOINT").config
+    config = read_draft(str(out), Overrides(), flag="CHECKPOINT").config
     name = config.verifier_name_or_path
     verifier = VerifierModel(name, config.target_layer_ids, dtype=torch.float32)
     prompts = [

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from speculators_cli.core.algorithms.eagle3.config import Eagle3Config
 from speculators_cli.core.export.engine_versions import NEWEST_TRIED, OLDEST_TRIED, advise
-from speculators_cli.core.models.config import Eagle3Config
 from tests.vllm.drafts import Served
 from tests.vllm.try_versions import (
     EQUAL,

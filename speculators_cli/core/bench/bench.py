@@ -12,7 +12,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from speculators_cli.core.bench.kernels import KernelTimes, profile_steps
+from speculators_cli.core.algorithms import ALGORITHMS
+from speculators_cli.core.algorithms.cost import find_gpu
+from speculators_cli.core.bench.profile import KernelTimes, profile_steps
 from speculators_cli.core.bench.shapes import find_shape
 from speculators_cli.core.bench.synthetic import SyntheticLoader
 from speculators_cli.core.data.batch import Batch
@@ -20,8 +22,6 @@ from speculators_cli.core.data.data_config import LayerIds, default_layer_ids
 from speculators_cli.core.data.dataset import Dataset, read_dataset
 from speculators_cli.core.data.loader import BatchSource
 from speculators_cli.core.data.vocab_map import VocabMap
-from speculators_cli.core.models.cost import count_flops, count_rows, estimate_memory, find_gpu
-from speculators_cli.core.models.eagle3 import Eagle3Draft
 from speculators_cli.core.models.train_state import TrainState
 from speculators_cli.core.models.verifier import FrozenVerifier, VerifierConfig
 from speculators_cli.core.models.verifier_files import VerifierFiles
@@ -209,12 +209,12 @@ def _report(
     kernels: KernelTimes | None,
 ) -> BenchReport:
     draft, device = trainer.draft, trainer.ranks.device
-    assert isinstance(draft, Eagle3Draft), "bench builds no other"
-    config, num_steps = draft.config, settings.measure.steps
-    rows = [count_rows(mask, lengths, config.ttt_steps) for mask, lengths in times.masks]
-    num_tokens = sum(row.num_positions for row in rows) / num_steps
-    train_head = settings.step.train_head
-    flops = sum(count_flops(config, row, train_head=train_head) for row in rows) / num_steps
+    num_steps, own = settings.measure.steps, trainer.settings.algorithm_settings
+    config = draft.config
+    cost = ALGORITHMS[config.algorithm].cost
+    work = [cost.count_work(config, own, mask, lengths) for mask, lengths in times.masks]
+    num_tokens = sum(part.num_positions for part in work) / num_steps
+    flops = sum(part.flops for part in work) / num_steps
     step_ms = statistics.median(times.step_ms)
     is_cuda = device.type == "cuda"
     device_name = torch.cuda.get_device_name() if is_cuda else "cpu"
@@ -226,8 +226,8 @@ def _report(
         torch_version=torch.__version__,
         kernels="fast" if draft.use_fast_kernels else "plain",
         total_seq_len=settings.step.total_seq_len,
-        supervised_fraction=sum(row.num_targets for row in rows) / num_steps / num_tokens,
-        ttt_steps=config.ttt_steps,
+        supervised_fraction=sum(part.num_targets for part in work) / num_steps / num_tokens,
+        ttt_steps=settings.step.ttt_steps,
         step_ms=step_ms,
         step_ms_min=min(times.step_ms),
         step_ms_max=max(times.step_ms),
@@ -235,13 +235,14 @@ def _report(
         first_step_seconds=times.first_step_seconds,
         loss=_loss(trainer),
         peak_memory_bytes=times.peak_memory_bytes,
-        estimated_memory_bytes=estimate_memory(
-            config,
-            total_seq_len=settings.step.total_seq_len,
-            num_active=max(row.num_active for row in rows),
-            num_targets=max(row.num_targets for row in rows),
-            train_head=train_head,
-            num_accumulated=settings.step.gradient_accumulation_steps,
+        estimated_memory_bytes=sum(
+            cost.estimate_memory(
+                config,
+                own,
+                work,
+                total_seq_len=settings.step.total_seq_len,
+                num_accumulated=settings.step.gradient_accumulation_steps,
+            ).values()
         ),
         useful_tflop=flops / 1e12,
         useful_tflops=per_second / 1e12,
@@ -378,7 +379,7 @@ def _build_trainer(
         log=RunLog(
             ranks=ranks,
             samples=samples,
-            loss_weights=draft.loss_weights,
+            draft=draft,
             num_epochs=1,
             total_steps=ENDLESS,
             logger=None,

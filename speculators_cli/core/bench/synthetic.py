@@ -6,9 +6,9 @@ from itertools import count
 import torch
 from torch import Tensor
 
+from speculators_cli.core.algorithms.draft_config import DraftConfig
 from speculators_cli.core.data.batch import Batch, collate
 from speculators_cli.core.data.sample import Sample
-from speculators_cli.core.models.config import Eagle3Config
 
 # Of six documents in a packed sequence, the share of its tokens; the last takes what is left.
 SHARES = (0.28125, 0.21875, 0.171875, 0.140625, 0.109375)
@@ -29,7 +29,7 @@ class SyntheticLoader:
 
     def __init__(
         self,
-        config: Eagle3Config,
+        config: DraftConfig,
         *,
         total_seq_len: int,
         supervised_fraction: float,
@@ -86,7 +86,7 @@ def _lengths(total_seq_len: int, generator: torch.Generator) -> Sequence[int]:
 
 def _sample(
     num_positions: int,
-    config: Eagle3Config,
+    config: DraftConfig,
     supervised_fraction: float,
     dtype: torch.dtype,
     generator: torch.Generator,

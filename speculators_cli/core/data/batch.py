@@ -219,13 +219,6 @@ def drop_non_finite(batch: Batch) -> tuple[Batch, Tensor]:
     return kept, is_broken
 
 
-def move(tensor: Tensor, device: torch.device) -> Tensor:
-    """Bring a small tensor to the device; nothing waits for it."""
-    if device.type == "cuda":
-        tensor = tensor.pin_memory()
-    return tensor.to(device, non_blocking=True)
-
-
 def rows_of(
     documents: Tensor,  # [documents], bool
     batch: Batch,

@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from speculators_cli.core.data.formats import v0, v1
-from speculators_cli.core.data.formats.archive import Archive
-from speculators_cli.core.data.formats.archive_writer import ArchiveWriter
-from speculators_cli.core.data.formats.structure import TensorSpec
 from speculators_cli.core.data.sample import BadSampleError, SampleHeader, States
 from speculators_cli.core.files import replacing
+from speculators_cli.core.torch_file.archive import Archive
+from speculators_cli.core.torch_file.archive_writer import ArchiveWriter
+from speculators_cli.core.torch_file.structure import TensorSpec
 
 if TYPE_CHECKING:
     import torch

@@ -18,7 +18,6 @@ import numpy as np
 from speculators_cli.core.data.data_config import FILE_NAME, DataConfig, read_data_config
 from speculators_cli.core.data.formats import FORMATS
 from speculators_cli.core.data.formats.detect import detect, is_named_as, read_again
-from speculators_cli.core.data.formats.structure import ITEM_BYTES
 from speculators_cli.core.data.packing import plan_epoch
 from speculators_cli.core.data.sample import (
     BadSampleError,
@@ -31,6 +30,7 @@ from speculators_cli.core.data.sample import (
 from speculators_cli.core.errors import DataError
 from speculators_cli.core.files import read_regular, replacing
 from speculators_cli.core.progress import Progress
+from speculators_cli.core.torch_file.structure import ITEM_BYTES
 
 NOT_SAMPLES = {"token_freq.pt"}
 PACKED = {".bz2", ".gz", ".tar", ".tgz", ".xz", ".zip", ".zst"}

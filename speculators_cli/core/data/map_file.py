@@ -6,8 +6,6 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from speculators_cli.core.data.formats.archive import Archive
-from speculators_cli.core.data.formats.structure import TensorSpec
 from speculators_cli.core.data.sample import BadSampleError
 from speculators_cli.core.reading import (
     UnreadableError,
@@ -16,6 +14,8 @@ from speculators_cli.core.reading import (
     opening,
     read_npy,
 )
+from speculators_cli.core.torch_file.archive import Archive
+from speculators_cli.core.torch_file.structure import TensorSpec
 
 HINT = "Make both maps again with `speculators build-vocab-map`, or pass `--full-vocab`"
 MAX_WHOLE = 2**53  # up to here a float64 holds every whole number

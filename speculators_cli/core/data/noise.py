@@ -7,7 +7,8 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
-from speculators_cli.core.data.batch import Batch, drop_non_finite, move, rows_of
+from speculators_cli.core.data.batch import Batch, drop_non_finite, rows_of
+from speculators_cli.core.kernels.device import move
 
 
 def drop_and_add_noise(batch: Batch, std: float, *, seed: int, epoch: int) -> tuple[Batch, Tensor]:
@@ -15,7 +16,7 @@ def drop_and_add_noise(batch: Batch, std: float, *, seed: int, epoch: int) -> tu
     if not (batch.aux_hidden_states.is_cuda and find_spec("triton")):
         kept, is_broken = drop_non_finite(batch)
         return add_noise(kept, std, seed=seed, epoch=epoch), is_broken
-    from speculators_cli.core.data.noise_kernel import mark_broken, perturb, zero_broken
+    from speculators_cli.core.kernels.noise import mark_broken, perturb, zero_broken
 
     documents = batch.document_ids
     is_broken = torch.zeros(len(batch.lengths), dtype=torch.bool, device=documents.device)

@@ -7,10 +7,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from speculators_cli.core.data.formats.archive import Archive
 from speculators_cli.core.data.sample import BadSampleError, SampleTokens
 from speculators_cli.core.errors import DataError, SettingsError
 from speculators_cli.core.files import replacing
+from speculators_cli.core.torch_file.archive import Archive
 
 FILE_NAME = "token_freq.pt"
 MAX_TOTAL = 2**63 - 1  # what an int64 holds; ranking and shares add all counts up

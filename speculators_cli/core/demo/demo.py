@@ -7,25 +7,24 @@ import json
 import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from speculators_cli.core.algorithms.drafter import Drafter
+from speculators_cli.core.algorithms.overrides import Overrides
 from speculators_cli.core.capture.capture import CaptureReport, capture
 from speculators_cli.core.data.data_config import default_layer_ids
 from speculators_cli.core.data.dataset import read_dataset
 from speculators_cli.core.data.token_counts import TokenCounts
 from speculators_cli.core.data.vocab_map import VocabMap
+from speculators_cli.core.drafts.trained_draft import read_draft
 from speculators_cli.core.errors import SettingsError, SpeculatorsError
 from speculators_cli.core.evaluation.draft_and_verify import Answer, EvaluationReport, evaluate
 from speculators_cli.core.files import check_output_dir, replacing, write_json
-from speculators_cli.core.models.draft_config import Given
-from speculators_cli.core.models.draft_source import read_draft
-from speculators_cli.core.models.drafter import Drafter
-from speculators_cli.core.models.eagle3 import Eagle3Draft, load_draft
 from speculators_cli.core.models.verifier import load_frozen_verifier, read_verifier_config
 from speculators_cli.core.models.verifier_files import VerifierFiles
 from speculators_cli.core.models.verifier_model import VerifierModel
@@ -126,10 +125,9 @@ def _run_stages(settings: DemoSettings, progress: Progress) -> DemoReport:
     progress.info("3/4 Train an EAGLE-3 draft")
     training = train(train_settings(output_dir, seed), progress=progress)
     progress.info("4/4 Draft and verify on other prompts, before training and after")
-    draft = load_best(training, name)
-    trained = draft_and_verify_all(verifier, draft, to_evaluate, progress)
-    draft.initialise(seed)
-    untrained = draft_and_verify_all(verifier, draft, to_evaluate, progress)
+    before, after = build_drafters(training, name, train_settings(output_dir, seed))
+    trained = draft_and_verify_all(verifier, after, to_evaluate, progress)
+    untrained = draft_and_verify_all(verifier, before, to_evaluate, progress)
     shown = choose_answer(trained.answers)
     report = DemoReport(
         output_dir=output_dir,
@@ -249,23 +247,37 @@ def train_settings(output_dir: Path, seed: int) -> TrainSettings:
     )
 
 
-def load_best(training: TrainReport, verifier_name: str) -> Eagle3Draft:
-    """The draft of the best checkpoint, beside the verifier's frozen parts."""
+def build_drafters(
+    training: TrainReport, verifier_name: str, settings: TrainSettings
+) -> tuple[Drafter, Drafter]:
+    """The draft as it was before the first step, and that of the best checkpoint."""
     assert training.best_checkpoint is not None, "the demo's run saves and validates"
-    source = read_draft(str(training.best_checkpoint), Given(), flag="CHECKPOINT")
+    after = read_draft(str(training.best_checkpoint), Overrides(), flag="CHECKPOINT")
     files = VerifierFiles(verifier_name)
     config = read_verifier_config(files, trust_remote_code=False)
-    return load_draft(source, load_frozen_verifier(files, config))
+    verifier = load_frozen_verifier(files, config)
+    untrained = after.algorithm.build(
+        after.config,
+        verifier,
+        after.vocab_map,
+        settings.algorithm_settings,
+        use_fast_kernels=False,
+        seed=settings.run.seed,
+    )
+    before = replace(after, weights=dict(untrained.named_parameters()))
+    return (
+        before.build_drafter(verifier.embedding, num_draft_tokens=NUM_DRAFT_TOKENS),
+        after.build_drafter(verifier.embedding, num_draft_tokens=NUM_DRAFT_TOKENS),
+    )
 
 
 def draft_and_verify_all(
     verifier: VerifierModel,
-    draft: Eagle3Draft,
+    drafter: Drafter,
     prompts: Sequence[Sequence[int]],
     progress: Progress,
 ) -> EvaluationReport:
     """Draft and verify the answers to all prompts."""
-    drafter = Drafter(draft, NUM_DRAFT_TOKENS)
     return evaluate(verifier, drafter, prompts, max_new_tokens=MAX_NEW_TOKENS, progress=progress)
 
 

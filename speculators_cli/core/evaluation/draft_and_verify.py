@@ -12,7 +12,7 @@ from itertools import takewhile
 
 import torch
 
-from speculators_cli.core.models.drafter import Drafter
+from speculators_cli.core.algorithms.drafter import Drafter
 from speculators_cli.core.models.verifier_model import VerifierModel
 from speculators_cli.core.progress import Progress
 

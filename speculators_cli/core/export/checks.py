@@ -5,14 +5,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from speculators_cli.core.algorithms.draft_config import DraftConfig
+from speculators_cli.core.drafts.trained_draft import TrainedDraft
 from speculators_cli.core.errors import ExportError, SettingsError, SpeculatorsError
 from speculators_cli.core.export.licence import CARD_NAME
 from speculators_cli.core.export.model_card import PROVENANCE_NAME
 from speculators_cli.core.export.targets import Target
 from speculators_cli.core.export.verification import find_broken_values
 from speculators_cli.core.files import check_output_dir
-from speculators_cli.core.models.config import Eagle3Config
-from speculators_cli.core.models.draft_source import DraftSource
 from speculators_cli.core.models.repo_files import CONFIG_NAME, INDEX_NAME
 from speculators_cli.core.models.verifier import (
     VerifierConfig,
@@ -56,7 +56,7 @@ def check_place(output_dir: Path, source: Path, *, overwrite: bool) -> None:
         )
 
 
-def check_can_run(source: DraftSource, served: Eagle3Config, target: Target) -> None:
+def check_can_run(source: TrainedDraft, served: DraftConfig, target: Target) -> None:
     """Refuse a draft that the target's engine does not compute, or whose weights are broken.
 
     Raises:
@@ -81,7 +81,7 @@ def check_can_run(source: DraftSource, served: Eagle3Config, target: Target) -> 
         )
 
 
-def check_verifier(settings: ExportSettings, source: DraftSource, progress: Progress) -> bool:
+def check_verifier(settings: ExportSettings, source: TrainedDraft, progress: Progress) -> bool:
     """Check sizes, layers and vocabulary against the verifier, where it can be read.
 
     Raises:
@@ -121,7 +121,7 @@ def check_verifier(settings: ExportSettings, source: DraftSource, progress: Prog
     return True
 
 
-def check_layers(source: DraftSource, verifier: VerifierConfig) -> None:
+def check_layers(source: TrainedDraft, verifier: VerifierConfig) -> None:
     """Refuse verifier layers that do not exist."""
     if source.config.target_layer_ids[-1] > verifier.num_layers:
         raise ExportError(

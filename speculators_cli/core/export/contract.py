@@ -12,10 +12,11 @@ from typing import Any
 
 import torch
 
+from speculators_cli.core.algorithms.eagle3.config import Eagle3Config
+from speculators_cli.core.algorithms.eagle3.config_reader import read_draft_config
+from speculators_cli.core.algorithms.overrides import Overrides
+from speculators_cli.core.drafts.trained_draft import EMBEDDING
 from speculators_cli.core.errors import CheckpointError
-from speculators_cli.core.models.config import Eagle3Config
-from speculators_cli.core.models.draft_config import Given, read_draft_config
-from speculators_cli.core.models.draft_source import EMBEDDING
 from speculators_cli.core.models.repo_files import CONFIG_NAME, INDEX_NAME, WEIGHTS_NAME
 from speculators_cli.core.reading import UnreadableError, open_safetensors, read_json_object
 
@@ -157,7 +158,7 @@ def find_problems(folder: Path, target: str) -> list[str]:
     if problems:
         return problems
     # A plain config names no verifier, and none is needed to check tensors.
-    given = Given(verifier_name_or_path="verifier", verifier_architectures=("any",))
+    given = Overrides(verifier_name_or_path="verifier", verifier_architectures=("any",))
     try:
         config = read_draft_config(content, given, name=str(folder))
     except CheckpointError as error:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from speculators_cli.core.models.config import Eagle3Config
+from speculators_cli.core.models.decoder_config import DecoderConfig
 from speculators_cli.core.models.rope import find_frequencies
 
 # Training rounds to float32, a handful of operations for each frequency.
@@ -34,7 +34,9 @@ class Turning:
 
 
 def find_rope_problem(
-    layers: Mapping[str, Any], config: Eagle3Config, turning: Callable[[Mapping[str, Any]], Turning]
+    layers: Mapping[str, Any],
+    config: DecoderConfig,
+    turning: Callable[[Mapping[str, Any]], Turning],
 ) -> str | None:
     """Why an engine would turn positions otherwise than in training; None: it does not.
 
@@ -53,7 +55,7 @@ def find_rope_problem(
     return f"its `{kind}` RoPE is not the one it was trained with, as the engine computes it"
 
 
-def trained_turning(config: Eagle3Config) -> Turning:
+def trained_turning(config: DecoderConfig) -> Turning:
     """What a draft was trained with."""
     frequencies, scale = find_frequencies(config)
     return Turning(tuple(frequencies.tolist()), scale)

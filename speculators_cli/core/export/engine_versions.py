@@ -2,8 +2,9 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
-from speculators_cli.core.models.config import Eagle3Config
+from speculators_cli.core.algorithms.draft_config import DraftConfig
 
 # The oldest and newest release whose counts were those of this package, for a default draft.
 OLDEST_TRIED, NEWEST_TRIED = "0.22.0", "0.32.0"
@@ -13,7 +14,7 @@ OLDEST_TRIED, NEWEST_TRIED = "0.22.0", "0.32.0"
 class _Need:
     """A part of a draft that releases tried before `since` do not read."""
 
-    has_it: Callable[[Eagle3Config], bool]
+    has_it: Callable[[Any], bool]
     since: str
     before: str  # what older ones do, as the end of a sentence
 
@@ -38,7 +39,7 @@ class EngineAdvice:
     sentence: str
 
 
-def advise(config: Eagle3Config) -> EngineAdvice:
+def advise(config: DraftConfig) -> EngineAdvice:
     """The oldest release that was seen to read all of a draft."""
     needs = [need for need in _NEEDS if need.has_it(config)]
     if not needs:

@@ -8,7 +8,10 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 
+from speculators_cli.core.algorithms.draft_config import DraftConfig
+from speculators_cli.core.algorithms.overrides import Overrides
 from speculators_cli.core.data.data_config import LayerIds, warn_of_assumed
+from speculators_cli.core.drafts.trained_draft import ASSUMED_HINT, EMBEDDING, read_draft
 from speculators_cli.core.errors import MachineError
 from speculators_cli.core.export.checks import check_can_run, check_place, check_verifier
 from speculators_cli.core.export.engine_versions import EngineAdvice, advise
@@ -28,9 +31,6 @@ from speculators_cli.core.export.targets import (
 from speculators_cli.core.export.verification import Verification, has_untrained_gains, verify
 from speculators_cli.core.export.weights import cast_tensors, write_weights
 from speculators_cli.core.files import disk_error, write_json
-from speculators_cli.core.models.config import Eagle3Config
-from speculators_cli.core.models.draft_config import Given
-from speculators_cli.core.models.draft_source import ASSUMED_HINT, EMBEDDING, read_draft
 from speculators_cli.core.models.repo_files import CONFIG_NAME
 from speculators_cli.core.models.verifier import read_verifier_config
 from speculators_cli.core.models.verifier_files import VerifierFiles
@@ -95,10 +95,10 @@ def export(settings: ExportSettings, *, progress: Progress) -> ExportReport:
     """
     given, chosen = settings.source, settings.export
     check_place(chosen.output_dir, Path(given.checkpoint), overwrite=chosen.overwrite)
-    known = Given(
+    known = Overrides(
         verifier_name_or_path=given.verifier_name_or_path,
         target_layer_ids=given.target_layer_ids,
-        ask_verifier=lambda name: read_verifier_config(
+        read_verifier=lambda name: read_verifier_config(
             VerifierFiles(name), trust_remote_code=given.trust_remote_code
         ),
     )
@@ -109,10 +109,9 @@ def export(settings: ExportSettings, *, progress: Progress) -> ExportReport:
     warn_of_assumed(layer_ids, progress, whose=f"`{source.name}` states")
     if source.assumption is not None:
         progress.warn(source.assumption, hint=ASSUMED_HINT)
-    num_tokens = chosen.num_speculative_tokens or source.config.ttt_steps
+    num_tokens = chosen.num_speculative_tokens or source.config.num_draft_tokens
     served = replace(
-        source.config,
-        ttt_steps=num_tokens,
+        source.config.with_num_draft_tokens(num_tokens),
         verifier_name_or_path=absolute(source.config.verifier_name_or_path),
     )
     target = TARGETS[chosen.target]
@@ -178,7 +177,7 @@ def absolute(verifier: str) -> str:
     return str(Path(verifier).absolute()) if Path(verifier).is_dir() else verifier
 
 
-def serve_command(served: Eagle3Config, output_dir: Path, target: str) -> str | None:
+def serve_command(served: DraftConfig, output_dir: Path, target: str) -> str | None:
     """The command that serves the verifier with this draft."""
     verifier = served.verifier_name_or_path
     if target == "sglang":

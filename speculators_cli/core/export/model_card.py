@@ -8,12 +8,12 @@ from typing import Any
 from huggingface_hub import ModelCardData
 
 from speculators_cli import __version__
+from speculators_cli.core.algorithms.draft_config import PRODUCER, DraftConfig
+from speculators_cli.core.drafts.trained_draft import TrainedDraft
 from speculators_cli.core.escaping import escape
 from speculators_cli.core.export import markdown
 from speculators_cli.core.export.engine_versions import EngineAdvice
 from speculators_cli.core.export.targets import longrope_length, vllm_command
-from speculators_cli.core.models.config import PRODUCER, Eagle3Config
-from speculators_cli.core.models.draft_source import DraftSource
 from speculators_cli.core.models.repo_files import WEIGHTS_NAME
 from speculators_cli.core.models.train_state import TrainState
 from speculators_cli.settings.export import ExportSettings
@@ -31,7 +31,7 @@ SHOWN = (
 )
 
 
-def build_provenance(source: DraftSource, settings: ExportSettings) -> dict[str, Any]:
+def build_provenance(source: TrainedDraft, settings: ExportSettings) -> dict[str, Any]:
     """Tool, settings and data behind an export; folders of the training machine are left out."""
     checkpoint = source.checkpoint
     chosen = settings.export
@@ -48,7 +48,8 @@ def build_provenance(source: DraftSource, settings: ExportSettings) -> dict[str,
         "export": {
             "target": chosen.target,
             "dtype": chosen.dtype,
-            "num_speculative_tokens": chosen.num_speculative_tokens or source.config.ttt_steps,
+            "num_speculative_tokens": chosen.num_speculative_tokens
+            or source.config.num_draft_tokens,
             "has_embedding": chosen.embeddings and source.embedding is not None,
             "target_layer_ids": list(source.config.target_layer_ids),
             "are_layer_ids_assumed": source.config.are_layer_ids_assumed,
@@ -58,8 +59,8 @@ def build_provenance(source: DraftSource, settings: ExportSettings) -> dict[str,
 
 
 def build_card(
-    source: DraftSource,
-    served: Eagle3Config,
+    source: TrainedDraft,
+    served: DraftConfig,
     settings: ExportSettings,
     command: str | None,
     advice: EngineAdvice | None,
@@ -95,7 +96,7 @@ def build_card(
     return f"---\n{escape(data.to_yaml())}\n---\n\n" + "\n\n".join(parts) + "\n"
 
 
-def _how_to_serve(command: str | None, served: Eagle3Config, *, is_on_hub: bool) -> str:
+def _how_to_serve(command: str | None, served: DraftConfig, *, is_on_hub: bool) -> str:
     if command is None:
         return (
             "With SGLang: `--speculative-algorithm EAGLE3 --speculative-draft-model-path` and this "
@@ -118,7 +119,7 @@ def longrope_warning(length: int) -> str:
 
 
 def _facts(
-    source: DraftSource, served: Eagle3Config, shown: str, settings: ExportSettings
+    source: TrainedDraft, served: DraftConfig, shown: str, settings: ExportSettings
 ) -> list[tuple[str, str]]:
     ids = ", ".join(map(str, served.target_layer_ids))
     vocabulary = f"{served.draft_vocab_size:,} of {served.vocab_size:,} tokens"
@@ -129,7 +130,7 @@ def _facts(
         ("hidden size", f"{served.hidden_size:,}"),
         ("draft vocabulary", vocabulary),
         ("verifier layers read", f"{ids} (assumed)" if served.are_layer_ids_assumed else ids),
-        ("tokens drafted at once", str(served.ttt_steps)),
+        ("tokens drafted at once", str(served.num_draft_tokens)),
         ("weights", settings.export.dtype),
     ]
 

@@ -6,13 +6,14 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from speculators_cli.core.algorithms.draft_config import DraftConfig
+from speculators_cli.core.algorithms.eagle3.config import Eagle3Config
 from speculators_cli.core.export.engine_rope import (
     Turning,
     find_rope_problem,
     sglang_turning,
     vllm_turning,
 )
-from speculators_cli.core.models.config import Eagle3Config
 
 
 @dataclass(frozen=True)
@@ -20,12 +21,12 @@ class Target:
     """A format of an export."""
 
     engine: str
-    find_obstacles: Callable[[Eagle3Config], list[str]]  # why a draft cannot be written so
-    build_config: Callable[[Eagle3Config, str], dict[str, Any]]  # with the name of a dtype
+    find_obstacles: Callable[[Any], list[str]]  # why a draft cannot be written so
+    build_config: Callable[[Any, str], dict[str, Any]]  # with the name of a dtype
     rename: Callable[[str], str]  # a tensor, from its name in a checkpoint
     turning: Callable[[Mapping[str, Any]], Turning]  # by its decoder layers in config.json
 
-    def find_rope_problem(self, content: Mapping[str, Any], config: Eagle3Config) -> str | None:
+    def find_rope_problem(self, content: Mapping[str, Any], config: DraftConfig) -> str | None:
         """Why the engine would turn positions otherwise than in training, by config.json."""
         layers = content.get("transformer_layer_config", content)
         return find_rope_problem(layers, config, self.turning)
@@ -68,7 +69,7 @@ def _plain_config(config: Eagle3Config, dtype: str) -> dict[str, Any]:
         "eagle_aux_hidden_state_layer_ids": list(config.target_layer_ids),
         "norm_before_residual": False,
         "dtype": dtype,
-        **config.producer_json(),
+        **config.own_json(),
     }
     if config.target_hidden_size != config.hidden_size:
         content["target_hidden_size"] = config.target_hidden_size
@@ -104,7 +105,7 @@ def _sglang_obstacles(config: Eagle3Config) -> list[str]:
     return found
 
 
-def longrope_length(config: Eagle3Config) -> int | None:
+def longrope_length(config: DraftConfig) -> int | None:
     """Tokens that vLLM must be given more than, to turn positions by the long factors of LongRoPE.
 
     Returns:
@@ -117,7 +118,7 @@ def longrope_length(config: Eagle3Config) -> int | None:
     return length if config.max_position_embeddings > length else None
 
 
-def length_option(config: Eagle3Config) -> str:
+def length_option(config: DraftConfig) -> str:
     """What a vLLM command must end with for a draft, if anything."""
     length = longrope_length(config)
     if length is None:
@@ -125,9 +126,13 @@ def length_option(config: Eagle3Config) -> str:
     return f" --max-model-len {min(2 * length, config.max_position_embeddings)}"
 
 
-def vllm_command(verifier: str, draft: str, config: Eagle3Config) -> str:
+def vllm_command(verifier: str, draft: str, config: DraftConfig) -> str:
     """The command that serves a verifier with a draft, wherever the two lie."""
-    options = {"method": "eagle3", "model": draft, "num_speculative_tokens": config.ttt_steps}
+    options = {
+        "method": "eagle3",
+        "model": draft,
+        "num_speculative_tokens": config.num_draft_tokens,
+    }
     line = shlex.quote(json.dumps(options))
     command = f"vllm serve {shlex.quote(verifier)} --speculative-config {line}"
     return command + length_option(config)

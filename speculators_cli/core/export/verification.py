@@ -8,18 +8,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from speculators_cli.core.algorithms.draft_config import DraftConfig
+from speculators_cli.core.algorithms.overrides import Overrides
+from speculators_cli.core.drafts.trained_draft import TrainedDraft, read_draft
 from speculators_cli.core.errors import ExportError
 from speculators_cli.core.export.contract import find_problems
 from speculators_cli.core.export.targets import TARGETS
-from speculators_cli.core.models.attention import AttentionMemory, CausalMemory
-from speculators_cli.core.models.config import Eagle3Config
-from speculators_cli.core.models.draft_config import Given
-from speculators_cli.core.models.draft_source import DraftSource, read_draft
-from speculators_cli.core.models.eagle3 import Eagle3Draft, load_draft
 from speculators_cli.core.models.repo_files import CONFIG_NAME
-from speculators_cli.core.models.verifier import EmbeddingOnly
 
-NUM_TOKENS = 32  # of the fixed batch
 # A weight is rounded by at most half of its last bit: 2^-9, 2^-12 and 2^-24 of itself. The bounds
 # leave room for the dozen matrices and norms in a row, through two steps.
 MAX_ERROR = {torch.bfloat16: 2**-5, torch.float16: 2**-8, torch.float32: 2**-18}
@@ -34,7 +30,7 @@ class Verification:
 
 
 def verify(
-    folder: Path, source: DraftSource, served: Eagle3Config, *, target: str, dtype: torch.dtype
+    folder: Path, source: TrainedDraft, served: DraftConfig, *, target: str, dtype: torch.dtype
 ) -> Verification:
     """Check an exported folder.
 
@@ -71,7 +67,7 @@ def verify(
     return result
 
 
-def find_broken_values(source: DraftSource) -> list[str]:
+def find_broken_values(source: TrainedDraft) -> list[str]:
     """Names of tensors with values that are not finite."""
     tensors = dict(source.weights)
     if source.embedding is not None:
@@ -85,21 +81,22 @@ def has_untrained_gains(weights: Mapping[str, Tensor]) -> bool:
     return all(bool((gain == 1.0).all()) for gain in gains)
 
 
-def _given(served: Eagle3Config) -> Given:
+def _given(served: DraftConfig) -> Overrides:
     """What a plain folder does not say of its verifier."""
-    return Given(
+    return Overrides(
         verifier_name_or_path=served.verifier_name_or_path,
         verifier_architectures=served.verifier_architectures,
     )
 
 
 def _find_differences(
-    exported: DraftSource, source: DraftSource, served: Eagle3Config, dtype: torch.dtype
+    exported: TrainedDraft, source: TrainedDraft, served: DraftConfig, dtype: torch.dtype
 ) -> list[str]:
     # A plain config does not say how many tokens to draft.
-    ttt_steps = served.ttt_steps if exported.kind == "eagle3" else exported.config.ttt_steps
     # A format may spell the same RoPE in another way.
-    config = replace(exported.config, ttt_steps=ttt_steps, rope_parameters=served.rope_parameters)
+    config = replace(exported.config, rope_parameters=served.rope_parameters)
+    if exported.kind == "eagle3":
+        config = config.with_num_draft_tokens(served.num_draft_tokens)
     found = [] if config == served else [f"its config reads {config}, expected {served}"]
     found += [
         f"`{name}` is not the checkpoint's, rounded to {dtype}"
@@ -115,34 +112,15 @@ def _find_differences(
     return found
 
 
-def _compare_logits(exported: DraftSource, source: DraftSource) -> Verification:
+def _compare_logits(exported: TrainedDraft, source: TrainedDraft) -> Verification:
     """Logits of two steps over random tokens and hidden states, both in float32."""
     embedding = source.embedding
     if embedding is None:
         shape = (source.config.vocab_size, source.config.hidden_size)
         embedding = torch.randn(shape, generator=torch.Generator().manual_seed(1))
-    expected = _logits(load_draft(source, EmbeddingOnly(embedding)))
+    expected = source.compute_probe_logits(embedding)
     own = embedding if exported.embedding is None else exported.embedding
-    found = _logits(load_draft(exported, EmbeddingOnly(own)))
+    found = exported.compute_probe_logits(own)
     error = (found - expected).pow(2).mean().sqrt() / expected.pow(2).mean().sqrt()
     agreement = (found.argmax(-1) == expected.argmax(-1)).float().mean()
     return Verification(float(error), float(agreement))
-
-
-@torch.inference_mode()
-def _logits(draft: Eagle3Draft) -> Tensor:
-    """[2 * seq_len, draft_vocab], float32."""
-    config = draft.config
-    generator = torch.Generator().manual_seed(0)
-    tokens = torch.randint(config.vocab_size, (NUM_TOKENS,), generator=generator)
-    width = config.num_aux_layers * config.target_hidden_size
-    hidden = draft.fuse(torch.randn(NUM_TOKENS, width, generator=generator))
-    steps = []
-    for step in range(2):
-        memories: list[AttentionMemory] = [CausalMemory() for _ in draft.layers]
-        embedded = draft.embed(tokens.roll(-step), torch.float32)
-        hidden = draft.decode(embedded, hidden, torch.arange(1, NUM_TOKENS + 1) + step, memories)
-        normed = draft.norm(hidden)
-        steps.append(draft.lm_head(normed))
-        hidden = normed if config.norm_output else hidden
-    return torch.cat(steps)

@@ -9,15 +9,15 @@ from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors.torch import save_file
 from torch import Tensor
 
+from speculators_cli.core.drafts.trained_draft import EMBEDDING, TrainedDraft
 from speculators_cli.core.errors import ExportError
 from speculators_cli.core.export.targets import Target
 from speculators_cli.core.files import check_free_space, write_json
-from speculators_cli.core.models.draft_source import EMBEDDING, DraftSource
 from speculators_cli.core.models.repo_files import INDEX_NAME
 
 
 def cast_tensors(
-    source: DraftSource, dtype: torch.dtype, *, with_embedding: bool
+    source: TrainedDraft, dtype: torch.dtype, *, with_embedding: bool
 ) -> dict[str, Tensor]:
     """Everything that is written, under a checkpoint's names.
 

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from speculators_cli.core.models.attention import AttentionMemory
-from speculators_cli.core.models.config import Eagle3Config
+from speculators_cli.core.models.decoder_config import DecoderConfig
 from speculators_cli.core.models.rope import find_frequencies
 
 
@@ -46,7 +46,7 @@ class RotaryEmbedding(nn.Module):
 
     frequencies: Tensor  # [head_dim/2], float32: radians a position for each pair
 
-    def __init__(self, config: Eagle3Config) -> None:
+    def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
         frequencies, self.scale = find_frequencies(config)
         self.register_buffer("frequencies", frequencies, persistent=False)
@@ -80,7 +80,7 @@ class Attention(nn.Module):
         input_size: Width of the input: twice the hidden size in the first layer.
     """
 
-    def __init__(self, config: Eagle3Config, input_size: int) -> None:
+    def __init__(self, config: DecoderConfig, input_size: int) -> None:
         super().__init__()
         self.head_dim = config.head_dim
         self.q_proj = Linear(input_size, config.num_heads * config.head_dim)
@@ -111,7 +111,7 @@ class Attention(nn.Module):
 class MLP(nn.Module):
     """The gated feed-forward layer of Llama and Qwen3."""
 
-    def __init__(self, config: Eagle3Config) -> None:
+    def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
         self.gate_proj = Linear(config.hidden_size, config.intermediate_size)
         self.up_proj = Linear(config.hidden_size, config.intermediate_size)
@@ -126,7 +126,7 @@ class MLP(nn.Module):
 class DecoderLayer(nn.Module):
     """An ordinary decoder layer: every layer of a draft but its first."""
 
-    def __init__(self, config: Eagle3Config) -> None:
+    def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.self_attn = Attention(config, config.hidden_size)

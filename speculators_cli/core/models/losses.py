@@ -1,6 +1,7 @@
-"""How far the draft's distribution is from the verifier's, position by position."""
+"""Losses: how far the draft's distribution is from the verifier's, position by position."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch.nn.functional as F
 from torch import Tensor
@@ -16,5 +17,13 @@ def kl_loss(
     return per_token.sum(-1)
 
 
-Loss = Callable[[Tensor, Tensor], Tensor]
-LOSSES: dict[str, Loss] = {"kl": kl_loss}
+@dataclass(frozen=True)
+class Loss:
+    """One loss, and whether a fused kernel computes it together with the LM head."""
+
+    name: str
+    plain: Callable[[Tensor, Tensor], Tensor]
+    has_fused_kernel: bool
+
+
+LOSSES = {loss.name: loss for loss in (Loss("kl", kl_loss, has_fused_kernel=True),)}

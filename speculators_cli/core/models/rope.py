@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import LlamaConfig, PreTrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from speculators_cli.core.models.config import Eagle3Config
+from speculators_cli.core.models.decoder_config import DecoderConfig
 
 DEFAULT_THETA = 10000.0
 _LENGTH = "original_max_position_embeddings"
@@ -245,7 +245,7 @@ def _chosen_mscale(rope: Mapping[str, Any], max_position_embeddings: int) -> str
     return "long_mscale" if max_position_embeddings > rope[_LENGTH] else "short_mscale"
 
 
-def find_frequencies(config: Eagle3Config) -> tuple[Tensor, float]:
+def find_frequencies(config: DecoderConfig) -> tuple[Tensor, float]:
     """Radians a position for each pair, and what cosine and sine are multiplied by."""
     rope = dict(config.rope_parameters)
     kind = rope["rope_type"]

@@ -180,14 +180,6 @@ class FrozenVerifier:
         return torch.cat([self.logits(part, self.head).argmax(-1) for part in parts])
 
 
-class EmbeddingOnly(FrozenVerifier):
-    """The part of a verifier that drafting needs; a loss finds neither norm nor head here."""
-
-    def __init__(self, embedding: Tensor) -> None:
-        # The rows that a draft would start its head from; a loaded draft has a head already.
-        self.embedding = self.head = embedding
-
-
 def load_frozen_verifier(files: VerifierFiles, config: VerifierConfig) -> FrozenVerifier:
     """Read embedding, final norm and head on the CPU; nothing else of the verifier is read.
 

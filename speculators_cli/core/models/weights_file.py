@@ -7,10 +7,10 @@ from pathlib import Path
 
 from torch import Tensor
 
-from speculators_cli.core.data.formats.archive import Archive
-from speculators_cli.core.data.formats.structure import TensorSpec
 from speculators_cli.core.data.sample import BadSampleError
 from speculators_cli.core.reading import Tensors, UnreadableError, check_content, open_safetensors
+from speculators_cli.core.torch_file.archive import Archive
+from speculators_cli.core.torch_file.structure import TensorSpec
 
 CONVERT = "Convert the model to safetensors with `save_pretrained` of transformers"
 

@@ -21,12 +21,12 @@ from speculators_cli.core.data.data_config import (
 )
 from speculators_cli.core.data.dataset import find_files, is_sample_name
 from speculators_cli.core.data.formats import FORMATS
-from speculators_cli.core.data.formats.archive import Archive
-from speculators_cli.core.data.formats.structure import ITEM_BYTES
 from speculators_cli.core.data.sample import BadSampleError, Problem
 from speculators_cli.core.errors import DataError, MachineError, SettingsError
 from speculators_cli.core.files import TEMPORARY, check_output_dir, find_existing, sync
 from speculators_cli.core.progress import Progress
+from speculators_cli.core.torch_file.archive import Archive
+from speculators_cli.core.torch_file.structure import ITEM_BYTES
 from speculators_cli.settings.convert_v0 import ConvertV0Settings, FilesSettings
 
 if TYPE_CHECKING:

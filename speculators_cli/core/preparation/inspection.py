@@ -20,7 +20,6 @@ from speculators_cli.core.data.data_config import (
     resolve_layer_ids,
 )
 from speculators_cli.core.data.dataset import find_files, is_sample_name, spread_evenly
-from speculators_cli.core.data.formats.archive import Archive
 from speculators_cli.core.data.formats.detect import detect, read_again
 from speculators_cli.core.data.packing import plan_epoch
 from speculators_cli.core.data.sample import (
@@ -48,6 +47,7 @@ from speculators_cli.core.preparation.inspection_page import write_page
 from speculators_cli.core.preparation.inspection_report import Distribution, InspectionReport
 from speculators_cli.core.preparation.states import StatesReport, look_at_states
 from speculators_cli.core.progress import Progress
+from speculators_cli.core.torch_file.archive import Archive
 from speculators_cli.settings.inspect_data import InspectDataSettings, InspectSettings
 
 READERS = 8  # threads

@@ -5,10 +5,10 @@ Checksums tell damage; these tell a state that another program, or a person, has
 
 from pathlib import Path
 
+from speculators_cli.core.algorithms.draft_config import DraftConfig
 from speculators_cli.core.data.loader import BatchSource
+from speculators_cli.core.drafts.checkpoint_reader import MOMENTS_NAME, Checkpoint
 from speculators_cli.core.errors import CheckpointError
-from speculators_cli.core.models.checkpoint import MOMENTS_NAME, Checkpoint
-from speculators_cli.core.models.config import Eagle3Config
 from speculators_cli.core.models.repo_files import WEIGHTS_NAME
 from speculators_cli.core.models.train_state import TrainState
 from speculators_cli.core.reading import open_safetensors, refusing
@@ -19,7 +19,7 @@ MOST_MORE = 64  # times as many packed sequences a step as the flags ask for
 START_OVER = "Choose another checkpoint, or start over with `--no-resume-from-checkpoint`"
 
 
-def check_tensors(checkpoint: Checkpoint, config: Eagle3Config, *, train_head: bool) -> None:
+def check_tensors(checkpoint: Checkpoint, config: DraftConfig, *, train_head: bool) -> None:
     """Check names, shapes and types of weights and optimizer state; only headers are read.
 
     Raises:

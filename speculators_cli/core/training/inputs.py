@@ -3,7 +3,10 @@
 import shlex
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
+from speculators_cli.core.algorithms import ALGORITHMS
+from speculators_cli.core.algorithms.draft_config import DraftConfig
 from speculators_cli.core.data.data_config import (
     LayerIds,
     resolve_layer_ids,
@@ -11,9 +14,8 @@ from speculators_cli.core.data.data_config import (
 )
 from speculators_cli.core.data.dataset import Dataset, read_dataset, split, write_index
 from speculators_cli.core.data.vocab_map import VocabMap
+from speculators_cli.core.drafts.trained_draft import ASSUMED_HINT, TrainedDraft
 from speculators_cli.core.errors import DataError
-from speculators_cli.core.models.config import Eagle3Config
-from speculators_cli.core.models.draft_source import ASSUMED_HINT, DraftSource
 from speculators_cli.core.models.verifier import VerifierConfig, read_verifier_config
 from speculators_cli.core.models.verifier_files import VerifierFiles
 from speculators_cli.core.progress import Progress
@@ -31,50 +33,44 @@ class Inputs:
     verifier_files: VerifierFiles
     verifier_config: VerifierConfig
     layer_ids: LayerIds
-    source: DraftSource | None  # the trained draft to begin with
+    source: TrainedDraft | None  # the trained draft to begin with
 
-    def draft_config(self, settings: TrainSettings) -> Eagle3Config:
+    def draft_config(self, settings: TrainSettings) -> DraftConfig:
         """Shape and mathematics of the draft: sizes and RoPE are the verifier's."""
-        verifier, eagle3 = self.verifier_config, settings.eagle3
+        algorithm, verifier = ALGORITHMS[settings.draft.algorithm], self.verifier_config
+        fixed: dict[str, Any] = {
+            "target_layer_ids": self.layer_ids.ids,
+            "are_layer_ids_assumed": self.layer_ids.is_assumed,
+            "verifier_name_or_path": verifier.name_or_path,
+            "verifier_architectures": verifier.architectures,
+        }
         if self.source is not None:
-            return replace(
-                self.source.config,
-                target_layer_ids=self.layer_ids.ids,
-                are_layer_ids_assumed=self.layer_ids.is_assumed,
-                ttt_steps=eagle3.ttt_steps,
-                verifier_name_or_path=verifier.name_or_path,
-                verifier_architectures=verifier.architectures,
-            )
-        return Eagle3Config(
-            arch=settings.draft.draft_arch.value,
-            hidden_size=verifier.hidden_size,
-            target_hidden_size=verifier.hidden_size,
-            intermediate_size=verifier.intermediate_size,
-            num_layers=settings.draft.num_layers,
-            num_heads=verifier.num_heads,
-            num_kv_heads=verifier.num_kv_heads,
-            head_dim=verifier.head_dim,
-            rms_norm_eps=verifier.rms_norm_eps,
-            rope_parameters=verifier.rope_parameters,
-            max_position_embeddings=verifier.max_position_embeddings,
-            vocab_size=self.vocab_map.vocab_size,
-            draft_vocab_size=self.vocab_map.draft_vocab_size,
-            target_layer_ids=self.layer_ids.ids,
-            are_layer_ids_assumed=self.layer_ids.is_assumed,
-            norm_before_residual=eagle3.norm_before_residual,
-            norm_before_fc=eagle3.norm_before_fc,
-            fc_norm=eagle3.fc_norm,
-            norm_output=eagle3.norm_output,
-            ttt_steps=eagle3.ttt_steps,
-            verifier_name_or_path=verifier.name_or_path,
-            verifier_architectures=verifier.architectures,
-        )
+            config = replace(self.source.config, **fixed)
+            adapted: DraftConfig = algorithm.adapt_config(config, settings.algorithm_settings)
+            return adapted
+        shape: dict[str, Any] = {
+            "arch": settings.draft.draft_arch.value,
+            "hidden_size": verifier.hidden_size,
+            "target_hidden_size": verifier.hidden_size,
+            "intermediate_size": verifier.intermediate_size,
+            "num_layers": settings.draft.num_layers,
+            "num_heads": verifier.num_heads,
+            "num_kv_heads": verifier.num_kv_heads,
+            "head_dim": verifier.head_dim,
+            "rms_norm_eps": verifier.rms_norm_eps,
+            "rope_parameters": verifier.rope_parameters,
+            "max_position_embeddings": verifier.max_position_embeddings,
+            "vocab_size": self.vocab_map.vocab_size,
+            "draft_vocab_size": self.vocab_map.draft_vocab_size,
+        }
+        fresh: DraftConfig = algorithm.build_config(settings.algorithm_settings, shape | fixed)
+        return fresh
 
 
 def read_inputs(
     settings: TrainSettings,
     *,
-    source: DraftSource | None = None,
+    source: TrainedDraft | None = None,
     num_ranks: int,
     index_file: Path | None,
     progress: Progress,
@@ -241,7 +237,7 @@ def _can_validate(samples: Dataset, total_seq_len: int, progress: Progress) -> b
 
 
 def _warn_of_other_rope(
-    verifier: VerifierConfig, source: DraftSource | None, progress: Progress
+    verifier: VerifierConfig, source: TrainedDraft | None, progress: Progress
 ) -> None:
     """Warn where the draft layers cannot have the RoPE of the verifier, or theirs was assumed."""
     if source is not None:

@@ -88,6 +88,6 @@ def _adamw_class(use_fast_kernels: bool) -> type[torch.optim.AdamW]:
     if not use_fast_kernels:
         return torch.optim.AdamW
     # Triton is there where a GPU is.
-    from speculators_cli.core.training.adamw_kernel import OnePassAdamW
+    from speculators_cli.core.kernels.adamw import OnePassAdamW
 
     return OnePassAdamW

@@ -5,27 +5,18 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-import numpy as np
 import torch
 
+from speculators_cli.core.algorithms import ALGORITHMS
+from speculators_cli.core.algorithms.cost import Work, find_gpu
+from speculators_cli.core.algorithms.draft_config import DraftConfig
 from speculators_cli.core.data.dataset import Dataset
 from speculators_cli.core.data.packing import PackingPlan, plan_epoch
 from speculators_cli.core.files import check_output_dir, find_existing
-from speculators_cli.core.models.config import Eagle3Config
-from speculators_cli.core.models.cost import (
-    RowCounts,
-    count_flops,
-    count_parameters,
-    count_trained,
-    estimate_memory,
-    estimate_seconds,
-    find_gpu,
-)
-from speculators_cli.core.models.kernels import use_fast_kernels
 from speculators_cli.core.progress import Progress
 from speculators_cli.core.training.distributed import Ranks, start_ranks
 from speculators_cli.core.training.inputs import read_inputs
-from speculators_cli.core.training.run import choose_compute_dtype
+from speculators_cli.core.training.run import choose_compute_dtype, choose_kernels
 from speculators_cli.core.training.warm_start import read_warm_start
 from speculators_cli.settings.train import TrainSettings
 
@@ -51,6 +42,7 @@ class TrainPlan:
     useful_tflop_per_step: float  # of one rank
     seconds: float | None  # training steps alone
     memory_bytes_per_gpu: int | None  # peak
+    memory_terms_bytes: dict[str, int] | None  # what the peak is made of
     gpu_memory_bytes: int | None
     data_bytes: int  # read in each epoch
     bytes_per_second: float | None  # from disk, over all ranks
@@ -91,7 +83,7 @@ def plan(settings: TrainSettings, *, num_ranks: int | None, progress: Progress) 
 
 def _estimate(
     settings: TrainSettings,
-    config: Eagle3Config,
+    config: DraftConfig,
     samples: Dataset,
     num_validation_samples: int,
     ranks: Ranks,
@@ -107,35 +99,34 @@ def _estimate(
     )
     total_steps = packed.num_steps * settings.run.epochs
     total_steps = min(total_steps, settings.run.max_steps or total_steps)
-    rows = [_count_rows(sequence, samples, settings) for sequence in packed.sequences]
-    train_head = settings.eagle3.train_head
-    flops = sum(count_flops(config, row, train_head=train_head) for row in rows)
+    cost = ALGORITHMS[config.algorithm].cost
+    work = [_expect_work(sequence, samples, settings, config) for sequence in packed.sequences]
+    flops = sum(part.flops for part in work)
     flops_per_step = flops / max(packed.num_steps, 1) / ranks.num_ranks
-    parameters = count_parameters(config)
-    trained = count_trained(config, train_head=train_head)
+    parameters = config.count_parameters()
+    trained = cost.count_trained(config, settings.algorithm_settings)
     is_cuda = ranks.device.type == "cuda"
     device = torch.cuda.get_device_name() if is_cuda else "cpu"
     is_modelled = _runs_fast_in_bfloat16(settings, config, ranks.device)
     gpu = find_gpu(device) if is_modelled else None
-    seconds = total_steps * estimate_seconds(flops_per_step, trained, gpu) if gpu else None
+    seconds = total_steps * cost.estimate_seconds(flops_per_step, trained, gpu) if gpu else None
     data_bytes = sum(entry.stamp.num_bytes for entry in samples.entries)
     epochs = total_steps / max(packed.num_steps, 1)
     shards = {"shard": ranks.num_ranks, "replicate": 1, "auto": ranks.num_local_ranks}
-    memory = estimate_memory(
+    memory = cost.estimate_memory(
         config,
+        settings.algorithm_settings,
+        work,
         total_seq_len=settings.data.total_seq_len,
-        num_active=max(row.num_active for row in rows),
-        num_targets=max(row.num_targets for row in rows),
-        train_head=train_head,
         num_accumulated=per_rank,
         num_shards=shards[settings.distributed.sharding],
     )
-    tokens = sum(row.num_positions for row in rows)
+    tokens = sum(part.num_positions for part in work)
     return TrainPlan(
         num_samples=len(samples),
         num_validation_samples=num_validation_samples,
         tokens_per_epoch=tokens,
-        supervised_fraction=sum(row.num_targets for row in rows) / max(tokens, 1),
+        supervised_fraction=sum(part.num_targets for part in work) / max(tokens, 1),
         steps_per_epoch=packed.num_steps,
         total_steps=total_steps,
         num_ranks=ranks.num_ranks,
@@ -145,7 +136,8 @@ def _estimate(
         num_parameters=parameters,
         useful_tflop_per_step=flops_per_step / 1e12,
         seconds=seconds,
-        memory_bytes_per_gpu=memory if is_modelled else None,
+        memory_bytes_per_gpu=sum(memory.values()) if is_modelled else None,
+        memory_terms_bytes=dict(memory) if is_modelled else None,
         gpu_memory_bytes=torch.cuda.mem_get_info()[1] if is_cuda else None,
         data_bytes=data_bytes,
         bytes_per_second=data_bytes * epochs / seconds if seconds else None,
@@ -157,38 +149,29 @@ def _estimate(
 
 
 def _runs_fast_in_bfloat16(
-    settings: TrainSettings, config: Eagle3Config, device: torch.device
+    settings: TrainSettings, config: DraftConfig, device: torch.device
 ) -> bool:
-    dtype = choose_compute_dtype(settings, device)
-    is_fast = use_fast_kernels(
-        settings.distributed.kernels, device, dtype, head_dim=config.head_dim
-    )
-    return is_fast and dtype == torch.bfloat16
+    is_fast = choose_kernels(settings, config, device)
+    return is_fast and choose_compute_dtype(settings, device) == torch.bfloat16
 
 
-def _count_rows(sequence: tuple[int, ...], samples: Dataset, settings: TrainSettings) -> RowCounts:
-    """What headers tell: how many positions are supervised, not which."""
-    total_seq_len = settings.data.total_seq_len
+def _expect_work(
+    sequence: tuple[int, ...], samples: Dataset, settings: TrainSettings, config: DraftConfig
+) -> Work:
+    """The work of a packed sequence, from headers."""
     headers = [samples.entries[sample_id].header for sample_id in sequence]
-    lengths = np.array([min(header.num_tokens - 1, total_seq_len) for header in headers])
+    total_seq_len = settings.data.total_seq_len
+    lengths = [min(header.num_tokens - 1, total_seq_len) for header in headers]
     # Of a sample that is cut, at most what follows its first target.
     room = [
-        lengths[i] - header.first_target + 1 if header.has_target(total_seq_len) else 0
-        for i, header in enumerate(headers)
+        length - header.first_target + 1 if header.has_target(total_seq_len) else 0
+        for length, header in zip(lengths, headers, strict=True)
     ]
-    targets = np.minimum([header.num_supervised_tokens for header in headers], room)
-    # One turn a document: a few positions before its first supervised one are active too.
-    active = np.minimum(targets + settings.eagle3.ttt_steps - 1, lengths) * (targets > 0)
-    # As if supervised positions lay evenly over the document.
-    all_pairs = lengths * (lengths + 1) / 2
-    pairs = all_pairs * active / np.maximum(lengths, 1)
-    return RowCounts(
-        num_positions=int(lengths.sum()),
-        num_active=int(active.sum()),
-        num_needed=int(active.sum()),
-        num_targets=int(targets.sum()),
-        num_pairs=int(pairs.sum()),
-        num_all_pairs=int(all_pairs.sum()),
+    targets = [
+        min(header.num_supervised_tokens, most) for header, most in zip(headers, room, strict=True)
+    ]
+    return ALGORITHMS[config.algorithm].cost.expect_work(
+        config, settings.algorithm_settings, lengths, targets
     )
 
 

@@ -4,14 +4,14 @@ import json
 import time
 from dataclasses import asdict, dataclass, replace
 
+from speculators_cli.core.drafts.checkpoint_reader import Checkpoint
 from speculators_cli.core.errors import CheckpointError, DataError
-from speculators_cli.core.models.checkpoint import Checkpoint
 from speculators_cli.core.models.train_state import TrainState
 from speculators_cli.core.progress import Progress
-from speculators_cli.core.training.checkpoint import RunFolder
 from speculators_cli.core.training.checkpoint_checks import check_global_batch, check_tensors
 from speculators_cli.core.training.distributed import Ranks
 from speculators_cli.core.training.inputs import Inputs
+from speculators_cli.core.training.run_folder import RunFolder
 from speculators_cli.settings.base import Change, changes_on_resume
 from speculators_cli.settings.train import TrainSettings
 

@@ -7,20 +7,19 @@ from contextlib import closing, contextmanager
 
 import torch
 
+from speculators_cli.core.algorithms import ALGORITHMS
+from speculators_cli.core.algorithms.draft_config import DraftConfig
+from speculators_cli.core.algorithms.draft_model import DraftModel
 from speculators_cli.core.data.data_config import LayerIds
 from speculators_cli.core.data.dataset import Dataset
 from speculators_cli.core.data.loader import BatchLoader
 from speculators_cli.core.errors import MachineError, SpeculatorsError
 from speculators_cli.core.files import check_output_dir
-from speculators_cli.core.models.eagle3 import Eagle3Draft
-from speculators_cli.core.models.kernels import use_fast_kernels
-from speculators_cli.core.models.losses import LOSSES
+from speculators_cli.core.kernels.support import use_fast_kernels
 from speculators_cli.core.models.verifier import FrozenVerifier, load_frozen_verifier
 from speculators_cli.core.progress import Progress, SilentProgress
 from speculators_cli.core.signals import StopSignals
-from speculators_cli.core.training.checkpoint import RunFolder
 from speculators_cli.core.training.checkpoint_checks import check_progress
-from speculators_cli.core.training.checks import check_samples
 from speculators_cli.core.training.distributed import Ranks, shard, start_ranks
 from speculators_cli.core.training.inputs import Inputs, read_inputs
 from speculators_cli.core.training.loggers import SafeLogger, build_loggers
@@ -28,7 +27,9 @@ from speculators_cli.core.training.optimizer import Optimizer
 from speculators_cli.core.training.report import TrainReport
 from speculators_cli.core.training.resume import Start, find_start
 from speculators_cli.core.training.run_end import RunEnd, recording_end
+from speculators_cli.core.training.run_folder import RunFolder
 from speculators_cli.core.training.run_log import RunLog
+from speculators_cli.core.training.sample_check import check_samples
 from speculators_cli.core.training.save_path import INDEX_NAME, check_apart, check_save_path
 from speculators_cli.core.training.snapshot import restore
 from speculators_cli.core.training.trainer import Trainer
@@ -240,7 +241,7 @@ def build_trainer(
         log=RunLog(
             ranks=ranks,
             samples=inputs.samples,
-            loss_weights=draft.loss_weights,
+            draft=draft,
             num_epochs=settings.run.epochs,
             total_steps=total_steps,
             logger=logger,
@@ -249,28 +250,35 @@ def build_trainer(
     )
 
 
-def build_draft(settings: TrainSettings, inputs: Inputs, verifier: FrozenVerifier) -> Eagle3Draft:
-    """A fresh draft on the device of the verifier's frozen parts."""
-    config = inputs.draft_config(settings)
-    with verifier.head.device:
-        draft = Eagle3Draft(
-            config,
-            verifier,
-            inputs.vocab_map,
-            loss=LOSSES[settings.eagle3.loss],
-            loss_decay=settings.eagle3.ttt_step_loss_decay,
-            train_head=settings.eagle3.train_head,
-            use_fast_kernels=use_fast_kernels(
-                settings.distributed.kernels,
-                verifier.head.device,
-                choose_compute_dtype(settings, verifier.head.device),
-                head_dim=config.head_dim,
-            ),
-        )
-    draft.initialise(settings.run.seed)
+def build_draft(settings: TrainSettings, inputs: Inputs, verifier: FrozenVerifier) -> DraftModel:
+    """A fresh or a trained draft on the device of the verifier's frozen parts."""
+    algorithm, config = ALGORITHMS[settings.draft.algorithm], inputs.draft_config(settings)
+    draft = algorithm.build(
+        config,
+        verifier,
+        inputs.vocab_map,
+        settings.algorithm_settings,
+        use_fast_kernels=choose_kernels(settings, config, verifier.head.device),
+        seed=settings.run.seed,
+    )
     if inputs.source is not None:
         draft.load_state_dict(dict(inputs.source.weights))
     return draft
+
+
+def choose_kernels(settings: TrainSettings, config: DraftConfig, device: torch.device) -> bool:
+    """Whether a step computes with the fast kernels: `--kernels`, resolved.
+
+    Raises:
+        MachineError: They were asked for where they cannot run.
+    """
+    return use_fast_kernels(
+        settings.distributed.kernels,
+        device,
+        choose_compute_dtype(settings, device),
+        head_dim=config.head_dim,
+        is_supported=ALGORITHMS[config.algorithm].has_fast_kernels(settings.algorithm_settings),
+    )
 
 
 def build_loader(
@@ -328,7 +336,7 @@ def announce(
             "or set `CUDA_VISIBLE_DEVICES` to choose one",
         )
     progress.info(
-        f"Training eagle3 for `{settings.draft.verifier_name_or_path}`: "
+        f"Training {settings.draft.algorithm} for `{settings.draft.verifier_name_or_path}`: "
         f"{len(samples):,} samples, {samples.num_tokens:,} tokens "
         f"({samples.num_supervised_tokens:,} supervised), {ranks.num_ranks} "
         f"{'rank' if ranks.num_ranks == 1 else 'ranks'} on {ranks.device.type}, "
@@ -387,7 +395,7 @@ def make_report(
         acceptance_length=state.metrics.get("acceptance_length"),
         acceptance_rates=tuple(
             state.metrics[f"acceptance_rate_{step}"]
-            for step in range(settings.eagle3.ttt_steps)
+            for step in range(len(trainer.draft.loss_weights))
             if f"acceptance_rate_{step}" in state.metrics
         ),
         target_layer_ids=layer_ids.ids,

@@ -8,9 +8,9 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+from speculators_cli.core.algorithms.draft_model import DraftModel, StepSums
 from speculators_cli.core.data.batch import Batch
 from speculators_cli.core.data.dataset import Dataset
-from speculators_cli.core.models.ttt import StepSums
 from speculators_cli.core.progress import Progress, StepReport, ValidationReport
 from speculators_cli.core.training.distributed import Ranks
 from speculators_cli.core.training.loggers import SafeLogger
@@ -49,7 +49,7 @@ class RunLog:
     Args:
         ranks: The processes of the run, connected.
         samples: The training samples, to name broken ones.
-        loss_weights: Weight of each TTT step in the loss.
+        draft: The draft being trained.
         num_epochs: Epochs of the run.
         total_steps: Optimizer steps of the run.
         logger: Where the metrics go; None on other ranks and in a dry run.
@@ -61,7 +61,7 @@ class RunLog:
         *,
         ranks: Ranks,
         samples: Dataset,
-        loss_weights: tuple[float, ...],
+        draft: DraftModel,
         num_epochs: int,
         total_steps: int,
         logger: SafeLogger | None,
@@ -69,12 +69,12 @@ class RunLog:
     ) -> None:
         self.ranks = ranks
         self.samples = samples
-        self.loss_weights = loss_weights
+        self.draft = draft
         self.num_epochs = num_epochs
         self.total_steps = total_steps
         self.logger = logger
         self.progress = progress
-        self.sums = MetricSums(loss_weights)
+        self.sums = MetricSums.of(draft)
         self.waits = WaitWatch()
         self.broken: list[tuple[tuple[int, ...], Tensor]] = []
         self.clock, self.clock_step = time.perf_counter(), 0
@@ -124,7 +124,7 @@ class RunLog:
     ) -> None:
         """Reduce what was added up since the last log step, and tell of it. All ranks call."""
         metrics = self.sums.reduce(self.ranks)
-        self.sums = MetricSums(self.loss_weights)
+        self.sums = MetricSums.of(self.draft)
         now = time.perf_counter()
         seconds, steps = max(now - self.clock, 1e-9), max(step - self.clock_step, 1)
         self.clock, self.clock_step = now, step

@@ -8,9 +8,14 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
+from speculators_cli.core.drafts.checkpoint_reader import (
+    BEST_LINK,
+    find_foreign,
+    is_ours,
+    read_checkpoint,
+)
 from speculators_cli.core.errors import CheckpointError, SettingsError
 from speculators_cli.core.files import TEMPORARY
-from speculators_cli.core.models.checkpoint import BEST_LINK, find_foreign, is_ours, read_checkpoint
 from speculators_cli.core.models.repo_files import CONFIG_NAME
 from speculators_cli.core.models.train_state import is_checkpoint_name
 from speculators_cli.core.scratch import Scratch, remove

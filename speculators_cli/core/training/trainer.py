@@ -8,18 +8,18 @@ from typing import NoReturn
 
 import torch
 
+from speculators_cli.core.algorithms.draft_model import DraftModel
 from speculators_cli.core.data.batch import Batch, drop_non_finite
 from speculators_cli.core.data.loader import BatchSource
 from speculators_cli.core.data.noise import drop_and_add_noise
 from speculators_cli.core.errors import DivergedError, StoppedError
-from speculators_cli.core.models.draft import DraftModel
 from speculators_cli.core.models.train_state import TrainState
 from speculators_cli.core.signals import Interrupted, StopSignals
-from speculators_cli.core.training.checkpoint import RunFolder
 from speculators_cli.core.training.distributed import Ranks
 from speculators_cli.core.training.feed import DeviceFeed, StepBatches
 from speculators_cli.core.training.metrics import Metrics, MetricSums, are_finite
 from speculators_cli.core.training.optimizer import Optimizer, learning_rate
+from speculators_cli.core.training.run_folder import RunFolder
 from speculators_cli.core.training.run_log import RunLog
 from speculators_cli.core.training.snapshot import gather_moments, gather_weights
 from speculators_cli.settings.train import TrainSettings
@@ -170,7 +170,7 @@ class Trainer:
         if self.validation_loader is None:
             return None
         self.draft.eval()
-        sums = MetricSums(self.draft.loss_weights)
+        sums = MetricSums.of(self.draft)
         for (batch,) in self.feed.steps(self.validation_loader.epoch(0)):
             finite, _ = drop_non_finite(batch.cast(self.compute_dtype))
             sums.add(self.draft(finite), finite)
@@ -216,7 +216,7 @@ class Trainer:
             self.folder.save(
                 name,
                 tensors={**self.draft.frozen_tensors(), **weights},
-                config=self.draft.checkpoint_config(),
+                config=self.draft.config.to_json(),
                 trainer_tensors=moments,
                 state=replace(self.state, num_skipped_steps=int(self.optimizer.num_skipped)),
             )

@@ -2,11 +2,11 @@
 
 from typing import Any
 
+from speculators_cli.core.algorithms.overrides import Overrides
 from speculators_cli.core.data.data_config import LayerIds
 from speculators_cli.core.data.vocab_map import VocabMap
+from speculators_cli.core.drafts.trained_draft import TrainedDraft, read_draft
 from speculators_cli.core.errors import DataError, SettingsError
-from speculators_cli.core.models.draft_config import Given
-from speculators_cli.core.models.draft_source import DraftSource, read_draft
 from speculators_cli.core.models.verifier import VerifierConfig, read_verifier_config
 from speculators_cli.core.models.verifier_files import VerifierFiles
 from speculators_cli.core.progress import Progress
@@ -15,7 +15,7 @@ from speculators_cli.settings.train import TrainSettings
 FLAG = "--from-checkpoint"
 
 
-def read_warm_start(settings: TrainSettings) -> tuple[TrainSettings, DraftSource | None]:
+def read_warm_start(settings: TrainSettings) -> tuple[TrainSettings, TrainedDraft | None]:
     """The draft to begin with, if any, and the settings with what it fixes filled in.
 
     Raises:
@@ -28,10 +28,10 @@ def read_warm_start(settings: TrainSettings) -> tuple[TrainSettings, DraftSource
         return settings, None
     source = read_draft(
         draft.from_checkpoint,
-        Given(
+        Overrides(
             verifier_name_or_path=draft.verifier_name_or_path,
             target_layer_ids=draft.target_layer_ids,
-            ask_verifier=lambda name: read_verifier_config(
+            read_verifier=lambda name: read_verifier_config(
                 VerifierFiles(name), trust_remote_code=draft.trust_remote_code
             ),
         ),
@@ -42,12 +42,10 @@ def read_warm_start(settings: TrainSettings) -> tuple[TrainSettings, DraftSource
         "draft": {
             "num_layers": config.num_layers,
             "draft_arch": config.arch,
+            "algorithm": config.algorithm,
             "full_vocab": source.vocab_map.is_full,
         },
-        "eagle3": {
-            key: getattr(config, key)
-            for key in ("norm_before_residual", "norm_before_fc", "fc_norm", "norm_output")
-        },
+        config.algorithm: source.algorithm.fixed_settings(config),
     }
     # What was left out stays so: maps that were not given are not compared with the draft's.
     content = settings.model_dump(exclude_unset=True)
@@ -64,7 +62,7 @@ def read_warm_start(settings: TrainSettings) -> tuple[TrainSettings, DraftSource
     return TrainSettings.model_validate(content), source
 
 
-def check_fit(source: DraftSource, verifier: VerifierConfig, vocab_size: int) -> None:
+def check_fit(source: TrainedDraft, verifier: VerifierConfig, vocab_size: int) -> None:
     """Check that a draft is for a verifier.
 
     Raises:
@@ -84,7 +82,7 @@ def check_fit(source: DraftSource, verifier: VerifierConfig, vocab_size: int) ->
             )
 
 
-def choose_vocab_map(source: DraftSource, settings: TrainSettings) -> VocabMap:
+def choose_vocab_map(source: TrainedDraft, settings: TrainSettings) -> VocabMap:
     """The draft's own vocabulary, which maps that were given must agree with.
 
     Raises:
@@ -104,7 +102,7 @@ def choose_vocab_map(source: DraftSource, settings: TrainSettings) -> VocabMap:
 
 
 def choose_layer_ids(
-    source: DraftSource, found: LayerIds, *, is_given: bool, progress: Progress
+    source: TrainedDraft, found: LayerIds, *, is_given: bool, progress: Progress
 ) -> LayerIds:
     """The layers of the samples, which are the draft's; who knows them decides.
 

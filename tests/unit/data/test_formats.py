@@ -20,9 +20,9 @@ from hypothesis import strategies as st
 
 from speculators_cli.core.data.batch import collate
 from speculators_cli.core.data.formats import FORMATS, v1
-from speculators_cli.core.data.formats.archive_writer import ArchiveWriter
-from speculators_cli.core.data.formats.structure import TensorSpec
 from speculators_cli.core.data.sample import BadSampleError, Sample
+from speculators_cli.core.torch_file.archive_writer import ArchiveWriter
+from speculators_cli.core.torch_file.structure import TensorSpec
 
 S, HIDDEN, AUX = 7, 6, 3
 

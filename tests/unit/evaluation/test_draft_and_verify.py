@@ -6,14 +6,13 @@ from typing import Any
 import pytest
 import torch
 
+from speculators_cli.core.algorithms.drafter import Drafter
+from speculators_cli.core.algorithms.overrides import Overrides
 from speculators_cli.core.capture.capture import capture
 from speculators_cli.core.demo.demo import VERIFIER_DIR, read_prompts
+from speculators_cli.core.drafts.trained_draft import read_draft
 from speculators_cli.core.evaluation.draft_and_verify import evaluate
-from speculators_cli.core.models.draft_config import Given
-from speculators_cli.core.models.draft_source import read_draft
-from speculators_cli.core.models.drafter import Drafter
-from speculators_cli.core.models.eagle3 import Eagle3Draft, load_draft
-from speculators_cli.core.models.verifier import load_frozen_verifier, read_verifier_config
+from speculators_cli.core.models.verifier import load_embedding, read_verifier_config
 from speculators_cli.core.models.verifier_files import VerifierFiles
 from speculators_cli.core.models.verifier_model import VerifierModel
 from speculators_cli.core.progress import SilentProgress
@@ -81,11 +80,12 @@ def train_draft(data_dir: Path, save_path: Path, variant: str) -> Path:
     return report.checkpoint
 
 
-def load(checkpoint_dir: Path) -> Eagle3Draft:
-    source = read_draft(str(checkpoint_dir), Given(), flag="CHECKPOINT")
+def load(checkpoint_dir: Path) -> Drafter:
+    source = read_draft(str(checkpoint_dir), Overrides(), flag="CHECKPOINT")
     files = VerifierFiles(str(VERIFIER_DIR))
     config = read_verifier_config(files, trust_remote_code=False)
-    return load_draft(source, load_frozen_verifier(files, config))
+    embedding = load_embedding(files, config)
+    return source.build_drafter(embedding, num_draft_tokens=3)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -100,7 +100,7 @@ def test_counts_are_those_of_a_loop_without_caches(
 
     report = evaluate(
         verifier,
-        Drafter(load(checkpoint_dir), 3),
+        load(checkpoint_dir),
         prompts[:8],
         max_new_tokens=MAX_NEW_TOKENS,
         progress=SilentProgress(),

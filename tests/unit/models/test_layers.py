@@ -7,7 +7,7 @@ from transformers import LlamaConfig, Qwen3Config
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRotaryEmbedding
 from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer
 
-from speculators_cli.core.models.attention import TTTMemory
+from speculators_cli.core.algorithms.eagle3.attention import TTTMemory
 from speculators_cli.core.models.layers import DecoderLayer, Linear, RMSNorm, RotaryEmbedding
 from speculators_cli.core.models.rope import ROPE_TYPES
 from tests.drafts import make_config

@@ -12,10 +12,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from speculators_cli.core.algorithms.overrides import Overrides
+from speculators_cli.core.drafts.checkpoint_reader import find_checkpoints
+from speculators_cli.core.drafts.trained_draft import read_draft
 from speculators_cli.core.errors import CheckpointError
-from speculators_cli.core.models.checkpoint import find_checkpoints
-from speculators_cli.core.models.draft_config import Given
-from speculators_cli.core.models.draft_source import read_draft
 from speculators_cli.core.progress import SilentProgress
 from speculators_cli.core.training.run import train
 from tests.tiny import TinyInputs
@@ -124,7 +124,7 @@ def test_a_damaged_new_run_does_not_fall_back_to_the_run_before(
 ) -> None:
     with monkeypatch.context() as patch:
         patch.setattr(
-            "speculators_cli.core.training.checkpoint.RunFolder._discard", lambda *_: None
+            "speculators_cli.core.training.run_folder.RunFolder._discard", lambda *_: None
         )
         changes = {"resume_from_checkpoint": False, "epochs": 1, "max_steps": 3}
         train(trained.settings(run=changes), progress=SilentProgress())
@@ -141,7 +141,7 @@ def test_a_best_checkpoint_that_is_damaged_is_not_exported(trained: TinyInputs, 
     damage(trained.save_path / best.readlink())
 
     with pytest.raises(CheckpointError, match=reason):
-        read_draft(str(trained.save_path), Given(), flag="CHECKPOINT")
+        read_draft(str(trained.save_path), Overrides(), flag="CHECKPOINT")
 
 
 def tamper(folder: Path, name: str, **changes: Any) -> None:
@@ -283,7 +283,7 @@ def test_a_config_of_more_layers_than_tensors_is_refused_at_once(
     tamper(folder, "config.json", **changes)
 
     with pytest.raises(CheckpointError):
-        read_draft(str(folder), Given(), flag="CHECKPOINT")
+        read_draft(str(folder), Overrides(), flag="CHECKPOINT")
 
 
 def test_a_checkpoint_of_an_earlier_version_is_resumed(

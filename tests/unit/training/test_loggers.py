@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 import torch
 
+from speculators_cli.core.drafts.checkpoint_reader import find_checkpoints
 from speculators_cli.core.errors import MachineError, SettingsError
-from speculators_cli.core.models.checkpoint import find_checkpoints
 from speculators_cli.core.progress import SilentProgress
 from speculators_cli.core.training import loggers
 from speculators_cli.core.training.loggers import LOGGERS

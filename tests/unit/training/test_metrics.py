@@ -5,8 +5,9 @@ from typing import Any
 import pytest
 import torch
 
+from speculators_cli.core.algorithms.draft_model import StepSums
+from speculators_cli.core.algorithms.eagle3.objective import COUNTERS, RATIOS
 from speculators_cli.core.data.batch import Batch
-from speculators_cli.core.models.ttt import StepSums
 from speculators_cli.core.training.distributed import Ranks
 from speculators_cli.core.training.metrics import MetricSums
 
@@ -33,12 +34,13 @@ def make_batch(num_tokens: int, num_supervised: int, seq_len: int = 10) -> Batch
 
 def make_sums(losses: list[float], scored: list[int], agreed: list[int]) -> StepSums:
     counts = [torch.tensor(x) for x in (scored, agreed, [4, 2], [4, 2], [2, 1])]
-    return StepSums(torch.tensor(sum(losses)), torch.tensor(losses), *counts)
+    counters = dict(zip(COUNTERS, [torch.tensor(losses), *counts], strict=True))
+    return StepSums(torch.tensor(sum(losses)), counters)
 
 
 def test_a_loss_weighs_every_position_alike() -> None:
     # Trap: a mean of means would give (1/1 + 9/9) / 2 for step 0 whatever the counts.
-    sums = MetricSums(loss_weights=(1.0, 0.5))
+    sums = MetricSums(COUNTERS, RATIOS, (1.0, 0.5))
     sums.add(make_sums([10.0, 4.0], [1, 2], [1, 0]), make_batch(8, 3))
     sums.add(make_sums([9.0, 0.0], [9, 2], [0, 1]), make_batch(6, 1))
 
@@ -55,14 +57,14 @@ def test_a_loss_weighs_every_position_alike() -> None:
 
 
 def test_nothing_counted_is_unknown_and_no_number() -> None:
-    metrics = MetricSums(loss_weights=(1.0,)).reduce(ONE_RANK)
+    metrics = MetricSums(COUNTERS, RATIOS, (1.0,)).reduce(ONE_RANK)
 
     assert {name: value for name, value in metrics.items() if value is not None} == {"tokens": 0}
     assert {"loss", "acceptance_length", "supervised_fraction"} < metrics.keys()
 
 
 def test_a_step_that_nothing_reaches_leaves_the_loss_of_the_others() -> None:
-    sums = MetricSums(loss_weights=(1.0, 0.5))
+    sums = MetricSums(COUNTERS, RATIOS, (1.0, 0.5))
     sums.add(make_sums([10.0, 0.0], [4, 0], [1, 0]), make_batch(8, 3))
 
     metrics = sums.reduce(ONE_RANK)

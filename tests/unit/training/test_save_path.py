@@ -12,8 +12,8 @@ import pytest
 from speculators_cli.core.errors import CheckpointError, SettingsError
 from speculators_cli.core.files import check_output_dir
 from speculators_cli.core.progress import SilentProgress
-from speculators_cli.core.training.checkpoint import RunFolder
 from speculators_cli.core.training.run import train
+from speculators_cli.core.training.run_folder import RunFolder
 from tests.tiny import TinyInputs
 
 NOBODY = 65534

@@ -13,8 +13,8 @@ import torch
 
 from speculators_cli.cli.app import run
 from speculators_cli.core.data.loader import BatchLoader
+from speculators_cli.core.drafts.checkpoint_reader import find_checkpoints
 from speculators_cli.core.errors import StoppedError
-from speculators_cli.core.models.checkpoint import find_checkpoints
 from speculators_cli.core.progress import SilentProgress, StepReport
 from speculators_cli.core.signals import SAME_PRESS_SECONDS, STOP_SIGNALS, StopSignals
 from speculators_cli.core.training.run import train

@@ -8,9 +8,9 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from speculators_cli.core.data.formats.archive import Archive
-from speculators_cli.core.data.formats.structure import TensorSpec, find_common
 from speculators_cli.core.data.sample import BadSampleError, Sample, SampleTokens, check_ids
+from speculators_cli.core.torch_file.archive import Archive
+from speculators_cli.core.torch_file.structure import TensorSpec, find_common
 
 HIDDEN_STATE_DTYPES = ("bfloat16", "float16", "float32", "float64")
 INTEGER_DTYPES = ("uint8", "int8", "int16", "int32", "int64", "uint16", "uint32")

@@ -16,9 +16,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from speculators_cli.core.data.formats.stored import OpenFile, StoredStates
-from speculators_cli.core.data.formats.structure import ITEM_BYTES
 from speculators_cli.core.data.sample import BadSampleError
 from speculators_cli.core.files import open_regular
+from speculators_cli.core.torch_file.structure import ITEM_BYTES
 
 LENGTH = struct.Struct("<Q")
 MAX_HEADER_BYTES = 4 * 2**20  # of a sample: three tensors, some metadata

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
-from speculators_cli.core.data.formats.structure import ITEM_BYTES
 from speculators_cli.core.data.sample import BadSampleError, ChangedSampleError
+from speculators_cli.core.torch_file.structure import ITEM_BYTES
 
 if TYPE_CHECKING:
     import torch

@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from speculators_cli.core.data.formats.archive_writer import ArchiveWriter
 from speculators_cli.core.data.formats.format import Layout, SampleFormat, get_tensor
-from speculators_cli.core.data.formats.structure import TensorSpec
 from speculators_cli.core.data.sample import BadSampleError, Sample
 from speculators_cli.core.files import replacing
+from speculators_cli.core.torch_file.archive_writer import ArchiveWriter
+from speculators_cli.core.torch_file.structure import TensorSpec
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -1,0 +1,10 @@
+"""The algorithms: one line each."""
+
+from typing import Any
+
+from speculators_cli.core.algorithms.algorithm import Algorithm
+from speculators_cli.core.algorithms.eagle3.algorithm import Eagle3
+
+ALGORITHMS: dict[str, Algorithm[Any, Any]] = {
+    algorithm.name: algorithm for algorithm in (Eagle3(),)
+}

@@ -1,0 +1,110 @@
+"""Algorithm: how a draft model drafts, as the rest of the package sees it."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import Any, ClassVar, Generic, TypeVar
+
+from torch import Tensor
+
+from speculators_cli.core.algorithms.cost import CostModel
+from speculators_cli.core.algorithms.draft_config import DraftConfig
+from speculators_cli.core.algorithms.draft_model import DraftModel
+from speculators_cli.core.algorithms.drafter import Drafter
+from speculators_cli.core.algorithms.overrides import Overrides
+from speculators_cli.core.data.vocab_map import VocabMap
+from speculators_cli.core.models.verifier import FrozenVerifier
+from speculators_cli.settings.base import Settings
+
+ConfigT = TypeVar("ConfigT", bound=DraftConfig)
+SettingsT = TypeVar("SettingsT", bound=Settings)
+
+
+class Algorithm(ABC, Generic[ConfigT, SettingsT]):
+    """One way of drafting: its config, its training, its drafter and its cost."""
+
+    name: ClassVar[str]  # in `--algorithm`, in checkpoints and in settings: the section's name
+    settings_class: ClassVar[type[Settings]]  # the section of `speculators train`
+    cost: CostModel[ConfigT, SettingsT]  # of a training step
+
+    @abstractmethod
+    def recognises(self, content: Mapping[str, Any]) -> bool:
+        """Whether the content of a config.json is of a draft of this algorithm."""
+
+    @abstractmethod
+    def read_config(
+        self, content: Mapping[str, Any], overrides: Overrides, *, name: str
+    ) -> ConfigT:
+        """The config of a trained draft, whoever wrote it.
+
+        Args:
+            content: Of its config.json.
+            overrides: Values that replace it, or stand in where it has none.
+            name: The draft's, for messages.
+
+        Raises:
+            CheckpointError: It is no draft of this algorithm, or one that this package does not
+                compute.
+        """
+
+    @abstractmethod
+    def build_config(self, settings: SettingsT, shape: Mapping[str, Any]) -> ConfigT:
+        """The config of a fresh draft.
+
+        Args:
+            settings: The section of the run's settings.
+            shape: The fields that every `DraftConfig` has.
+        """
+
+    @abstractmethod
+    def adapt_config(self, config: ConfigT, settings: SettingsT) -> ConfigT:
+        """The config of a trained draft that is trained further with these settings."""
+
+    @abstractmethod
+    def fixed_settings(self, config: ConfigT) -> dict[str, Any]:
+        """Settings of the section that a trained draft fixes."""
+
+    @abstractmethod
+    def has_fast_kernels(self, settings: SettingsT) -> bool:
+        """Whether the kernels of a GPU compute all that these settings ask for."""
+
+    @abstractmethod
+    def build(
+        self,
+        config: ConfigT,
+        verifier: FrozenVerifier,
+        vocab_map: VocabMap,
+        settings: SettingsT,
+        *,
+        use_fast_kernels: bool,
+        seed: int,
+    ) -> DraftModel:
+        """A fresh draft on the device of the verifier's frozen parts, ready to train."""
+
+    @abstractmethod
+    def build_drafter(
+        self,
+        config: ConfigT,
+        weights: Mapping[str, Tensor],
+        embedding: Tensor,
+        kept_ids: Tensor,
+        *,
+        num_draft_tokens: int,
+    ) -> Drafter:
+        """A trained draft that proposes tokens, in float32, on the device of the embedding.
+
+        Args:
+            config: Of the draft.
+            weights: Those of `config.tensor_shapes()`.
+            embedding: [vocab, hidden]: the verifier's, or the draft's own.
+            kept_ids: [draft_vocab], int64: the verifier ids of draft ids.
+            num_draft_tokens: Tokens it proposes for one verifier pass.
+        """
+
+    @abstractmethod
+    def compute_probe_logits(
+        self, config: ConfigT, weights: Mapping[str, Tensor], embedding: Tensor
+    ) -> Tensor:
+        """Logits of a trained draft over fixed random inputs; [rows, draft_vocab], float32.
+
+        Two drafts that give the same logits compute the same: `export` compares them.
+        """

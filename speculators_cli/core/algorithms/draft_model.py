@@ -1,0 +1,70 @@
+"""DraftModel: all that the training loop knows of a draft model."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from speculators_cli.core.algorithms.draft_config import DraftConfig
+from speculators_cli.core.data.batch import Batch
+
+
+class StepSums(NamedTuple):
+    """What a draft adds up over the positions of a packed sequence.
+
+    A named tuple, since FSDP2 must find the loss in what a draft returns: torch 2.11 does not look
+    into dataclasses, and silently leaves gradients unreduced.
+    """
+
+    loss: Tensor  # float32 scalar: what is trained on; carries the gradient
+    counters: dict[str, Tensor]  # sums and counts by name, each [predictions]
+
+    def stacked(self) -> Tensor:
+        """All counters as one tensor without gradient; [counters, predictions], float64."""
+        return torch.stack([sums.detach().double() for sums in self.counters.values()])
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """A metric of each prediction: one counter divided by another."""
+
+    metric: str
+    numerator: str
+    denominator: str
+
+
+class DraftModel(nn.Module, ABC):
+    """A draft model being trained; its parameters are what is sharded, trained and saved.
+
+    A draft makes one or more predictions at each position: tokens one, two, ... ahead.
+    """
+
+    config: DraftConfig
+    counters: ClassVar[tuple[str, ...]]  # names in `StepSums.counters`, in order
+    # Metrics of each prediction; `loss` and `acceptance_rate` are among them.
+    ratios: ClassVar[tuple[Ratio, ...]]
+    use_fast_kernels: bool  # whether a step computes with the kernels of a GPU
+
+    @property
+    @abstractmethod
+    def loss_weights(self) -> tuple[float, ...]:
+        """Weight of each prediction in the loss."""
+
+    @abstractmethod
+    def count_scored(self, batch: Batch) -> Tensor:
+        """Positions at which each prediction is scored, from masks only; [predictions], int64."""
+
+    @abstractmethod
+    def forward(self, batch: Batch, weights: Tensor | None = None) -> StepSums:
+        """Score a batch that is on the device, in the compute dtype.
+
+        `weights`, [predictions], float32, is what a scored position of each prediction weighs in
+        the loss, by default 1. A backward begins at the loss itself, not at a multiple of it.
+        """
+
+    @abstractmethod
+    def frozen_tensors(self) -> Mapping[str, Tensor]:
+        """Tensors of the checkpoint that are not among the parameters."""

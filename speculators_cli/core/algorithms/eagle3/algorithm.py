@@ -1,0 +1,126 @@
+"""EAGLE-3 (arXiv 2503.01840), as the table of algorithms has it."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from speculators_cli.core.algorithms.algorithm import Algorithm
+from speculators_cli.core.algorithms.eagle3.config import Eagle3Config
+from speculators_cli.core.algorithms.eagle3.config_reader import is_eagle3, read_draft_config
+from speculators_cli.core.algorithms.eagle3.cost import Eagle3Cost
+from speculators_cli.core.algorithms.eagle3.draft import Eagle3Draft
+from speculators_cli.core.algorithms.eagle3.drafter import Eagle3Drafter
+from speculators_cli.core.algorithms.eagle3.training import Eagle3Training
+from speculators_cli.core.algorithms.overrides import Overrides
+from speculators_cli.core.data.vocab_map import VocabMap
+from speculators_cli.core.models.attention import CausalMemory
+from speculators_cli.core.models.losses import LOSSES
+from speculators_cli.core.models.verifier import FrozenVerifier
+from speculators_cli.settings.algorithms.eagle3 import Eagle3Settings
+
+# Switches of the draft's mathematics, named alike in settings and config.
+SWITCHES = ("norm_before_residual", "norm_before_fc", "fc_norm", "norm_output")
+NUM_PROBE_TOKENS = 32
+
+
+class Eagle3(Algorithm[Eagle3Config, Eagle3Settings]):
+    """The draft reads aux hidden states, then its own: one token per step."""
+
+    name = "eagle3"
+    settings_class = Eagle3Settings
+    cost = Eagle3Cost()
+
+    def recognises(self, content: Mapping[str, Any]) -> bool:
+        """Whether the content of a config.json is of an EAGLE-3 draft, speculators or plain."""
+        return is_eagle3(content)
+
+    def read_config(
+        self, content: Mapping[str, Any], overrides: Overrides, *, name: str
+    ) -> Eagle3Config:
+        """The config of a trained draft, whoever wrote it."""
+        return read_draft_config(content, overrides, name=name)
+
+    def build_config(self, settings: Eagle3Settings, shape: Mapping[str, Any]) -> Eagle3Config:
+        """The config of a fresh draft."""
+        switches = {name: getattr(settings, name) for name in SWITCHES}
+        return Eagle3Config(**shape, **switches, ttt_steps=settings.ttt_steps)
+
+    def adapt_config(self, config: Eagle3Config, settings: Eagle3Settings) -> Eagle3Config:
+        """The config of a trained draft that is trained further: the TTT steps may change."""
+        return replace(config, ttt_steps=settings.ttt_steps)
+
+    def fixed_settings(self, config: Eagle3Config) -> dict[str, Any]:
+        """Settings of the section that a trained draft fixes."""
+        return {name: getattr(config, name) for name in SWITCHES}
+
+    def has_fast_kernels(self, settings: Eagle3Settings) -> bool:
+        """Whether the loss has a fused kernel; every other part has one."""
+        return LOSSES[settings.loss].has_fused_kernel
+
+    def build(
+        self,
+        config: Eagle3Config,
+        verifier: FrozenVerifier,
+        vocab_map: VocabMap,
+        settings: Eagle3Settings,
+        *,
+        use_fast_kernels: bool,
+        seed: int,
+    ) -> Eagle3Training:
+        """A fresh draft on the device of the verifier's frozen parts, ready to train."""
+        with verifier.head.device:
+            draft = Eagle3Training(
+                config,
+                verifier,
+                vocab_map,
+                loss=LOSSES[settings.loss],
+                loss_decay=settings.ttt_step_loss_decay,
+                train_head=settings.train_head,
+                use_fast_kernels=use_fast_kernels,
+            )
+        draft.initialise(seed)
+        return draft
+
+    def build_drafter(
+        self,
+        config: Eagle3Config,
+        weights: Mapping[str, Tensor],
+        embedding: Tensor,
+        kept_ids: Tensor,
+        *,
+        num_draft_tokens: int,
+    ) -> Eagle3Drafter:
+        """A trained draft that proposes a chain of tokens."""
+        draft = load_draft(config, weights, embedding)
+        return Eagle3Drafter(draft, kept_ids.to(embedding.device), num_draft_tokens)
+
+    @torch.inference_mode()
+    def compute_probe_logits(
+        self, config: Eagle3Config, weights: Mapping[str, Tensor], embedding: Tensor
+    ) -> Tensor:
+        """Logits of two steps over random tokens and hidden states; [rows, draft_vocab]."""
+        draft = load_draft(config, weights, embedding)
+        generator = torch.Generator().manual_seed(0)
+        tokens = torch.randint(config.vocab_size, (NUM_PROBE_TOKENS,), generator=generator)
+        width = config.num_aux_layers * config.target_hidden_size
+        hidden = draft.fuse(torch.randn(NUM_PROBE_TOKENS, width, generator=generator))
+        positions = torch.arange(1, NUM_PROBE_TOKENS + 1)
+        logits = []
+        for step in range(2):
+            memories = [CausalMemory() for _ in draft.layers]
+            normed, hidden = draft.step(tokens.roll(-step), hidden, positions + step, memories)
+            logits.append(draft.lm_head(normed))
+        return torch.cat(logits)
+
+
+def load_draft(
+    config: Eagle3Config, weights: Mapping[str, Tensor], embedding: Tensor
+) -> Eagle3Draft:
+    """A trained draft on the device of the verifier's embedding, in float32."""
+    with embedding.device:
+        draft = Eagle3Draft(config, embedding)
+    draft.load_state_dict(dict(weights))
+    return draft.eval()

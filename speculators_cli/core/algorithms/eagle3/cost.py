@@ -1,0 +1,190 @@
+"""What an EAGLE-3 training step costs.
+
+Operations are those that a loss and its gradients need, and no others: matrix products at 2 per
+multiply-add, attention over the keys that a query sees. Norms, rotations and activations are left
+out; they are a few operations per value. Memory and time are models of the fast kernels' step,
+fitted to an H100; docs/how-to/measure-speed.md has their errors.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from speculators_cli.core.algorithms.cost import CostModel, Gpu, Work
+from speculators_cli.core.algorithms.eagle3.config import Eagle3Config
+from speculators_cli.core.algorithms.eagle3.objective import scored_positions
+from speculators_cli.core.kernels.logit_chunks import chunk_size
+from speculators_cli.settings.algorithms.eagle3 import Eagle3Settings
+
+# Share of the data sheet's operations that the step's part in proportion to them reached, and bytes
+# moved for each trained parameter: casts, gradients, norm and optimizer.
+FLOPS_REACHED = 0.617
+BYTES_PER_PARAMETER = 75
+
+
+@dataclass(frozen=True)
+class RowCounts:
+    """How many rows of a packed sequence what part of a step works on."""
+
+    num_positions: int  # of documents
+    num_active: int  # are scored in some TTT step
+    num_needed: int  # are read as some active position's token
+    num_targets: int  # supervised
+    num_pairs: int  # of an active row and a key it sees in step 0
+    num_all_pairs: int  # of any position and a key it sees
+
+
+class Eagle3Cost(CostModel[Eagle3Config, Eagle3Settings]):
+    """The cost of a step that computes active rows only."""
+
+    def count_work(
+        self,
+        config: Eagle3Config,
+        settings: Eagle3Settings,
+        loss_mask: Tensor,
+        lengths: Sequence[int],
+    ) -> Work:
+        """The work of one packed sequence, from its masks."""
+        return _make_work(config, settings, count_rows(loss_mask, lengths, config.ttt_steps))
+
+    def expect_work(
+        self,
+        config: Eagle3Config,
+        settings: Eagle3Settings,
+        lengths: Sequence[int],
+        num_targets: Sequence[int],
+    ) -> Work:
+        """The same from headers only, as if supervised positions lay evenly over a document."""
+        sizes, targets = np.array(lengths), np.minimum(num_targets, lengths)
+        # One turn per document: a few positions before its first supervised one are active too.
+        active = np.minimum(targets + config.ttt_steps - 1, sizes) * (targets > 0)
+        all_pairs = sizes * (sizes + 1) / 2
+        pairs = all_pairs * active / np.maximum(sizes, 1)
+        rows = RowCounts(
+            num_positions=int(sizes.sum()),
+            num_active=int(active.sum()),
+            num_needed=int(active.sum()),
+            num_targets=int(targets.sum()),
+            num_pairs=int(pairs.sum()),
+            num_all_pairs=int(all_pairs.sum()),
+        )
+        return _make_work(config, settings, rows)
+
+    def count_trained(self, config: Eagle3Config, settings: Eagle3Settings) -> int:
+        """Weights that the optimizer updates."""
+        frozen = 0 if settings.train_head else config.draft_vocab_size * config.hidden_size
+        return config.count_parameters() - frozen
+
+    def estimate_memory(
+        self,
+        config: Eagle3Config,
+        settings: Eagle3Settings,
+        work: Sequence[Work],
+        *,
+        total_seq_len: int,
+        num_accumulated: int = 1,
+        num_shards: int = 1,
+    ) -> Mapping[str, int]:
+        """Bytes on a GPU at the peak of a step in bfloat16, by what for.
+
+        The peak comes either in the loss, when a chunk's logits are there, or in the first layer of
+        the backward, when its feed-forward weights' gradients are: by then no other gradient is but
+        the LM head's, unless an earlier sequence of the step left its own. Gradients of activations
+        take the place of activations. All sequences of a step are on the GPU, and those of the
+        next.
+        """
+        num_active = max(part.num_active for part in work)
+        num_targets = max(part.num_targets for part in work)
+        size, inner, steps = config.hidden_size, config.intermediate_size, config.ttt_steps
+        query, kv = config.num_heads * config.head_dim, 2 * config.num_kv_heads * config.head_dim
+        head = config.draft_vocab_size * size
+        parameters, trained = config.count_parameters(), self.count_trained(config, settings)
+        # float32 weights and two moments; bfloat16 working weights.
+        states = 4 * parameters + 8 * trained + 2 * parameters
+        if num_shards > 1:
+            states = (4 * parameters + 8 * trained) // num_shards + 6 * parameters
+        verifier = 2 * 2 * config.vocab_size * size
+        if config.draft_vocab_size != config.vocab_size:
+            verifier += 2 * head
+        rows = total_seq_len * config.num_aux_layers + num_targets
+        # Of a layer: inputs of its products and norms, what attention and the gate keep.
+        row = 2 * (3 * size + 2 * query + kv + kv // 2 + 3 * inner)
+        chunk = chunk_size(steps, config.draft_vocab_size)
+        pairs = steps * min(num_active, chunk) + min(num_targets, chunk)
+        gradients = 4 * head if settings.train_head else 0
+        if num_accumulated > 1:
+            gradients = 4 * trained // num_shards
+        return {
+            "weights_and_optimizer": states,
+            "verifier": verifier,
+            "batches": 2 * num_accumulated * 2 * rows * config.target_hidden_size,
+            "activations": steps * num_active * (config.num_layers * row + 2 * 3 * size)
+            + (config.num_layers - 1) * (total_seq_len - num_active) * row
+            + 2 * total_seq_len * (3 * size + query + 2 * kv),
+            "gradients": gradients,
+            "logits_or_feed_forward_gradients": max(
+                2 * pairs * config.draft_vocab_size, 4 * 3 * size * inner
+            ),
+        }
+
+    def estimate_seconds(self, flops: float, num_trained: int, gpu: Gpu) -> float:
+        """Seconds of an optimizer step with this many operations."""
+        moving = num_trained * BYTES_PER_PARAMETER / gpu.bandwidth
+        return flops / (FLOPS_REACHED * gpu.flops) + moving
+
+
+def _make_work(config: Eagle3Config, settings: Eagle3Settings, rows: RowCounts) -> Work:
+    flops = count_flops(config, rows, train_head=settings.train_head)
+    return Work(rows.num_positions, rows.num_targets, rows.num_active, flops)
+
+
+def count_rows(
+    loss_mask: Tensor,  # [seq_len], bool, on the CPU
+    lengths: Sequence[int],  # of documents
+    num_steps: int,
+) -> RowCounts:
+    """Count the rows of one packed sequence."""
+    documents = torch.full(loss_mask.shape, -1, dtype=torch.int64)
+    places = torch.zeros_like(documents)
+    start = 0
+    for index, length in enumerate(lengths):
+        documents[start : start + length] = index
+        places[start : start + length] = torch.arange(1, length + 1)
+        start += length
+    active = scored_positions(loss_mask, documents, num_steps).any(0)
+    needed = active.clone()
+    for step in range(1, min(num_steps, len(active))):
+        needed[step:] |= active[: len(active) - step]
+    return RowCounts(
+        num_positions=start,
+        num_active=int(active.sum()),
+        num_needed=int(needed.sum()),
+        num_targets=int((loss_mask & (documents >= 0)).sum()),
+        num_pairs=int(places[active].sum()),
+        num_all_pairs=int(places.sum()),
+    )
+
+
+def count_flops(config: Eagle3Config, rows: RowCounts, *, train_head: bool) -> float:
+    """Floating-point operations of forward and backward over one packed sequence."""
+    size, inner, steps = config.hidden_size, config.intermediate_size, config.ttt_steps
+    query, kv = config.num_heads * config.head_dim, 2 * config.num_kv_heads * config.head_dim
+    everything, active = rows.num_positions, rows.num_active
+    # Products without a gradient of their input count forward and weight gradient only.
+    products = 2 * everything * size * config.num_aux_layers * config.target_hidden_size
+    products += 2 * size * (rows.num_needed * query + everything * kv)
+    for layer in range(config.num_layers):
+        is_last = layer == config.num_layers - 1
+        first = active if is_last else everything
+        rest = (steps - 1) * active
+        products += 3 * size * kv * (everything + rest)
+        products += 3 * (2 * size * query + 3 * size * inner) * (first + rest)
+    head = config.draft_vocab_size * size * rows.num_targets
+    products += head + head * steps * (3 if train_head else 2)
+    # Scores and values forward, five products backward.
+    pairs = steps * rows.num_pairs * config.num_layers
+    pairs += (config.num_layers - 1) * (rows.num_all_pairs - rows.num_pairs)
+    return 2.0 * (products + 7 * pairs * query)

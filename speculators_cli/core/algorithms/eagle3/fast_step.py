@@ -1,0 +1,240 @@
+"""The training step over active rows: the same function as the plain forward."""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from speculators_cli.core.algorithms.draft_model import StepSums
+from speculators_cli.core.algorithms.eagle3.active_rows import ActiveRows, find_active_rows
+from speculators_cli.core.algorithms.eagle3.draft import Eagle3Draft, FirstLayer
+from speculators_cli.core.algorithms.eagle3.objective import sum_steps
+from speculators_cli.core.data.batch import Batch
+from speculators_cli.core.kernels.joint_attention import joint_attention
+from speculators_cli.core.kernels.linear_kl import Targets, linear_kl
+from speculators_cli.core.kernels.rms_norm import rms_norm
+from speculators_cli.core.kernels.rotary import rotate
+from speculators_cli.core.kernels.shared import SharedRows, SharedWeight, gather
+from speculators_cli.core.kernels.spans import Spans
+from speculators_cli.core.kernels.swiglu import swiglu
+from speculators_cli.core.models.layers import DecoderLayer, RMSNorm
+from speculators_cli.core.models.verifier import FrozenVerifier
+
+Rope = tuple[Tensor, Tensor]
+
+
+def unroll(draft: Eagle3Draft, batch: Batch, targets: Targets, weights: Tensor) -> StepSums:
+    """Unroll the draft over the rows that can reach a loss.
+
+    Args:
+        draft: Its weights are read once, cast to the dtype of the batch.
+        batch: On the device.
+        targets: Of the batch.
+        weights: [steps], float32: what a position of each TTT step weighs in the loss.
+    """
+    config, dtype = draft.config, batch.aux_hidden_states.dtype
+    rows = find_active_rows(batch, config.ttt_steps)
+    fc = SharedWeight([draft.fc.weight], dtype)
+    hidden = fc.linear(draft.normed_aux(batch.aux_hidden_states))
+    layers = build_layers(draft, batch, rows)
+    active_positions = batch.position_ids[rows.rows]
+    # A row's steps beside each other, as the loss wants them.
+    stacked = hidden.new_empty(len(rows.rows), config.ttt_steps, config.hidden_size)
+    normed_steps = []
+    for step in range(config.ttt_steps):
+        positions = batch.position_ids if step == 0 else active_positions + step
+        residual = None
+        for layer in layers:
+            hidden, residual = layer(hidden, residual, positions, active_positions + step)
+        normed, hidden = apply_norm(draft.norm, hidden, add=residual, into=stacked[:, step])
+        normed_steps.append(normed)
+        hidden = draft.choose_fed_back(hidden, normed)
+    return score(draft, rows, stacked, normed_steps, targets, weights)
+
+
+def apply_norm(
+    norm: RMSNorm, x: Tensor, *, add: Tensor | None = None, into: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """`x + add` normalised, and `x + add` to go on with."""
+    return rms_norm(x, norm.weight, norm.eps, add=add, into=into)
+
+
+class FastLayer:
+    """A decoder layer in one batch: its working weights, and the keys of the steps so far.
+
+    Args:
+        layer: Whose weights these are.
+        rows: The active rows.
+        rope: Cosine and sine by position.
+        embedded: [seq_len, hidden]: normalised embeddings, without their gain, for a first layer.
+        is_last: Whether step 0 leaves off the other rows once their keys are known.
+    """
+
+    def __init__(
+        self,
+        layer: FirstLayer | DecoderLayer,
+        rows: ActiveRows,
+        rope: Rope,
+        dtype: torch.dtype,
+        *,
+        embedded: Tensor | None,
+        is_last: bool,
+    ) -> None:
+        self.layer, self.rows, self.rope, self.is_last = layer, rows, rope, is_last
+        self.step = 0
+        self.keys: list[Tensor] = []
+        self.values: list[Tensor] = []
+        attention, mlp = layer.self_attn, layer.mlp
+        projections = (attention.q_proj, attention.k_proj, attention.v_proj)
+        q, k, v = (projection.weight for projection in projections)
+        # What the token embeddings add, and where the rows of each step find it.
+        self.query_rows: SharedRows | None = None
+        self.kv_rows: SharedRows | None = None
+        self.kv_places = (None, *rows.shifted_rows[1:])
+        self.query_places = rows.needed_rows if is_last else self.kv_places
+        if isinstance(layer, FirstLayer):
+            assert embedded is not None
+            gain = layer.input_layernorm.weight
+            halves = [weight.split(len(gain), dim=1) for weight in (q, k, v)]
+            (embedding_q, q), (embedding_k, k), (embedding_v, v) = halves
+            embedding_kv = [embedding_k, embedding_v]
+            needed = embedded.index_select(0, rows.needed) if is_last else embedded
+            self.query_rows = SharedRows(
+                SharedWeight([embedding_q], dtype, gain=gain).linear(needed)
+            )
+            self.kv_rows = SharedRows(SharedWeight(embedding_kv, dtype, gain=gain).linear(embedded))
+        self.q = SharedWeight([q], dtype)
+        self.kv = SharedWeight([k, v], dtype)
+        self.o = SharedWeight([attention.o_proj.weight], dtype)
+        self.gate_up = SharedWeight([mlp.gate_proj.weight, mlp.up_proj.weight], dtype)
+        self.down = SharedWeight([mlp.down_proj.weight], dtype)
+
+    def __call__(
+        self,
+        hidden: Tensor,
+        residual: Tensor | None,
+        positions: Tensor,
+        active_positions: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        """One TTT step.
+
+        Args:
+            hidden: [seq_len, hidden] in step 0, [active, hidden] later.
+            residual: As `hidden`: what the next norm is to add to it; None in a first layer.
+            positions: Of the rows of `hidden` in their documents, this step's shift added.
+            active_positions: The same of the active rows.
+
+        Returns:
+            Rows of `hidden`, active rows only in the last layer; what is to be added to them.
+        """
+        layer, rows = self.layer, self.rows
+        narrows = self.step == 0 and self.is_last
+        keeps_all = self.step == 0 and not self.is_last
+        if isinstance(layer, FirstLayer):
+            normed, residual = apply_norm(layer.hidden_norm, hidden)
+            residual = normed if layer.norm_before_residual else residual
+        else:
+            normed, residual = apply_norm(layer.input_layernorm, hidden, add=residual)
+        key, value = self.project_kv(normed, positions)
+        self.keys.append(key)
+        self.values.append(value)
+        if narrows:
+            is_shared = residual is normed
+            normed = gather(normed, rows.rows, rows.places)
+            residual = normed if is_shared else gather(residual, rows.rows, rows.places)
+        spans = rows.all_spans if keeps_all else rows.spans
+        query = self.project_query(normed, positions if keeps_all else active_positions, spans)
+        attended = joint_attention(query, self.keys, self.values, spans)
+        hidden = self.o.linear(attended.flatten(1))
+        normed, residual = apply_norm(layer.post_attention_layernorm, hidden, add=residual)
+        activated = swiglu(self.gate_up.linear(normed))
+        self.step += 1
+        return self.down.linear(activated), residual
+
+    def project_kv(self, normed: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values of these rows, each [rows, kv_heads, head_dim]."""
+        attention = self.layer.self_attn
+        projected = self.kv.linear(normed, add=self.read(self.kv_rows, self.kv_places))
+        key, value = projected.chunk(2, dim=1)
+        heads = (len(normed), -1, attention.head_dim)
+        return rotate(attention.k_norm(key.view(heads)), self.rope, positions), value.view(heads)
+
+    def project_query(self, normed: Tensor, positions: Tensor, spans: Spans) -> Tensor:
+        """Queries of these rows, laid out by `spans`: [queries, heads, head_dim]."""
+        attention = self.layer.self_attn
+        query = self.q.linear(normed, add=self.read(self.query_rows, self.query_places))
+        heads = query.view(len(normed), -1, attention.head_dim)
+        return rotate(attention.q_norm(heads), self.rope, positions, spans=spans)
+
+    def read(self, shared: SharedRows | None, places: Sequence[Tensor | None]) -> Tensor | None:
+        """What this step's rows read of the embeddings' part, if the layer has one."""
+        if shared is None:
+            return None
+        return shared.read(places[self.step], num_inside=self.rows.num_inside[self.step])
+
+
+def build_layers(draft: Eagle3Draft, batch: Batch, rows: ActiveRows) -> list[FastLayer]:
+    """The draft's layers, ready for step 0."""
+    dtype = batch.aux_hidden_states.dtype
+    embedded = draft.embed(batch.input_ids, dtype)
+    embedded = F.rms_norm(embedded, embedded.shape[-1:], eps=draft.config.rms_norm_eps)
+    num_positions = max(batch.lengths, default=0) + draft.config.ttt_steps
+    rope = draft.rotary(torch.arange(num_positions, device=embedded.device))
+    num_layers = len(draft.layers)
+    return [
+        FastLayer(
+            layer,  # type: ignore[arg-type]
+            rows,
+            rope,
+            dtype,
+            embedded=embedded if index == 0 else None,
+            is_last=index == num_layers - 1,
+        )
+        for index, layer in enumerate(draft.layers)
+    ]
+
+
+def find_targets(
+    batch: Batch,
+    verifier: FrozenVerifier,
+    head: Tensor,  # [draft_vocab, hidden]: the verifier's LM head over the draft vocabulary
+    kept_ids: Tensor,  # [draft_vocab], int64
+    *,
+    over_whole_vocab: bool,
+) -> Targets:
+    """What the draft is scored against, with the verifier's tokens over the chosen vocabulary."""
+    last_hidden = batch.last_hidden_states
+    normed, _ = rms_norm(last_hidden, verifier.norm_gain, verifier.config.rms_norm_eps)
+    last_hidden = torch.where(batch.is_normed[:, None], last_hidden, normed)
+    return Targets(
+        hidden=last_hidden,
+        head=head,
+        is_kept=batch.loss_mask[batch.targets],
+        tokens=verifier.tokens(last_hidden) if over_whole_vocab else None,
+        kept_ids=kept_ids,
+        logit_scale=verifier.config.logit_scale,
+        softcap=verifier.config.logit_softcap,
+    )
+
+
+def score(
+    draft: Eagle3Draft,
+    rows: ActiveRows,
+    stacked: Tensor,  # [active, steps, hidden]: after the final norm, what the next argument shares
+    normed_steps: Sequence[Tensor],  # of each step, [active, hidden]
+    targets: Targets,
+    weights: Tensor,  # [steps]
+) -> StepSums:
+    """Losses and agreement of all steps at once."""
+    scores = linear_kl(
+        stacked,
+        normed_steps,
+        SharedWeight([draft.lm_head.weight], stacked.dtype),
+        rows.targets,
+        rows.targets_of,
+        weights,
+        targets,
+    )
+    # What no step scores adds nothing, so the active rows stand for all positions.
+    return sum_steps(scores.losses.T, scores.agreed.T, scores.scored.T)._replace(loss=scores.loss)

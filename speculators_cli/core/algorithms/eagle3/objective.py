@@ -1,0 +1,81 @@
+"""Training-time test: which positions each TTT step scores, and what it counts.
+
+TTT step k at position i scores the verifier's distribution of position i+k, if that lies in the
+same document and is supervised (EAGLE-3, arXiv 2503.01840, section 3.2).
+"""
+
+import torch
+from torch import Tensor
+
+from speculators_cli.core.algorithms.draft_model import Ratio, StepSums
+
+# A chain is a position whose targets 0..k are all supervised and in the document.
+COUNTERS = (
+    "losses",  # float32, in nats, without weights
+    "num_scored",  # positions of the loss
+    "num_agreed",  # of these, the draft's token is the verifier's
+    "num_chains",
+    "num_open_chains",  # chains whose steps 0..k-1 all agreed
+    "num_agreed_chains",  # chains whose steps 0..k all agreed
+)
+RATIOS = (
+    Ratio("loss", "losses", "num_scored"),
+    Ratio("full_acc", "num_agreed", "num_scored"),
+    Ratio("cond_acc", "num_agreed_chains", "num_open_chains"),
+    Ratio("acceptance_rate", "num_agreed_chains", "num_chains"),
+)
+
+
+def shifted(
+    x: Tensor,  # [seq_len, ...]
+    step: int,
+) -> Tensor:
+    """Row i holds row i+step of `x`; the last row is repeated past the end."""
+    index = torch.arange(x.shape[0], device=x.device).add_(step).clamp_(max=x.shape[0] - 1)
+    return x[index]
+
+
+def scored_positions(
+    loss_mask: Tensor,  # [seq_len], bool
+    document_ids: Tensor,  # [seq_len], int64, -1 is padding
+    num_steps: int,
+) -> Tensor:
+    """Where each TTT step's target is supervised and in the document; [steps, seq_len], bool."""
+    seq_len = loss_mask.shape[0]
+    scored = loss_mask.new_zeros(num_steps, seq_len)
+    for step in range(min(num_steps, seq_len)):
+        stop = seq_len - step
+        same_document = document_ids[:stop] == document_ids[step:]
+        scored[step, :stop] = loss_mask[step:] & same_document & (document_ids[:stop] >= 0)
+    return scored
+
+
+def sum_steps(
+    losses: Tensor,  # [steps, seq_len], float32
+    agreed: Tensor,  # [steps, seq_len], bool: the draft's token is the verifier's
+    scored: Tensor,  # [steps, seq_len], bool
+    weights: Tensor | None = None,  # [steps]: what a position of each step weighs in the loss
+) -> StepSums:
+    """Add up what the TTT steps found."""
+    losses = losses.masked_fill(~scored, 0.0).sum(-1)
+    chains = _all_so_far(scored)
+    agreed_chains = _all_so_far(scored & agreed)
+    # Step 0 has no step before it: every chain is open.
+    before = torch.cat([torch.ones_like(agreed[:1]), agreed_chains[:-1]])
+    sums = (
+        losses,
+        scored.sum(-1),
+        (scored & agreed).sum(-1),
+        chains.sum(-1),
+        (chains & before).sum(-1),
+        agreed_chains.sum(-1),
+    )
+    return StepSums(
+        loss=(losses if weights is None else losses * weights).sum(),
+        counters=dict(zip(COUNTERS, sums, strict=True)),
+    )
+
+
+def _all_so_far(x: Tensor) -> Tensor:
+    """Whether steps 0..k all hold, for each k; [steps, seq_len], bool."""
+    return x.int().cumprod(0).bool()

@@ -1,0 +1,142 @@
+"""Eagle3Training: an EAGLE-3 draft and its training step."""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from speculators_cli.core.algorithms.draft_model import DraftModel, StepSums
+from speculators_cli.core.algorithms.eagle3.attention import TTTMemory
+from speculators_cli.core.algorithms.eagle3.config import Eagle3Config
+from speculators_cli.core.algorithms.eagle3.draft import Eagle3Draft
+from speculators_cli.core.algorithms.eagle3.objective import (
+    COUNTERS,
+    RATIOS,
+    scored_positions,
+    shifted,
+    sum_steps,
+)
+from speculators_cli.core.data.batch import Batch
+from speculators_cli.core.data.vocab_map import VocabMap
+from speculators_cli.core.models.losses import Loss
+from speculators_cli.core.models.verifier import FrozenVerifier
+
+# Standard deviation of fresh weights, as Llama's.
+INIT_STD = 0.02
+
+
+class Eagle3Training(Eagle3Draft, DraftModel):
+    """An EAGLE-3 draft that is trained on the verifier's distributions.
+
+    Args:
+        config: Shape and mathematics.
+        verifier: Frozen embedding, final norm and LM head.
+        vocab_map: Which verifier tokens the draft can propose.
+        loss: Distance of each position.
+        loss_decay: TTT step k is weighted by `loss_decay**k`.
+        train_head: Whether the LM head is trained.
+        use_fast_kernels: Whether a step computes only what reaches the loss, with kernels of a GPU.
+    """
+
+    config: Eagle3Config
+    counters = COUNTERS
+    ratios = RATIOS
+
+    def __init__(
+        self,
+        config: Eagle3Config,
+        verifier: FrozenVerifier,
+        vocab_map: VocabMap,
+        *,
+        loss: Loss,
+        loss_decay: float,
+        train_head: bool,
+        use_fast_kernels: bool = False,
+    ) -> None:
+        super().__init__(config, verifier.embedding)
+        self.use_fast_kernels = use_fast_kernels
+        self.verifier = verifier
+        self.vocab_map = vocab_map
+        self.loss = loss
+        self.loss_decay = loss_decay
+        self.kept_ids = vocab_map.kept_ids.to(verifier.head.device)
+        self.verifier_rows = verifier.head if vocab_map.is_full else verifier.head[self.kept_ids]
+        self.lm_head.requires_grad_(train_head)
+
+    def initialise(self, seed: int) -> None:
+        """Fill the weights: norms one, matrices normal, lm_head the verifier's rows."""
+        generator = torch.Generator(self.fc.weight.device).manual_seed(seed)
+        with torch.no_grad():
+            for parameter in self.parameters():
+                if parameter.dim() == 1:
+                    parameter.fill_(1.0)
+                elif parameter is not self.lm_head.weight:
+                    parameter.normal_(std=INIT_STD, generator=generator)
+            self.lm_head.weight.copy_(self.verifier_rows)
+
+    @property
+    def loss_weights(self) -> tuple[float, ...]:
+        """Weight of each TTT step in the loss: powers of the decay."""
+        return tuple(self.loss_decay**step for step in range(self.config.ttt_steps))
+
+    def count_scored(self, batch: Batch) -> Tensor:
+        """Positions each TTT step will score; [steps], int64."""
+        return self._scored(batch).sum(-1)
+
+    def _scored(self, batch: Batch) -> Tensor:
+        return scored_positions(batch.loss_mask, batch.document_ids, self.config.ttt_steps)
+
+    def forward(self, batch: Batch, weights: Tensor | None = None) -> StepSums:
+        """Unroll the draft on its own hidden states, with the true tokens as input."""
+        if self.use_fast_kernels:
+            return self._unroll_fast(batch, weights)
+        log_probs, tokens = map(batch.at_positions, self.targets(batch))
+        hidden = self.fuse(batch.aux_hidden_states)
+        memories = [TTTMemory(batch.lengths) for _ in self.layers]
+        losses, agreed = [], []
+        for step in range(self.config.ttt_steps):
+            normed, hidden = self.step(
+                shifted(batch.input_ids, step), hidden, batch.position_ids + step, memories
+            )
+            logits = self.lm_head(normed)
+            losses.append(self.loss.plain(logits, shifted(log_probs, step)))
+            agreed.append(self.kept_ids[logits.detach().argmax(-1)] == shifted(tokens, step))
+        return sum_steps(torch.stack(losses), torch.stack(agreed), self._scored(batch), weights)
+
+    def _unroll_fast(self, batch: Batch, weights: Tensor | None) -> StepSums:
+        # Triton is installed where a GPU is.
+        from speculators_cli.core.algorithms.eagle3.fast_step import find_targets, unroll
+
+        if weights is None:
+            weights = torch.ones(self.config.ttt_steps, device=self.fc.weight.device)
+        targets = find_targets(
+            batch,
+            self.verifier,
+            self.verifier_rows,
+            self.kept_ids,
+            over_whole_vocab=not self.training,
+        )
+        return unroll(self, batch, targets, weights)
+
+    @torch.no_grad()
+    def targets(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """The verifier's distribution over the draft vocabulary, and its tokens.
+
+        While training, the verifier's token is its best within the draft vocabulary; in validation
+        (`eval()`) its best of all, so that a token the draft cannot propose counts as a miss.
+
+        Returns:
+            Log-probabilities, [targets, draft_vocab], float32; verifier ids, [targets], int64.
+        """
+        normed = self.verifier.normed(batch.last_hidden_states, batch.is_normed)
+        logits = self.verifier.logits(normed, self.verifier_rows)
+        is_training = self.training
+        tokens = self.kept_ids[logits.argmax(-1)] if is_training else self.verifier.tokens(normed)
+        return logits.log_softmax(-1), tokens
+
+    def frozen_tensors(self) -> Mapping[str, Tensor]:
+        """The verifier's embedding, and the vocabulary maps unless the vocabulary is full."""
+        tensors = {"embed_tokens.weight": self.embedding}
+        if not self.vocab_map.is_full:
+            tensors |= {"d2t": self.vocab_map.d2t, "t2d": self.vocab_map.t2d}
+        return tensors

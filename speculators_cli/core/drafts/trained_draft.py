@@ -1,0 +1,342 @@
+"""read_draft(): a trained draft from a folder or the hub, whoever trained it."""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from speculators_cli.core.algorithms import ALGORITHMS
+from speculators_cli.core.algorithms.algorithm import Algorithm
+from speculators_cli.core.algorithms.draft_config import DraftConfig
+from speculators_cli.core.algorithms.drafter import Drafter
+from speculators_cli.core.algorithms.eagle3.config_reader import (
+    find_assumed,
+    has_plain_layers,
+    is_speculators,
+    ties_head,
+)
+from speculators_cli.core.algorithms.overrides import Overrides
+from speculators_cli.core.data.vocab_map import VocabMap
+from speculators_cli.core.drafts.checkpoint_reader import (
+    BEST_LINK,
+    TRAINER_DIR,
+    Checkpoint,
+    Damaged,
+    inspect_checkpoint,
+    list_checkpoints,
+)
+from speculators_cli.core.errors import CheckpointError
+from speculators_cli.core.models.config_values import Values
+from speculators_cli.core.models.repo_files import CONFIG_NAME, RepoFiles
+
+EMBEDDING, HEAD = "embed_tokens.weight", "lm_head.weight"
+ASSUMED_HINT = "Add them to its config.json if it was trained with others"
+MAX_VOCAB = 2**24  # the largest in use have a few hundred thousand
+_LAYER = re.compile(r"^layers\.(\d{1,9})\.")
+# Parts of the verifier, and tables, that some trainers save beside the draft.
+NOT_OF_THE_DRAFT = ("verifier_lm_head.weight", "verifier_norm.weight", "rotary_emb.inv_freq")
+
+
+@dataclass(frozen=True)
+class TrainedDraft:
+    """A trained draft as it lies on disk."""
+
+    name: str  # the folder or hub id it was read from
+    kind: str  # `checkpoint` of this package, `speculators` or `eagle3`
+    config: DraftConfig
+    weights: Mapping[str, Tensor]  # those of `config.tensor_shapes()`, in the dtype of the file
+    embedding: Tensor | None  # [vocab, hidden]; None: the verifier's
+    vocab_map: VocabMap
+    checkpoint: Checkpoint | None  # what `speculators train` saved with it
+    assumed: Mapping[str, Any]  # what its config.json lacks and no tensor shows, as it is read
+
+    @property
+    def assumption(self) -> str | None:
+        """What was assumed of it, as a sentence; None: nothing."""
+        if not self.assumed:
+            return None
+        listed = ", ".join(f"`{key}` {value:g}" for key, value in self.assumed.items())
+        return (
+            f"The config.json of `{self.name}` does not set all values: assumed {listed}, the "
+            "defaults of engines for such layers"
+        )
+
+    @property
+    def algorithm(self) -> Algorithm[Any, Any]:
+        """How it drafts."""
+        return ALGORITHMS[self.config.algorithm]
+
+    def build_drafter(self, embedding: Tensor, *, num_draft_tokens: int) -> Drafter:
+        """A drafter on the device of an embedding: the verifier's, or the draft's own."""
+        return self.algorithm.build_drafter(
+            self.config,
+            self.weights,
+            embedding,
+            self.vocab_map.kept_ids,
+            num_draft_tokens=num_draft_tokens,
+        )
+
+    def compute_probe_logits(self, embedding: Tensor) -> Tensor:
+        """Logits over fixed random inputs; [rows, draft_vocab], float32."""
+        return self.algorithm.compute_probe_logits(self.config, self.weights, embedding)
+
+
+def read_draft(name_or_path: str, overrides: Overrides, *, flag: str) -> TrainedDraft:
+    """Read a trained draft and check that it is whole.
+
+    Args:
+        name_or_path: A checkpoint, the save path of a run (its best, else latest checkpoint), any
+            folder or hub id with an EAGLE-3 draft.
+        overrides: What the user states about it.
+        flag: Names the argument in messages.
+
+    Raises:
+        SettingsError: The folder does not exist.
+        CheckpointError: It is no EAGLE-3 draft, or not a whole one.
+        MachineError: The hub cannot be reached.
+    """
+    chosen = choose_checkpoint(Path(name_or_path))
+    name = name_or_path if chosen == Path(name_or_path) else str(chosen)
+    files = RepoFiles(name, flag=flag, error=CheckpointError)
+    checkpoint = _read_own(files.folder) if files.is_local else None
+    content = files.read_json(CONFIG_NAME)
+    algorithm = find_algorithm(content, name)
+    config: DraftConfig = algorithm.read_config(content, overrides, name=name)
+    tensors = _renamed(files.read_tensors(), name)
+    config = _fit_config(config, content, tensors, name)
+    d2t, t2d = tensors.pop("d2t", None), tensors.pop("t2d", None)
+    embedding = tensors.pop(EMBEDDING, None)
+    if ties_head(content, name):
+        tensors = _untie(tensors, embedding, config, name)
+    weights = _check_tensors(tensors, embedding, config, name)
+    vocab_map, order = _read_vocab_map(d2t, t2d, config, name)
+    if order is not None:
+        weights[HEAD] = weights[HEAD][order]
+    kind = "speculators" if is_speculators(content) else "eagle3"
+    return TrainedDraft(
+        name=name,
+        kind="checkpoint" if checkpoint else kind,
+        config=config,
+        weights=weights,
+        embedding=embedding,
+        vocab_map=vocab_map,
+        checkpoint=checkpoint,
+        assumed=find_assumed(content, config),
+    )
+
+
+def find_algorithm(content: Mapping[str, Any], name: str) -> Algorithm[Any, Any]:
+    """The algorithm of a draft, from the content of its config.json.
+
+    Raises:
+        CheckpointError: It is of none of them.
+    """
+    for algorithm in ALGORITHMS.values():
+        if algorithm.recognises(content):
+            return algorithm
+    kind = content.get("speculators_model_type")
+    architecture = next(iter(Values(content, name).texts("architectures")), None)
+    known = ", ".join(f"`{name}`" for name in ALGORITHMS)
+    raise CheckpointError(
+        f"`{name}` is a draft of algorithm `{kind}`, expected {known}"
+        if kind is not None
+        else f"`{name}` is no draft: its config.json has neither `speculators_model_type` nor "
+        f"`draft_vocab_size`, but architecture `{architecture}`",
+        hint="Name a checkpoint of `speculators train`, a speculators or an EAGLE-3 checkpoint",
+    )
+
+
+def choose_checkpoint(path: Path) -> Path:
+    """The checkpoint that is meant: the best or latest of a save path, else `path` itself.
+
+    Raises:
+        CheckpointError: The folder holds neither a checkpoint nor a config.json.
+    """
+    if not path.is_dir() or (path / CONFIG_NAME).exists():
+        return path
+    best = path / BEST_LINK
+    if best.is_symlink() and best.exists():
+        chosen = inspect_checkpoint(path / best.readlink())
+        if isinstance(chosen, Damaged):
+            raise chosen.to_error()
+        if chosen is not None:
+            return chosen.folder
+    found, damaged = list_checkpoints(path)
+    if not found and damaged:
+        raise damaged[-1].to_error()
+    if not found:
+        raise CheckpointError(
+            f"`{path}` holds neither a whole checkpoint nor a config.json",
+            hint="Name a checkpoint or the `--save-path` of a run that saved one",
+        )
+    return found[-1].folder
+
+
+def _read_own(folder: Path) -> Checkpoint | None:
+    """The checkpoint of this package in a folder, every byte compared; None: another's."""
+    if not (folder / TRAINER_DIR).is_dir():
+        return None
+    checkpoint = inspect_checkpoint(folder)
+    if isinstance(checkpoint, Damaged):
+        raise checkpoint.to_error()
+    if checkpoint is not None:
+        checkpoint.verify()
+    return checkpoint
+
+
+def _renamed(tensors: Mapping[str, Tensor], name: str) -> dict[str, Tensor]:
+    """Tensors under the names that a checkpoint of this package gives them."""
+    renamed: dict[str, Tensor] = {}
+    for key, tensor in tensors.items():
+        own = key.removeprefix("model.").replace("midlayer.", "layers.0.", 1)
+        if own in renamed:
+            raise CheckpointError(
+                f"`{name}` holds `{own}` twice, once as `{key}`", hint="Download it again"
+            )
+        renamed[own] = tensor
+    return renamed
+
+
+def _fit_config(
+    config: DraftConfig, content: Mapping[str, Any], tensors: Mapping[str, Tensor], name: str
+) -> DraftConfig:
+    """The config with what the tensors settle; one far from them is refused before it is used."""
+    found = {int(number) for key in tensors for number in _LAYER.findall(key)}
+    if config.num_layers != len(found):
+        raise CheckpointError(
+            f"`{name}` is not the draft its config.json describes: `num_hidden_layers` is "
+            f"{config.num_layers:,}, and the weights have {len(found):,} layers",
+            hint="Download it again, or name another checkpoint",
+        )
+    rows = tensors.get("t2d", tensors.get(EMBEDDING))
+    if rows is not None and rows.dim() > 0:
+        config = replace(config, vocab_size=len(rows))
+    if max(config.vocab_size, config.draft_vocab_size) > MAX_VOCAB:
+        raise CheckpointError(
+            f"`{name}` has a vocabulary of {max(config.vocab_size, config.draft_vocab_size):,} "
+            f"tokens in its config.json, expected at most {MAX_VOCAB:,}",
+            hint="Download it again, or name another checkpoint",
+        )
+    has_qk_norm = any(key.endswith((".q_norm.weight", ".k_norm.weight")) for key in tensors)
+    if config.has_qk_norm and not has_qk_norm and has_plain_layers(content):
+        # The engine goes by the class that the config gives the layers, not by their type.
+        config = replace(config, arch="llama")
+    return config
+
+
+def _untie(
+    tensors: dict[str, Tensor], embedding: Tensor | None, config: DraftConfig, name: str
+) -> dict[str, Tensor]:
+    """The tensors with an LM head of their own, where the config ties it to the embedding."""
+    head = tensors.get(HEAD)
+    if embedding is None or config.draft_vocab_size != config.vocab_size:
+        return tensors  # There is nothing to tie to: an engine takes the LM head.
+    if head is not None and not torch.equal(head, embedding):
+        raise CheckpointError(
+            f"`{name}` has `tie_word_embeddings` on, and an `{HEAD}` that is not its embedding",
+            hint="Correct `tie_word_embeddings` in its config.json: engines read one or the other",
+        )
+    return tensors | {HEAD: embedding}
+
+
+def _check_tensors(
+    tensors: Mapping[str, Tensor], embedding: Tensor | None, config: DraftConfig, name: str
+) -> dict[str, Tensor]:
+    """The draft's own tensors, all there, of the right shapes, and no others."""
+    found = {key: x for key, x in tensors.items() if not key.endswith(NOT_OF_THE_DRAFT)}
+    # Upstream's first versions kept a norm gain per layer that only the first one reads.
+    unread = {f"layers.{i}.hidden_norm.weight" for i in range(1, config.num_layers)}
+    found = {key: x for key, x in found.items() if key not in unread}
+    shapes = config.tensor_shapes()
+    problems = [f"lacks `{key}`" for key in sorted(shapes.keys() - found.keys())]
+    problems += [_describe_unknown(key) for key in sorted(found.keys() - shapes.keys())]
+    expected = shapes | {EMBEDDING: (config.vocab_size, config.hidden_size)}
+    given = dict(found) | ({} if embedding is None else {EMBEDDING: embedding})
+    for key in sorted(given.keys() & expected.keys()):
+        if tuple(given[key].shape) != expected[key]:
+            problems.append(f"has `{key}` {tuple(given[key].shape)}, expected {expected[key]}")
+        elif not given[key].is_floating_point() or given[key].element_size() < 2:
+            dtype = str(given[key].dtype).removeprefix("torch.")
+            problems.append(f"has `{key}` quantised to {dtype}, expected a plain float")
+    if problems:
+        raise CheckpointError(
+            "\n".join(
+                [
+                    f"`{name}` is not the draft its config.json describes",
+                    *(f"  it {problem}" for problem in problems[:10]),
+                ]
+            ),
+            hint="Download it again, or name another checkpoint",
+        )
+    return found
+
+
+def _describe_unknown(key: str) -> str:
+    if key.endswith(".bias"):
+        return f"has a bias `{key}`, which this package does not compute"
+    if key.endswith((".qkv_proj.weight", ".gate_up_proj.weight")):
+        return f"has `{key}`, projections in one tensor, expected one tensor for each"
+    if key.endswith(("_scale", "_scale_inv", "_zero_point", ".qweight", ".scales", "_packed")):
+        return f"is quantised: it has `{key}`"
+    return f"has an unknown tensor `{key}`"
+
+
+def _read_vocab_map(
+    d2t: Tensor | None, t2d: Tensor | None, config: DraftConfig, name: str
+) -> tuple[VocabMap, Tensor | None]:
+    """The draft vocabulary in ascending order, and the order of the LM head's rows for it.
+
+    Some trainers keep the tokens in the order of their frequency. An engine takes any order, so
+    rows and offsets are sorted together; without an order, they are sorted already.
+    """
+    if d2t is None:
+        if config.draft_vocab_size != config.vocab_size:
+            raise CheckpointError(
+                f"`{name}` lacks `d2t`, with {config.draft_vocab_size:,} draft tokens for "
+                f"{config.vocab_size:,} of the verifier",
+                hint="Download it again",
+            )
+        return VocabMap.full(config.vocab_size), None
+    problem = _find_map_problem(d2t, t2d, config)
+    if problem is None:
+        kept = d2t.long() + torch.arange(len(d2t))
+        order = kept.argsort()
+        ascending = kept[order]
+        is_sorted = torch.equal(ascending, kept)
+        # Ids in place of offsets would pass as offsets of a larger vocabulary in another order.
+        if not is_sorted and t2d is None and int(d2t.min()) >= 0:
+            problem = "holds ids, expected offsets"
+    if problem is None:
+        kept_mask = torch.zeros(config.vocab_size, dtype=torch.bool)
+        kept_mask[kept] = True
+        if t2d is None or torch.equal(t2d.bool(), kept_mask):
+            vocab_map = VocabMap(ascending - torch.arange(len(kept)), kept_mask)
+            return vocab_map, None if is_sorted else order
+        problem = "gives other tokens than `t2d` keeps"
+    raise CheckpointError(
+        f"The draft vocabulary of `{name}` is broken: `d2t` {problem}",
+        hint="Download it again, or name another checkpoint",
+    )
+
+
+def _find_map_problem(d2t: Tensor, t2d: Tensor | None, config: DraftConfig) -> str | None:
+    """What of the maps is not one token of the verifier for each row; the end of a sentence."""
+    for tensor, expected in ((d2t, config.draft_vocab_size), (t2d, config.vocab_size)):
+        if tensor is None:
+            continue
+        if tensor.is_floating_point() or tensor.shape != (expected,):
+            word = "" if tensor is d2t else "goes with a `t2d` that "
+            dtype = str(tensor.dtype).removeprefix("torch.")
+            return f"{word}is {tuple(tensor.shape)} of {dtype}, expected ({expected:,},) of int64"
+    kept = d2t.long() + torch.arange(len(d2t))
+    if int(kept.min()) < 0 or int(kept.max()) >= config.vocab_size:
+        return (
+            f"gives ids from {int(kept.min()):,} to {int(kept.max()):,}, expected 0 to "
+            f"{config.vocab_size - 1:,}"
+        )
+    num_twice = len(kept) - len(kept.unique())
+    return f"gives {num_twice:,} ids twice" if num_twice else None

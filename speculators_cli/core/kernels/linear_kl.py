@@ -1,0 +1,274 @@
+r"""lm_head and KL together, over the rows of all TTT steps, a few at a time.
+
+For a target with verifier logits :math:`t`, and the draft's logits :math:`d` of one step,
+:math:`p = softmax(t)`, :math:`q = softmax(d)`, the loss is
+:math:`KL(p || q) = (E_p[t] - lse(t)) - (E_p[d] - lse(d))` and its gradient with respect to
+:math:`d` is :math:`q - p`. No logits outlive their chunk: gradients are made in the forward, where
+the draft's logits are overwritten by theirs. A row's steps lie beside each other, so a chunk is one
+product, and the steps that score a target share its verifier logits, computed once a chunk.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from speculators_cli.core.kernels.logit_chunks import chunk_size
+from speculators_cli.core.kernels.shared import SharedWeight
+
+
+@dataclass(frozen=True)
+class Targets:
+    """What the verifier says of each target; a batch may have none."""
+
+    hidden: Tensor  # [targets, hidden]: after its final norm
+    head: Tensor  # [draft_vocab, hidden]: its head's rows of the draft vocabulary
+    is_kept: Tensor  # [targets], bool: False where a document was taken out on the device
+    tokens: Tensor | None  # [targets], int64: verifier ids; None: its best of the draft vocabulary
+    kept_ids: Tensor  # [draft_vocab], int64: the verifier ids of draft ids
+    logit_scale: float
+    softcap: float | None  # logits are squashed to (-softcap, softcap)
+
+
+class Scores(NamedTuple):
+    """What each TTT step makes of its target."""
+
+    loss: Tensor  # float32 scalar: weighted sum; carries the gradient
+    losses: Tensor  # [rows, steps], float32, in nats; 0 where nothing is scored
+    agreed: Tensor  # [rows, steps], bool: the draft's token is the verifier's
+    scored: Tensor  # [rows, steps], bool
+
+
+def linear_kl(
+    stacked: Tensor,  # [rows, steps, hidden]: what `steps` share, without a gradient
+    steps: Sequence[Tensor],  # of each step, [rows, hidden]: after the final norm
+    head: SharedWeight,  # [draft_vocab, hidden]
+    indices: Tensor,  # [rows, steps], int64: the target that a row's step scores, or -1
+    bounds: Callable[[int, int], tuple[int, int]],  # of rows -> of all targets they score
+    weights: Tensor,  # [steps], float32: what a position of each step weighs in the loss
+    targets: Targets,
+) -> Scores:
+    """Score all targets.
+
+    The gradient is made in the forward, for a gradient of 1 at `loss`: weigh by `weights`.
+    """
+    return Scores(
+        *_LinearKL.apply(stacked, head, indices, bounds, weights, targets, head.token, *steps)
+    )
+
+
+class _LinearKL(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        stacked: Tensor,
+        head: SharedWeight,
+        indices: Tensor,
+        bounds: Callable[[int, int], tuple[int, int]],
+        weights: Tensor,
+        targets: Targets,
+        token: Tensor,
+        *steps: Tensor,
+    ) -> tuple[Tensor, ...]:
+        del token, steps
+        num_rows, num_steps, size = stacked.shape
+        needs_head, needs_rows = ctx.needs_input_grad[6], any(ctx.needs_input_grad[7:])
+        losses = torch.empty(num_rows, num_steps, device=stacked.device)
+        flags = torch.empty(2, num_rows, num_steps, dtype=torch.bool, device=stacked.device)
+        grads = torch.empty_like(stacked) if needs_rows else None
+        verifier_head = targets.head.to(stacked.dtype)
+        for start, stop in _chunks(num_rows, chunk_size(num_steps, len(verifier_head))):
+            source = stacked[start:stop].view(-1, size)
+            logits = source @ head.value.T
+            first, last = bounds(start, stop)
+            here = slice(first, last)
+            target_logits = targets.hidden[here] @ verifier_head.T
+            _kl(
+                logits,
+                target_logits,
+                _target_stats(target_logits, targets, here),
+                indices[start:stop],
+                first,
+                weights,
+                targets,
+                (losses[start:stop], flags[0, start:stop], flags[1, start:stop]),
+            )
+            if grads is not None:
+                torch.mm(logits, head.value, out=grads[start:stop].view(-1, size))
+            if needs_head:
+                head.gradient.add_product(logits, source)
+            # Before the next chunk's are made, or both would be there at once.
+            del logits, target_logits
+        ctx.save_for_backward(grads)
+        agreed, scored = flags.unbind()
+        ctx.mark_non_differentiable(losses, agreed, scored)
+        return (losses.sum(0) * weights).sum(), losses, agreed, scored
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (step_grads,) = ctx.saved_tensors
+        torch._assert_async(grads[0] == 1.0)  # noqa: SLF001
+        return (*(None,) * 7, *step_grads.unbind(1))
+
+
+def _chunks(num_rows: int, size: int) -> list[tuple[int, int]]:
+    """Ranges of at most `size` rows, of nearly equal lengths."""
+    num_chunks = -(-num_rows // size)
+    bounds = [num_rows * i // max(num_chunks, 1) for i in range(num_chunks + 1)]
+    return list(pairwise(bounds))
+
+
+def _logit_options(targets: Targets) -> dict[str, Any]:
+    return {
+        "logit_scale": targets.logit_scale,
+        "softcap": targets.softcap or 1.0,
+        "HAS_SOFTCAP": targets.softcap is not None,
+    }
+
+
+def _blocks(vocab_size: int) -> dict[str, int]:
+    return {"BLOCK": min(4096, triton.next_power_of_2(vocab_size)), "num_warps": 8}
+
+
+def _target_stats(
+    logits: Tensor,  # [some, draft_vocab]: of the verifier, before scale and soft cap
+    targets: Targets,
+    here: slice,  # which targets they are
+) -> tuple[Tensor, Tensor]:
+    """log-sum-exp and mean logit, [some, 2], float32; the verifier's tokens, [some], int64."""
+    num_targets, vocab_size = logits.shape
+    stats = torch.empty(num_targets, 2, dtype=torch.float32, device=logits.device)
+    best = torch.empty(num_targets, dtype=torch.int64, device=logits.device)
+    _target_stats_kernel[(num_targets,)](
+        logits, stats, best, targets.kept_ids, vocab_size,
+        **_logit_options(targets), **_blocks(vocab_size),
+    )  # fmt: skip
+    return stats, best if targets.tokens is None else targets.tokens[here]
+
+
+def _kl(
+    logits: Tensor,  # [rows*steps, draft_vocab]: of the draft; becomes the weighted gradient
+    target_logits: Tensor,  # [some, draft_vocab]
+    known: tuple[Tensor, Tensor],  # of these targets, by `_target_stats`
+    indices: Tensor,  # [rows, steps], int64
+    first: int,  # the first of these targets
+    weights: Tensor,  # [steps]
+    targets: Targets,
+    results: tuple[Tensor, Tensor, Tensor],  # losses, agreed and scored, each [rows, steps]
+) -> None:
+    """Write losses and gradients of a chunk."""
+    num_pairs, vocab_size = logits.shape
+    _kl_kernel[(num_pairs,)](
+        logits, target_logits, *known, indices, first, targets.is_kept, targets.kept_ids, weights,
+        *results, vocab_size,
+        NUM_STEPS=indices.shape[1], **_logit_options(targets), **_blocks(vocab_size),
+    )  # fmt: skip
+
+
+@triton.jit
+def _verifier_logits(x, logit_scale, softcap, HAS_SOFTCAP: tl.constexpr):
+    x = x.to(tl.float32) * logit_scale
+    if HAS_SOFTCAP:
+        x = softcap * (2.0 * tl.sigmoid(2.0 * x / softcap) - 1.0)  # softcap * tanh(x / softcap)
+    return x
+
+
+@triton.jit(do_not_specialize=["logit_scale", "softcap"])
+def _target_stats_kernel(
+    logits, stats, tokens, kept_ids, vocab_size, logit_scale, softcap,
+    HAS_SOFTCAP: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """One target: running log-sum-exp, mean and best of its logits."""
+    row = tl.program_id(0).to(tl.int64)
+    logits += row * vocab_size
+    largest = -float("inf")
+    weight = 0.0
+    total = 0.0
+    best = -1
+    for start in range(0, vocab_size, BLOCK):
+        i = start + tl.arange(0, BLOCK)
+        inside = i < vocab_size
+        x = tl.load(logits + i, mask=inside, other=0.0)
+        x = _verifier_logits(x, logit_scale, softcap, HAS_SOFTCAP)
+        bounded = tl.where(inside, x, -float("inf"))
+        here = tl.max(bounded)
+        best = tl.where(here > largest, start + tl.argmax(bounded, axis=0), best)
+        new_largest = tl.maximum(largest, here)
+        shrink = tl.exp(largest - new_largest)
+        share = tl.exp(bounded - new_largest)
+        weight = weight * shrink + tl.sum(share)
+        total = total * shrink + tl.sum(share * x)
+        largest = new_largest
+    tl.store(stats + row * 2, largest + tl.log(weight))
+    tl.store(stats + row * 2 + 1, total / weight)
+    # Where all is NaN, nothing is best.
+    tl.store(tokens + row, tl.load(kept_ids + tl.maximum(best, 0)))
+
+
+@triton.jit(
+    do_not_specialize=["first", "logit_scale", "softcap"],
+    do_not_specialize_on_alignment=["tokens", "indices", "losses", "agreed", "scored"],
+)
+def _kl_kernel(
+    logits, target_logits, stats, tokens, indices, first, is_kept, kept_ids, weights,
+    losses, agreed, scored, vocab_size, logit_scale, softcap,
+    HAS_SOFTCAP: tl.constexpr,
+    NUM_STEPS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """One row and step: a pass for the loss, a pass that writes the gradient."""
+    pair = tl.program_id(0).to(tl.int64)
+    logits += pair * vocab_size
+    target = tl.load(indices + pair)
+    is_scored = tl.load(is_kept + target, mask=target >= 0, other=0) != 0
+    tl.store(scored + pair, is_scored)
+    if not is_scored:
+        for start in range(0, vocab_size, BLOCK):
+            i = start + tl.arange(0, BLOCK)
+            nothing = tl.zeros([BLOCK], dtype=tl.float32).to(logits.dtype.element_ty)
+            tl.store(logits + i, nothing, mask=i < vocab_size)
+        tl.store(losses + pair, 0.0)
+        tl.store(agreed + pair, False)
+    else:
+        target -= first
+        target_logits += target * vocab_size
+        target_lse = tl.load(stats + target * 2)
+        target_mean = tl.load(stats + target * 2 + 1)
+        largest = -float("inf")
+        weight = 0.0
+        mean = 0.0  # of the draft's logits under the verifier's distribution
+        best = -1
+        for start in range(0, vocab_size, BLOCK):
+            i = start + tl.arange(0, BLOCK)
+            inside = i < vocab_size
+            d = tl.load(logits + i, mask=inside, other=0.0).to(tl.float32)
+            t = tl.load(target_logits + i, mask=inside, other=0.0)
+            t = _verifier_logits(t, logit_scale, softcap, HAS_SOFTCAP)
+            mean += tl.sum(tl.where(inside, tl.exp(t - target_lse) * d, 0.0))
+            d = tl.where(inside, d, -float("inf"))
+            here = tl.max(d)
+            best = tl.where(here > largest, start + tl.argmax(d, axis=0), best)
+            new_largest = tl.maximum(largest, here)
+            weight = weight * tl.exp(largest - new_largest) + tl.sum(tl.exp(d - new_largest))
+            largest = new_largest
+        lse = largest + tl.log(weight)
+        tl.store(losses + pair, (target_mean - target_lse) - (mean - lse))
+        token = tl.load(kept_ids + tl.maximum(best, 0))
+        tl.store(agreed + pair, token == tl.load(tokens + target))
+        scale = tl.load(weights + pair % NUM_STEPS)
+        for start in range(0, vocab_size, BLOCK):
+            i = start + tl.arange(0, BLOCK)
+            inside = i < vocab_size
+            d = tl.load(logits + i, mask=inside, other=0.0).to(tl.float32)
+            t = tl.load(target_logits + i, mask=inside, other=0.0)
+            t = _verifier_logits(t, logit_scale, softcap, HAS_SOFTCAP)
+            grad = scale * (tl.exp(d - lse) - tl.exp(t - target_lse))
+            tl.store(logits + i, grad.to(logits.dtype.element_ty), mask=inside)

@@ -1,0 +1,55 @@
+"""Whether the fast kernels run: they compute the same as the plain path, on a recent GPU."""
+
+import os
+from importlib.util import find_spec
+
+import torch
+
+from speculators_cli.core.errors import MachineError
+from speculators_cli.core.kernels.causal_attention import can_use_flash
+
+
+def use_fast_kernels(
+    setting: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    *,
+    head_dim: int,
+    is_supported: bool = True,
+) -> bool:
+    """Resolve `--kernels`.
+
+    Args:
+        setting: `auto`, `plain` or `fast`.
+        device: Where the draft computes.
+        dtype: The compute dtype.
+        head_dim: Of the draft's attention.
+        is_supported: Whether they compute all that the draft's settings ask for.
+
+    Raises:
+        MachineError: `fast` was asked for where it cannot run.
+    """
+    if setting == "plain":
+        return False
+    reason = why_not_fast(device) if is_supported else "they do not compute this loss"
+    if setting == "fast" and reason is not None:
+        raise MachineError(
+            f"`--kernels fast`: {reason}", hint="Pass `--kernels auto`, or `--kernels plain`"
+        )
+    # In float32, or with heads that FlashAttention does not take, attention would be the slow one.
+    is_worth_it = can_use_flash(device, dtype, head_dim)
+    return reason is None and (setting == "fast" or is_worth_it)
+
+
+def why_not_fast(device: torch.device) -> str | None:
+    """What keeps the fast kernels from running on a device; None if nothing does."""
+    if find_spec("triton") is None:
+        return "the package `triton` is not installed"
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        return None  # Triton's interpreter runs them anywhere, to test them
+    if device.type != "cuda":
+        return "they need a GPU"
+    major, minor = torch.cuda.get_device_capability(device)
+    if (major, minor) < (8, 0):
+        return f"this GPU has compute capability {major}.{minor}, they need 8.0"
+    return None

@@ -1,0 +1,223 @@
+"""A `.pt` file as a directory of tensors: described first, read only when wanted."""
+
+import struct
+from hashlib import sha256
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, BinaryIO, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from speculators_cli.core.data.formats.gzip_file import is_gzip, unpack
+from speculators_cli.core.data.formats.stored import OpenFile, StoredStates
+from speculators_cli.core.data.sample import BadSampleError
+from speculators_cli.core.files import open_regular, read_parts
+from speculators_cli.core.torch_file.structure import ITEM_BYTES, TensorSpec, read_structure
+from speculators_cli.core.torch_file.zip_records import (
+    Record,
+    compute_crc,
+    find_start,
+    read_directory,
+)
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+ORIGIN_NAME = "origin"  # of a record of our own
+MAX_STRUCTURE_BYTES = 64 * 2**20
+FIRST_BYTES = {
+    b"<": "is a web page, not a sample",
+    b"version https://git-lfs": "is a Git LFS pointer: fetch the file itself with `git lfs pull`",
+    b"\x80": "is a pickle outside a zip archive, as torch wrote them before 1.6",
+}
+
+
+def _open(file: Path) -> BinaryIO:
+    """Open a file; one packed with gzip is unpacked into memory."""
+    stream = open_regular(file)
+    if not is_gzip(stream):
+        return stream
+    with stream:
+        return unpack(stream)
+
+
+class Archive:
+    """An open `.pt` file: what it says it holds (`content`), and access to its tensors.
+
+    Only the directory has been read. `content` holds a `TensorSpec` in place of each tensor.
+
+    Raises:
+        BadSampleError: The file is not a whole archive of plain tensors and plain values.
+    """
+
+    content: object
+
+    def __init__(self, file: Path) -> None:
+        self.source = OpenFile(_open(file), file)
+        self.file, self.num_bytes = self.source.descriptor, self.source.num_bytes
+        self._is_lent = False  # states are read from it later
+        self._prefix = ""
+        self._records: dict[str, Record] = {}
+        try:
+            self.content = self._read_directory()
+        except BaseException:
+            self.source.close()
+            raise
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        """Close the file, unless states are left to be read: it is closed with them."""
+        if error is not None or not self._is_lent:
+            self.source.close()
+
+    @property
+    def fingerprint(self) -> str:
+        """Changes with the contents: the directory holds a checksum of each record.
+
+        Where `torch.save` was told to leave checksums out, parts of the file take their place.
+        """
+        own = f"{self._prefix}data"
+        records = [
+            (key, x.num_bytes, x.crc) for key, x in self._records.items() if key.startswith(own)
+        ]
+        digest = sha256(repr(records).encode())
+        if not any(crc for _, _, crc in records):
+            digest.update(read_parts(self.file))
+        return digest.hexdigest()[:32]
+
+    def check(self, spec: TensorSpec) -> None:
+        """Check that the file holds as many bytes for a tensor as it claims.
+
+        Raises:
+            BadSampleError: It does not.
+        """
+        record = self._find_record(spec)
+        # Columns of a matrix without rows begin behind its end.
+        end = (spec.offset + spec.span) * ITEM_BYTES[spec.dtype] if spec.num_elements else 0
+        if end > record.num_bytes:
+            raise BadSampleError(
+                f"holds a tensor of {spec.num_bytes:,} bytes with {record.num_bytes:,} of data"
+            )
+
+    def read(self, spec: TensorSpec) -> NDArray[Any]:
+        """Read a tensor of a type that NumPy has, or of bfloat16, into memory."""
+        start, item_bytes = self._locate(spec), ITEM_BYTES[spec.dtype]
+        data = self.source.read(start, spec.span * item_bytes)
+        if len(data) != spec.span * item_bytes:
+            raise BadSampleError("is truncated")
+        dtype = "uint16" if spec.dtype == "bfloat16" else spec.dtype
+        strides = [step * item_bytes for step in spec.stride] if spec.num_elements else None
+        array: NDArray[Any] = np.ndarray(spec.shape, dtype, data, strides=strides)
+        if spec.dtype == "bfloat16":
+            # The upper half of a float32.
+            return (array.astype(np.uint32) << 16).view(np.float32)
+        return array
+
+    def read_tensor(self, spec: TensorSpec) -> "Tensor":
+        """Read a tensor of any type and shape into memory."""
+        import torch
+
+        flat = torch.empty(spec.span, dtype=getattr(torch, spec.dtype))
+        if spec.span:
+            parts = [flat.view(torch.uint8).numpy()]
+            self.source.fill(parts, self._locate(spec))
+        return flat.as_strided(spec.shape, spec.stride)
+
+    def states(self, spec: TensorSpec) -> StoredStates:
+        """Hidden states [seq_len, hidden], to be read when they are used; also once this ends."""
+        self._is_lent = True
+        rows, width = spec.shape
+        row_stride, stride = spec.stride
+        start = self._locate(spec)
+        return StoredStates(self.source, spec.dtype, start, (rows, width), (row_stride, stride))
+
+    def find_storage(self, spec: TensorSpec) -> tuple[int, Record]:
+        """Where in the file the storage of a tensor begins, and its record."""
+        record = self._find_record(spec)
+        return self._find_start(record), record
+
+    def checksum(self, spec: TensorSpec) -> int:
+        """CRC-32 of a tensor's storage: as it is noted, computed where its writer noted none."""
+        record = self._find_record(spec)
+        return record.crc or self._compute_crc(record)
+
+    def _compute_crc(self, record: Record) -> int:
+        return compute_crc(self.file, self._find_start(record), record.num_bytes)
+
+    @property
+    def origin(self) -> str | None:
+        """What its tensors were computed from, where its writer noted it."""
+        record = self._records.get(f"{self._prefix}{ORIGIN_NAME}")
+        return None if record is None else self._read_record(record).decode(errors="replace")
+
+    def verify(self, spec: TensorSpec | None = None) -> None:
+        """Read every byte, or those of a tensor's storage, and compare with their checksums.
+
+        Raises:
+            BadSampleError: They are not those the checksum was made of.
+        """
+        key = "" if spec is None else f"{self._prefix}data/{spec.storage_key}"
+        for name in [key] if key else self._records:
+            record = self._records[name]
+            # Zero where torch was told not to compute it.
+            if record.crc and self._compute_crc(record) != record.crc:
+                raise BadSampleError(f"has flipped bytes in `{name}`")
+
+    def _read_directory(self) -> object:
+        try:
+            self._records = read_directory(self.file, self.num_bytes)
+        except (ValueError, struct.error):
+            raise BadSampleError(self._describe_foreign_file()) from None
+        if not all(record.is_stored for record in self._records.values()):
+            raise BadSampleError("is compressed; samples are stored as they are")
+        if sum(record.num_bytes for record in self._records.values()) > self.num_bytes:
+            raise BadSampleError("is damaged: the records of its zip archive overlap")
+        name = next((name for name in self._records if name.endswith("/data.pkl")), None)
+        if name is None:
+            raise BadSampleError("is a zip archive that `torch.save` did not write")
+        self._prefix = name.removesuffix("data.pkl")
+        byte_order = self._records.get(f"{self._prefix}byteorder")
+        if byte_order is not None and self._read_record(byte_order) != b"little":
+            raise BadSampleError("was written on a big-endian machine")
+        return read_structure(self._read_record(self._records[name]))
+
+    def _describe_foreign_file(self) -> str:
+        if self.num_bytes == 0:
+            return "is empty (0 bytes)"
+        start = self.source.read(0, 64)
+        if start.startswith(b"PK"):
+            return "is truncated or damaged: the end of its zip archive is missing"
+        for first_bytes, reason in FIRST_BYTES.items():
+            if start.lstrip().startswith(first_bytes):
+                return reason
+        return "is not a file that `torch.save` writes"
+
+    def _find_record(self, spec: TensorSpec) -> Record:
+        record = self._records.get(f"{self._prefix}data/{spec.storage_key}")
+        if record is None:
+            raise BadSampleError("is damaged: the data of a tensor is missing")
+        return record
+
+    def _read_record(self, record: Record) -> bytes:
+        if record.num_bytes > MAX_STRUCTURE_BYTES:
+            raise BadSampleError("holds too much beside its tensors to be a sample")
+        return self.source.read(self._find_start(record), record.num_bytes)
+
+    def _find_start(self, record: Record) -> int:
+        try:
+            return find_start(self.file, record, self.num_bytes)
+        except ValueError as error:
+            raise BadSampleError(str(error)) from None
+
+    def _locate(self, spec: TensorSpec) -> int:
+        self.check(spec)
+        start = self._find_start(self._find_record(spec))
+        return start + spec.offset * ITEM_BYTES[spec.dtype]

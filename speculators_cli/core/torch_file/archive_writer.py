@@ -1,0 +1,125 @@
+"""Write a `.pt` file that `torch.load` and `Archive` read, from bytes and from other files."""
+
+import pickle
+import struct
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import BinaryIO
+
+from speculators_cli.core.data.sample import BadSampleError
+from speculators_cli.core.torch_file.archive import ORIGIN_NAME, Archive
+from speculators_cli.core.torch_file.structure import ITEM_BYTES, STORAGE_DTYPES, TensorSpec
+from speculators_cli.core.torch_file.zip_records import RecordWriter
+
+PREFIX = "archive/"  # torch wants one, and takes any
+STORAGE_NAMES = {dtype: name for name, dtype in reversed(STORAGE_DTYPES.items())}
+
+
+class ArchiveWriter:
+    """Writes the bytes of tensors first, then what the file holds: plain values and `TensorSpec`.
+
+    A file is a zip archive: `data/0`, `data/1`, ... are the storages of tensors, and `data.pkl` is
+    a pickle that rebuilds tensors from them. Here it comes last, beside the directory, so that
+    reading what a file holds reads its end and nothing else.
+
+    Args:
+        file: Opened for writing.
+        origin: What the tensors were computed from, kept in a record that `torch.load` ignores.
+    """
+
+    def __init__(self, file: BinaryIO, *, origin: str | None = None) -> None:
+        self._origin = origin
+        self._records = RecordWriter(file)
+        self._storage_bytes: dict[str, int] = {}
+        self._copied: dict[tuple[Archive, str], str] = {}
+
+    def add(
+        self, parts: Iterable[bytes | memoryview], dtype: str, shape: Sequence[int]
+    ) -> TensorSpec:
+        """Write the elements of a tensor, row by row, in as many parts as they come."""
+        key = str(len(self._storage_bytes))
+        self._storage_bytes[key] = self._records.add(f"{PREFIX}data/{key}", parts)
+        stride = [1]
+        for size in reversed(shape[1:]):
+            stride.append(stride[-1] * size)
+        spec = TensorSpec(key, dtype, 0, tuple(shape), tuple(reversed(stride[: len(shape)])))
+        assert spec.num_bytes == self._storage_bytes[key], "the parts are the whole tensor"
+        return spec
+
+    def copy(self, source: Archive, spec: TensorSpec) -> TensorSpec:
+        """Copy a tensor with all of its storage, each storage once, as the bytes lie.
+
+        Their checksum is the source's: it is not computed, so bytes that were damaged there are
+        known to be damaged here.
+
+        Raises:
+            BadSampleError: The source is damaged.
+        """
+        if (source, spec.storage_key) not in self._copied:
+            key = self._copied[source, spec.storage_key] = str(len(self._storage_bytes))
+            start, record = source.find_storage(spec)
+            try:
+                self._records.copy(
+                    f"{PREFIX}data/{key}", source.file, start, record.num_bytes, crc=record.crc
+                )
+            except EOFError:
+                raise BadSampleError("is truncated") from None
+            self._storage_bytes[key] = record.num_bytes
+        key = self._copied[source, spec.storage_key]
+        return TensorSpec(key, spec.dtype, spec.offset, spec.shape, spec.stride)
+
+    def finish(self, content: object) -> None:
+        """Write what the file holds."""
+        pickled = write_structure(content, self._storage_bytes)
+        if self._origin is not None:
+            self._records.add(PREFIX + ORIGIN_NAME, [self._origin.encode()])
+        for name, data in (("byteorder", b"little"), ("version", b"3\n"), ("data.pkl", pickled)):
+            self._records.add(PREFIX + name, [data])
+        self._records.finish()
+
+
+def write_structure(content: object, storage_bytes: Mapping[str, int]) -> bytes:
+    """The pickle that `read_structure` reads as `content`, and `torch.load` as its tensors.
+
+    Args:
+        content: Dicts with text as keys, lists, text, numbers, truth values, None, `TensorSpec`.
+        storage_bytes: Size of each storage that a tensor is in.
+    """
+    return pickle.PROTO + b"\2" + b"".join(_pickle(content, storage_bytes)) + pickle.STOP
+
+
+def _pickle(value: object, storage_bytes: Mapping[str, int]) -> Iterator[bytes]:
+    if isinstance(value, TensorSpec):
+        yield from _pickle_tensor(value, storage_bytes[value.storage_key])
+    elif isinstance(value, dict):
+        yield pickle.EMPTY_DICT + pickle.MARK
+        for key, item in value.items():
+            yield from _pickle(key, storage_bytes)
+            yield from _pickle(item, storage_bytes)
+        yield pickle.SETITEMS
+    elif isinstance(value, list):
+        yield pickle.EMPTY_LIST + pickle.MARK
+        for item in value:
+            yield from _pickle(item, storage_bytes)
+        yield pickle.APPENDS
+    elif isinstance(value, str):
+        text = value.encode(errors="surrogatepass")
+        yield pickle.BINUNICODE + struct.pack("<I", len(text)) + text
+    else:
+        assert value is None or isinstance(value, int | float), "a plain value"
+        # Between the protocol and the stop.
+        yield pickle.dumps(value, 2)[2:-1]
+
+
+def _pickle_tensor(spec: TensorSpec, num_bytes: int) -> Iterator[bytes]:
+    module, name = STORAGE_NAMES[spec.dtype].rsplit(".", 1)
+    storage_class = pickle.GLOBAL + f"{module}\n{name}\n".encode()
+    num_elements = num_bytes // ITEM_BYTES[spec.dtype]
+    yield pickle.GLOBAL + b"torch._utils\n_rebuild_tensor_v2\n" + pickle.MARK
+    yield from (pickle.MARK, *_pickle("storage", {}), storage_class)
+    yield from (*_pickle(spec.storage_key, {}), *_pickle("cpu", {}), *_pickle(num_elements, {}))
+    yield pickle.TUPLE + pickle.BINPERSID
+    yield from _pickle(spec.offset, {})
+    for sizes in (spec.shape, spec.stride):
+        yield from (pickle.MARK, *(x for size in sizes for x in _pickle(size, {})), pickle.TUPLE)
+    # It needs no gradient and has no hooks.
+    yield pickle.NEWFALSE + pickle.NONE + pickle.TUPLE + pickle.REDUCE

@@ -1,0 +1,291 @@
+"""Checkpoints of a run: each is absent or complete, whenever the process is killed."""
+
+import os
+import uuid
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
+
+from speculators_cli.core.drafts.checkpoint_reader import (
+    BEST_LINK,
+    FILE_NAMES,
+    MANIFEST_NAME,
+    MOMENTS_NAME,
+    SCHEMA_VERSION,
+    STATE_NAME,
+    TRAINER_DIR,
+    Checkpoint,
+    Damaged,
+    find_checkpoints,
+    find_foreign,
+    hash_file,
+    is_ours,
+    list_checkpoints,
+    read_checkpoint,
+)
+from speculators_cli.core.errors import CheckpointError
+from speculators_cli.core.files import (
+    check_free_space,
+    disk_error,
+    disk_errors,
+    locking,
+    replacing,
+    sync,
+    write_json,
+)
+from speculators_cli.core.models.repo_files import CONFIG_NAME, WEIGHTS_NAME
+from speculators_cli.core.models.train_state import TrainState, is_checkpoint_name
+from speculators_cli.core.scratch import remove
+from speculators_cli.core.training.run_end import RESULT_NAME
+from speculators_cli.core.training.save_path import (
+    INDEX_NAME,
+    LOCK_NAME,
+    METRICS_NAME,
+    SETTINGS_NAME,
+    check_save_path,
+    remove_leftovers,
+    scratch_of,
+)
+
+MORE_ROOM = "Make room on the disk, then run the same command again to resume"
+
+
+class RunFolder:
+    """The save path of a run, locked; only rank 0 has one.
+
+    Args:
+        save_path: Holds the checkpoints and the run's own records.
+        last_id: The run that held the folder last, if that can be resumed in any case.
+        resume: Resume the latest checkpoint; else start over beside the old ones.
+
+    Raises:
+        CheckpointError: There are checkpoints to resume, and all of them are damaged.
+    """
+
+    def __init__(self, save_path: Path, *, last_id: str | None, resume: bool) -> None:
+        self.save_path = save_path
+        self.scratch = scratch_of(save_path)
+        whole, damaged = list_checkpoints(save_path)
+        self.damaged: list[Damaged] = []  # found where one to resume was looked for
+        self.latest: Checkpoint | None = None  # to resume
+        if not resume:
+            own = [c for c in whole if last_id is not None and c.state.run_id == last_id]
+            # What an elastic restart finds damaged has no run to belong to, and is replaced.
+            damaged = []
+        else:
+            own = whole
+        if own or damaged:
+            self.latest, self.damaged = choose_latest(own, damaged, save_path)
+        newest = max((c.state.generation for c in whole), default=0)
+        # Checkpoints of earlier runs, which go once this run has saved one.
+        if self.latest is not None:
+            state = self.latest.state
+            self.run_id, self.generation = state.run_id, state.generation
+            self.old = [c for c in whole if c.state.generation < state.generation]
+        else:
+            self.run_id, self.generation = last_id or uuid.uuid4().hex, newest + 1
+            self.old = whole
+
+    @property
+    def metrics_file(self) -> Path:
+        """One JSON object a line: every log step and validation."""
+        return self.save_path / METRICS_NAME
+
+    @property
+    def settings_file(self) -> Path:
+        """All settings of the run, defaults included."""
+        return self.save_path / SETTINGS_NAME
+
+    @property
+    def index_file(self) -> Path:
+        """Headers of the samples, for the next scan of them."""
+        return self.save_path / INDEX_NAME
+
+    @classmethod
+    @contextmanager
+    def open(cls, save_path: Path, *, resume: bool, is_restart: bool) -> Iterator["RunFolder"]:
+        """Lock a save path, clean up what a killed run left, choose what to resume.
+
+        Args:
+            save_path: Created if missing.
+            resume: Resume the latest checkpoint; else start over beside the old ones.
+            is_restart: The launcher started this run again: it resumes itself in any case.
+
+        Raises:
+            CheckpointError: Another run holds the folder, it has files of others in the way, or its
+                checkpoints are damaged.
+            MachineError: The disk is full.
+        """
+        check_save_path(save_path, resume=resume)
+        with disk_errors(save_path):
+            save_path.mkdir(parents=True, exist_ok=True)
+
+        def in_use(holder: str) -> CheckpointError:
+            return CheckpointError(
+                f"`{save_path}` is in use by {holder}",
+                hint="Wait for that run to end, or choose another `--save-path`",
+            )
+
+        with locking(save_path / LOCK_NAME, in_use=in_use) as lock:
+            remove_leftovers(save_path)
+            last_id = lock.last.get("run_id") if is_restart else None
+            last_id = last_id if isinstance(last_id, str) else None
+            folder = cls(save_path, last_id=last_id, resume=resume)
+            lock.write(run_id=folder.run_id)
+            yield folder
+
+    def save(
+        self,
+        name: str,
+        *,
+        tensors: Mapping[str, Tensor],
+        config: Mapping[str, Any],
+        trainer_tensors: Mapping[str, Tensor],
+        state: TrainState,
+    ) -> None:
+        """Commit a checkpoint under a name, then drop checkpoints of earlier runs.
+
+        Raises:
+            MachineError: The disk is full or fails; what was there before is intact.
+            CheckpointError: Something that is not ours has taken the name.
+        """
+        num_bytes = sum(x.nbytes for x in (*tensors.values(), *trainer_tensors.values()))
+        check_free_space(self.save_path, num_bytes, what="a checkpoint", hint=MORE_ROOM)
+        folder = self.save_path / name
+        try:
+            new = self.scratch.open() / f"new-{name}"
+            (new / TRAINER_DIR).mkdir(parents=True)
+            save_file(_contiguous(tensors), new / WEIGHTS_NAME, {"format": "pt"})
+            save_file(_contiguous(trainer_tensors), new / MOMENTS_NAME)
+            write_json(config, new / CONFIG_NAME)
+            write_json(asdict(state), new / STATE_NAME)
+            _seal(new, state.generation)
+            self._put_in_place(new, folder)
+        except (OSError, SafetensorError) as error:
+            self.scratch.clear()
+            reason = error.strerror if isinstance(error, OSError) else error
+            failed = disk_error(folder, f"{reason}", num_bytes=num_bytes)
+            failed.hint = MORE_ROOM
+            raise failed from None
+        self.latest = read_checkpoint(folder)
+        for checkpoint in self.old:
+            if checkpoint.folder != folder:
+                self._discard(checkpoint.folder)
+        self.old = []
+        best = self.save_path / BEST_LINK
+        if best.is_symlink() and not best.exists():
+            best.unlink()  # it led to a checkpoint of an earlier run
+        self.scratch.clear()
+
+    def set_best(self, name: str) -> None:
+        """Point `checkpoint_best` at a checkpoint, in one step."""
+        with disk_errors(self.save_path):
+            new = self.scratch.open() / BEST_LINK
+            new.unlink(missing_ok=True)
+            new.symlink_to(name)
+            new.replace(self.save_path / BEST_LINK)
+            self.scratch.clear()
+
+    def prune(self, keep: int | None) -> None:
+        """Drop all checkpoints of this run but the `keep` latest and the best."""
+        if keep is None:
+            return
+        link = self.save_path / BEST_LINK
+        best = str(link.readlink()) if link.is_symlink() else None
+        found = [c for c in find_checkpoints(self.save_path) if c.state.run_id == self.run_id]
+        for checkpoint in found[:-keep]:
+            if checkpoint.folder.name != best:
+                self._discard(checkpoint.folder)
+        self.scratch.clear()
+
+    def write_result(self, result: Mapping[str, Any]) -> None:
+        """Write how the run ended: torchrun hides the exit code."""
+        with replacing(self.save_path / RESULT_NAME) as temporary:
+            write_json(result, temporary)
+
+    def _put_in_place(self, new: Path, folder: Path) -> None:
+        """Give a sealed folder its name; what had it before is removed afterwards."""
+        if os.path.lexists(folder):
+            if folder.is_symlink() or not is_ours(folder) or find_foreign(folder) is not None:
+                self.scratch.clear()
+                raise CheckpointError(
+                    f"`{folder}` cannot be saved: something else has its name",
+                    hint=f"Move `{folder}` elsewhere, then run the same command again to resume",
+                )
+            replaced = self.scratch.folder / f"replaced-{folder.name}"
+            folder.rename(replaced)
+            try:
+                new.rename(folder)
+            except OSError:
+                replaced.rename(folder)
+                raise
+            # From here on it must not come back.
+            replaced.rename(self.scratch.folder / f"removed-{folder.name}")
+        else:
+            new.rename(folder)
+        sync(self.save_path)
+
+    def _discard(self, folder: Path) -> None:
+        """Remove a checkpoint of ours; one that holds more, or was renamed, stays."""
+        if not is_checkpoint_name(folder.name) or find_foreign(folder) is not None:
+            return
+        # Renamed first: a folder half removed must not look like a checkpoint.
+        removed = self.scratch.open() / f"removed-{folder.name}"
+        folder.rename(removed)
+        remove(removed)
+
+
+def choose_latest(
+    whole: list[Checkpoint], damaged: list[Damaged], save_path: Path
+) -> tuple[Checkpoint, list[Damaged]]:
+    """The latest checkpoint whose every byte is as it was saved, and the damaged ones after it.
+
+    Raises:
+        CheckpointError: All checkpoints of the latest run are damaged.
+    """
+    generation = max((c.state.generation for c in whole), default=0)
+    generation = max([generation, *(d.generation or 0 for d in damaged)])
+    later: list[Damaged] = []
+    for checkpoint in reversed([c for c in whole if c.state.generation == generation]):
+        damage = checkpoint.find_damage()
+        if damage is None:
+            return checkpoint, later + [d for d in damaged if _may_be_later(d, checkpoint)]
+        later.append(Damaged(checkpoint.folder, damage, generation))
+    lines = [f"  `{d.folder}`: {d.reason}" for d in (*later, *damaged)]
+    raise CheckpointError(
+        "\n".join([f"All checkpoints in `{save_path}` that could be resumed are damaged", *lines]),
+        hint="Restore one of them, or start over with `--no-resume-from-checkpoint`",
+    )
+
+
+def _may_be_later(damaged: Damaged, checkpoint: Checkpoint) -> bool:
+    """Whether a damaged checkpoint may have been saved after another, by its name."""
+    name, state = damaged.folder.name, checkpoint.state
+    if name.isdecimal():
+        return int(name) >= state.epoch
+    step = name.removeprefix("step-")
+    return int(step) > state.step if step.isdecimal() else True
+
+
+def _seal(folder: Path, generation: int) -> None:
+    """Flush every file, then write the manifest that makes the folder a checkpoint."""
+    for name in FILE_NAMES:
+        sync(folder / name)
+    files = {
+        name: {"num_bytes": (folder / name).stat().st_size, "sha256": hash_file(folder / name)}
+        for name in FILE_NAMES
+    }
+    manifest = {"schema_version": SCHEMA_VERSION, "generation": generation, "files": files}
+    write_json(manifest, folder / MANIFEST_NAME)
+    for path in (folder / MANIFEST_NAME, folder / TRAINER_DIR, folder):
+        sync(path)
+
+
+def _contiguous(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}

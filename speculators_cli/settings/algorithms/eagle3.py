@@ -1,0 +1,45 @@
+"""Settings of EAGLE-3."""
+
+from typing import Annotated, Literal, Self
+
+from pydantic import Field, model_validator
+
+from speculators_cli.settings.base import (
+    REFUSED_ON_RESUME,
+    WARNED_ON_RESUME,
+    OffFlag,
+    Settings,
+)
+
+
+class Eagle3Settings(Settings):
+    """What is special to EAGLE-3."""
+
+    ttt_steps: Annotated[int, WARNED_ON_RESUME] = Field(3, ge=1, description="TTT steps")
+    ttt_step_loss_decay: Annotated[float, WARNED_ON_RESUME] = Field(
+        1.0, gt=0, description="Loss weight of a TTT step over the one before"
+    )
+    loss: Annotated[Literal["kl"], WARNED_ON_RESUME] = Field(
+        "kl", description="Loss between the verifier's and the draft's distribution: kl"
+    )
+    norm_before_residual: Annotated[bool, REFUSED_ON_RESUME] = Field(
+        True, description="Let the first layer's residual start after its norm"
+    )
+    norm_before_fc: Annotated[bool, REFUSED_ON_RESUME] = Field(
+        False, description="Normalise the concatenated aux hidden states"
+    )
+    fc_norm: Annotated[bool, REFUSED_ON_RESUME] = Field(
+        False, description="Normalise the aux hidden states of each layer on their own"
+    )
+    norm_output: Annotated[bool, REFUSED_ON_RESUME] = Field(
+        False, description="Feed the normalised hidden states to the next TTT step"
+    )
+    train_head: Annotated[bool, REFUSED_ON_RESUME, OffFlag("--freeze-head")] = Field(
+        True, description="Train the draft's lm_head, or keep the verifier's rows"
+    )
+
+    @model_validator(mode="after")
+    def _one_norm_before_fc(self) -> Self:
+        if self.norm_before_fc and self.fc_norm:
+            raise ValueError("`norm_before_fc` and `fc_norm` cannot both be on")
+        return self

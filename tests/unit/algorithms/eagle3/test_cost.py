@@ -1,0 +1,158 @@
+"""The cost model, against counts made by hand and against memory measured on an H100."""
+
+from typing import Any
+
+import pytest
+import torch
+
+from speculators_cli.core.algorithms.cost import Work
+from speculators_cli.core.algorithms.eagle3.config import Eagle3Config
+from speculators_cli.core.algorithms.eagle3.cost import (
+    Eagle3Cost,
+    RowCounts,
+    count_flops,
+    count_rows,
+)
+from speculators_cli.core.bench.shapes import SHAPES
+from speculators_cli.settings.algorithms.eagle3 import Eagle3Settings
+from tests.drafts import filled_draft, make_config
+
+# GiB, by `speculators bench`, NVIDIA H100 80GB, torch 2.11: shape, changes of the draft, tokens,
+# supervised fraction.
+MEASURED: list[tuple[str, dict[str, Any], int, float, float]] = [
+    ("llama-3.1-8b", {}, 8192, 0.6, 11.71),
+    ("llama-3.1-8b", {}, 8192, 1.0, 13.28),
+    ("llama-3.1-8b", {}, 8192, 0.2, 10.19),
+    ("llama-3.1-8b", {}, 16384, 0.6, 14.53),
+    ("llama-3.1-8b", {}, 32768, 0.6, 20.17),
+    ("llama-3.1-8b", {"num_layers": 2}, 8192, 0.6, 16.95),
+    ("llama-3.1-8b", {"ttt_steps": 7}, 8192, 0.6, 14.92),
+    ("qwen3-8b", {"draft_vocab_size": 151936}, 8192, 0.6, 20.84),
+]
+
+
+def shaped(shape: str, **changes: Any) -> Eagle3Config:
+    verifier, vocab_size = SHAPES[shape]
+    sizes = {
+        "hidden_size": verifier.hidden_size,
+        "target_hidden_size": verifier.hidden_size,
+        "intermediate_size": verifier.intermediate_size,
+        "num_heads": verifier.num_heads,
+        "num_kv_heads": verifier.num_kv_heads,
+        "head_dim": verifier.head_dim,
+        "vocab_size": vocab_size,
+        "draft_vocab_size": 32000,
+    }
+    return make_config(**(sizes | changes))
+
+
+def estimate(
+    config: Eagle3Config,
+    *,
+    total_seq_len: int,
+    num_active: int,
+    num_targets: int,
+    num_accumulated: int = 1,
+) -> int:
+    """Bytes at the peak of a step."""
+    work = [Work(total_seq_len, num_targets, num_active, flops=0.0)]
+    terms = Eagle3Cost().estimate_memory(
+        config,
+        Eagle3Settings(),
+        work,
+        total_seq_len=total_seq_len,
+        num_accumulated=num_accumulated,
+    )
+    return sum(terms.values())
+
+
+@pytest.mark.parametrize(("shape", "changes", "seq_len", "fraction", "gib"), MEASURED)
+def test_memory_is_within_10_percent_of_what_was_measured(
+    shape: str, changes: dict[str, Any], seq_len: int, fraction: float, gib: float
+) -> None:
+    num_bytes = estimate(
+        shaped(shape, **changes),
+        total_seq_len=seq_len,
+        num_active=int(seq_len * fraction),
+        num_targets=int(seq_len * fraction),
+    )
+
+    assert num_bytes / 2**30 == pytest.approx(gib, rel=0.1)
+
+
+def test_memory_grows_with_the_rows_that_scattered_targets_reach() -> None:
+    config = shaped("qwen3-8b", draft_vocab_size=151936)
+
+    many, few = (
+        estimate(config, total_seq_len=8192, num_active=num_active, num_targets=700)
+        for num_active in (2000, 700)
+    )
+
+    # Each has the draft's logits of all TTT steps, in bfloat16.
+    assert many - few >= 1300 * config.ttt_steps * 151936 * 2
+
+
+def test_rows_are_counted_as_they_are_computed() -> None:
+    # Two documents of 4 and 3, one position of padding; step 1 scores one position earlier.
+    mask = torch.tensor([0, 0, 1, 0, 1, 0, 1, 0]).bool()
+
+    rows = count_rows(mask, (4, 3), 2)
+
+    assert rows == RowCounts(
+        num_positions=7,
+        num_active=5,  # 1, 2 | 4, 5, 6
+        num_needed=7,  # 1, 2, 3 | 4, 5, 6, and the padding after them
+        num_targets=3,
+        num_pairs=2 + 3 + 1 + 2 + 3,
+        num_all_pairs=1 + 2 + 3 + 4 + 1 + 2 + 3,
+    )
+
+
+def test_more_steps_than_positions_are_counted() -> None:
+    rows = count_rows(torch.ones(3).bool(), (3,), 7)
+
+    assert rows.num_active == rows.num_needed == 3
+
+
+def test_each_accumulated_sequence_takes_memory() -> None:
+    one, two, eight = (
+        estimate(
+            shaped("llama-3.1-8b"),
+            total_seq_len=8192,
+            num_active=4915,
+            num_targets=4915,
+            num_accumulated=num_accumulated,
+        )
+        for num_accumulated in (1, 2, 8)
+    )
+
+    # Both copies of the aux hidden states of six more sequences.
+    assert eight - two > 6 * 2 * 8192 * 3 * 4096 * 2
+    assert two > one
+
+
+def test_operations_of_a_draft_of_ones_are_those_counted_by_hand() -> None:
+    config = make_config(
+        hidden_size=1, target_hidden_size=1, intermediate_size=1, num_heads=1, num_kv_heads=1,
+        head_dim=1, draft_vocab_size=1, target_layer_ids=(1,), ttt_steps=2,
+    )  # fmt: skip
+    rows = RowCounts(
+        num_positions=10, num_active=4, num_needed=5, num_targets=3, num_pairs=20, num_all_pairs=55
+    )
+
+    flops = count_flops(config, rows, train_head=True)
+
+    fc = 2 * 10
+    embedding = 2 * (5 + 10 * 2)
+    kv = 3 * 2 * (10 + 4)
+    query_o_mlp = 3 * (2 + 3) * (4 + 4)
+    head = 3 + 3 * 2 * 3
+    attention = 7 * 2 * 20
+    assert flops == 2 * (fc + embedding + kv + query_o_mlp + head + attention)
+
+
+def test_parameters_are_those_of_the_module() -> None:
+    config = make_config(num_layers=2, arch="qwen3", fc_norm=True)
+    draft = filled_draft(config, torch.Generator().manual_seed(0), kept_ids=torch.arange(0, 37, 2))
+
+    assert config.count_parameters() == sum(p.numel() for p in draft.parameters())

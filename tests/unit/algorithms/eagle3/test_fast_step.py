@@ -1,0 +1,130 @@
+"""The fast step, against the plain one."""
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from speculators_cli.core.algorithms.eagle3.training import Eagle3Training
+from speculators_cli.core.data.batch import collate
+from tests.drafts import filled_draft, make_config, make_sample, pack
+from tests.gradients import ATOL, RTOL
+
+MASKS = {
+    "nothing": torch.zeros(24).bool(),
+    "everything": torch.ones(24).bool(),
+    "one-token": torch.arange(24) == 9,
+    "first-of-a-document": (torch.arange(24) == 8) | (torch.arange(24) == 0),
+    "two-turns": (torch.arange(24) % 8 >= 6) | (torch.arange(24) % 8 == 2),
+    "last-turns": torch.arange(24) % 10 >= 6,
+}
+
+
+def fast_draft(rng: torch.Generator, **changes: Any) -> Eagle3Training:
+    draft = filled_draft(make_config(**changes), rng, kept_ids=torch.arange(0, 37, 2))
+    draft.use_fast_kernels = True
+    return draft
+
+
+@pytest.mark.parametrize("train_head", [True, False])
+@pytest.mark.parametrize("num_layers", [1, 2])
+@pytest.mark.parametrize("mask", MASKS)
+def test_any_mask_gives_what_the_plain_path_gives(
+    mask: str, num_layers: int, train_head: bool, rng: torch.Generator
+) -> None:
+    draft = fast_draft(rng, num_layers=num_layers, intermediate_size=16)
+    draft.lm_head.requires_grad_(train_head)
+    # A document begins with its sample's second token.
+    parts = [F.pad(part, (1, 0)) for part in MASKS[mask].split((8, 11, 5))[:2]]
+    samples = [replace(make_sample(len(p), draft.config, rng), loss_mask=p) for p in parts]
+    batch = pack(*samples, total_seq_len=24)
+    weights = torch.tensor([1.0, 0.5, 0.25])
+    found = []
+    for is_fast in (True, False):
+        draft.use_fast_kernels = is_fast
+        draft.zero_grad()
+        sums = draft(batch, weights)
+        sums.loss.backward()
+        grads = {n: p.grad for n, p in draft.named_parameters() if p.grad is not None}
+        found.append((sums, grads))
+
+    (fast, own), (plain, exact) = found
+    torch.testing.assert_close(fast.stacked(), plain.stacked(), rtol=RTOL, atol=ATOL)
+    torch.testing.assert_close(fast.loss, plain.loss, rtol=RTOL, atol=ATOL)
+    for name, grad in exact.items():
+        mine = own[name]
+        # Where only one key is seen, the exact gradient of a query is 0, and rounding's some 1e-7.
+        assert (mine - grad).norm() <= 1e-5 * grad.norm() + 1e-6, name
+
+
+def test_steps_that_read_past_the_end_alone_give_what_the_plain_path_gives(
+    rng: torch.Generator,
+) -> None:
+    # The only supervised token is the sequence's last, in a document shorter than the TTT steps.
+    draft = fast_draft(rng)
+    silent, short = (make_sample(n, draft.config, rng) for n in (15, 2))
+    batch = pack(
+        replace(silent, loss_mask=torch.zeros(15).bool()),
+        replace(short, loss_mask=torch.tensor([False, True])),
+        total_seq_len=15,
+    )
+    found = []
+    for is_fast in (True, False):
+        draft.use_fast_kernels = is_fast
+        draft.zero_grad()
+        draft(batch).loss.backward()
+        assert draft.fc.weight.grad is not None
+        found.append(draft.fc.weight.grad.clone())
+
+    assert found[1].abs().max() > 0
+    torch.testing.assert_close(*found, rtol=RTOL, atol=ATOL)
+
+
+def test_a_batch_without_documents_gives_zeros(rng: torch.Generator) -> None:
+    # A rank's last step may have nothing to read; the others wait for its gradients.
+    draft = fast_draft(rng)
+    batch = collate([], [], total_seq_len=8, num_aux_layers=3, hidden_size=24, dtype=torch.float32)
+
+    sums = draft(batch)
+    sums.loss.backward()
+
+    assert sums.loss == 0
+    for name, parameter in draft.named_parameters():
+        assert parameter.grad is not None, name
+        assert not parameter.grad.any(), name
+
+
+def test_validation_counts_as_the_plain_path(rng: torch.Generator) -> None:
+    draft = fast_draft(rng).eval()
+    batch = pack(make_sample(20, draft.config, rng))
+
+    with torch.no_grad():
+        fast = draft(batch)
+        draft.use_fast_kernels = False
+        plain = draft(batch)
+
+    assert plain.counters["num_agreed"].sum() > 0
+    torch.testing.assert_close(fast.stacked(), plain.stacked(), rtol=RTOL, atol=ATOL)
+
+
+def test_a_document_taken_out_on_the_device_is_not_scored(rng: torch.Generator) -> None:
+    draft = fast_draft(rng)
+    batch = pack(*(make_sample(n, draft.config, rng) for n in (9, 12)), total_seq_len=24)
+    dropped = replace(batch, loss_mask=batch.loss_mask & (batch.document_ids != 0))
+
+    sums = draft(dropped)
+    draft.use_fast_kernels = False
+
+    assert sums.counters["num_scored"].sum() > 0
+    torch.testing.assert_close(sums.stacked(), draft(dropped).stacked(), rtol=RTOL, atol=ATOL)
+
+
+def test_a_multiple_of_the_loss_is_refused(rng: torch.Generator) -> None:
+    # Its gradients were made for the loss itself.
+    draft = fast_draft(rng)
+    batch = pack(make_sample(9, draft.config, rng))
+
+    with pytest.raises(RuntimeError):
+        (2 * draft(batch).loss).backward()

@@ -1,0 +1,46 @@
+"""Attention of some rows to all keys and to their own of later steps, against the plain one."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from speculators_cli.core.algorithms.eagle3.attention import plain_attention
+from speculators_cli.core.kernels.joint_attention import joint_attention
+from speculators_cli.core.kernels.spans import Spans
+from tests.drafts import attend_from
+from tests.gradients import assert_same
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize("num_steps", [1, 3])
+@pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), [(4, 2, 8), (6, 2, 12), (3, 3, 8)])
+def test_joint_attention_of_some_rows_equals_the_plain_one_of_all(
+    num_steps: int, heads: int, kv_heads: int, head_dim: int, rng: torch.Generator
+) -> None:
+    bounds = (0, 5, 6, 13, 16)
+    rows = torch.tensor([2, 4, 8, 9, 12])  # none of the second document, nor of the padding
+    spans = Spans.of_rows(bounds, rows.numpy(), CPU)
+    query = torch.randn(16, heads, head_dim, generator=rng)
+    parts = [torch.randn(16, kv_heads, head_dim, generator=rng) for _ in range(2 * num_steps)]
+
+    def fast(query: Tensor, *parts: Tensor) -> Tensor:
+        return attend_from(rows, spans, query, *parts)
+
+    def plain(query: Tensor, *parts: Tensor) -> Tensor:
+        return plain_attention(query, bounds, *parts)[rows]
+
+    assert_same(fast, plain, query, *parts)
+
+
+def test_joint_attention_of_all_rows_equals_the_plain_one(rng: torch.Generator) -> None:
+    bounds = (0, 5, 6, 13)
+    parts = [torch.randn(13, 2, 8, generator=rng) for _ in range(4)]
+
+    def fast(query: Tensor, *parts: Tensor) -> Tensor:
+        return joint_attention(query, parts[:2], parts[2:], Spans.of_documents(bounds, CPU))
+
+    def plain(query: Tensor, *parts: Tensor) -> Tensor:
+        return plain_attention(query, bounds, *parts)
+
+    assert_same(fast, plain, torch.randn(13, 4, 8, generator=rng), *parts)

@@ -1,0 +1,80 @@
+"""lm_head and KL together, against logits written out."""
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from speculators_cli.core.kernels.linear_kl import Targets, linear_kl
+from speculators_cli.core.kernels.shared import SharedWeight
+from speculators_cli.core.models.losses import kl_loss
+from speculators_cli.core.models.verifier import FrozenVerifier
+from tests.drafts import filled_draft, make_config
+from tests.gradients import ATOL, RTOL
+
+
+def make_verifier(rng: torch.Generator, **changes: Any) -> FrozenVerifier:
+    draft = filled_draft(make_config(), rng, kept_ids=torch.arange(0, 37, 2))
+    config = replace(draft.verifier.config, **changes)
+    return FrozenVerifier(
+        draft.verifier.embedding, draft.verifier.norm_gain, draft.verifier.head, config
+    )
+
+
+def targets_of(verifier: FrozenVerifier, hidden: Tensor, *, is_kept: Tensor) -> Targets:
+    return Targets(
+        hidden=hidden,
+        head=verifier.head,
+        is_kept=is_kept,
+        tokens=None,
+        kept_ids=torch.arange(len(verifier.head)),
+        logit_scale=verifier.config.logit_scale,
+        softcap=verifier.config.logit_softcap,
+    )
+
+
+@pytest.mark.parametrize("chunk", [100, 2])
+@pytest.mark.parametrize("options", [{}, {"logit_softcap": 2.0}, {"logit_scale": 0.3}], ids=str)
+def test_linear_kl_equals_the_plain_loss(
+    options: dict[str, float], chunk: int, rng: torch.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("speculators_cli.core.kernels.logit_chunks.MAX_ROWS", chunk)
+    verifier = make_verifier(rng, **options)
+    first, second, last = (torch.randn(5, 24, generator=rng) for _ in range(3))
+    head = torch.randn(37, 24, generator=rng)
+    # Two steps of five rows; target 2 was taken out.
+    indices = torch.tensor([[-1, 0], [0, 1], [1, -1], [2, 3], [3, 4]])
+    is_kept = torch.tensor([True, True, False, True, True])
+    scored = torch.tensor([[0, 1], [1, 1], [1, 0], [0, 1], [1, 1]]).bool()
+    bounds = {(0, 5): (0, 5), (0, 1): (0, 1), (1, 3): (0, 2), (3, 5): (2, 5)}
+    weights = torch.tensor([0.5, 2.0])
+    log_probs = verifier.logits(last, verifier.head).log_softmax(-1)[indices.clamp(min=0)]
+
+    def fast(first: Tensor, second: Tensor, head: Tensor) -> Tensor:
+        shared = SharedWeight([head], torch.float32)
+        stacked = torch.stack([first, second], dim=1)
+        scores = linear_kl(
+            stacked.detach(), [first, second], shared, indices,
+            lambda start, stop: bounds[start, stop], weights,
+            targets_of(verifier, last, is_kept=is_kept),
+        )  # fmt: skip
+        assert torch.equal(scores.scored, scored)
+        agreed = (stacked @ head.T).argmax(-1) == log_probs.argmax(-1)
+        assert torch.equal(scores.agreed, agreed & scored)
+        return scores.loss
+
+    def plain(first: Tensor, second: Tensor, head: Tensor) -> Tensor:
+        losses = kl_loss(torch.stack([first, second], dim=1) @ head.T, log_probs)
+        return (losses.masked_fill(~scored, 0.0).sum(0) * weights).sum()
+
+    leaves = [[x.clone().requires_grad_() for x in (first, second, head)] for _ in range(2)]
+    losses = [compute(*own) for compute, own in zip((fast, plain), leaves, strict=True)]
+    for loss in losses:
+        loss.backward()
+    torch.testing.assert_close(*losses, rtol=RTOL, atol=ATOL)
+    for own, exact in zip(*leaves, strict=True):
+        assert exact.grad is not None
+        assert exact.grad.abs().max() > 0
+        torch.testing.assert_close(own.grad, exact.grad, rtol=RTOL, atol=ATOL)
