@@ -1,11 +1,13 @@
 """`speculators train --from-checkpoint` as the user types it."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from speculators_cli.cli.app import run
 from tests.tiny import TinyInputs
@@ -66,6 +68,41 @@ def test_the_maps_are_not_needed(tiny: TinyInputs, trained: Path) -> None:
     flags = ("--from-checkpoint", str(trained))
 
     assert train(tiny, "second", *flags, d2t_path=None, t2d_path=None, max_steps=1) == 0
+
+
+def with_embedding(trained: Path, folder: Path, change: Callable[[Tensor], Tensor]) -> Path:
+    folder.mkdir()
+    tensors = load_file(trained / "1/model.safetensors")
+    tensors["embed_tokens.weight"] = change(tensors["embed_tokens.weight"])
+    save_file(tensors, folder / "model.safetensors")
+    (folder / "config.json").write_text((trained / "1/config.json").read_text())
+    return folder
+
+
+@pytest.mark.parametrize("flags", [(), ("--dry-run",), ("--plan",)])
+def test_a_draft_with_an_embedding_of_its_own_is_refused(
+    tiny: TinyInputs, trained: Path, capsys: Capture, flags: tuple[str, ...]
+) -> None:
+    other = with_embedding(trained, tiny.folder / "other", lambda x: x.flip(0))
+
+    assert train(tiny, "second", "--from-checkpoint", str(other), *flags) == 2
+
+    assert "has an embedding of its own, other than that of verifier" in capsys.readouterr().err
+    assert not (tiny.folder / "second").exists()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_an_embedding_that_was_only_rounded_is_the_verifiers(
+    tiny: TinyInputs, trained: Path, dtype: torch.dtype
+) -> None:
+    rounded = with_embedding(trained, tiny.folder / "rounded", lambda x: x.to(dtype))
+
+    code = train(tiny, "second", "--from-checkpoint", str(rounded), max_steps=1)
+
+    before = load_file(trained / "1/model.safetensors")["embed_tokens.weight"]
+    after = load_file(tiny.folder / "second/step-1/model.safetensors")["embed_tokens.weight"]
+    assert code == 0
+    assert torch.equal(before, after)
 
 
 def test_maps_that_only_lie_in_the_working_folder_are_not_compared(

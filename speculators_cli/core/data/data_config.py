@@ -1,18 +1,22 @@
 """data_config.json beside the samples: which verifier and which of its layers they hold."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from speculators_cli.core.errors import DataError
-from speculators_cli.core.files import read_regular, replacing, write_json
+from speculators_cli.core.files import replacing, write_json
 from speculators_cli.core.progress import Progress
+from speculators_cli.core.reading import UnreadableError, read_json_object, refusing
 
 FILE_NAME = "data_config.json"
 MAX_BYTES = 2**20
+FIX = "Correct the file, or remove it and pass `--target-layer-ids`"
+MAX_SHOWN = 60  # characters of a value
+MAX_DIGITS = 10  # of a layer id
 OUR_CONVENTION = "vllm"  # id k is the output after k decoder layers
 
 
@@ -48,27 +52,59 @@ def read_data_config(file: Path) -> DataConfig:
     """Read a data_config.json.
 
     Raises:
-        DataError: It is no JSON object.
+        DataError: It is no JSON object, or has values of other types.
     """
-    try:
-        content = json.loads(read_regular(file, most_bytes=MAX_BYTES).decode("utf-8-sig"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise DataError(
-            f"`{file}` cannot be read: {error}", hint="Repair the file, or remove it"
-        ) from None
-    ids = _get(content, "hidden_states", "layer_ids")
-    is_list = isinstance(ids, list) and all(isinstance(k, int) for k in ids)
-    verifier = _get(content, "model", "target_model_path")
-    convention = _get(content, "hidden_states", "layer_ids_convention")
-    version = _get(content, "version")
-    return DataConfig(
-        file=file,
-        verifier=verifier if isinstance(verifier, str) else None,
-        layer_ids=tuple(ids) if is_list else None,
-        convention=convention or _get(content, "layer_ids_convention"),
-        is_assumed=_get(content, "hidden_states", "layer_ids_assumed") is True,
-        version=None if version is None else str(version),
-    )
+    with refusing(DataError):
+        content = read_json_object(file, fix=FIX, max_bytes=MAX_BYTES)
+        states, model = _object(content, "hidden_states", file), _object(content, "model", file)
+        convention = _text(states, "layer_ids_convention", file)
+        version = content.get("version")
+        return DataConfig(
+            file=file,
+            verifier=_text(model, "target_model_path", file),
+            layer_ids=_layer_ids(states.get("layer_ids"), file),
+            convention=convention or _text(content, "layer_ids_convention", file),
+            is_assumed=states.get("layer_ids_assumed") is True,
+            version=None if version is None else str(version),
+        )
+
+
+def _object(content: Mapping[str, Any], key: str, file: Path) -> Mapping[str, Any]:
+    value = content.get(key)
+    if value is not None and not isinstance(value, dict):
+        raise _unexpected(file, key, value, "an object")
+    return value or {}
+
+
+def _text(content: Mapping[str, Any], key: str, file: Path) -> str | None:
+    value = content.get(key)
+    if value is not None and not isinstance(value, str):
+        raise _unexpected(file, key, value, "a text")
+    return value
+
+
+def _layer_ids(value: object, file: Path) -> tuple[int, ...] | None:
+    """Layer ids as a list of numbers; as texts, or one text with commas, they are read too."""
+    items = value.split(",") if isinstance(value, str) else value
+    if items is None:
+        return None
+    ids = [_whole(x) for x in items] if isinstance(items, list) else [None]
+    if not ids or None in ids:
+        raise _unexpected(file, "layer_ids", value, "a list of whole numbers")
+    return tuple(k for k in ids if k is not None)
+
+
+def _whole(value: object) -> int | None:
+    if isinstance(value, str) and len(value) < MAX_DIGITS and value.strip().isdecimal():
+        return int(value)
+    is_whole = isinstance(value, int) or (isinstance(value, float) and value.is_integer())
+    return int(value) if is_whole and not isinstance(value, bool) else None  # type: ignore[call-overload]
+
+
+def _unexpected(file: Path, key: str, value: object, expected: str) -> UnreadableError:
+    shown = json.dumps(value)
+    shown = shown if len(shown) <= MAX_SHOWN else f"{shown[:MAX_SHOWN]}..."
+    return UnreadableError(file, f"has `{key}` `{shown}`, expected {expected}", hint=FIX)
 
 
 def write_data_config(
@@ -151,7 +187,7 @@ def resolve_layer_ids(
         lines = [f"  `{config.file}`: {_show(ids)}" for config, ids in said if ids is not None]
         raise DataError(
             "\n".join(["The folders of samples hold different verifier layers", *lines]),
-            hint="Train on one of them at a time",
+            hint="Train on one of them at a time, or pass `--target-layer-ids` that all hold",
         )
     n = num_verifier_layers
     usual = (3, n // 2 + 1, n - 2) if data_format in ("v0", "v1") else default_layer_ids(n)
@@ -186,11 +222,11 @@ def _checked(ids: tuple[int, ...], num_layers: int, num_aux_layers: int) -> tupl
             f"The samples hold {num_aux_layers} aux layers, the layer ids are `{_show(ids)}`",
             hint=hint,
         )
-    is_ascending = all(low < high for low, high in pairwise(ids))
-    if not is_ascending or ids[0] < 0 or ids[-1] > num_layers:
+    if any(low >= high for low, high in pairwise(ids)):
+        raise DataError(f"Layer ids `{_show(ids)}` are not strictly ascending", hint=hint)
+    if ids[0] < 0 or ids[-1] > num_layers:
         raise DataError(
-            f"Layer ids `{_show(ids)}` are not strictly ascending within 0 and the verifier's "
-            f"{num_layers} layers",
+            f"Layer ids `{_show(ids)}` are not within 0 and the verifier's {num_layers} layers",
             hint=hint,
         )
     return ids
@@ -198,9 +234,3 @@ def _checked(ids: tuple[int, ...], num_layers: int, num_aux_layers: int) -> tupl
 
 def _show(ids: tuple[int, ...]) -> str:
     return ",".join(map(str, ids))
-
-
-def _get(content: object, *keys: str) -> Any:
-    for key in keys:
-        content = content.get(key) if isinstance(content, dict) else None
-    return content

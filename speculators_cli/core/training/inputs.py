@@ -19,7 +19,12 @@ from speculators_cli.core.errors import DataError
 from speculators_cli.core.models.verifier import VerifierConfig, read_verifier_config
 from speculators_cli.core.models.verifier_files import VerifierFiles
 from speculators_cli.core.progress import Progress
-from speculators_cli.core.training.warm_start import check_fit, choose_layer_ids, choose_vocab_map
+from speculators_cli.core.training.warm_start import (
+    check_embedding,
+    check_fit,
+    choose_layer_ids,
+    choose_vocab_map,
+)
 from speculators_cli.settings.train import TrainSettings
 
 
@@ -95,6 +100,7 @@ def read_inputs(
     vocab_size = files.read_vocab_size(is_tied=verifier.is_tied)
     if source is not None:
         check_fit(source, verifier, vocab_size)
+        check_embedding(source, files, verifier)
         vocab_map = choose_vocab_map(source, settings)
     elif draft.full_vocab:
         vocab_map = VocabMap.full(vocab_size)

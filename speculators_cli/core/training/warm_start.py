@@ -2,17 +2,26 @@
 
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from speculators_cli.core.algorithms.overrides import Overrides
 from speculators_cli.core.data.data_config import LayerIds
 from speculators_cli.core.data.vocab_map import VocabMap
 from speculators_cli.core.drafts.trained_draft import TrainedDraft, read_draft
 from speculators_cli.core.errors import DataError, SettingsError
-from speculators_cli.core.models.verifier import VerifierConfig, read_verifier_config
+from speculators_cli.core.models.verifier import (
+    VerifierConfig,
+    load_embedding,
+    read_verifier_config,
+)
 from speculators_cli.core.models.verifier_files import VerifierFiles
 from speculators_cli.core.progress import Progress
 from speculators_cli.settings.train import TrainSettings
 
 FLAG = "--from-checkpoint"
+ROWS_AT_ONCE = 4096  # of an embedding, cast in memory
+ROUNDING = 2**-7  # bfloat16 keeps 8 bits; either side may have been rounded
 
 
 def read_warm_start(settings: TrainSettings) -> tuple[TrainSettings, TrainedDraft | None]:
@@ -80,6 +89,31 @@ def check_fit(source: TrainedDraft, verifier: VerifierConfig, vocab_size: int) -
                 f"`{verifier.name_or_path}` {expected:,}",
                 hint="Name a draft that was trained for this verifier",
             )
+
+
+def check_embedding(source: TrainedDraft, files: VerifierFiles, verifier: VerifierConfig) -> None:
+    """Check that a draft's own embedding is the verifier's, which training uses.
+
+    Raises:
+        SettingsError: It is another.
+        MachineError: A file of the hub cannot be fetched.
+    """
+    if source.embedding is None:
+        return
+    embedding = load_embedding(files, verifier)
+    rows = zip(source.embedding.split(ROWS_AT_ONCE), embedding.split(ROWS_AT_ONCE), strict=True)
+    if not all(_is_close(own.float(), given.float()) for own, given in rows):
+        raise SettingsError(
+            f"`{FLAG}`: `{source.name}` has an embedding of its own, other than that of verifier "
+            f"`{verifier.name_or_path}`, which training uses",
+            hint="Pass the verifier that the draft was trained for as `--verifier-name-or-path`",
+        )
+
+
+def _is_close(own: Tensor, given: Tensor) -> bool:
+    """Whether rows are equal up to rounding to bfloat16 or float16."""
+    smallest = float(given.abs().mean()) * ROUNDING
+    return torch.allclose(own, given, rtol=ROUNDING, atol=smallest)
 
 
 def choose_vocab_map(source: TrainedDraft, settings: TrainSettings) -> VocabMap:

@@ -5,7 +5,12 @@ from typing import Any
 
 import pytest
 
-from speculators_cli.core.data.data_config import DataConfig, LayerIds, resolve_layer_ids
+from speculators_cli.core.data.data_config import (
+    DataConfig,
+    LayerIds,
+    read_data_config,
+    resolve_layer_ids,
+)
 from speculators_cli.core.errors import DataError
 
 
@@ -78,3 +83,59 @@ def test_ids_that_were_assumed_when_they_were_written_stay_assumed() -> None:
 
     assert resolve(config) == LayerIds((3, 17, 30), is_assumed=True)
     assert resolve(config, make_config((3, 17, 30), convention="vllm")).is_assumed is False
+
+
+@pytest.mark.parametrize(
+    "ids", ["[3, 5, 7]", '["3", "5", "7"]', '"3, 5,7"', "[3.0, 5.0, 7.0]"], ids=str
+)
+def test_layer_ids_are_read_as_numbers_and_as_texts(tmp_path: Path, ids: str) -> None:
+    file = tmp_path / "data_config.json"
+    file.write_text(f'{{"hidden_states": {{"layer_ids": {ids}, "layer_ids_convention": "vllm"}}}}')
+
+    assert read_data_config(file).layer_ids == (3, 5, 7)
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        ("[]", "holds a list, expected an object"),
+        ("null", "holds null, expected an object"),
+        ('{"hidden_states": [3, 5]}', "has `hidden_states` `[3, 5]`, expected an object"),
+        ('{"model": "name"}', 'has `model` `"name"`, expected an object'),
+        ('{"model": {"target_model_path": ["a"]}}', 'has `target_model_path` `["a"]`, expected a'),
+        ('{"hidden_states": {"layer_ids": [NaN]}}', "`[NaN]`, expected a list of whole numbers"),
+        ('{"hidden_states": {"layer_ids": [3.5]}}', "`[3.5]`, expected a list of whole numbers"),
+        ('{"hidden_states": {"layer_ids": [true]}}', "`[true]`, expected a list of whole"),
+        ('{"hidden_states": {"layer_ids": ["x"]}}', '`["x"]`, expected a list of whole numbers'),
+        ('{"hidden_states": {"layer_ids": []}}', "`[]`, expected a list of whole numbers"),
+        ('{"hidden_states": {"layer_ids": {"a": 3}}}', '`{"a": 3}`, expected a list of whole'),
+        ('{"hidden_states": {"layer_ids": 3}}', "`3`, expected a list of whole numbers"),
+        (
+            '{"hidden_states": {"layer_ids": [Infinity], "layer_ids_convention": 3}}',
+            "has `layer_ids_convention` `3`, expected a text",
+        ),
+        ('{"hidden_states": ', "is truncated"),
+        ("", "is empty"),
+        ("version https://git-lfs.github.com/spec/v1", "is a Git LFS pointer"),
+    ],
+)
+def test_what_is_not_as_expected_is_named(tmp_path: Path, content: str, reason: str) -> None:
+    file = tmp_path / "data_config.json"
+    file.write_text(content)
+
+    with pytest.raises(DataError) as error:
+        read_data_config(file)
+
+    assert error.value.message.startswith(f"`{file}` ")
+    assert reason in error.value.message
+    assert error.value.hint is not None
+
+
+def test_a_value_of_any_length_is_shown_in_short(tmp_path: Path) -> None:
+    file = tmp_path / "data_config.json"
+    file.write_text('{"hidden_states": {"layer_ids": ["' + "x" * 9999 + '"]}}')
+
+    with pytest.raises(DataError) as error:
+        read_data_config(file)
+
+    assert len(error.value.message) < 300
