@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 from speculators_cli.cli.imports import importing
 from speculators_cli.cli.options import with_settings
 from speculators_cli.cli.output import Output, format_speed
+from speculators_cli.core.files import format_bytes
 from speculators_cli.settings.bench import BenchSettings
 from speculators_cli.settings.loading import load_settings
 
@@ -48,7 +49,7 @@ def show(report: "BenchReport", output: Output) -> None:
         ("waiting for samples", f"{report.data_wait_share:.1%}"),
     ]
     if report.peak_memory_bytes is not None:
-        rows.insert(4, ("peak memory", f"{report.peak_memory_bytes / 2**30:.1f} GiB"))
+        rows.insert(4, ("peak memory", format_bytes(report.peak_memory_bytes)))
     if report.launch_ms is not None:
         rows.append(("launching a step", f"{report.launch_ms:.1f} ms of the host's time"))
     if report.idle_share is not None:

@@ -6,6 +6,7 @@ import typer
 
 from speculators_cli.cli.options import with_settings
 from speculators_cli.cli.output import Output, format_duration
+from speculators_cli.core.files import format_bytes
 from speculators_cli.settings.convert_v0 import ConvertV0Settings
 from speculators_cli.settings.loading import load_settings
 
@@ -32,12 +33,13 @@ def convert_v0(*, flags: dict[str, Any], output: Output) -> None:
 
 def show(report: "ConversionReport", output_dir: str, output: Output) -> None:
     """Write what was converted, and what could not be."""
-    gib = report.num_bytes / 2**30
+    size = format_bytes(report.num_bytes)
     if report.is_dry_run:
-        rate = f"{gib:.2f} GiB; nothing written"
+        rate = f"{size}; nothing written"
     else:
         seconds = report.duration_seconds
-        rate = f"{gib:.2f} GiB in {format_duration(seconds)}, {gib / seconds:.2f} GiB/s"
+        speed = format_bytes(int(report.num_bytes / seconds))
+        rate = f"{size} in {format_duration(seconds)}, {speed}/s"
     verb = "Would convert" if report.is_dry_run else "Converted"
     is_kept = report.last_hidden_states_are_normed
     states = "marked as normed" if is_kept else "from before the final norm"

@@ -6,6 +6,7 @@ import typer
 
 from speculators_cli.cli.options import with_settings
 from speculators_cli.cli.output import Output, format_duration
+from speculators_cli.core.files import format_bytes
 from speculators_cli.settings.inspect_data import InspectDataSettings
 from speculators_cli.settings.loading import load_settings
 
@@ -47,7 +48,7 @@ def show(report: "InspectionReport", name: str, output: Output) -> None:
     output.line(
         f"{name}: {report.num_samples:,} samples, format {report.format}, {report.num_aux_layers} "
         f"aux layers{ids}, hidden size {report.hidden_size:,}, {', '.join(report.dtypes)}, "
-        f"{report.num_bytes / 2**30:.2f} GiB{verifier}"
+        f"{format_bytes(report.num_bytes)}{verifier}"
     )
     output.table(
         ("", "min", "median", "p95", "max", "total", "distribution"),
@@ -60,7 +61,7 @@ def show(report: "InspectionReport", name: str, output: Output) -> None:
     output.line(
         f"An epoch at {report.tokens_per_second:,.0f} tokens/s: "
         f"{format_duration(report.epoch_seconds)}, "
-        f"{report.disk_bytes_per_second / 2**30:.2f} GiB/s from disk"
+        f"{format_bytes(int(report.disk_bytes_per_second))}/s from disk"
     )
     if report.layer_rms:
         scales = "  ".join(f"{rms:.3g}" for rms in report.layer_rms)

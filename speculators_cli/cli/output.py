@@ -208,13 +208,6 @@ def format_speed(tokens_per_second: float) -> str:
     return f"{tokens_per_second:,.0f} tokens/s"
 
 
-def format_bytes(num_bytes: int) -> str:
-    """Such as `12.3 GiB`."""
-    if num_bytes >= 2**30:
-        return f"{num_bytes / 2**30:,.1f} GiB"
-    return f"{num_bytes / 2**20:,.1f} MiB"
-
-
 def format_clock(seconds: float) -> str:
     """Such as `0:05:39`."""
     whole = int(seconds)

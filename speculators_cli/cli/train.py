@@ -9,6 +9,7 @@ import typer
 from speculators_cli.cli.imports import importing
 from speculators_cli.cli.options import with_settings
 from speculators_cli.cli.output import Output, format_duration, format_speed
+from speculators_cli.core.files import format_bytes
 from speculators_cli.settings.loading import load_settings
 from speculators_cli.settings.train import TrainSettings
 
@@ -93,7 +94,7 @@ def _rows(report: Any) -> list[tuple[str, str]]:
         best = f" (best: {report.best_epoch})" if report.best_epoch is not None else ""
         rows.append(("checkpoint", f"{report.checkpoint}{best}"))
     peak = report.peak_memory_bytes
-    memory = f", peak {peak / 2**30:.1f} GiB per GPU" if peak else ""
+    memory = f", peak {format_bytes(peak)} per GPU" if peak else ""
     speed = format_speed(report.tokens_per_second)
     rows.append(("time", f"{format_duration(report.duration_seconds)}  ({speed}{memory})"))
     if report.validation_loss is not None:

@@ -1,7 +1,8 @@
 """`speculators train --plan`."""
 
 from speculators_cli.cli.imports import importing
-from speculators_cli.cli.output import Output, format_bytes, format_duration
+from speculators_cli.cli.output import Output, format_duration
+from speculators_cli.core.files import format_bytes
 from speculators_cli.settings.train import TrainSettings
 
 

@@ -2,6 +2,8 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
+from hashlib import sha256
 from typing import Any
 
 import torch
@@ -13,6 +15,8 @@ from speculators_cli.core.errors import SettingsError
 from speculators_cli.core.models.repo_files import CONFIG_NAME
 from speculators_cli.core.models.rope import choose_rope
 from speculators_cli.core.models.verifier_files import VerifierFiles
+
+BITS_AT_ONCE = 2**22  # values, in a sum over all of a tensor
 
 
 @dataclass(frozen=True)
@@ -115,6 +119,21 @@ def _norm_offset(text: PreTrainedConfig, name: str, *, trust_remote_code: bool) 
     )
 
 
+def _sum_bits(tensor: Tensor) -> int:
+    """A sum over the bits of all values that depends on their places, modulo 2^64.
+
+    Whole numbers add up to the same in any order, so it is quick and exact where the tensor is.
+    """
+    whole = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()]
+    total = torch.zeros((), dtype=torch.int64, device=tensor.device)
+    start = 0
+    for part in tensor.detach().contiguous().view(-1).view(whole).split(BITS_AT_ONCE):
+        place = torch.arange(start, start + len(part), device=tensor.device)
+        total += (part.long() * (place * 0x9E3779B97F4A7C1 + 1)).sum()
+        start += len(part)
+    return int(total)
+
+
 class FrozenVerifier:
     """The verifier's embedding, final norm and head: no gradient, never sharded.
 
@@ -144,6 +163,15 @@ class FrozenVerifier:
         is_tied = self.head is self.embedding
         head = embedding if is_tied else self.head.to(device)
         return FrozenVerifier(embedding, self.norm_gain.to(device), head, self.config)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Changes with any value of the three tensors; the same on every device."""
+        parts = [self.embedding, self.norm_gain]
+        if self.head is not self.embedding:
+            parts.append(self.head)
+        sums = [(list(part.shape), str(part.dtype), _sum_bits(part)) for part in parts]
+        return sha256(repr(sums).encode()).hexdigest()[:32]
 
     @torch.no_grad()
     def normed(

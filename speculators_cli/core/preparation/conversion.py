@@ -23,7 +23,13 @@ from speculators_cli.core.data.dataset import find_files, is_sample_name
 from speculators_cli.core.data.formats import FORMATS
 from speculators_cli.core.data.sample import BadSampleError, Problem
 from speculators_cli.core.errors import DataError, MachineError, SettingsError
-from speculators_cli.core.files import TEMPORARY, check_output_dir, find_existing, sync
+from speculators_cli.core.files import (
+    TEMPORARY,
+    check_output_dir,
+    find_existing,
+    format_bytes,
+    sync,
+)
 from speculators_cli.core.progress import Progress
 from speculators_cli.core.torch_file.archive import Archive
 from speculators_cli.core.torch_file.structure import ITEM_BYTES
@@ -244,8 +250,8 @@ def check_space(jobs: Sequence[Job], files: FilesSettings) -> None:
     free = shutil.disk_usage(find_existing(files.output_dir)).free
     if sum(sizes) > free:
         raise MachineError(
-            f"`{files.output_dir}` has {free / 2**30:.1f} GiB free, the samples take "
-            f"{sum(sizes) / 2**30:.1f} GiB",
+            f"`{files.output_dir}` has {format_bytes(free)} free, the samples take "
+            f"{format_bytes(sum(sizes))}",
             hint="Make room, or pass `--delete-source`, or `--dtype bfloat16` for float32 samples",
         )
 
@@ -279,6 +285,9 @@ def convert_all(
             for job, result in zip(jobs, pool.map(convert, jobs), strict=True):
                 task.advance(job.num_bytes)
                 yield job, result
+        except MachineError:
+            pool.shutdown(cancel_futures=True)
+            raise
         except OSError as error:
             pool.shutdown(cancel_futures=True)
             raise MachineError(

@@ -5,7 +5,7 @@ from html import escape as escape_html
 from pathlib import Path
 
 from speculators_cli.core.escaping import escape_line
-from speculators_cli.core.files import replacing
+from speculators_cli.core.files import format_bytes, replacing
 from speculators_cli.core.preparation.inspection_report import Distribution, InspectionReport
 
 WIDTH, HEIGHT, MARGIN = 520, 200, 28  # of a plot, in pixels
@@ -78,7 +78,7 @@ def facts(report: InspectionReport) -> list[tuple[str, str]]:
         ("verifier", report.verifier or "unknown"),
         ("aux layers", f"{report.num_aux_layers} (ids: {ids})"),
         ("hidden size", f"{report.hidden_size:,}, {', '.join(report.dtypes)}"),
-        ("size", f"{report.num_bytes / 2**30:.2f} GiB"),
+        ("size", f"{format_bytes(report.num_bytes)}"),
         (
             "packed",
             f"{report.num_packed_sequences:,} sequences of {report.total_seq_len:,} tokens, "
@@ -87,7 +87,7 @@ def facts(report: InspectionReport) -> list[tuple[str, str]]:
         (
             "an epoch",
             f"{report.epoch_seconds:,.0f} s at {report.tokens_per_second:,.0f} tokens/s, "
-            f"{report.disk_bytes_per_second / 2**30:.2f} GiB/s from disk",
+            f"{format_bytes(int(report.disk_bytes_per_second))}/s from disk",
         ),
     ]
     if report.agreement is not None:

@@ -138,6 +138,30 @@ def resumed_state(
     )
 
 
+def with_verifier(
+    start: Start, fingerprint: str, settings: TrainSettings, progress: Progress
+) -> Start:
+    """The start with the fingerprint of the verifier's weights, once they are the same ones.
+
+    Raises:
+        CheckpointError: The run began with others.
+    """
+    # Earlier versions have kept no fingerprint.
+    if start.is_resumed and start.state.verifier_hash not in (None, fingerprint):
+        changed = (
+            f"The weights of verifier `{settings.draft.verifier_name_or_path}` are not the ones "
+            "that the run began with"
+        )
+        if not settings.data.allow_changed_data:
+            raise CheckpointError(
+                changed,
+                hint="Bring back the same verifier, or pass `--allow-changed-data` if its samples "
+                "and weights may change",
+            )
+        progress.warn(changed)
+    return replace(start, state=replace(start.state, verifier_hash=fingerprint))
+
+
 def find_data_change(saved: TrainState, inputs: Inputs) -> str | None:
     """How the samples differ from those a run began with."""
     if saved.data_hash != inputs.samples.data_hash:

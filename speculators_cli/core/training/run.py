@@ -14,7 +14,7 @@ from speculators_cli.core.data.data_config import LayerIds
 from speculators_cli.core.data.dataset import Dataset
 from speculators_cli.core.data.loader import BatchLoader
 from speculators_cli.core.errors import MachineError, SpeculatorsError
-from speculators_cli.core.files import check_output_dir
+from speculators_cli.core.files import check_output_dir, format_bytes
 from speculators_cli.core.kernels.support import use_fast_kernels
 from speculators_cli.core.models.verifier import FrozenVerifier, load_frozen_verifier
 from speculators_cli.core.progress import Progress, SilentProgress
@@ -25,7 +25,7 @@ from speculators_cli.core.training.inputs import Inputs, read_inputs
 from speculators_cli.core.training.loggers import SafeLogger, build_loggers
 from speculators_cli.core.training.optimizer import Optimizer
 from speculators_cli.core.training.report import TrainReport
-from speculators_cli.core.training.resume import Start, find_start
+from speculators_cli.core.training.resume import Start, find_start, with_verifier
 from speculators_cli.core.training.run_end import RunEnd, recording_end
 from speculators_cli.core.training.run_folder import RunFolder
 from speculators_cli.core.training.run_log import RunLog
@@ -194,6 +194,7 @@ def build_trainer(
                 folder=settings.data.val_data_path[0],
                 progress=progress,
             )
+    start = with_verifier(start, verifier.fingerprint, settings, progress)
     draft = build_draft(settings, inputs, verifier)
     shard(draft, ranks, settings.distributed.sharding)
     optimizer = Optimizer(draft, settings.optimizer, use_fast_kernels=draft.use_fast_kernels)
@@ -351,9 +352,9 @@ def out_of_memory_explained(settings: TrainSettings) -> Iterator[None]:
     try:
         yield
     except torch.cuda.OutOfMemoryError:
-        peak = torch.cuda.max_memory_allocated() / 2**30
+        peak = torch.cuda.max_memory_allocated()
         raise MachineError(
-            f"The GPU is out of memory: {tokens}, peak {peak:.1f} GiB",
+            f"The GPU is out of memory: {tokens}, peak {format_bytes(peak)}",
             hint="Lower `--total-seq-len`, or spread the draft over more GPUs",
         ) from None
     except RuntimeError as error:

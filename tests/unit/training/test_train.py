@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 import threading
 import time
 from itertools import count
@@ -10,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from speculators_cli.core.data.dataset import read_dataset
 from speculators_cli.core.errors import CheckpointError, DataError, DivergedError
@@ -447,3 +448,50 @@ def test_ranks_of_several_machines_share_the_samples(tiny: TinyInputs) -> None:
 
     assert all(read)
     assert sorted(i for ids in read for i in ids) == list(range(len(samples)))
+
+
+def rewrite(file: Path, **changes: Any) -> None:
+    content = torch.load(file, weights_only=True)
+    for key, change in changes.items():
+        content[key] = change(content[key])
+    torch.save(content, file)
+
+
+def test_samples_captured_anew_are_noticed_on_resume(tiny: TinyInputs, data_dir: Path) -> None:
+    # Trap: the same names and sizes.
+    data = {"data_path": (data_dir,)}
+    run(tiny, data=data, run={"epochs": 1})
+    for file in data_dir.rglob("*.pt"):
+        rewrite(file, hidden_states=lambda states: [x + 0.5 for x in states])
+
+    with pytest.raises(DataError, match="names and sizes are the same, contents differ"):
+        run(tiny, data=data)
+    report = run(tiny, data=data | {"allow_changed_data": True})
+
+    assert report.is_resumed
+    run(tiny, data=data, run={"epochs": 3})
+
+
+@pytest.mark.parametrize(
+    "name", ["model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"]
+)
+def test_other_weights_of_the_verifier_are_noticed_on_resume(
+    tiny: TinyInputs, tmp_path: Path, name: str
+) -> None:
+    # Trap: the same folder, config and shapes; one value of one tensor differs.
+    verifier = Path(shutil.copytree(tiny.verifier_dir, tmp_path / "own"))
+    changes: dict[str, Any] = {
+        "draft": {"verifier_name_or_path": str(verifier)},
+        "data": {"check_samples": False},
+    }
+    run(tiny, **changes, run={"epochs": 1})
+    tensors = load_file(verifier / "model.safetensors")
+    tensors[name].view(-1)[-1] += 0.125
+    save_file(tensors, verifier / "model.safetensors", {"format": "pt"})
+
+    with pytest.raises(CheckpointError, match="weights of verifier"):
+        run(tiny, **changes)
+    report = run(tiny, draft=changes["draft"], data={"allow_changed_data": True})
+
+    assert report.is_resumed
+    assert run(tiny, **changes, run={"epochs": 3}).is_resumed
