@@ -390,6 +390,28 @@ FAULTS: dict[str, Any] = {
     "four aux states": change(f"{LAYERS}.num_aux_hidden_states", 4),
     "no RoPE": change(f"{LAYERS}.rope_parameters", None),
     "RoPE without theta": change(f"{LAYERS}.rope_parameters", {"rope_type": "default"}),
+    "RoPE without a type": change(f"{LAYERS}.rope_parameters", {"rope_theta": 50000.0}),
+    "RoPE of texts": change(f"{LAYERS}.rope_parameters.rope_theta", "50000.0"),
+    "RoPE in a list": change(f"{LAYERS}.rope_parameters", ["default", 50000.0]),
+    "RoPE with a factor of text": change(
+        f"{LAYERS}.rope_parameters", {"rope_type": "linear", "rope_theta": 5e4, "factor": "2.0"}
+    ),
+    "RoPE with a list of texts": change(
+        f"{LAYERS}.rope_parameters",
+        {"rope_type": "longrope", "rope_theta": 5e4, "original_max_position_embeddings": 64}
+        | {"short_factor": ["1.0"] * 4, "long_factor": [2.0] * 4},
+    ),
+    "RoPE of part of each head": change(f"{LAYERS}.rope_parameters.partial_rotary_factor", 0.5),
+    "RoPE of sections": change(f"{LAYERS}.rope_parameters.mrope_section", [2, 1, 1]),
+    "layer ids of text": change("eagle_aux_hidden_state_layer_ids", ["3", "5", "7"]),
+    "layer ids of two types": change("eagle_aux_hidden_state_layer_ids", [3, "5", None]),
+    "layer ids in an object": change("eagle_aux_hidden_state_layer_ids", {"0": 3}),
+    "a size of text": change(f"{LAYERS}.hidden_size", "24"),
+    "rms_norm_eps of text": change(f"{LAYERS}.rms_norm_eps", "1e-06"),
+    "a switch of text": change("norm_before_residual", "true"),
+    "a window": change(f"{LAYERS}.layer_types", ["sliding_attention"]),
+    "mlp biases": change(f"{LAYERS}.mlp_bias", True),
+    "a tied head": change(f"{LAYERS}.tie_word_embeddings", True),
     "no head_dim": change(f"{LAYERS}.head_dim", None),
     "another head_dim": change(f"{LAYERS}.head_dim", 4),
     "no rms_norm_eps": change(f"{LAYERS}.rms_norm_eps", None),

@@ -13,6 +13,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from speculators_cli.core.models.decoder_config import DecoderConfig
 
 DEFAULT_THETA = 10000.0
+SMALLEST, LARGEST = 1e-9, 1e15
 _LENGTH = "original_max_position_embeddings"
 # What the frequencies of each kind are computed from, beside `rope_theta`: the keys that engines
 # read of it in a llama or qwen3 layer.
@@ -198,16 +199,18 @@ def _value(given: Mapping[str, Any], key: str) -> Any:
 
 
 def _number(given: Mapping[str, Any], key: str) -> float:
-    """A positive number, which may stand as text."""
-    value = given[key]
+    """A positive number within float32's reach, which may stand as text."""
+    value: float | str = given[key]
     try:
         if isinstance(value, str):
             value = int(value) if value.isdigit() else float(value)
-        if isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < math.inf:
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        if is_number and SMALLEST <= value <= LARGEST:
             return value
     except ValueError:
         pass
-    raise RopeError(f"has `{key}` `{given[key]}`, expected a positive number")
+    shown = str(given[key])[:60]
+    raise RopeError(f"has `{key}` `{shown}`, expected a positive number")
 
 
 def _check_kind(read: dict[str, Any], head_dim: int, max_position_embeddings: int) -> None:

@@ -4,6 +4,7 @@ import json
 import os
 from collections import OrderedDict
 from collections.abc import Callable
+from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from speculators_cli.core.algorithms.eagle3.training import Eagle3Training
 from speculators_cli.core.algorithms.overrides import Overrides
 from speculators_cli.core.drafts.trained_draft import read_draft
 from speculators_cli.core.errors import CheckpointError
+from speculators_cli.core.models.rope import find_frequencies
 from tests.drafts import make_config, make_draft
 from tests.tiny import write_verifier
 
@@ -524,6 +526,60 @@ def test_what_no_tensor_shows_and_is_not_written_is_named(
         source.assumption
     )
     assert read_draft(whole, Overrides(), flag="CHECKPOINT").assumption is None
+
+
+ODD_VALUES: list[Any] = [
+    None, True, 0, 1, -1, 3.5, "", "x", "12", float("nan"), float("inf"), 1e308, 10**30, 2**31, [],
+    [1], [[1]], ["a"], {}, {"a": 1}, [None], "longrope",
+]  # fmt: skip
+
+
+def places(content: Any) -> list[tuple[Any, Any]]:
+    """Every object and list of a config, with each of its keys."""
+    keys = content if isinstance(content, dict) else range(len(content))
+    found = [(content, key) for key in keys]
+    for key in keys:
+        if isinstance(content[key], dict | list):
+            found += places(content[key])
+    return found
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_config_with_an_odd_value_is_read_or_refused_by_name(
+    tmp_path: Path, tensors: dict[str, Tensor], seed: int
+) -> None:
+    rope = {"type": "yarn", "factor": 4.0, "beta_fast": 32, "truncate": True}
+    made = [
+        plain_config(
+            rope_scaling=rope, eagle_config={"eagle_aux_hidden_state_layer_ids": [1, 3, 5]}
+        ),
+        upstream_config(rope_scaling=rope),
+    ]
+    given = replace(VERIFIER, target_layer_ids=(2, 4, 6))
+    write(tmp_path / "draft", {}, tensors)
+    generator = torch.Generator().manual_seed(seed)
+
+    def choose(choices: list[Any]) -> Any:
+        return choices[int(torch.randint(len(choices), (), generator=generator))]
+
+    num_read, refused = 0, []
+    for _ in range(150):
+        content = deepcopy(choose(made))
+        part, key = choose(places(content))
+        part[key] = deepcopy(choose(ODD_VALUES))
+        (tmp_path / "draft/config.json").write_text(json.dumps(content))
+        try:
+            source = read_draft(str(tmp_path / "draft"), given, flag="CHECKPOINT")
+        except CheckpointError as error:
+            refused.append(error.hint)
+        else:
+            num_read += 1
+            json.dumps(source.config.to_json(), allow_nan=False)
+            assert bool(find_frequencies(source.config)[0].isfinite().all())
+
+    assert num_read > 10
+    assert len(refused) > 50
+    assert all(refused)
 
 
 @pytest.mark.parametrize("case", ["tied", "equal", "other", "no embedding", "fewer tokens"])

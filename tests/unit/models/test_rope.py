@@ -290,6 +290,11 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         "values of its own for `full_attention`",
     ),
     "a theta of nothing": ({"rope_theta": 0}, "`rope_theta` `0`"),
+    "a theta beyond numbers": ({"rope_theta": 10**30}, "`rope_theta` `1000000"),
+    "a factor beyond float32": (
+        {"rope_scaling": {"type": "yarn", **YARN, "factor": 1e308}},
+        "`factor` `1e+308`",
+    ),
     "no number": ({"rope_theta": float("nan")}, "`rope_theta` `nan`"),
     "crossed bounds": (
         {"rope_scaling": {"type": "llama3", **LLAMA3, "low_freq_factor": 4.0}},
