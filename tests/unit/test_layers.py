@@ -1,6 +1,7 @@
 """Imports point one way."""
 
 import ast
+import re
 from pathlib import Path
 
 import pytest
@@ -14,8 +15,8 @@ PACKAGE = "speculators_cli"
 LAYERS: list[set[str]] = [
     {"core.errors", "core.escaping", "core.progress", "core.signals"},
     {""},  # the version
-    {"core.environment", "core.files", "core.reading"},
-    {"core.scratch"},
+    {"core.environment", "core.files"},
+    {"core.reading", "core.scratch"},
     {"settings"},
     {"core.torch_file"},
     {"core.kernels"},
@@ -83,3 +84,24 @@ def test_nothing_loads_code_from_files() -> None:
     ]
 
     assert hits == []
+
+
+# Who reads without the guard: itself; files of the package; weights with checksums; own marks.
+UNGUARDED = {
+    "core/reading.py",
+    "core/demo/demo.py",
+    "core/demo/make_verifier.py",
+    "core/drafts/checkpoint_reader.py",
+    "core/scratch.py",
+}
+READS = re.compile(r"\.read_(text|bytes)\(|safe_open\(|load_file\(|= np\.load\(")
+
+
+def test_files_from_outside_are_read_by_the_guard() -> None:
+    sources = {f.relative_to(ROOT).as_posix(): f.read_text() for f in ROOT.rglob("*.py")}
+    assert len(sources) > 20
+
+    readers = {name for name, text in sources.items() if READS.search(text)}
+
+    assert readers - UNGUARDED == set()
+    assert "core/reading.py" in readers

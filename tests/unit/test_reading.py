@@ -76,9 +76,9 @@ def test_what_is_no_file_is_refused_without_waiting_for_it(kind: str, tmp_path: 
     os.mkfifo(tmp_path / "fifo")
     (tmp_path / "link").symlink_to("gone")
     expected = {
-        tmp_path / "fifo": "is a FIFO, expected a file",
-        tmp_path: "is a folder, expected a file",
-        Path("/dev/zero"): "is a device, expected a file",
+        tmp_path / "fifo": "is a FIFO, not a file",
+        tmp_path: "is a folder, not a file",
+        Path("/dev/zero"): "is a device, not a file",
         tmp_path / "nothing": "does not exist",
         tmp_path / "link": "is a link to `gone`, which does not exist",
         tmp_path / "a\0b": "cannot be read: embedded null byte",

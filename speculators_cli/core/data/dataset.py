@@ -28,8 +28,9 @@ from speculators_cli.core.data.sample import (
     SampleTokens,
 )
 from speculators_cli.core.errors import DataError
-from speculators_cli.core.files import read_regular, replacing
+from speculators_cli.core.files import replacing
 from speculators_cli.core.progress import Progress
+from speculators_cli.core.reading import read_json_object
 from speculators_cli.core.torch_file.structure import ITEM_BYTES
 
 NOT_SAMPLES = {"token_freq.pt"}
@@ -329,11 +330,11 @@ def find_files(folder: Path) -> Iterator[tuple[str, Path]]:
 def read_index(file: Path, data_format: str) -> dict[str, Entry]:
     """Entries of an earlier scan by path; empty if there is none that can be used."""
     try:
-        content = json.loads(read_regular(file, most_bytes=MAX_INDEX_BYTES))
+        content = read_json_object(file, max_bytes=MAX_INDEX_BYTES)
         if (content["index_version"], content["format"]) != (INDEX_VERSION, data_format):
             return {}
         return {path: _entry_from_json(path, fields) for path, fields in content["files"].items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+    except (ValueError, KeyError, TypeError, AttributeError):
         return {}
 
 

@@ -29,6 +29,7 @@ from speculators_cli.core.models.verifier import load_frozen_verifier, read_veri
 from speculators_cli.core.models.verifier_files import VerifierFiles
 from speculators_cli.core.models.verifier_model import VerifierModel
 from speculators_cli.core.progress import Progress
+from speculators_cli.core.reading import UnreadableError, read_json_object
 from speculators_cli.core.training.report import TrainReport
 from speculators_cli.core.training.run import train
 from speculators_cli.core.training.run_end import describe, recording_end
@@ -188,10 +189,10 @@ def prepare(output_dir: Path) -> None:
 def is_own(output_dir: Path) -> bool:
     """Whether a folder holds the result of a demo, finished or not."""
     try:
-        content = json.loads((output_dir / RESULT_NAME).read_text("utf-8"))
-    except (OSError, ValueError):
+        content = read_json_object(output_dir / RESULT_NAME)
+    except UnreadableError:
         return False
-    return isinstance(content, dict) and content.items() >= MADE_BY.items()
+    return content.items() >= MADE_BY.items()
 
 
 def write_result(output_dir: Path, result: Mapping[str, Any]) -> None:

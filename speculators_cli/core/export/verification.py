@@ -1,6 +1,5 @@
 """Verification: a written folder against the contract, the checkpoint and the verifier."""
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,6 +14,7 @@ from speculators_cli.core.errors import ExportError
 from speculators_cli.core.export.contract import find_problems
 from speculators_cli.core.export.targets import TARGETS
 from speculators_cli.core.models.repo_files import CONFIG_NAME
+from speculators_cli.core.reading import read_json_object
 
 # A weight is rounded by at most half of its last bit: 2^-9, 2^-12 and 2^-24 of itself. The bounds
 # leave room for the dozen matrices and norms in a row, through two steps.
@@ -48,7 +48,7 @@ def verify(
     if not problems:
         exported = read_draft(str(folder), _given(served), flag="--output-dir")
         problems = _find_differences(exported, source, served, dtype)
-        content = json.loads((folder / CONFIG_NAME).read_text("utf-8"))
+        content = read_json_object(folder / CONFIG_NAME)
         rope = TARGETS[target].find_rope_problem(content, source.config)
         problems += [] if rope is None else [rope]
     if not problems:

@@ -194,6 +194,32 @@ def test_a_table_that_cannot_be_read_is_named(folder: Path, state: str) -> None:
         SPECULATORS.read_tokens(states_file(folder, 1))
 
 
+POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"
+
+
+@pytest.mark.parametrize("name", ["state.json", "data-00001-of-00002.arrow"])
+def test_a_pointer_in_place_of_a_table_is_named(folder: Path, name: str) -> None:
+    (folder / name).write_text(POINTER)
+
+    with pytest.raises(BadSampleError) as caught:
+        SPECULATORS.read_tokens(states_file(folder, 1))
+
+    assert f"{name}` is a Git LFS pointer, not the file itself" in caught.value.reason
+
+
+def test_a_pointer_in_place_of_states_is_named_with_its_fix(folder: Path) -> None:
+    file = states_file(folder, 1)
+    file.write_text(POINTER)
+
+    with pytest.raises(BadSampleError) as caught:
+        SPECULATORS.read_tokens(file)
+
+    assert caught.value.reason == (
+        "is no safetensors file: it is a Git LFS pointer, not the file itself: run `git lfs pull` "
+        f"in `{file.parent}`"
+    )
+
+
 def test_a_damaged_table_is_named(folder: Path) -> None:
     for entry in json.loads((folder / "state.json").read_text())["_data_files"]:
         (folder / entry["filename"]).write_bytes(b"ARROW1" * 9)

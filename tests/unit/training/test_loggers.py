@@ -1,6 +1,7 @@
 """Each metric logger, proven by reading its own store back."""
 
 import json
+import os
 import sqlite3
 import struct
 import time
@@ -199,3 +200,22 @@ def test_a_logger_that_cannot_start_is_named(
 
     with pytest.raises(MachineError, match=r"`--logger tensorboard` cannot start: .*No space left"):
         train(tiny.settings(run={"logger": "tensorboard"}), progress=SilentProgress())
+
+
+def test_lines_that_are_no_metrics_are_left_out_on_resume(tmp_path: Path) -> None:
+    file = tmp_path / "metrics.jsonl"
+    good = b'{"step": 1, "split": "train"}\n'
+    deep = b"[" * 100_000 + b"\n"
+    file.write_bytes(good + b"\xff\xfe\n" + bytes(9) + b"\n[1]\n" + deep + good + b'{"step": ')
+
+    JsonlLogger(file, resumed_step=2).close()
+
+    assert file.read_bytes() == good * 2
+
+
+def test_metrics_that_are_no_file_are_refused_without_waiting_for_them(tmp_path: Path) -> None:
+    file = tmp_path / "metrics.jsonl"
+    os.mkfifo(file)
+
+    with pytest.raises(SettingsError, match=r"metrics\.jsonl` is a FIFO"):
+        JsonlLogger(file, resumed_step=2)

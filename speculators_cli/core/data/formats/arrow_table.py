@@ -5,7 +5,6 @@ process. So the frame of each part is checked before pyarrow sees it, and each c
 its values is looked at. Nothing is mapped into memory, and nothing that is compressed is unpacked.
 """
 
-import json
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -18,7 +17,8 @@ from numpy.typing import NDArray
 from speculators_cli.core.data.formats.stored import OpenFile
 from speculators_cli.core.data.sample import BadSampleError
 from speculators_cli.core.errors import MachineError
-from speculators_cli.core.files import open_regular, read_regular
+from speculators_cli.core.files import open_regular
+from speculators_cli.core.reading import check_content, read_json_object
 
 STATE_FILE = "state.json"  # of a table: names its files
 IDS, MASK = "input_ids", "loss_mask"
@@ -86,9 +86,9 @@ def read_table(folder: Path) -> TokenTable:
 
 
 def _list_files(folder: Path) -> list[Path]:
-    content = read_regular(folder / STATE_FILE, most_bytes=MAX_STATE_BYTES)
+    content = read_json_object(folder / STATE_FILE, max_bytes=MAX_STATE_BYTES)
     # Only names: a table lies in one folder.
-    names = [Path(entry["filename"]).name for entry in json.loads(content)["_data_files"]]
+    names = [Path(entry["filename"]).name for entry in content["_data_files"]]
     if len(set(names)) != len(names):
         raise ValueError(f"`{STATE_FILE}` lists a file twice")
     return [folder / name for name in names]
@@ -98,6 +98,7 @@ def _read_parts(file: Path) -> Iterator[tuple[Lists, Lists]]:
     """Ids and masks of each record batch of a file."""
     import pyarrow as pa
 
+    check_content(file)
     with open_regular(file) as stream:
         source = OpenFile(stream, file)  # closes the stream, so it is kept
         _check_frame(source)

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from speculators_cli.core.data.formats.stored import OpenFile, StoredStates
 from speculators_cli.core.data.sample import BadSampleError
 from speculators_cli.core.files import open_regular
+from speculators_cli.core.reading import UnreadableError, check_content
 from speculators_cli.core.torch_file.structure import ITEM_BYTES
 
 LENGTH = struct.Struct("<Q")
@@ -72,7 +73,7 @@ class SafetensorsFile:
             self.tensors = _read_header(self.source)
         except (ValueError, TypeError, LookupError, RecursionError, struct.error) as error:
             self.source.close()
-            raise BadSampleError(f"is no safetensors file: {error}") from None
+            raise BadSampleError(f"is no safetensors file: {_explain(file, error)}") from None
 
     def __enter__(self) -> Self:
         return self
@@ -103,6 +104,16 @@ class SafetensorsFile:
         start = tensor.start + layer * width * ITEM_BYTES[tensor.dtype]
         shape, stride = (rows, width), (num_layers * width, 1)
         return StoredStates(self.source, tensor.dtype, start, shape, stride)
+
+
+def _explain(file: Path, error: Exception) -> str:
+    """What stands in the place of a safetensors file, or what is damaged in it."""
+    try:
+        check_content(file)
+    except UnreadableError as unreadable:
+        hint = unreadable.hint
+        return f"it {unreadable.reason}: {hint[0].lower()}{hint[1:]}"
+    return str(error)
 
 
 def _read_header(source: OpenFile) -> dict[str, StoredTensor]:

@@ -2,10 +2,13 @@
 
 import json
 import math
+import os
 from collections.abc import Mapping
 from pathlib import Path
 
+from speculators_cli.core.errors import SettingsError
 from speculators_cli.core.files import replacing
+from speculators_cli.core.reading import opening, refusing
 
 
 class JsonlLogger:
@@ -14,6 +17,9 @@ class JsonlLogger:
     Args:
         file: Cut back to the lines up to `resumed_step`, or started anew where that is None.
         resumed_step: The step a resumed run goes on from.
+
+    Raises:
+        SettingsError: What lies at `file` is no file, or may not be read.
     """
 
     def __init__(self, file: Path, resumed_step: int | None) -> None:
@@ -40,11 +46,17 @@ def _read_lines(file: Path, last_step: int) -> list[str]:
     if not file.exists():
         return []
     kept = []
-    for line in file.read_text("utf-8").splitlines(keepends=True):
-        try:
-            is_kept = json.loads(line)["step"] <= last_step
-        except (ValueError, KeyError, TypeError):
-            continue
-        if is_kept:
-            kept.append(line)
+    # One line at a time: it is as long as the run was. Bytes that are not UTF-8 make no JSON.
+    with (
+        refusing(SettingsError),
+        opening(file) as descriptor,
+        os.fdopen(descriptor, encoding="utf-8", errors="replace", closefd=False) as lines,
+    ):
+        for line in lines:
+            try:
+                is_kept = json.loads(line)["step"] <= last_step
+            except (ValueError, LookupError, TypeError, RecursionError):
+                continue
+            if is_kept:
+                kept.append(line)
     return kept
