@@ -13,6 +13,7 @@ from speculators_cli.cli.demo import demo
 from speculators_cli.cli.env import env
 from speculators_cli.cli.export import export
 from speculators_cli.cli.inspect_data import inspect_data
+from speculators_cli.cli.launch import tell_launcher
 from speculators_cli.cli.output import Output
 from speculators_cli.cli.streams import lasting_streams
 from speculators_cli.cli.train import train
@@ -96,4 +97,5 @@ def _report(error: SpeculatorsError, output: Output) -> int:
     if output.is_verbose:
         output.traceback()
     output.error(error)
+    tell_launcher(error)
     return error.exit_code

@@ -223,6 +223,10 @@ def format_duration(seconds: float) -> str:
     return f"{minutes}m {rest:02}s" if minutes else f"{seconds:.1f}s"
 
 
+def is_first_rank() -> bool:
+    """Whether this process is the one of a run that writes its result."""
+    return (os.environ.get("RANK") or "0") == "0"
+
+
 def _rank_prefix() -> str:
-    rank = os.environ.get("RANK", "0")
-    return "" if rank == "0" else f"[rank {rank}] "
+    return "" if is_first_rank() else f"[rank {os.environ['RANK']}] "

@@ -7,8 +7,9 @@ from typing import Annotated, Any
 import typer
 
 from speculators_cli.cli.imports import importing
+from speculators_cli.cli.launch import launch
 from speculators_cli.cli.options import with_settings
-from speculators_cli.cli.output import Output, format_duration, format_speed
+from speculators_cli.cli.output import Output, format_duration, format_speed, is_first_rank
 from speculators_cli.core.files import format_bytes
 from speculators_cli.settings.loading import load_settings
 from speculators_cli.settings.train import TrainSettings
@@ -64,10 +65,10 @@ def train(
         show_plan(settings, output, num_ranks=nproc_per_node)
         return
     if nproc_per_node is not None and nproc_per_node > 1:
-        from speculators_cli.cli.launch import launch
-
         launch(nproc_per_node, context.obj)
         return
+    # Read when torch is imported: where a rank is lost, the others' messages are those that count.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     with importing():
         from speculators_cli.core.training import run
         from speculators_cli.core.training.report import TrainReport
@@ -76,7 +77,7 @@ def train(
         report: TrainReport = run.train(settings, progress=output, dry_run=dry_run)
     finally:
         output.close()
-    if os.environ.get("RANK", "0") != "0":
+    if not is_first_rank():
         return
     if output.is_json:
         output.result("train", report.to_json())

@@ -5,6 +5,8 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Protocol
 
+from speculators_cli.core.errors import SpeculatorsError
+
 
 @dataclass(frozen=True)
 class StepReport:
@@ -48,6 +50,9 @@ class Progress(Protocol):
     def warn(self, message: str, *, hint: str | None = None) -> None:
         """Tell of something that does not stop the work but that the user should know."""
 
+    def error(self, error: SpeculatorsError) -> None:
+        """Tell of what ends the process, where nobody can catch it."""
+
     def task(
         self, description: str, total: int, *, is_bytes: bool = False
     ) -> AbstractContextManager[Task]:
@@ -73,6 +78,9 @@ class SilentProgress:
 
     def warn(self, message: str, *, hint: str | None = None) -> None:
         """Ignore the warning."""
+
+    def error(self, error: SpeculatorsError) -> None:
+        """Ignore the error: the exit code is left."""
 
     @contextmanager
     def task(

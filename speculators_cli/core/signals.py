@@ -29,9 +29,9 @@ class Interrupted(BaseException):
 class StopSignals:
     """Leaves the work at the first stop signal while it is open; a second Ctrl-C exits at once.
 
-    In a block of `deferring` the signal is only remembered, for whoever asks at the next safe
-    place. A SIGHUP that was ignored, as `nohup` does, stays ignored. Signals reach only the main
-    thread: in another one there is nothing to do.
+    After `defer` the signal is only remembered, for whoever asks at the next safe place. A SIGHUP
+    that was ignored, as `nohup` does, stays ignored. Signals reach only the main thread: in another
+    one there is nothing to do.
     """
 
     def __init__(self) -> None:
@@ -50,28 +50,28 @@ class StopSignals:
         for number, handler in self._old.items():
             signal.signal(number, handler)
 
-    @contextmanager
-    def deferring(self) -> Iterator[None]:
-        """Remember a signal within the block, and go on."""
-        with self._mode(is_deferred=True):
-            yield
+    def request(self, number: signal.Signals) -> None:
+        """Act as if a signal had come; from any thread."""
+        if self._old:
+            os.kill(os.getpid(), number)
+        elif not self.received:
+            self.received = number
+
+    def defer(self) -> None:
+        """Remember a signal from here on, and go on."""
+        self._is_deferred = True
 
     @contextmanager
     def interruptible(self) -> Iterator[None]:
-        """Leave the block at a signal, also one that has come before, within `deferring` too.
+        """Leave the block at a signal, also one that has come before, after `defer` too.
 
         Raises:
             Interrupted: A signal has come.
         """
-        with self._mode(is_deferred=False):
+        before, self._is_deferred = self._is_deferred, False
+        try:
             if self.received:
                 raise Interrupted(self.received)
-            yield
-
-    @contextmanager
-    def _mode(self, *, is_deferred: bool) -> Iterator[None]:
-        before, self._is_deferred = self._is_deferred, is_deferred
-        try:
             yield
         finally:
             self._is_deferred = before

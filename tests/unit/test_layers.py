@@ -13,7 +13,8 @@ PACKAGE = "speculators_cli"
 # From bottom to top: a module imports its own layer and those below. Packages that share a layer do
 # not import each other. The longest prefix of a module names its layer.
 LAYERS: list[set[str]] = [
-    {"core.errors", "core.escaping", "core.progress", "core.signals"},
+    {"core.errors", "core.escaping", "core.signals"},
+    {"core.progress"},
     {""},  # the version
     {"core.environment", "core.files"},
     {"core.reading", "core.scratch"},

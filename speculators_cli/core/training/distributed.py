@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -13,7 +13,10 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 
-from speculators_cli.core.errors import MachineError
+from speculators_cli.core.errors import MachineError, SpeculatorsError
+from speculators_cli.core.signals import StopSignals
+from speculators_cli.core.training.place import adopt_slurm, read_place
+from speculators_cli.core.training.watch import CollectiveError, RankWatch
 from speculators_cli.settings.train import DistributedSettings
 
 T = TypeVar("T")
@@ -32,6 +35,7 @@ class Ranks:
     num_local_ranks: int
     device: torch.device
     store: Any  # torch.distributed.Store, or None in a run of one process
+    watch: RankWatch | None = None  # where there is a store
 
     @property
     def is_first(self) -> bool:
@@ -50,36 +54,66 @@ class Ranks:
             result = work()
             self.store.set(name, "done")
             return result
-        self.store.wait([name], PREPARATION_TIMEOUT)
+        self._wait_for(name)
         return work()
 
     def connect(self, timeout_seconds: int) -> None:
-        """Create the process group: NCCL between GPUs, gloo between CPUs."""
-        if self.store is None:
+        """Create the process group: NCCL between GPUs, gloo between CPUs.
+
+        Raises:
+            LostRanksError: Not all ranks came.
+        """
+        if self.watch is None:
             return
+        self.watch.gather()
+        is_cuda = self.device.type == "cuda"
+        # NCCL's own timeout aborts the process and names no rank: the watch comes first.
+        seconds = 2 * timeout_seconds + 60 if is_cuda else timeout_seconds
         dist.init_process_group(
-            "cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo",
+            "cpu:gloo,cuda:nccl" if is_cuda else "gloo",
             store=dist.PrefixStore(  # type: ignore[attr-defined]
                 "group", self.store
             ),
             rank=self.rank,
             world_size=self.num_ranks,
-            timeout=timedelta(seconds=timeout_seconds),
+            timeout=timedelta(seconds=seconds),
         )
 
     def sum(self, tensor: Tensor) -> Tensor:
         """Sum over ranks, in place; enqueued, not waited for, where `tensor` is on a GPU."""
-        if self.store is not None:
-            dist.all_reduce(tensor)
+        if self.watch is not None:
+            self._reduce(tensor, dist.ReduceOp.SUM)
         return tensor
 
     def max(self, value: float) -> float:
         """The largest value of all ranks; goes through the CPU, so no GPU waits."""
-        if self.store is None:
+        if self.watch is None:
             return value
         tensor = torch.tensor(value, dtype=torch.float64)
-        dist.all_reduce(tensor, dist.ReduceOp.MAX)
+        self._reduce(tensor, dist.ReduceOp.MAX)
         return tensor.item()
+
+    def _reduce(self, tensor: Tensor, operation: dist.ReduceOp.RedOpType) -> None:
+        assert self.watch is not None, "there are other ranks"
+        self.watch.passed()
+        if tensor.is_cuda:
+            dist.all_reduce(tensor, operation)
+            return
+        try:
+            work = dist.all_reduce(tensor, operation, async_op=True)
+            work.wait(timedelta(seconds=self.watch.timeout_seconds))
+        except RuntimeError as error:
+            raise CollectiveError(str(error)) from None
+
+    def _wait_for(self, name: str) -> None:
+        assert self.watch is not None, "there are other ranks"
+        self.watch.wait_for(name, PREPARATION_TIMEOUT)
+
+    def ending_when_stuck(self) -> AbstractContextManager[None]:
+        """End the process where a GPU waits for other ranks in vain: no error comes of that."""
+        if self.watch is None or self.device.type != "cuda":
+            return nullcontext()
+        return self.watch.ending_when_stuck()
 
     def barrier(self) -> None:
         """Wait until all ranks are here."""
@@ -92,35 +126,64 @@ class Ranks:
             if self.store is not None:
                 self.store.set(name, text)
             return text
-        self.store.wait([name], PREPARATION_TIMEOUT)
+        self._wait_for(name)
         return str(self.store.get(name).decode())
 
 
+def end_process(error: SpeculatorsError) -> None:
+    """End the process at once."""
+    os._exit(error.exit_code)
+
+
 @contextmanager
-def start_ranks(settings: DistributedSettings) -> Iterator[Ranks]:
-    """Find out which rank this is and choose its device; the group is left at a clean end."""
-    num_ranks = int(os.environ.get("WORLD_SIZE", "1"))
-    is_distributed = "RANK" in os.environ and num_ranks > 1
-    local_rank = int(os.environ.get("LOCAL_RANK", "0")) if is_distributed else 0
-    store, rank = None, 0
-    if is_distributed:
-        store, rank, num_ranks = next(
-            dist.rendezvous("env://")  # type: ignore[attr-defined]
-        )
-    yield Ranks(
-        rank=rank,
-        num_ranks=num_ranks if is_distributed else 1,
-        local_rank=local_rank,
-        num_local_ranks=int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if is_distributed else 1,
-        device=_choose_device(settings, local_rank),
-        store=store,
+def start_ranks(
+    settings: DistributedSettings,
+    *,
+    signals: StopSignals | None = None,
+    end: Callable[[SpeculatorsError], None] = end_process,
+) -> Iterator[Ranks]:
+    """Find out which rank this is and choose its device; the group is left at a clean end.
+
+    Args:
+        settings: Devices and timeout.
+        signals: Asked to stop the run when its launcher is gone.
+        end: Tells of an error and ends the process, where no error reaches the work.
+
+    Raises:
+        SettingsError: The environment gives no place.
+        LostRanksError: Other ranks failed, died or hang.
+    """
+    is_slurm = adopt_slurm(os.environ)
+    place = read_place(os.environ)
+    if place.num_ranks == 1:
+        yield Ranks(0, 1, 0, 1, _choose_device(settings, 0), None)
+        return
+    watch = RankWatch(
+        place,
+        timeout_seconds=settings.timeout_seconds,
+        signals=signals or StopSignals(),
+        end=end,
     )
+    with watch.watching():
+        yield Ranks(
+            rank=place.rank,
+            num_ranks=place.num_ranks,
+            local_rank=place.local_rank,
+            num_local_ranks=place.num_local_ranks,
+            device=_choose_device(settings, place.local_rank, sees_own_alone=is_slurm),
+            store=watch.store,
+            watch=watch,
+        )
+        if dist.is_initialized():
+            dist.barrier()
     if dist.is_initialized():
-        dist.barrier()
         dist.destroy_process_group()
 
 
-def _choose_device(settings: DistributedSettings, local_rank: int) -> torch.device:
+def _choose_device(
+    settings: DistributedSettings, local_rank: int, *, sees_own_alone: bool = False
+) -> torch.device:
+    """The GPU of this rank; Slurm may show each task its own and no other."""
     num_gpus = torch.cuda.device_count() if settings.device != "cpu" else 0
     if num_gpus == 0:
         if settings.device == "cuda":
@@ -129,6 +192,8 @@ def _choose_device(settings: DistributedSettings, local_rank: int) -> torch.devi
                 hint="Check `nvidia-smi` and `CUDA_VISIBLE_DEVICES`, or pass `--device cpu`",
             )
         return torch.device("cpu")
+    if sees_own_alone and num_gpus == 1:
+        local_rank = 0
     if local_rank >= num_gpus:
         raise MachineError(
             f"Rank {local_rank} of this machine has no GPU: {num_gpus} visible",

@@ -3,7 +3,7 @@
 import os
 import time
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 
 import torch
 
@@ -20,10 +20,11 @@ from speculators_cli.core.models.verifier import FrozenVerifier, load_frozen_ver
 from speculators_cli.core.progress import Progress, SilentProgress
 from speculators_cli.core.signals import StopSignals
 from speculators_cli.core.training.checkpoint_checks import check_progress
-from speculators_cli.core.training.distributed import Ranks, shard, start_ranks
+from speculators_cli.core.training.distributed import Ranks, end_process, shard, start_ranks
 from speculators_cli.core.training.inputs import Inputs, read_inputs
 from speculators_cli.core.training.loggers import SafeLogger, build_loggers
 from speculators_cli.core.training.optimizer import Optimizer
+from speculators_cli.core.training.place import adopt_slurm
 from speculators_cli.core.training.report import TrainReport
 from speculators_cli.core.training.resume import Start, find_start, with_verifier
 from speculators_cli.core.training.run_end import RunEnd, recording_end
@@ -55,16 +56,26 @@ def train(settings: TrainSettings, *, progress: Progress, dry_run: bool = False)
         StoppedError: A signal asked the run to stop; its state is saved, if there is one.
     """
     started_at = time.perf_counter()
+    adopt_slurm(os.environ)
     check_output_dir(settings.run.save_path, flag="--save-path")
     if settings.run.logger_names:
         check_output_dir(settings.run.log_dir, flag="--log-dir")
     if is_recorded(dry_run=dry_run):
         check_place(settings)
     end = RunEnd(settings.run.save_path)
+
+    def end_now(error: SpeculatorsError) -> None:
+        if is_recorded(dry_run=dry_run):
+            with suppress(OSError, SpeculatorsError):
+                end.write(error)
+        speaker.error(error)
+        end_process(error)
+
+    speaker = progress
     with (
         recording_end(end.write if is_recorded(dry_run=dry_run) else forget),
         StopSignals() as signals,
-        start_ranks(settings.distributed) as ranks,
+        start_ranks(settings.distributed, signals=signals, end=end_now) as ranks,
     ):
         progress = progress if ranks.is_first else SilentProgress()
         index_file = None if dry_run else settings.run.save_path / INDEX_NAME
@@ -88,7 +99,11 @@ def train(settings: TrainSettings, *, progress: Progress, dry_run: bool = False)
                 )
                 is_finished = trainer.is_finished
                 announce(settings, inputs, trainer, start, progress)
-                with closing(trainer), out_of_memory_explained(settings):
+                with (
+                    closing(trainer),
+                    out_of_memory_explained(settings),
+                    ranks.ending_when_stuck(),
+                ):
                     if dry_run:
                         trainer.train_step(
                             next(trainer.feed.steps(trainer.loader.epoch(0))), epoch=0
@@ -142,9 +157,9 @@ def open_folder(
         resume=settings.run.resume_from_checkpoint,
         is_restart=int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0,
     ) as folder:
-        end.begin()
         write_settings(settings, folder.settings_file)
-        yield folder
+        with end.begun():
+            yield folder
 
 
 @contextmanager

@@ -1,7 +1,7 @@
 """How a run ended, written down however it ends: torchrun hides the exit code."""
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -54,11 +54,17 @@ class RunEnd:
     def __init__(self, save_path: Path) -> None:
         self.save_path = save_path
         self.is_begun = False  # whether the run has had its save path to itself
+        self.is_locked = False  # whether it has so now
 
-    def begin(self) -> None:
-        """Take the record of an earlier run away: this one's end is not known yet."""
-        self.is_begun = True
+    @contextmanager
+    def begun(self) -> Iterator[None]:
+        """The save path is locked within the block; the record of an earlier run goes."""
+        self.is_begun = self.is_locked = True
         (self.save_path / RESULT_NAME).unlink(missing_ok=True)
+        try:
+            yield
+        finally:
+            self.is_locked = False
 
     def write(self, error: SpeculatorsError) -> None:
         """Write what ended the run, unless another run has the save path."""
@@ -68,8 +74,9 @@ class RunEnd:
             if isinstance(error, DataError | CheckpointError) and not self.save_path.exists():
                 return
             self.save_path.mkdir(parents=True, exist_ok=True)
+        lock = locking(self.save_path / "run.lock", in_use=lambda _: error)
         with (
-            locking(self.save_path / "run.lock", in_use=lambda _: error),
+            nullcontext() if self.is_locked else lock,
             replacing(self.save_path / RESULT_NAME) as temporary,
         ):
             write_json(describe(error), temporary)

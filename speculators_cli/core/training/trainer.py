@@ -71,11 +71,11 @@ class Trainer:
         Raises:
             StoppedError: A signal came.
         """
-        with self.signals.deferring():
-            try:
-                self.train_epochs()
-            except Interrupted as stop:
-                self.stop(stop.signal_number)
+        self.signals.defer()
+        try:
+            self.train_epochs()
+        except Interrupted as stop:
+            self.stop(stop.signal_number)
 
     def train_epochs(self) -> None:
         """Train to the last step, epoch by epoch."""

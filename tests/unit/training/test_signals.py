@@ -179,7 +179,8 @@ def test_handlers_are_put_back_however_training_ends(
 ) -> None:
     before = [signal.getsignal(number) for number in STOP_SIGNALS]
 
-    with StopSignals() as signals, signals.deferring():
+    with StopSignals() as signals:
+        signals.defer()
         os.kill(os.getpid(), signal.SIGTERM)
         assert signals.received == signal.SIGTERM
     between = [signal.getsignal(number) for number in STOP_SIGNALS]
@@ -231,7 +232,8 @@ def test_a_run_takes_the_record_of_the_one_before_away(
 
 
 def test_a_ctrl_c_that_a_launcher_repeats_is_one() -> None:
-    with StopSignals() as signals, signals.deferring():
+    with StopSignals() as signals:
+        signals.defer()
         os.kill(os.getpid(), signal.SIGINT)
         os.kill(os.getpid(), signal.SIGINT)
         assert signals.received == signal.SIGINT
@@ -240,7 +242,8 @@ def test_a_ctrl_c_that_a_launcher_repeats_is_one() -> None:
 def test_a_second_ctrl_c_ends_the_process() -> None:
     pid = os.fork()
     if pid == 0:
-        with StopSignals() as signals, signals.deferring():
+        with StopSignals() as signals:
+            signals.defer()
             os.kill(os.getpid(), signal.SIGINT)
             time.sleep(SAME_PRESS_SECONDS + 0.1)
             os.kill(os.getpid(), signal.SIGINT)

@@ -1,0 +1,129 @@
+"""Which of a run's processes this is, read from what a launcher leaves in the environment."""
+
+import re
+from collections.abc import Mapping, MutableMapping
+from dataclasses import dataclass
+
+from speculators_cli.core.errors import SettingsError
+
+# Ports below those that systems hand out by themselves; a job step has one of them.
+FIRST_PORT, NUM_PORTS = 20_000, 12_000
+SLURM_NAMES = ("SLURM_PROCID", "SLURM_LOCALID", "SLURM_STEP_NODELIST")
+
+
+@dataclass(frozen=True)
+class Place:
+    """One of a run's processes."""
+
+    rank: int = 0
+    num_ranks: int = 1
+    local_rank: int = 0
+    num_local_ranks: int = 1
+    address: str = ""  # where rank 0, or the launcher, has the store; empty for one process
+    port: int = 0
+
+
+def read_place(environment: Mapping[str, str]) -> Place:
+    """The place that `RANK`, `WORLD_SIZE` and their like give; alone where they are not set.
+
+    Raises:
+        SettingsError: They are there by half, or are no numbers.
+    """
+    rank, num_ranks = _read_number(environment, "RANK"), _read_number(environment, "WORLD_SIZE")
+    local_rank = _read_number(environment, "LOCAL_RANK") or 0
+    num_local_ranks = _read_number(environment, "LOCAL_WORLD_SIZE") or 1
+    if not rank and (num_ranks or 1) == 1:
+        return Place()
+    if rank is None or num_ranks is None:
+        given, missing = ("RANK", "WORLD_SIZE") if num_ranks is None else ("WORLD_SIZE", "RANK")
+        raise _half(f"`{given}` is `{environment[given]}`, `{missing}` is not set", given)
+    if rank >= num_ranks:
+        raise _half(f"`RANK` is `{rank}`, `WORLD_SIZE` is `{num_ranks}`", "RANK` and `WORLD_SIZE")
+    address, port = environment.get("MASTER_ADDR", ""), _read_number(environment, "MASTER_PORT")
+    if not address or not port:
+        missing = "MASTER_PORT" if address else "MASTER_ADDR"
+        raise _half(f"`WORLD_SIZE` is `{num_ranks}`, `{missing}` is not set", "WORLD_SIZE")
+    if port >= 2**16:
+        raise SettingsError(
+            f"The environment variable `MASTER_PORT` is `{port}`, beyond the last port, 65535",
+            hint="Set `MASTER_PORT` to a free port",
+        )
+    return Place(rank, num_ranks, local_rank, num_local_ranks, address, port)
+
+
+def adopt_slurm(environment: MutableMapping[str, str]) -> bool:
+    """Inside an `srun` step of several tasks, set what torchrun would: each task is a rank.
+
+    A batch script is in no step, though Slurm's variables are there: it trains alone. What is set
+    already wins.
+
+    Returns:
+        Whether this is such a task.
+    """
+    if environment.get("RANK") or not all(environment.get(name) for name in SLURM_NAMES):
+        return False
+    num_tasks = environment.get("SLURM_STEP_NUM_TASKS") or environment.get("SLURM_NTASKS", "")
+    if not num_tasks.isdecimal() or int(num_tasks) < 2:
+        return False
+    nodes = environment["SLURM_STEP_NODELIST"]
+    values = {
+        "RANK": environment["SLURM_PROCID"],
+        "WORLD_SIZE": num_tasks,
+        "LOCAL_RANK": environment["SLURM_LOCALID"],
+        "LOCAL_WORLD_SIZE": str(_count_local_tasks(environment, nodes, num_tasks)),
+        "MASTER_ADDR": first_host(nodes) if _is_several(nodes) else "127.0.0.1",
+        "MASTER_PORT": str(_choose_port(environment)),
+    }
+    environment.update({name: environment.get(name) or value for name, value in values.items()})
+    return True
+
+
+def first_host(nodes: str) -> str:
+    """The first of Slurm's node list: `gpu007` of `gpu[007-012,020],cpu1`."""
+    first = re.split(r",(?![^\[]*\])", nodes)[0]
+    return re.sub(r"\[([^\],-]+)[^\]]*\]", r"\1", first)
+
+
+def _is_several(nodes: str) -> bool:
+    return "," in nodes or re.search(r"\[[^\]]*-", nodes) is not None
+
+
+def _count_local_tasks(environment: Mapping[str, str], nodes: str, num_tasks: str) -> int:
+    """Tasks on this node: the one at `SLURM_NODEID` in a list such as `4(x2),3`."""
+    if not _is_several(nodes):
+        return int(num_tasks)
+    counts: list[int] = []
+    for count, times in re.findall(
+        r"(\d+)(?:\(x(\d+)\))?", environment.get("SLURM_STEP_TASKS_PER_NODE", "")
+    ):
+        counts += [int(count)] * int(times or 1)
+    node = environment.get("SLURM_NODEID", "")
+    return counts[int(node)] if node.isdecimal() and int(node) < len(counts) else 1
+
+
+def _choose_port(environment: Mapping[str, str]) -> int:
+    """The same on all ranks of a step, another one for another step."""
+    numbers = [environment.get(name, "") for name in ("SLURM_JOB_ID", "SLURM_STEP_ID")]
+    job, step = (int(number) if number.isdecimal() else 0 for number in numbers)
+    return FIRST_PORT + (job * 31 + step) % NUM_PORTS
+
+
+def _read_number(environment: Mapping[str, str], name: str) -> int | None:
+    """A variable's number; None where it is not set, or empty."""
+    value = environment.get(name, "").strip()
+    if not value:
+        return None
+    if not (value.isascii() and value.isdecimal()):
+        raise SettingsError(
+            f"The environment variable `{name}` is `{value}`, not a number",
+            hint=f"Unset `{name}`, or start with torchrun or `--nproc-per-node`",
+        )
+    return int(value)
+
+
+def _half(problem: str, names: str) -> SettingsError:
+    return SettingsError(
+        f"The environment is one of a distributed run by half: {problem}",
+        hint=f"Unset `{names}` to train in one process, or start with torchrun or "
+        "`--nproc-per-node`",
+    )
