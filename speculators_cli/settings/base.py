@@ -1,5 +1,6 @@
 """Settings: frozen and checked once; the kinds of values they have."""
 
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
@@ -19,7 +20,7 @@ from pydantic import (
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticCustomError
 
-from speculators_cli.core.files import replacing, write_json
+from speculators_cli.core.files import find_existing, replacing, write_json
 
 LARGEST = 2**63 - 1  # whole number of a setting
 
@@ -53,6 +54,14 @@ class Settings(BaseModel):
     """Base of all settings classes."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _expand_home(cls, value: object) -> object:
+        """Expand `~`, which a shell leaves alone in a settings file and after `=`."""
+        if isinstance(value, list | tuple):
+            return type(value)(map(_expand, value))
+        return _expand(value)
 
     @field_validator("*", mode="wrap")
     @classmethod
@@ -121,23 +130,48 @@ def setting_fields(settings_class: type[Settings]) -> Iterator[SettingField]:
             yield SettingField(section, name, info)
 
 
+def _expand(value: object) -> object:
+    """The home folder in place of a leading `~`."""
+    is_below_home = isinstance(value, str) and (value == "~" or value.startswith("~/"))
+    return f"{Path.home()}{str(value)[1:]}" if is_below_home else value
+
+
 def _printable(text: str) -> str:
     """The text, its bytes that are not UTF-8 escaped."""
     return text.encode("utf-8", "backslashreplace").decode()
 
 
-def path_error(path: Path, problem: str, *, hint: str | None = None) -> PydanticCustomError:
-    """A path that cannot be used, to raise in a validator; `hint` reaches the user."""
+def path_error(
+    path: Path, problem: str, *, hint: str | None = None, flag: str | None = None
+) -> PydanticCustomError:
+    """A path that cannot be used, to raise in a validator.
+
+    Args:
+        path: As it was given.
+        problem: The rest of a sentence that begins with it.
+        hint: Reaches the user.
+        flag: That names the path, for a check of several settings together.
+    """
     return PydanticCustomError(
         "path",
         "`{path}` {problem}",
-        {"path": _printable(str(path)), "problem": problem, "hint": hint},
+        {"path": _printable(str(path)), "problem": problem, "hint": hint, "flag": flag},
     )
 
 
+def missing_path(path: Path, *, hint: str | None = None, flag: str | None = None) -> Exception:
+    """The error of a path that leads nowhere; its hint has how much of it exists."""
+    there = _printable(str(find_existing(path)))
+    hint = hint or f"Correct the path: of it, only `{there}` exists"
+    return path_error(path, "does not exist", hint=hint, flag=flag)
+
+
 def _check_folder(folder: Path) -> Path:
+    if not folder.exists():
+        raise missing_path(folder)
     if not folder.is_dir():
-        raise path_error(folder, "is not a folder" if folder.exists() else "does not exist")
+        above = _printable(str(folder.parent))
+        raise path_error(folder, "is not a folder", hint=f"Pass its folder, `{above}`")
     return folder
 
 
@@ -155,7 +189,13 @@ def _read_number(value: object) -> object:
 
 
 def _split(value: object) -> object:
-    return tuple(part.strip() for part in value.split(",")) if isinstance(value, str) else value
+    """Layer ids from text, with commas or spaces between them."""
+    if not isinstance(value, str):
+        return value
+    parts = re.split(r"[,\s]+", value.strip().removeprefix("[").removesuffix("]").strip())
+    if not all(re.fullmatch(r"-?\d{1,9}", part) for part in parts):
+        raise ValueError(f"must be whole numbers such as `3,17,30`, got `{_printable(value)}`")
+    return tuple(parts)
 
 
 def _check_layer_ids(ids: tuple[int, ...] | None) -> tuple[int, ...] | None:

@@ -11,6 +11,7 @@ from speculators_cli.settings.base import (
     FormatVersion,
     Settings,
     TrustRemoteCode,
+    missing_path,
     path_error,
 )
 
@@ -40,13 +41,20 @@ class CountSettings(Settings):
         if self.token_freq_path and self.data_path:
             raise ValueError("`--token-freq-path` and `--data-path` cannot both be given")
         for file in self.token_freq_path:
-            if not file.is_file():
-                raise path_error(file, "does not exist")
+            if not file.exists():
+                raise missing_path(file, flag="--token-freq-path")
+            if file.is_dir():
+                raise path_error(
+                    file,
+                    "is a folder",
+                    hint=f"Pass the file in it, such as `{file / 'token_freq.pt'}`",
+                    flag="--token-freq-path",
+                )
         if not self.token_freq_path and not self.folders[0].is_dir():
-            raise path_error(
+            raise missing_path(
                 self.folders[0],
-                "does not exist",
-                hint="Name the folder of samples with `--data-path`",
+                hint="Pass `--data-path` or `--token-freq-path`",
+                flag="--data-path",
             )
         return self
 

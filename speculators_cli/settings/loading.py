@@ -95,7 +95,7 @@ def _describe(
         return f"`{shown}` is required", None
     if kind == "path":
         context = error.get("ctx", {})
-        return f"`{shown}`: {error['msg']}", context.get("hint")
+        return f"`{context.get('flag') or shown}`: {error['msg']}", context.get("hint")
     if kind == "value_error":
         reason = error["msg"].removeprefix("Value error, ")
         return (f"`{shown}` {reason}" if name in known else reason), None

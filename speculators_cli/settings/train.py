@@ -171,6 +171,11 @@ class DraftSettings(Settings):
     def _map_exists(cls, value: Path, info: object) -> Path:
         known = getattr(info, "data", {})
         is_needed = not known.get("full_vocab") and known.get("from_checkpoint") is None
+        if is_needed and value.is_dir():
+            inside = value / (
+                "d2t.npy" if getattr(info, "field_name", "") == "d2t_path" else "t2d.npy"
+            )
+            raise path_error(value, "is a folder", hint=f"Pass the file in it, such as `{inside}`")
         if is_needed and not value.is_file():
             raise path_error(
                 value,

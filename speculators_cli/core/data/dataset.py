@@ -217,7 +217,7 @@ def read_dataset(
     if not files:
         raise DataError(
             f"{shown} holds no samples: no `{FORMATS[name].suffixes[0]}` file was found",
-            hint=_hint_of_packed(found) or "Name the folder that holds the captured hidden states",
+            hint=hint_of_no_samples(found),
         )
     known = read_index(index_file, name) if index_file is not None else {}
     stamp_beside = lru_cache(maxsize=None)(FORMATS[name].stamp_beside)  # once a folder
@@ -426,10 +426,20 @@ def _split_off_odd(entries: list[Entry]) -> tuple[list[Entry], list[Problem]]:
     return kept, odd
 
 
-def _hint_of_packed(found: Sequence[tuple[str, Path]]) -> str | None:
-    """What to do where all that was found is packed."""
+def hint_of_no_samples(found: Sequence[tuple[str, Path]]) -> str:
+    """What to do where no file is a sample, by what was found instead."""
     packed = next((name for name, file in found if file.suffix in PACKED), None)
-    return f"Unpack the files, such as `{packed}`" if packed else None
+    if packed is not None:
+        return f"Unpack the files, such as `{packed}`"
+    sample = next((name for name, file in found if is_sample_name(file.name)), None)
+    if sample is not None:
+        return f"Pass the `--data-format` of the samples it holds, such as `{sample}`"
+    if found:
+        return (
+            f"Correct the path: it holds other files, such as `{found[0][0]}`, and no `*.pt`, "
+            "`*.ckpt` or `hs_*.safetensors`"
+        )
+    return "Correct the path, or capture samples into it: it holds no file"
 
 
 def _is_folder(child: "os.DirEntry[str]") -> bool:
@@ -466,7 +476,7 @@ def _judge_bad(
             "\n".join([f"{len(bad):,} of {num_files:,} samples cannot be used", *lines]),
             hint=f"Repair or remove them, or allow more with `--max-bad-samples {len(bad)}`"
             if len(bad) < num_files
-            else "Name the folder that holds the captured hidden states",
+            else "Capture them again: `speculators inspect-data` lists what is wrong with each",
         )
     noun = "sample" if len(bad) == 1 else "samples"
     progress.warn("\n".join([f"Left out {len(bad):,} {noun} that cannot be used", *lines]))

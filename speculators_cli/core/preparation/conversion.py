@@ -19,7 +19,7 @@ from speculators_cli.core.data.data_config import (
     resolve_layer_ids,
     warn_of_assumed,
 )
-from speculators_cli.core.data.dataset import find_files, is_sample_name
+from speculators_cli.core.data.dataset import find_files, hint_of_no_samples, is_sample_name
 from speculators_cli.core.data.formats import FORMATS
 from speculators_cli.core.data.sample import BadSampleError, Problem
 from speculators_cli.core.errors import DataError, MachineError, SettingsError
@@ -99,14 +99,14 @@ def convert_v0(settings: ConvertV0Settings, *, progress: Progress) -> Conversion
     if not sources:
         raise DataError(
             f"`{files.v0_path}` holds no samples: no `.pt` or `.ckpt` file was found",
-            hint="Name the folder that holds the v0 samples",
+            hint=hint_of_no_samples(found),
         )
     jobs, problems = plan(sources, files.output_dir, changes)
     if not jobs:
         raise DataError(
             f"None of the {len(sources):,} files in `{files.v0_path}` can be converted; the first, "
             f"`{problems[0].file}`, {problems[0].problem}",
-            hint="Name the folder that holds the v0 samples",
+            hint="Pass a folder of v0 samples; `speculators train` reads others as they are",
         )
     layer_ids = find_layer_ids(settings, [f for _, f in found], jobs, verifier)
     if layer_ids is not None:

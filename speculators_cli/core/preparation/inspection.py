@@ -19,7 +19,12 @@ from speculators_cli.core.data.data_config import (
     read_data_config,
     resolve_layer_ids,
 )
-from speculators_cli.core.data.dataset import find_files, is_sample_name, spread_evenly
+from speculators_cli.core.data.dataset import (
+    find_files,
+    hint_of_no_samples,
+    is_sample_name,
+    spread_evenly,
+)
 from speculators_cli.core.data.formats.detect import detect, read_again
 from speculators_cli.core.data.packing import plan_epoch
 from speculators_cli.core.data.sample import (
@@ -30,7 +35,7 @@ from speculators_cli.core.data.sample import (
     SampleTokens,
 )
 from speculators_cli.core.data.token_counts import TokenCounts
-from speculators_cli.core.errors import DataError
+from speculators_cli.core.errors import DataError, SettingsError
 from speculators_cli.core.files import check_output_dir
 from speculators_cli.core.models.agreement import (
     Agreement,
@@ -77,13 +82,19 @@ def inspect_data(settings: InspectDataSettings, *, progress: Progress) -> Inspec
     wanted = settings.inspect
     if wanted.html is not None:
         check_output_dir(wanted.html.parent, flag="--html")
-    found = [file for _, file in find_files(wanted.data_path)]
+        if wanted.html.is_dir():
+            raise SettingsError(
+                f"`--html`: `{wanted.html}` is a folder",
+                hint=f"Pass a file in it, such as `{wanted.html / 'report.html'}`",
+            )
+    listing = list(find_files(wanted.data_path))
+    found = [file for _, file in listing]
     files = [file for file in found if is_sample_name(file.name)]
     if not files:
         raise DataError(
             f"`{wanted.data_path}` holds no samples: no `.pt`, `.ckpt` or "
             "`hs_*.safetensors` file was found",
-            hint="Name the folder that holds the captured hidden states",
+            hint=hint_of_no_samples(listing),
         )
     counts = TokenCounts(None)
     scans, problems = scan_files(files, counts, progress)
@@ -91,7 +102,7 @@ def inspect_data(settings: InspectDataSettings, *, progress: Progress) -> Inspec
         raise DataError(
             f"None of the {len(files):,} files in `{wanted.data_path}` is a sample; the first, "
             f"`{problems[0].file}`, {problems[0].problem}",
-            hint="Name the folder that holds the captured hidden states",
+            hint="Capture them again, or pass a folder of samples",
         )
     usual, more = find_odd(scans)
     problems += [*more, *check_tokens(scans, wanted.total_seq_len)]

@@ -2,7 +2,7 @@
 
 from itertools import groupby
 
-from speculators_cli.core.data.dataset import find_files, is_sample_name
+from speculators_cli.core.data.dataset import find_files, hint_of_no_samples, is_sample_name
 from speculators_cli.core.data.formats.detect import detect
 from speculators_cli.core.data.sample import BadSampleError
 from speculators_cli.core.errors import DataError, SettingsError
@@ -19,14 +19,14 @@ def read_text(settings: InspectSettings) -> list[tuple[str, bool]]:
         DataError: The file is not a sample, or not one of this tokenizer.
         MachineError: The hub cannot be reached.
     """
-    found = find_files(settings.data_path)
+    found = list(find_files(settings.data_path))
     files = [file for _, file in found if is_sample_name(file.name)]
     index = settings.show
     assert index is not None, "asked only with `--show`"
     if not files:
         raise DataError(
             f"`{settings.data_path}` holds no samples",
-            hint="Pass the folder that holds the captured hidden states",
+            hint=hint_of_no_samples(found),
         )
     if index >= len(files):
         raise SettingsError(

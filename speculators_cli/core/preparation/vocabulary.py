@@ -17,7 +17,7 @@ from speculators_cli.core.data.token_counts import (
     write_token_freq,
 )
 from speculators_cli.core.data.vocab_map import VocabMap
-from speculators_cli.core.errors import DataError
+from speculators_cli.core.errors import DataError, SettingsError
 from speculators_cli.core.files import check_output_dir
 from speculators_cli.core.progress import Progress
 from speculators_cli.settings.build_vocab_map import BuildVocabMapSettings, VocabularySettings
@@ -65,9 +65,14 @@ def build_vocab_map(settings: BuildVocabMapSettings, *, progress: Progress) -> V
     always = choose_special_ids(vocabulary, vocab_size, progress)
     samples, counts = count(settings, vocab_size, progress)
     if not counts.any():
+        if samples is None:
+            raise SettingsError(
+                "`--token-freq-path`: every count is zero",
+                hint="Count the tokens of samples that are supervised: pass their `--data-path`",
+            )
         raise DataError(
             "No token is counted: nothing in the samples is supervised",
-            hint="Check the loss masks, or count all tokens with `--all-tokens`",
+            hint="Set `loss_mask` to 1 at the answers' tokens, or count all with `--all-tokens`",
         )
     vocab_map = VocabMap.choose(counts, vocabulary.draft_vocab_size, always=always)
     mass = None
