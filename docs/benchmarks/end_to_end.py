@@ -153,7 +153,7 @@ def make(options: argparse.Namespace) -> None:
     (folder / "verifier.txt").write_text(str(verifier_dir))
     files = VerifierFiles(str(verifier_dir))
     verifier = read_verifier_config(files, trust_remote_code=False)
-    vocab_size = files.read_vocab_size(is_tied=verifier.is_tied)
+    vocab_size = files.read_vocab_size(verifier.modules)
     write_data_config(
         folder / "ours",
         verifier=str(verifier_dir),

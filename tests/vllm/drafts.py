@@ -21,7 +21,7 @@ from speculators_cli.core.capture.capture import capture
 from speculators_cli.core.demo.demo import VERIFIER_DIR, read_prompts
 from speculators_cli.core.drafts.trained_draft import read_draft
 from speculators_cli.core.evaluation.draft_and_verify import draft_and_verify
-from speculators_cli.core.models.verifier import load_embedding, read_verifier_config
+from speculators_cli.core.models.verifier import load_embedding
 from speculators_cli.core.models.verifier_files import VerifierFiles
 from speculators_cli.core.models.verifier_model import VerifierModel
 from speculators_cli.core.progress import SilentProgress
@@ -124,7 +124,7 @@ class Questions:
         known = {name: x for name, x in source.weights.items() if name in config.tensor_shapes()}
         source = replace(source, config=config, weights=known)
         files = VerifierFiles(self.verifier)
-        embedding = load_embedding(files, read_verifier_config(files, trust_remote_code=False))
+        embedding = load_embedding(files)
         drafter = source.build_drafter(embedding, num_draft_tokens=3)
         verifier = VerifierModel(self.verifier, config.target_layer_ids, dtype=torch.float32)
         answers = [

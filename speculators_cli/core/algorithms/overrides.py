@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from speculators_cli.core.models.verifier import VerifierConfig
+from speculators_cli.core.models.verifier_shape import VerifierShape
 
 
 @dataclass(frozen=True)
@@ -13,4 +13,4 @@ class Overrides:
     verifier_name_or_path: str | None = None
     verifier_architectures: tuple[str, ...] | None = None
     target_layer_ids: tuple[int, ...] | None = None
-    read_verifier: Callable[[str], VerifierConfig] | None = None
+    read_verifier: Callable[[str], VerifierShape] | None = None

@@ -86,4 +86,4 @@ def find_shape(settings: BenchShapeSettings) -> tuple[VerifierConfig, int]:
         return SHAPES[settings.shape]
     files = VerifierFiles(settings.verifier_name_or_path)
     config = read_verifier_config(files, trust_remote_code=settings.trust_remote_code)
-    return config, files.read_vocab_size(is_tied=config.is_tied)
+    return config, files.read_vocab_size(config.modules)

@@ -15,11 +15,10 @@ from speculators_cli.core.export.verification import find_broken_values
 from speculators_cli.core.files import check_output_dir
 from speculators_cli.core.models.repo_files import CONFIG_NAME, INDEX_NAME
 from speculators_cli.core.models.verifier import (
-    VerifierConfig,
     load_embedding,
-    read_verifier_config,
 )
 from speculators_cli.core.models.verifier_files import VerifierFiles
+from speculators_cli.core.models.verifier_shape import VerifierShape, read_verifier_shape
 from speculators_cli.core.progress import Progress
 from speculators_cli.settings.export import ExportSettings
 
@@ -92,10 +91,10 @@ def check_verifier(settings: ExportSettings, source: TrainedDraft, progress: Pro
     embedding = None
     try:
         files = VerifierFiles(name)
-        verifier = read_verifier_config(files, trust_remote_code=settings.source.trust_remote_code)
+        verifier = read_verifier_shape(files, trust_remote_code=settings.source.trust_remote_code)
         # Of the hub, it would be a download of gigabytes for one number.
         if files.is_local or leaves_out:
-            embedding = load_embedding(files, verifier)
+            embedding = load_embedding(files)
     except SpeculatorsError as error:
         progress.warn(
             f"Verifier `{name}` could not be read, so the draft was not checked against it: "
@@ -121,7 +120,7 @@ def check_verifier(settings: ExportSettings, source: TrainedDraft, progress: Pro
     return True
 
 
-def check_layers(source: TrainedDraft, verifier: VerifierConfig) -> None:
+def check_layers(source: TrainedDraft, verifier: VerifierShape) -> None:
     """Refuse verifier layers that do not exist."""
     if source.config.target_layer_ids[-1] > verifier.num_layers:
         raise ExportError(

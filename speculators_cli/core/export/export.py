@@ -32,8 +32,8 @@ from speculators_cli.core.export.verification import Verification, has_untrained
 from speculators_cli.core.export.weights import cast_tensors, write_weights
 from speculators_cli.core.files import disk_error, write_json
 from speculators_cli.core.models.repo_files import CONFIG_NAME
-from speculators_cli.core.models.verifier import read_verifier_config
 from speculators_cli.core.models.verifier_files import VerifierFiles
+from speculators_cli.core.models.verifier_shape import read_verifier_shape
 from speculators_cli.core.progress import Progress
 from speculators_cli.core.scratch import replacing_folder
 from speculators_cli.settings.export import ExportSettings
@@ -98,7 +98,7 @@ def export(settings: ExportSettings, *, progress: Progress) -> ExportReport:
     known = Overrides(
         verifier_name_or_path=given.verifier_name_or_path,
         target_layer_ids=given.target_layer_ids,
-        read_verifier=lambda name: read_verifier_config(
+        read_verifier=lambda name: read_verifier_shape(
             VerifierFiles(name), trust_remote_code=given.trust_remote_code
         ),
     )

@@ -14,6 +14,7 @@ from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -34,6 +35,7 @@ class Targets:
     kept_ids: Tensor  # [draft_vocab], int64: the verifier ids of draft ids
     logit_scale: float
     softcap: float | None  # logits are squashed to (-softcap, softcap)
+    bias: Tensor | None = None  # [draft_vocab]: the head's, of its rows of the draft vocabulary
 
 
 class Scores(NamedTuple):
@@ -83,12 +85,13 @@ class _LinearKL(torch.autograd.Function):
         flags = torch.empty(2, num_rows, num_steps, dtype=torch.bool, device=stacked.device)
         grads = torch.empty_like(stacked) if needs_rows else None
         verifier_head = targets.head.to(stacked.dtype)
+        verifier_bias = None if targets.bias is None else targets.bias.to(stacked.dtype)
         for start, stop in _chunks(num_rows, chunk_size(num_steps, len(verifier_head))):
             source = stacked[start:stop].view(-1, size)
             logits = source @ head.value.T
             first, last = bounds(start, stop)
             here = slice(first, last)
-            target_logits = targets.hidden[here] @ verifier_head.T
+            target_logits = F.linear(targets.hidden[here], verifier_head, verifier_bias)
             _kl(
                 logits,
                 target_logits,

@@ -1,121 +1,77 @@
 """The verifier's frozen parts that training needs: embedding, final norm and head."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from hashlib import sha256
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
 from speculators_cli.core.errors import SettingsError
-from speculators_cli.core.models.repo_files import CONFIG_NAME
-from speculators_cli.core.models.rope import choose_rope
-from speculators_cli.core.models.verifier_files import VerifierFiles
+from speculators_cli.core.models.readout import (
+    UnlikeError,
+    apply_logit_options,
+    apply_norm,
+    measure_readout,
+)
+from speculators_cli.core.models.verifier_files import PartNames, VerifierFiles
+from speculators_cli.core.models.verifier_shape import (
+    VerifierShape,
+    given_tie,
+    hint_of,
+    open_family,
+    read_sizes,
+)
+from speculators_cli.core.models.verifier_weights import read_weight
+from speculators_cli.core.progress import Progress, SilentProgress
 
 BITS_AT_ONCE = 2**22  # values, in a sum over all of a tensor
 
 
-@dataclass(frozen=True)
-class VerifierConfig:
-    """What a draft and its loss need to know of the verifier, from its config.json."""
+@dataclass(frozen=True, kw_only=True)
+class VerifierConfig(VerifierShape):
+    """Sizes of the verifier, and how its final norm and LM head make logits.
 
-    name_or_path: str
-    architectures: tuple[str, ...]
-    hidden_size: int
-    intermediate_size: int
-    num_layers: int
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    rms_norm_eps: float
-    rope_parameters: Mapping[str, Any]  # as a draft can have it
-    max_position_embeddings: int
+    `rms_norm_eps` is that of the final norm, of whatever kind it is.
+    """
+
     norm_offset: float  # what the final norm adds to its stored weight: 1 in the Gemma family
-    is_tied: bool  # whether the head is the embedding
     logit_softcap: float | None  # logits are squashed to (-softcap, softcap)
     logit_scale: float  # logits are multiplied by this
-    rope_left_out: str | None = None  # what a draft cannot have of its RoPE
+    is_norm_centred: bool = False  # LayerNorm, which subtracts the mean; else RMSNorm
+    modules: PartNames | None = None  # names of the parts in the family's own model
 
 
 def read_verifier_config(files: VerifierFiles, *, trust_remote_code: bool) -> VerifierConfig:
-    """Read the verifier's config.json.
+    """Read the verifier's config.json, and measure how its family makes logits.
 
     Raises:
-        SettingsError: The folder or its config.json cannot be used.
+        SettingsError: The folder or its config.json cannot be used, or the family's logits are not
+            those of a norm and an LM head.
         MachineError: The hub cannot be reached, or refuses.
     """
-    files.read_json(CONFIG_NAME)
+    family = open_family(files, trust_remote_code=trust_remote_code)
+    sizes = read_sizes(family)
     try:
-        config = AutoConfig.from_pretrained(files.name_or_path, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError) as error:
-        reason = str(error).strip().splitlines()[0]
+        readout = measure_readout(family)
+    except UnlikeError as error:
+        kind = family.content.get("model_type")
         raise SettingsError(
-            f"The config of verifier `{files.name_or_path}` cannot be read: {reason}",
-            hint="Name a causal language model, with `--trust-remote-code` if it brings code",
+            f"Verifier `{files.name_or_path}` (`{kind}`) {error}", hint=hint_of(family)
         ) from None
-    text = config.get_text_config(decoder=True)
-    heads = text.num_attention_heads
-    head_dim = getattr(text, "head_dim", None) or text.hidden_size // heads
-    rope = choose_rope(
-        text, head_dim=head_dim, max_position_embeddings=text.max_position_embeddings
-    )
+    is_tied = given_tie(family)
     return VerifierConfig(
-        name_or_path=files.name_or_path,
-        architectures=tuple(config.architectures or ()),
-        hidden_size=text.hidden_size,
-        intermediate_size=_intermediate_size(text),
-        num_layers=text.num_hidden_layers,
-        num_heads=heads,
-        num_kv_heads=getattr(text, "num_key_value_heads", None) or heads,
-        head_dim=head_dim,
-        rms_norm_eps=getattr(text, "rms_norm_eps", 1e-6),
-        rope_parameters=rope.parameters,
-        rope_left_out=rope.left_out,
-        max_position_embeddings=text.max_position_embeddings,
-        norm_offset=_norm_offset(text, files.name_or_path, trust_remote_code=trust_remote_code),
-        is_tied=bool(
-            getattr(config, "tie_word_embeddings", False)
-            or getattr(text, "tie_word_embeddings", False)
-        ),
-        logit_softcap=getattr(text, "final_logit_softcapping", None),
-        logit_scale=1.0 / (getattr(text, "logits_scaling", None) or 1.0),
-    )
-
-
-def _intermediate_size(text: PreTrainedConfig) -> int:
-    size = getattr(text, "intermediate_size", None)
-    # Some families give one size a layer.
-    return int(size[0] if isinstance(size, list) else size or 4 * text.hidden_size)
-
-
-def _norm_offset(text: PreTrainedConfig, name: str, *, trust_remote_code: bool) -> float:
-    """How the verifier's own final norm uses its weight `w`: 0 for `w`, 1 for `1 + w`.
-
-    The norm of the verifier's class is run on random numbers, so every family is right that
-    transformers knows, and one whose norm is no RMSNorm is refused.
-    """
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(text, trust_remote_code=trust_remote_code)
-    norm = getattr(model.get_decoder(), "norm", None)
-    if norm is not None:
-        generator = torch.Generator().manual_seed(0)
-        x, weight = torch.randn(2, text.hidden_size, generator=generator)
-        norm.to_empty(device="cpu").float()
-        norm.load_state_dict(dict.fromkeys(norm.state_dict(), weight))
-        with torch.no_grad():
-            out = norm(x[None])[0]
-        eps = getattr(text, "rms_norm_eps", 1e-6)
-        for offset in (0.0, 1.0):
-            # Both sides round in float32.
-            if torch.allclose(out, F.rms_norm(x, x.shape, weight + offset, eps), 1e-4, 1e-4):
-                return offset
-    raise SettingsError(
-        f"The final norm of verifier `{name}` is a `{type(norm).__name__}`, not an RMSNorm",
-        hint="Choose a verifier whose last norm is an RMSNorm, such as Llama, Qwen or Gemma",
+        **sizes
+        | {
+            "rms_norm_eps": readout.eps,
+            "is_tied": readout.is_tied if is_tied is None else is_tied,
+        },
+        norm_offset=readout.offset,
+        logit_softcap=readout.softcap,
+        logit_scale=readout.scale,
+        is_norm_centred=readout.is_centred,
+        modules=PartNames(readout.embedding, readout.norm, readout.head),
     )
 
 
@@ -135,41 +91,68 @@ def _sum_bits(tensor: Tensor) -> int:
 
 
 class FrozenVerifier:
-    """The verifier's embedding, final norm and head: no gradient, never sharded.
+    """The verifier's embedding, final norm and LM head: no gradient, never sharded.
 
     Args:
         embedding: [vocab, hidden], in the verifier's dtype.
-        norm_gain: [hidden], float32: the gain itself, `1 + w` already added up.
+        norm_gain: [hidden], float32: the norm weights themselves, `1 + w` already added up.
         head: [vocab, hidden], in the verifier's dtype.
         config: How the final norm and the logits are computed.
+        norm_bias: [hidden], float32.
+        head_bias: [vocab].
     """
 
     def __init__(
-        self, embedding: Tensor, norm_gain: Tensor, head: Tensor, config: VerifierConfig
+        self,
+        embedding: Tensor,
+        norm_gain: Tensor,
+        head: Tensor,
+        config: VerifierConfig,
+        *,
+        norm_bias: Tensor | None = None,
+        head_bias: Tensor | None = None,
     ) -> None:
         self.embedding = embedding
         self.norm_gain = norm_gain
         self.head = head
         self.config = config
+        self.norm_bias = norm_bias
+        self.head_bias = head_bias
 
     @property
     def vocab_size(self) -> int:
         """Rows of the embedding."""
         return self.embedding.shape[0]
 
+    @property
+    def has_rms_norm(self) -> bool:
+        """Whether the final norm is an RMSNorm without a bias, for which there are kernels."""
+        return not self.config.is_norm_centred and self.norm_bias is None
+
     def to(self, device: torch.device) -> "FrozenVerifier":
         """The same on `device`; a head tied to the embedding stays one tensor."""
         embedding = self.embedding.to(device)
         is_tied = self.head is self.embedding
-        head = embedding if is_tied else self.head.to(device)
-        return FrozenVerifier(embedding, self.norm_gain.to(device), head, self.config)
+        return FrozenVerifier(
+            embedding,
+            self.norm_gain.to(device),
+            embedding if is_tied else self.head.to(device),
+            self.config,
+            norm_bias=None if self.norm_bias is None else self.norm_bias.to(device),
+            head_bias=None if self.head_bias is None else self.head_bias.to(device),
+        )
+
+    def bias_of(self, ids: Tensor) -> Tensor | None:
+        """The LM head's bias of these tokens, if it has one."""
+        return None if self.head_bias is None else self.head_bias[ids]
 
     @cached_property
     def fingerprint(self) -> str:
-        """Changes with any value of the three tensors; the same on every device."""
+        """Changes with any value of the tensors; the same on every device."""
         parts = [self.embedding, self.norm_gain]
         if self.head is not self.embedding:
             parts.append(self.head)
+        parts += [bias for bias in (self.norm_bias, self.head_bias) if bias is not None]
         sums = [(list(part.shape), str(part.dtype), _sum_bits(part)) for part in parts]
         return sha256(repr(sums).encode()).hexdigest()[:32]
 
@@ -181,7 +164,13 @@ class FrozenVerifier:
     ) -> Tensor:
         """Last hidden states after the final norm, which is applied where it was not yet."""
         x = last_hidden_states.float()
-        normed = F.rms_norm(x, self.norm_gain.shape, self.norm_gain, self.config.rms_norm_eps)
+        normed = apply_norm(
+            x,
+            self.norm_gain,
+            self.norm_bias,
+            self.config.rms_norm_eps,
+            is_centred=self.config.is_norm_centred,
+        )
         return torch.where(is_normed[:, None], x, normed).to(last_hidden_states.dtype)
 
     @torch.no_grad()
@@ -189,12 +178,15 @@ class FrozenVerifier:
         self,
         normed: Tensor,  # [seq_len, hidden]
         head: Tensor,  # [rows, hidden]: the head, or some of its rows
+        bias: Tensor | None = None,  # [rows]: of these rows; known where they are the whole head
     ) -> Tensor:
         """The verifier's logits of these rows; [seq_len, rows], float32."""
-        logits = F.linear(normed, head.to(normed.dtype)).float() * self.config.logit_scale
-        if self.config.logit_softcap is not None:
-            logits = self.config.logit_softcap * torch.tanh(logits / self.config.logit_softcap)
-        return logits
+        bias = self.head_bias if head is self.head else bias
+        bias = None if bias is None else bias.to(normed.dtype)
+        logits = F.linear(normed, head.to(normed.dtype), bias).float()
+        return apply_logit_options(
+            logits, scale=self.config.logit_scale, softcap=self.config.logit_softcap
+        )
 
     @torch.no_grad()
     def tokens(
@@ -208,56 +200,98 @@ class FrozenVerifier:
         return torch.cat([self.logits(part, self.head).argmax(-1) for part in parts])
 
 
-def load_frozen_verifier(files: VerifierFiles, config: VerifierConfig) -> FrozenVerifier:
-    """Read embedding, final norm and head on the CPU; nothing else of the verifier is read.
+def load_frozen_verifier(
+    files: VerifierFiles, config: VerifierConfig, *, progress: Progress | None = None
+) -> FrozenVerifier:
+    """Read embedding, final norm and LM head on the CPU; nothing else of the verifier is read.
+
+    Args:
+        files: The verifier's.
+        config: How its logits are made.
+        progress: Receives a warning about an LM head that is not used.
 
     Raises:
-        SettingsError: They are missing, damaged, quantised or of sizes that contradict the config.
+        SettingsError: They are missing, damaged, quantised in a format that is not read, or of
+            sizes that contradict the config.
         MachineError: A file of the hub cannot be fetched.
     """
-    names = files.find_parts(is_tied=config.is_tied)
-    embedding = _read_tensor(files, names.embedding)
+    names = files.find_parts(is_tied=config.is_tied, modules=config.modules)
+    embedding = read_weight(files, names.embedding)
     is_tied = names.head == names.embedding
-    head = embedding if is_tied else _read_tensor(files, names.head)
-    gain = load_final_norm_gain(files, config)
-    expected = (embedding.shape[0], config.hidden_size)
-    for name, tensor in ((names.embedding, embedding), (names.head, head)):
-        if tensor.shape != expected:
+    head = embedding if is_tied else read_weight(files, names.head)
+    gain, norm_bias = load_final_norm(files, config)
+    vocab_size = embedding.shape[0]
+    head_name = files.find_head(config.modules) or "lm_head.weight"
+    head_bias = _read_bias(files, head_name)
+    for name, tensor, expected in (
+        (names.embedding, embedding, (vocab_size, config.hidden_size)),
+        (names.head, head, (vocab_size, config.hidden_size)),
+        (_bias_name(head_name), head_bias, (vocab_size,)),
+        (names.norm, gain, (config.hidden_size,)),
+        (_bias_name(names.norm or ""), norm_bias, (config.hidden_size,)),
+    ):
+        if tensor is not None and tensor.shape != expected:
             raise SettingsError(
                 f"`{name}` of verifier `{files.name_or_path}` is {tuple(tensor.shape)}, "
                 f"expected {expected}",
-                hint="Download the verifier again",
+                hint="Pass a verifier whose embedding and LM head have the same rows; if this one "
+                "should, download it again",
             )
-    return FrozenVerifier(embedding, gain, head, config)
+    if is_tied and head_name in files.weight_map:
+        _compare_tied(files, head_name, embedding, progress or SilentProgress())
+    return FrozenVerifier(
+        embedding,
+        gain,
+        head,
+        config,
+        norm_bias=norm_bias,
+        head_bias=head_bias,
+    )
 
 
-def load_embedding(files: VerifierFiles, config: VerifierConfig) -> Tensor:
+def _compare_tied(files: VerifierFiles, name: str, embedding: Tensor, progress: Progress) -> None:
+    """Warn of an LM head that serving engines do not read either."""
+    head = read_weight(files, name)
+    if not torch.equal(head.to(embedding.dtype), embedding):
+        progress.warn(
+            f"`{name}` of verifier `{files.name_or_path}` differs from its embedding and is not "
+            "used: the config sets `tie_word_embeddings`, so serving engines use the embedding",
+            hint="Set `tie_word_embeddings` to false in its config.json if it should be used",
+        )
+
+
+def load_embedding(files: VerifierFiles) -> Tensor:
     """The verifier's embedding; [vocab, hidden], in its dtype.
 
     Raises:
         SettingsError: The verifier has no such tensor, or a quantised one.
         MachineError: A file of the hub cannot be fetched.
     """
-    return _read_tensor(files, files.find_parts(is_tied=config.is_tied).embedding)
+    return read_weight(files, files.find_embedding())
 
 
-def load_final_norm_gain(files: VerifierFiles, config: VerifierConfig) -> Tensor:
-    """The gain of the final norm itself, `1 + w` already added up; [hidden], float32.
+def load_final_norm(files: VerifierFiles, config: VerifierConfig) -> tuple[Tensor, Tensor | None]:
+    """Weights of the final norm, `1 + w` already added up, and its bias; [hidden], float32.
 
     Raises:
         SettingsError: The verifier has no such tensor.
         MachineError: A file of the hub cannot be fetched.
     """
-    names = files.find_parts(is_tied=config.is_tied)
-    return _read_tensor(files, names.norm).float() + config.norm_offset
+    name = files.find_parts(is_tied=config.is_tied, modules=config.modules).norm
+    if name is None:
+        return torch.ones(config.hidden_size), None
+    bias = _read_bias(files, name)
+    gain = read_weight(files, name).float() + config.norm_offset
+    return gain, None if bias is None else bias.float()
 
 
-def _read_tensor(files: VerifierFiles, name: str) -> Tensor:
+def _bias_name(weight: str) -> str:
+    return weight.removesuffix("weight") + "bias"
+
+
+def _read_bias(files: VerifierFiles, weight: str) -> Tensor | None:
+    name = _bias_name(weight)
+    if name not in files.weight_map:
+        return None
     with files.open(name) as tensors:
-        tensor: Tensor = tensors.get_tensor(name)
-    if not tensor.is_floating_point() or tensor.element_size() < 2:
-        raise SettingsError(
-            f"`{name}` of verifier `{files.name_or_path}` is quantised ({tensor.dtype})",
-            hint="Pass the verifier before quantisation: its head gives the training targets",
-        )
-    return tensor
+        return tensors.get_tensor(name)

@@ -1,21 +1,34 @@
 """Which files hold a verifier's embedding, final norm and head, in a folder or on the hub."""
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import takewhile
 
 from speculators_cli.core.errors import SettingsError
 from speculators_cli.core.models.repo_files import RepoFiles
 
 # Other towers and heads of a model, whose embeddings are not the text model's.
-_SIDE_PARTS = re.compile(r"(^|\.)(layers|mtp|visual|vision\w*|audio\w*|talker|encoder)\.")
+_SIDE_PARTS = re.compile(
+    r"(^|\.)(layers|mtp|visual|vision\w*|audio\w*|speech\w*|talker\w*|code_predictor|encoder"
+    r"|qformer|vqmodel|vq_model|code2wav|token2wav)\."
+)
+# Names of modules in files, the most common first.
+_EMBEDDINGS = ("embed_tokens", "wte", "word_embeddings", "embeddings", "tok_embeddings", "embed_in")
+_NORMS = (
+    "norm", "final_layernorm", "norm_f", "ln_f", "embedding_norm", "final_layer_norm", "final_norm"
+)  # fmt: skip
+_HEADS = ("lm_head", "embed_out", "output_projection")
+# What a tensor's name ends with where it is quantised.
+QUANTISED_ENDINGS = (".weight_packed", ".qweight", ".weight_blocks", ".blocks")
 
 
 @dataclass(frozen=True)
 class PartNames:
-    """Names of the tensors that training reads; a tied head has the embedding's name."""
+    """Names of modules, or of their weights in files; a tied head has the embedding's name."""
 
     embedding: str
-    norm: str
+    norm: str | None  # None: the norm has no weights
     head: str
 
 
@@ -29,44 +42,100 @@ class VerifierFiles(RepoFiles):
     def __init__(self, name_or_path: str) -> None:
         super().__init__(name_or_path, flag="--verifier-name-or-path")
 
-    def read_vocab_size(self, *, is_tied: bool) -> int:
-        """Rows of the embedding, from the header of its file."""
-        name = self.find_parts(is_tied=is_tied).embedding
+    def read_vocab_size(self, modules: PartNames | None = None) -> int:
+        """Rows of the embedding, from the header of its file.
+
+        Args:
+            modules: What the family's own model calls its parts.
+
+        Raises:
+            SettingsError: There is no embedding.
+        """
+        name = self.find_stored(self.find_embedding(modules))
         with self.open(name) as tensors:
             rows: int = tensors.get_slice(name).get_shape()[0]
         return rows
 
-    def find_parts(self, *, is_tied: bool) -> PartNames:
+    def find_parts(self, *, is_tied: bool, modules: PartNames | None = None) -> PartNames:
         """Find embedding, final norm and head among the verifier's tensors, under any prefix.
 
         Args:
-            is_tied: Whether the config says that the head is the embedding.
+            is_tied: Whether the head is the embedding, whatever else the files hold.
+            modules: What the family's own model calls them.
 
         Raises:
-            SettingsError: One is missing, or the head is quantised.
+            SettingsError: One is missing.
         """
-        names = [name for name in self.weight_map if not _SIDE_PARTS.search(name)]
-        embeddings = [name for name in names if name.endswith("embed_tokens.weight")]
-        embedding = min(embeddings, key=len, default=None)
-        if embedding is None:
-            raise self._missing("embed_tokens.weight")
-        norm = embedding.removesuffix("embed_tokens.weight") + "norm.weight"
-        if norm not in self.weight_map:
-            raise self._missing(norm)
-        quantised = [name for name in names if re.search(r"(^|\.)lm_head\.(?!weight$|bias$)", name)]
-        if quantised:
-            raise SettingsError(
-                f"The head of verifier `{self.name_or_path}` is quantised: it has `{quantised[0]}`",
-                hint="Pass the verifier before quantisation: its head gives the training targets",
-            )
-        head = next((name for name in names if name.endswith("lm_head.weight")), None)
+        embedding = self.find_embedding(modules)
+        head = None if is_tied else self.find_head(modules)
         if head is None and not is_tied:
-            raise self._missing("lm_head.weight")
-        return PartNames(embedding, norm, head or embedding)
+            raise self._missing(f"{modules.head if modules else 'lm_head'}.weight")
+        return PartNames(embedding, self._find_norm(embedding, modules), head or embedding)
+
+    def find_embedding(self, modules: PartNames | None = None) -> str:
+        """The name of the embedding's weight.
+
+        Raises:
+            SettingsError: There is none.
+        """
+        own = () if modules is None else (modules.embedding, modules.embedding.split(".")[-1])
+        found = self._find((*own, *_EMBEDDINGS))
+        if found is None:
+            raise self._missing("embed_tokens.weight")
+        return found
+
+    def find_head(self, modules: PartNames | None = None) -> str | None:
+        """The name of the LM head's weight, if the files hold one."""
+        own = () if modules is None else (modules.head,)
+        return self._find((*own, *_HEADS))
+
+    def find_stored(self, name: str) -> str:
+        """The name under which a weight is stored, as it is or quantised."""
+        stem = name.removesuffix(".weight")
+        stored = (stem + ending for ending in (".weight", *QUANTISED_ENDINGS))
+        return next((x for x in stored if x in self.weight_map), name)
+
+    def _find(self, modules: Iterable[str]) -> str | None:
+        """The weight of the first of these modules that the text model has."""
+        stems = {
+            name.removesuffix(ending)
+            for name in self.weight_map
+            for ending in (".weight", *QUANTISED_ENDINGS)
+            if name.endswith(ending) and not _SIDE_PARTS.search(name)
+        }
+        for module in modules:
+            found = [s for s in stems if s == module or s.endswith(f".{module}")]
+            if found:
+                return min(found, key=lambda s: (len(s), s)) + ".weight"
+        return None
+
+    def _find_norm(self, embedding: str, modules: PartNames | None) -> str | None:
+        if modules is not None and modules.norm is None:
+            return None
+        prefix = embedding.removesuffix(".weight").rpartition(".")[0]
+        names = [f"{prefix}.{norm}".removeprefix(".") for norm in _NORMS]
+        if modules is not None:
+            assert modules.norm is not None, "returned above"
+            names = [modules.norm, self._beside(embedding, modules.embedding, modules.norm), *names]
+        found = (f"{name}.weight" for name in names)
+        norm = next((name for name in found if name in self.weight_map), None)
+        if norm is None:
+            raise self._missing(names[-len(_NORMS)] + ".weight")
+        return norm
+
+    @staticmethod
+    def _beside(stored: str, embedding: str, norm: str) -> str:
+        """The norm's name under the prefix that the stored embedding has."""
+        parts, norm_parts = embedding.split("."), norm.split(".")
+        pairs = zip(parts, norm_parts, strict=False)
+        num_shared = len(list(takewhile(lambda pair: pair[0] == pair[1], pairs)))
+        own = ".".join(parts[num_shared:])
+        prefix = stored.removesuffix(".weight").removesuffix(own)
+        return prefix + ".".join(norm_parts[num_shared:])
 
     def _missing(self, name: str) -> SettingsError:
         self.check_unlisted(name)
         return SettingsError(
             f"Verifier `{self.name_or_path}` has no tensor `{name}`",
-            hint="Pass a causal language model of the Llama, Qwen, Mistral or Gemma kind",
+            hint="Pass a causal language model with all of its weights",
         )

@@ -38,8 +38,8 @@ from speculators_cli.settings.convert_v0 import ConvertV0Settings, FilesSettings
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from speculators_cli.core.models.verifier import VerifierConfig
     from speculators_cli.core.models.verifier_files import VerifierFiles
+    from speculators_cli.core.models.verifier_shape import VerifierShape
 
 MIN_GAIN = 1e-3  # of the final norm: below it, division magnifies rounding a thousandfold
 MAX_WORKERS = 4
@@ -150,26 +150,38 @@ def convert_v0(settings: ConvertV0Settings, *, progress: Progress) -> Conversion
     )
 
 
-def read_verifier(settings: ConvertV0Settings) -> "tuple[VerifierFiles, VerifierConfig] | None":
-    """Files and config of the verifier, if the settings name one."""
+def read_verifier(settings: ConvertV0Settings) -> "tuple[VerifierFiles, VerifierShape] | None":
+    """Files and sizes of the verifier, if the settings name one."""
     name = settings.verifier.verifier_name_or_path
     if name is None:
         return None
-    from speculators_cli.core.models.verifier import read_verifier_config
+    from speculators_cli.core.models import verifier, verifier_shape
     from speculators_cli.core.models.verifier_files import VerifierFiles
 
     files = VerifierFiles(name)
-    trust = settings.verifier.trust_remote_code
-    return files, read_verifier_config(files, trust_remote_code=trust)
+    # How its norm is computed is of interest only where it is undone.
+    read = (
+        verifier.read_verifier_config
+        if settings.verifier.undo_norm
+        else verifier_shape.read_verifier_shape
+    )
+    return files, read(files, trust_remote_code=settings.verifier.trust_remote_code)
 
 
-def load_gain(verifier: "tuple[VerifierFiles, VerifierConfig] | None") -> "Tensor":
+def load_gain(verifier: "tuple[VerifierFiles, VerifierShape] | None") -> "Tensor":
     """Gain of the verifier's final norm; [hidden], float32."""
-    from speculators_cli.core.models.verifier import load_final_norm_gain
+    from speculators_cli.core.models.verifier import VerifierConfig, load_final_norm
 
     assert verifier is not None, "the settings ask for it where it is needed"
     files, config = verifier
-    gain = load_final_norm_gain(files, config)
+    assert isinstance(config, VerifierConfig), "read where it is undone"
+    gain, bias = load_final_norm(files, config)
+    if config.is_norm_centred or bias is not None:
+        kind = "a LayerNorm, which subtracts the mean" if config.is_norm_centred else "biased"
+        raise SettingsError(
+            f"The final norm of `{config.name_or_path}` cannot be undone: it is {kind}",
+            hint="Leave `--undo-norm` out: `speculators train` reads normed states as they are",
+        )
     smallest = gain.abs().min().item()
     if smallest < MIN_GAIN:
         raise SettingsError(
@@ -216,7 +228,7 @@ def find_layer_ids(
     settings: ConvertV0Settings,
     found: Sequence[Path],
     jobs: Sequence[Job],
-    verifier: "tuple[VerifierFiles, VerifierConfig] | None",
+    verifier: "tuple[VerifierFiles, VerifierShape] | None",
 ) -> LayerIds | None:
     """Layer ids that were given or that the data says; None where the verifier must be known."""
     given = settings.verifier.target_layer_ids

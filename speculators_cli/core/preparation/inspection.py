@@ -221,7 +221,7 @@ def ask_verifier(
     files: VerifierFiles, config: VerifierConfig, drawn: Sequence[Scan], progress: Progress
 ) -> tuple[int, Agreement | None, list[Problem]]:
     """Tokens of the verifier, how well its head predicts the samples, and which it contradicts."""
-    vocab_size = files.read_vocab_size(is_tied=config.is_tied)
+    vocab_size = files.read_vocab_size(config.modules)
     fitting = [
         s
         for s in drawn
@@ -230,7 +230,7 @@ def ask_verifier(
     if not fitting:
         return vocab_size, None, []
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    verifier = load_frozen_verifier(files, config).to(device)
+    verifier = load_frozen_verifier(files, config, progress=progress).to(device)
     with progress.task("Asking the verifier", len(fitting)) as task:
 
         def read_all() -> Iterator[Sample]:

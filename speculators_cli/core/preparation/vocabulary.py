@@ -105,12 +105,9 @@ def read_vocab_size(settings: VocabularySettings) -> int:
         return settings.target_vocab_size
     assert settings.verifier_name_or_path is not None, "the settings name one of the two"
     # Where no verifier is asked, nothing waits for transformers: it takes a second to start.
-    from speculators_cli.core.models.verifier import read_verifier_config
     from speculators_cli.core.models.verifier_files import VerifierFiles
 
-    files = VerifierFiles(settings.verifier_name_or_path)
-    config = read_verifier_config(files, trust_remote_code=settings.trust_remote_code)
-    return files.read_vocab_size(is_tied=config.is_tied)
+    return VerifierFiles(settings.verifier_name_or_path).read_vocab_size()
 
 
 def choose_special_ids(
@@ -198,7 +195,7 @@ def measure_mass(
             hint="Pass the verifier that the samples were captured from",
         )
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    verifier = load_frozen_verifier(files, config).to(device)
+    verifier = load_frozen_verifier(files, config, progress=progress).to(device)
     drawn = np.random.default_rng(0).permutation(len(samples))[: settings.mass_samples]
     masses = []
     with progress.task("Measuring probabilities", len(drawn)) as task:

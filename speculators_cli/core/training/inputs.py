@@ -97,7 +97,8 @@ def read_inputs(
     draft, data = settings.draft, settings.data
     files = VerifierFiles(draft.verifier_name_or_path)
     verifier = read_verifier_config(files, trust_remote_code=draft.trust_remote_code)
-    vocab_size = files.read_vocab_size(is_tied=verifier.is_tied)
+    files.find_parts(is_tied=verifier.is_tied, modules=verifier.modules)
+    vocab_size = files.read_vocab_size(verifier.modules)
     if source is not None:
         check_fit(source, verifier, vocab_size)
         check_embedding(source, files, verifier)

@@ -196,7 +196,9 @@ def build_trainer(
     signals: StopSignals,
 ) -> Trainer:
     """Load the verifier's frozen parts, build the draft, shard it, give it its state."""
-    verifier = load_frozen_verifier(inputs.verifier_files, inputs.verifier_config)
+    verifier = load_frozen_verifier(
+        inputs.verifier_files, inputs.verifier_config, progress=progress
+    )
     verifier = verifier.to(ranks.device)
     if settings.data.check_samples and not start.is_resumed:
         check_samples(

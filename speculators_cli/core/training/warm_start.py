@@ -10,12 +10,9 @@ from speculators_cli.core.data.data_config import LayerIds
 from speculators_cli.core.data.vocab_map import VocabMap
 from speculators_cli.core.drafts.trained_draft import TrainedDraft, read_draft
 from speculators_cli.core.errors import DataError, SettingsError
-from speculators_cli.core.models.verifier import (
-    VerifierConfig,
-    load_embedding,
-    read_verifier_config,
-)
+from speculators_cli.core.models.verifier import load_embedding
 from speculators_cli.core.models.verifier_files import VerifierFiles
+from speculators_cli.core.models.verifier_shape import VerifierShape, read_verifier_shape
 from speculators_cli.core.progress import Progress
 from speculators_cli.settings.train import TrainSettings
 
@@ -40,7 +37,7 @@ def read_warm_start(settings: TrainSettings) -> tuple[TrainSettings, TrainedDraf
         Overrides(
             verifier_name_or_path=draft.verifier_name_or_path,
             target_layer_ids=draft.target_layer_ids,
-            read_verifier=lambda name: read_verifier_config(
+            read_verifier=lambda name: read_verifier_shape(
                 VerifierFiles(name), trust_remote_code=draft.trust_remote_code
             ),
         ),
@@ -71,7 +68,7 @@ def read_warm_start(settings: TrainSettings) -> tuple[TrainSettings, TrainedDraf
     return TrainSettings.model_validate(content), source
 
 
-def check_fit(source: TrainedDraft, verifier: VerifierConfig, vocab_size: int) -> None:
+def check_fit(source: TrainedDraft, verifier: VerifierShape, vocab_size: int) -> None:
     """Check that a draft is for a verifier.
 
     Raises:
@@ -91,7 +88,7 @@ def check_fit(source: TrainedDraft, verifier: VerifierConfig, vocab_size: int) -
             )
 
 
-def check_embedding(source: TrainedDraft, files: VerifierFiles, verifier: VerifierConfig) -> None:
+def check_embedding(source: TrainedDraft, files: VerifierFiles, verifier: VerifierShape) -> None:
     """Check that a draft's own embedding is the verifier's, which training uses.
 
     Raises:
@@ -100,7 +97,7 @@ def check_embedding(source: TrainedDraft, files: VerifierFiles, verifier: Verifi
     """
     if source.embedding is None:
         return
-    embedding = load_embedding(files, verifier)
+    embedding = load_embedding(files)
     rows = zip(source.embedding.split(ROWS_AT_ONCE), embedding.split(ROWS_AT_ONCE), strict=True)
     if not all(_is_close(own.float(), given.float()) for own, given in rows):
         raise SettingsError(

@@ -12,7 +12,7 @@ from speculators_cli.core.capture.capture import capture
 from speculators_cli.core.demo.demo import VERIFIER_DIR, read_prompts
 from speculators_cli.core.drafts.trained_draft import read_draft
 from speculators_cli.core.evaluation.draft_and_verify import evaluate
-from speculators_cli.core.models.verifier import load_embedding, read_verifier_config
+from speculators_cli.core.models.verifier import load_embedding
 from speculators_cli.core.models.verifier_files import VerifierFiles
 from speculators_cli.core.models.verifier_model import VerifierModel
 from speculators_cli.core.progress import SilentProgress
@@ -83,8 +83,7 @@ def train_draft(data_dir: Path, save_path: Path, variant: str) -> Path:
 def load(checkpoint_dir: Path) -> Drafter:
     source = read_draft(str(checkpoint_dir), Overrides(), flag="CHECKPOINT")
     files = VerifierFiles(str(VERIFIER_DIR))
-    config = read_verifier_config(files, trust_remote_code=False)
-    embedding = load_embedding(files, config)
+    embedding = load_embedding(files)
     return source.build_drafter(embedding, num_draft_tokens=3)
 
 

@@ -15,11 +15,17 @@ from tests.drafts import filled_draft, make_config
 from tests.gradients import ATOL, RTOL
 
 
-def make_verifier(rng: torch.Generator, **changes: Any) -> FrozenVerifier:
+def make_verifier(
+    rng: torch.Generator, *, has_bias: bool = False, **changes: Any
+) -> FrozenVerifier:
     draft = filled_draft(make_config(), rng, kept_ids=torch.arange(0, 37, 2))
-    config = replace(draft.verifier.config, **changes)
+    verifier = draft.verifier
     return FrozenVerifier(
-        draft.verifier.embedding, draft.verifier.norm_gain, draft.verifier.head, config
+        verifier.embedding,
+        verifier.norm_gain,
+        verifier.head,
+        replace(verifier.config, **changes),
+        head_bias=torch.randn(37, generator=rng) if has_bias else None,
     )
 
 
@@ -32,13 +38,16 @@ def targets_of(verifier: FrozenVerifier, hidden: Tensor, *, is_kept: Tensor) -> 
         kept_ids=torch.arange(len(verifier.head)),
         logit_scale=verifier.config.logit_scale,
         softcap=verifier.config.logit_softcap,
+        bias=verifier.head_bias,
     )
 
 
 @pytest.mark.parametrize("chunk", [100, 2])
-@pytest.mark.parametrize("options", [{}, {"logit_softcap": 2.0}, {"logit_scale": 0.3}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"logit_softcap": 2.0}, {"logit_scale": 0.3}, {"has_bias": True}], ids=str
+)
 def test_linear_kl_equals_the_plain_loss(
-    options: dict[str, float], chunk: int, rng: torch.Generator, monkeypatch: pytest.MonkeyPatch
+    options: dict[str, Any], chunk: int, rng: torch.Generator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("speculators_cli.core.kernels.logit_chunks.MAX_ROWS", chunk)
     verifier = make_verifier(rng, **options)

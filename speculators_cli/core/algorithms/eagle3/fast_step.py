@@ -205,8 +205,11 @@ def find_targets(
 ) -> Targets:
     """What the draft is scored against, with the verifier's tokens over the chosen vocabulary."""
     last_hidden = batch.last_hidden_states
-    normed, _ = rms_norm(last_hidden, verifier.norm_gain, verifier.config.rms_norm_eps)
-    last_hidden = torch.where(batch.is_normed[:, None], last_hidden, normed)
+    if verifier.has_rms_norm:
+        normed, _ = rms_norm(last_hidden, verifier.norm_gain, verifier.config.rms_norm_eps)
+        last_hidden = torch.where(batch.is_normed[:, None], last_hidden, normed)
+    else:
+        last_hidden = verifier.normed(last_hidden, batch.is_normed)
     return Targets(
         hidden=last_hidden,
         head=head,
@@ -215,6 +218,7 @@ def find_targets(
         kept_ids=kept_ids,
         logit_scale=verifier.config.logit_scale,
         softcap=verifier.config.logit_softcap,
+        bias=verifier.bias_of(kept_ids),
     )
 
 

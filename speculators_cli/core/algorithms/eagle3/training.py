@@ -129,7 +129,9 @@ class Eagle3Training(Eagle3Draft, DraftModel):
             Log-probabilities, [targets, draft_vocab], float32; verifier ids, [targets], int64.
         """
         normed = self.verifier.normed(batch.last_hidden_states, batch.is_normed)
-        logits = self.verifier.logits(normed, self.verifier_rows)
+        logits = self.verifier.logits(
+            normed, self.verifier_rows, self.verifier.bias_of(self.kept_ids)
+        )
         is_training = self.training
         tokens = self.kept_ids[logits.argmax(-1)] if is_training else self.verifier.tokens(normed)
         return logits.log_softmax(-1), tokens

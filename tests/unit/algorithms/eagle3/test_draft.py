@@ -8,9 +8,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from speculators_cli.core.algorithms.eagle3.attention import TTTMemory
 from speculators_cli.core.algorithms.eagle3.config import Eagle3Config
 from speculators_cli.core.algorithms.eagle3.training import Eagle3Training
 from speculators_cli.core.data.sample import Sample
+from speculators_cli.core.models.verifier import FrozenVerifier
 from tests.drafts import KERNELS, filled_draft, make_config, make_draft, make_sample, pack
 
 KEPT_IDS = torch.arange(0, 37, 2)
@@ -160,6 +162,38 @@ def test_losses_and_gradients_equal_the_definition_on_packed_documents(
         assert exact is not None, name
         error = (parameter.grad.double() - exact).norm() / exact.norm()
         assert error < 1e-5, (name, float(error))
+
+
+@pytest.mark.parametrize("kernels", KERNELS)
+def test_targets_of_a_verifier_with_a_layernorm_and_biases(
+    kernels: str, rng: torch.Generator
+) -> None:
+    draft = filled_draft(make_config(ttt_steps=1), rng, kept_ids=KEPT_IDS)
+    own = draft.verifier
+    head_bias, norm_bias = torch.randn(37, generator=rng), torch.randn(24, generator=rng)
+    config = replace(own.config, is_norm_centred=True, rms_norm_eps=1e-2, logit_scale=0.5)
+    draft.verifier = FrozenVerifier(
+        own.embedding, own.norm_gain, own.head, config, norm_bias=norm_bias, head_bias=head_bias
+    )
+    draft.use_fast_kernels = kernels == "fast"
+    batch = pack(make_sample(9, make_config(), rng))
+
+    sums = draft(batch)
+
+    x = batch.last_hidden_states.double()
+    centred = x - x.mean(-1, keepdim=True)
+    normed = rms(centred, own.norm_gain.double(), eps=1e-2) + norm_bias
+    log_p = ((normed @ own.head.double().T + head_bias) / 2)[:, KEPT_IDS].log_softmax(-1)
+    log_p = batch.at_positions(log_p)
+    memories = [TTTMemory(batch.lengths)]
+    hidden = draft.fuse(batch.aux_hidden_states)
+    draft_normed, _ = draft.step(batch.input_ids, hidden, batch.position_ids, memories)
+    log_q = draft.lm_head(draft_normed).double().log_softmax(-1)
+    expected = (log_p.exp() * (log_p - log_q)).sum(-1)[batch.loss_mask].sum()
+    assert batch.loss_mask.any()
+    torch.testing.assert_close(
+        sums.counters["losses"].double(), expected[None], rtol=1e-5, atol=1e-5
+    )
 
 
 def test_a_document_gives_the_same_wherever_it_is_packed(rng: torch.Generator) -> None:

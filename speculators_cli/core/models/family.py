@@ -1,0 +1,307 @@
+"""A verifier's family: its config, and its own model with no layers, to measure the LM head."""
+
+import copy
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+import transformers
+from huggingface_hub.errors import StrictDataclassError
+from transformers import (
+    CONFIG_MAPPING,
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_MULTIMODAL_LM_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    PreTrainedConfig,
+)
+from transformers.initialization import no_init_weights
+from transformers.utils import logging
+
+from speculators_cli.core.errors import SettingsError
+
+# What asks for packages, kernels or dtypes that reading three tensors does not need.
+UNUSED_KEYS = (
+    "quantization_config",
+    "compression_config",
+    "dtype",
+    "torch_dtype",
+    "attn_implementation",
+    "_attn_implementation",
+    "_attn_implementation_internal",
+    "experts_implementation",
+)
+# Values that may reach the final norm or the logits: never left out where a class refuses them.
+_READ_KEYS = re.compile(
+    r"(^|_)(eps|epsilon|logits?|lm_head|norm|bias|scale|scaling|scales|multiplier|mup|tie|softcap\w*"
+    r"|hidden_size|dim_model_base|d_model|n_embd|vocab_size)(_|$)"
+)
+# A class refuses widths that its default number of heads does not divide.
+_KEPT_KEYS = {"model_type", "architectures", "num_attention_heads"}
+TEXT_KEYS = (
+    "text_config",
+    "llm_config",
+    "language_config",
+    "language_model_config",
+    "thinker_config",
+    "decoder",
+    "generator",
+)
+LAYER_KEYS = (
+    "num_hidden_layers",
+    "num_layers",
+    "n_layer",
+    "n_layers",
+    "depth",
+    "depths",
+    "decoder_layers",
+    "encoder_layers",
+    "num_decoder_layers",
+    "num_encoder_layers",
+)
+WIDTH_KEYS = (
+    "hidden_size",
+    "intermediate_size",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "d_model",
+    "n_embd",
+)
+MAX_WIDTH = 1_000_000  # a draft of a wider verifier fits nowhere
+MAX_LAYERS = 10_000  # more are a damaged config: some classes make a list of them
+SMALL_VOCAB = 64  # rows of embedding and LM head of the small model
+_MAX_REPAIRS = 32
+_SILENT = 100  # above every level of logging
+
+
+@dataclass(frozen=True)
+class Family:
+    """A verifier's config, as its class reads it and as its config.json has it.
+
+    Args:
+        name: The verifier's, for messages.
+        content: The object in config.json.
+        config: What the class of its `model_type` makes of it; None: there is no such class.
+        problem: Why there is no config; the rest of a sentence about the verifier.
+        left_out: Keys that the class refused and that reach neither final norm nor logits.
+        trust_remote_code: Whether code that comes with it may run.
+    """
+
+    name: str
+    content: Mapping[str, Any]
+    config: PreTrainedConfig | None
+    problem: str | None
+    left_out: frozenset[str]
+    trust_remote_code: bool
+
+    @property
+    def text_content(self) -> Mapping[str, Any]:
+        """The part of config.json that describes the text model."""
+        content = self.content
+        while key := next((k for k in TEXT_KEYS if isinstance(content.get(k), dict)), None):
+            content = content[key]
+        return content
+
+    @property
+    def configs(self) -> list[PreTrainedConfig]:
+        """The config, and the parts of parts of it that lead to the text model's, which is last."""
+        configs: list[PreTrainedConfig] = []
+        part = self.config
+        while part is not None:
+            configs.append(part)
+            inner = (vars(part).get(key) for key in TEXT_KEYS)
+            part = next((value for value in inner if isinstance(value, PreTrainedConfig)), None)
+        return configs
+
+    @property
+    def rope_config(self) -> Any:
+        """What has the text model's `rope_parameters`."""
+        if self.config is not None and not self.left_out:
+            return self.configs[-1]
+        content = self.text_content
+        given = content.get("rope_parameters") or content.get("rope_scaling") or {}
+        theta = content.get("rope_theta")
+        rope = {"rope_theta": theta, **given} if isinstance(theta, int | float) else dict(given)
+        return SimpleNamespace(rope_parameters=rope)
+
+    def value(self, *keys: str) -> Any:
+        """The first of these keys of the text model that has a value, or None."""
+        config, content = next(reversed(self.configs), None), self.text_content
+        for key in keys:
+            is_raw = config is None or key in self.left_out
+            found = content.get(key) if is_raw else getattr(config, key, None)
+            if found is not None:
+                return found
+        return None
+
+
+def read_family(name: str, content: Mapping[str, Any], *, trust_remote_code: bool) -> Family:
+    """Make a config of config.json's content; what is not used is not read.
+
+    Raises:
+        SettingsError: It describes no model.
+    """
+    _check_sizes(name, content)
+    kept: dict[str, Any] = _without_unused(content)
+    kind = str(kept.get("model_type"))
+    left_out: frozenset[str] = frozenset()
+    config, problem = None, None
+    try:
+        if trust_remote_code and "auto_map" in kept:
+            config = AutoConfig.from_pretrained(name, trust_remote_code=True)
+        elif kind in CONFIG_MAPPING:
+            with _quiet():
+                config, left_out = _repair(CONFIG_MAPPING[kind], kept)
+        elif "auto_map" in kept:
+            problem = "comes with code of its own"
+        else:
+            version = transformers.__version__
+            problem = f"is of a type that transformers {version} does not support"
+    except Exception as error:  # noqa: BLE001 - of code that is not ours, on any content
+        problem = f"has a config that cannot be used: {_first_line(error)}"
+    return Family(name, content, config, problem, left_out, trust_remote_code)
+
+
+def _check_sizes(name: str, content: Mapping[str, Any]) -> None:
+    limits = dict.fromkeys(LAYER_KEYS, MAX_LAYERS) | dict.fromkeys(WIDTH_KEYS, MAX_WIDTH)
+    for part in _parts(content):
+        for key, limit in limits.items():
+            value = part.get(key)
+            if isinstance(value, int) and not 0 <= value <= limit:
+                raise SettingsError(
+                    f"The config of verifier `{name}` has `{key}` {value:,}, expected 0 to "
+                    f"{limit:,}",
+                    hint="Download the verifier again",
+                )
+
+
+def _parts(content: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
+    yield content
+    for value in content.values():
+        if isinstance(value, dict):
+            yield from _parts(value)
+
+
+def _without_unused(content: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        key: _without_unused(value) if isinstance(value, dict) else value
+        for key, value in content.items()
+        if key not in UNUSED_KEYS
+    }
+
+
+def _repair(config_class: Any, content: dict[str, Any]) -> tuple[PreTrainedConfig, frozenset[str]]:
+    """The config, without the keys that its class refuses and that are not needed."""
+    left_out: set[str] = set()
+    for _ in range(_MAX_REPAIRS):
+        try:
+            config: PreTrainedConfig = config_class.from_dict(copy.deepcopy(content))
+        except StrictDataclassError as error:
+            refused = _find_refused(str(error), content) - left_out
+            if not refused:
+                raise
+            left_out |= refused
+            content = _without(content, refused)
+        else:
+            return config, frozenset(left_out)
+    raise ValueError("too many keys that cannot be used")
+
+
+def _find_refused(message: str, content: Mapping[str, Any]) -> set[str]:
+    """Keys to leave out: those that the message names, else lists, else all that fix no width."""
+    values = {k: v for p in _parts(content) for k, v in p.items() if not isinstance(v, dict)}
+    unread = {key for key in values if not _READ_KEYS.search(key)} - _KEPT_KEYS
+    named = set(re.findall(r"[Ff]ield '(\w+)'", message))
+    return (named & unread if named else {k for k in unread if isinstance(values[k], list)}) or (
+        set() if named else unread
+    )
+
+
+def _without(content: Mapping[str, Any], keys: set[str]) -> dict[str, Any]:
+    return {
+        key: _without(value, keys) if isinstance(value, dict) else value
+        for key, value in content.items()
+        if key not in keys
+    }
+
+
+def model_classes(family: Family) -> Iterator[tuple[Any, PreTrainedConfig]]:
+    """Classes of the family's own model, with the config that each takes, the best first."""
+    config = family.config
+    assert config is not None, "asked of a family that has a config"
+    if family.trust_remote_code and "auto_map" in family.content:
+        yield AutoModelForCausalLM, config
+        return
+    configs = family.configs
+    of_class: dict[Any, PreTrainedConfig] = {type(part): part for part in reversed(configs)}
+    found: dict[Any, PreTrainedConfig] = {}
+    for name in family.content.get("architectures") or ():
+        model_class: Any = getattr(transformers, str(name), None)
+        part = of_class.get(getattr(model_class, "config_class", None))
+        if part is not None:
+            found[model_class] = part
+    for mapping in (MODEL_FOR_MULTIMODAL_LM_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING):
+        for part in configs:
+            if type(part) in mapping:
+                model_class = mapping[type(part)]
+                # A class that is listed for a whole config may still take its text part.
+                found.setdefault(model_class, of_class.get(model_class.config_class, part))
+    yield from found.items()
+
+
+def build_small(
+    model_class: Any, config: PreTrainedConfig, *, num_layers: int, device: str = "cpu"
+) -> Any:
+    """The family's model with so many layers and a small vocabulary, its weights not filled."""
+    small = copy.deepcopy(config)
+    _shrink(small, num_layers)
+    options = {"dtype": torch.float32, "attn_implementation": "eager"}
+    with no_init_weights(), torch.device(device), _quiet():
+        if model_class is AutoModelForCausalLM:
+            model: Any = model_class.from_config(small, trust_remote_code=True, **options)
+        else:
+            model = model_class._from_config(small, **options)  # noqa: SLF001
+    model.tie_weights()
+    return model.eval()
+
+
+def _shrink(config: PreTrainedConfig, num_layers: int) -> None:
+    for value in list(vars(config).values()):
+        if isinstance(value, PreTrainedConfig):
+            _shrink(value, num_layers)
+    given = getattr(config, "num_hidden_layers", None)
+    for key, value in list(vars(config).items()):
+        if isinstance(value, list) and value and len(value) == given and key != "hidden_sizes":
+            setattr(config, key, value[:num_layers])
+        elif key in LAYER_KEYS and isinstance(value, int):
+            setattr(config, key, num_layers)
+        elif key.endswith("vocab_size") and isinstance(value, int):
+            setattr(config, key, min(value, SMALL_VOCAB))
+        elif key.endswith(("token_id", "token_index")):
+            setattr(config, key, _small_ids(value))
+
+
+def _small_ids(ids: Any) -> Any:
+    if isinstance(ids, list):
+        return [_small_ids(i) for i in ids]
+    return min(ids, SMALL_VOCAB - 1) if isinstance(ids, int) else ids
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """What transformers logs of a config that is only measured concerns nobody."""
+    level = logging.get_verbosity()
+    logging.set_verbosity(_SILENT)
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+
+
+def _first_line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:200] or type(error).__name__

@@ -1,0 +1,375 @@
+"""Measure how a family's own code turns last hidden states into logits."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import PreTrainedConfig
+
+from speculators_cli.core.models.family import (
+    SMALL_VOCAB,
+    Family,
+    build_small,
+    model_classes,
+)
+
+MORE = "has more than one norm and one LM head between its last layer and its logits"
+NUM_ROWS = 8
+MAX_PARAMETERS = 100_000_000  # of a small model with layers
+# Both sides round in float32, over widths of up to 16,384.
+TOLERANCE = 1e-5
+
+
+@dataclass(frozen=True)
+class Readout:
+    """`softcap(scale * (head @ norm(x) + bias))`, and what its parts are called.
+
+    Names are those of the modules in the family's own model.
+    """
+
+    embedding: str
+    norm: str | None  # None: the norm has no weights
+    head: str
+    is_tied: bool  # whether the LM head is the embedding
+    is_centred: bool  # LayerNorm: the mean is subtracted; else RMSNorm
+    eps: float
+    offset: float  # what the norm adds to its stored weight
+    scale: float
+    softcap: float | None
+
+
+class UnlikeError(Exception):
+    """Why a family's logits are not of that form; the rest of a sentence about it."""
+
+
+def measure_readout(family: Family) -> Readout:
+    """Run the family's own model, without its layers, on random weights and hidden states.
+
+    Names of config keys decide nothing: one family multiplies by the key that another divides by.
+
+    Raises:
+        UnlikeError: It computes something else, or cannot be run.
+    """
+    if family.config is None:
+        raise UnlikeError(family.problem)
+    reasons: list[str] = []
+    with _seeded():
+        for attempt in _attempts(family):
+            try:
+                return _measure(family, *attempt)
+            except UnlikeError:
+                raise
+            except Exception as error:  # noqa: BLE001 - of code that is not ours, on any config
+                reasons.append(f"{type(error).__name__}: {' '.join(str(error).split())[:160]}")
+    if not reasons:
+        raise UnlikeError("has no causal language model in transformers")
+    raise UnlikeError(f"cannot be run by transformers without images: {reasons[0]}")
+
+
+@contextmanager
+def _seeded() -> Iterator[None]:
+    """Random numbers of their own."""
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(0)
+        yield
+
+
+def _attempts(family: Family) -> Iterator[tuple[Any, PreTrainedConfig, int, bool]]:
+    """Ways to run the family's own model: class, config, layers, whether RoPE runs."""
+    classes = list(model_classes(family))
+    # Some families need a layer or two.
+    for num_layers in (0, 1, 2):
+        for keep_rope in (True, False):
+            for model_class, config in classes:
+                yield model_class, config, num_layers, keep_rope
+
+
+def _measure(
+    family: Family, model_class: Any, config: PreTrainedConfig, num_layers: int, keep_rope: bool
+) -> Readout:
+    if num_layers:
+        shapes = build_small(model_class, config, num_layers=num_layers, device="meta")
+        if sum(parameter.numel() for parameter in shapes.parameters()) > MAX_PARAMETERS:
+            raise ValueError("its layers are too large")
+    probe = _Probe(build_small(model_class, config, num_layers=num_layers), keep_rope)
+    if num_layers == 0:
+        _check_is_last(probe, model_class, config)
+    return probe.fit(_floats(family))
+
+
+def _floats(family: Family) -> list[float]:
+    """Numbers of the config, one of which a measured number most likely is."""
+    found: list[float] = []
+    for config in family.configs:
+        values = [v for v in vars(config).values() if isinstance(v, int | float)]
+        found += [float(v) for v in values if 0 < abs(v) < 1e9]
+    return found
+
+
+class _Probe:
+    """A small model whose final norm reads chosen hidden states.
+
+    Args:
+        model: With weights that are not filled.
+        keep_rope: Whether its rotary embeddings run; without layers nothing reads them.
+    """
+
+    def __init__(self, model: nn.Module, keep_rope: bool) -> None:
+        self.model = model
+        names = {id(module): name for name, module in reversed(list(model.named_modules()))}
+        self.embedding: Any = model.get_input_embeddings()  # type: ignore[operator]
+        self.head: Any = model.get_output_embeddings()  # type: ignore[operator]
+        if getattr(self.head, "weight", None) is None or id(self.head) not in names:
+            raise UnlikeError("has no LM head that is one linear layer")
+        self.embedding_name, self.head_name = names[id(self.embedding)], names[id(self.head)]
+        if not keep_rope:
+            for module in model.modules():
+                if "Rotary" in type(module).__name__:
+                    module.forward = lambda *_, **__: (None, None)
+        self.is_tied = self.head.weight is self.embedding.weight
+        self._fill()
+        self.norm_name, self.norm, self.states = self._find_norm()
+
+    def _fill(self) -> None:
+        for parameter in self.model.parameters():
+            if parameter.dim() == 1 and len(parameter) < 10**6:
+                parameter.normal_(0.5, 0.3)
+        for module in (self.embedding, self.head):
+            module.weight.data = torch.randn(SMALL_VOCAB, module.weight.shape[1])
+            if getattr(module, "bias", None) is not None:
+                module.bias.data = torch.randn(SMALL_VOCAB)
+
+    def run(self) -> Tensor:
+        """Logits of a short text; [rows, vocab]."""
+        ids = torch.arange(3, 3 + NUM_ROWS)[None]
+        output = self.model(input_ids=ids, use_cache=False)
+        logits: Tensor = output.logits
+        return logits[0]
+
+    def _find_norm(self) -> tuple[str, nn.Module, Tensor]:
+        """The last norm before the LM head, and what it read."""
+        called: list[tuple[str, nn.Module, Tensor]] = []
+        is_over = False
+
+        def keep(module: nn.Module, args: tuple[Any, ...], *, name: str) -> None:
+            nonlocal is_over
+            is_over = is_over or module is self.head
+            if not is_over and _is_norm(module) and args and isinstance(args[0], Tensor):
+                called.append((name, module, args[0]))
+
+        hooks = [
+            module.register_forward_pre_hook(
+                lambda module, args, name=name: keep(module, args, name=name)
+            )
+            for name, module in self.model.named_modules()
+        ]
+        self.run()
+        for hook in hooks:
+            hook.remove()
+        if not is_over:
+            raise UnlikeError("computes its logits without its LM head")
+        if not called:
+            raise UnlikeError("has no final norm")
+        name, norm, states = called[-1]
+        self.num_calls = sum(module is norm for _, module, _ in called)
+        base: Any = self.model.base_model
+        if not any(module is norm for module in base.modules()):
+            raise UnlikeError(MORE)
+        return name, norm, states
+
+    def _trace(self, states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """What norm and LM head give, and the logits, with these states before the norm."""
+        seen: dict[str, Tensor] = {}
+        hooks = (
+            self.norm.register_forward_pre_hook(lambda _, args: (states, *args[1:])),
+            self.norm.register_forward_hook(lambda *a: seen.update(norm=a[2])),
+            self.head.register_forward_hook(lambda *a: seen.update(head=a[2])),
+        )
+        try:
+            logits = self.run()
+        finally:
+            for hook in hooks:
+                hook.remove()
+        shape = (NUM_ROWS, -1)
+        return seen["norm"].reshape(shape), seen["head"].reshape(shape), logits.reshape(shape)
+
+    def fit(self, floats: list[float]) -> Readout:
+        """The form that gives what the family's code gives.
+
+        Raises:
+            UnlikeError: There is none.
+        """
+        if self.states.numel() != NUM_ROWS * self.head.weight.shape[1]:
+            raise UnlikeError(MORE)
+        # From rows that eps decides to rows it does not reach.
+        sizes = torch.logspace(-6, 1, NUM_ROWS)[:, None]
+        states = (torch.randn(NUM_ROWS, self.head.weight.shape[1]) + 0.3) * sizes
+        normed, _, logits = self._trace(states.reshape(self.states.shape))
+        found = self._fit_norm(states, normed, floats)
+        found = self._fit_logits(normed, found, floats)
+        own = compute(found, states, self.norm, self.head)
+        error = (own - logits).abs().max() / logits.abs().max()
+        if not error <= TOLERANCE:
+            raise UnlikeError(MORE)
+        return found
+
+    def _fit_norm(self, states: Tensor, normed: Tensor, floats: list[float]) -> Readout:
+        has_weight = getattr(self.norm, "weight", None) is not None
+        for is_centred in (False, True):
+            for offset in (0.0, 1.0):
+                found = Readout(
+                    self.embedding_name, self.norm_name if has_weight else None, self.head_name,
+                    self.is_tied, is_centred, 0.0, offset, 1.0, None,
+                )  # fmt: skip
+                eps = _fit_eps(found, states, normed, self.norm)
+                found = replace(found, eps=_snap(eps, [*_numbers(self.norm), *floats]))
+                own = _norm(found, states, self.norm)
+                if (own - normed).abs().max() <= TOLERANCE * normed.abs().max():
+                    return found
+        kind = type(self.norm).__name__
+        raise UnlikeError(f"has a final norm, `{kind}`, that is neither an RMSNorm nor a LayerNorm")
+
+    def _fit_logits(self, normed: Tensor, found: Readout, floats: list[float]) -> Readout:
+        weight, bias = self.head.weight, getattr(self.head, "bias", None)
+        plain = F.linear(normed, weight, bias)
+        given = weight.data, None if bias is None else bias.data
+        peak = 0.0
+        for size in (1e4, 1e8):  # large enough for any soft cap
+            self._scale_head(given, size)
+            logits = self._logits_of(normed)
+            largest = logits.abs().max().item()
+            peak, is_capped = largest, peak > 0 and largest <= peak * 1.001
+        softcap = _snap(peak, floats) if is_capped else None
+        size = 0.01 * (softcap or 100.0) / plain.abs().max().item()
+        self._scale_head(given, size)
+        logits = self._logits_of(normed).double()
+        self._scale_head(given, 1.0)
+        if softcap is not None:
+            logits = softcap * torch.atanh(logits / softcap)
+        plain = plain.double() * size
+        scale = ((logits * plain).sum() / (plain * plain).sum()).item()
+        choices = [1.0, *floats, *(1.0 / x for x in floats)]
+        return replace(found, scale=_snap(scale, choices), softcap=softcap)
+
+    def _scale_head(self, given: tuple[Tensor, Tensor | None], size: float) -> None:
+        self.head.weight.data = given[0] * size
+        if given[1] is not None:
+            self.head.bias.data = given[1] * size
+
+    def _logits_of(self, normed: Tensor) -> Tensor:
+        hook = self.norm.register_forward_hook(lambda *a: normed.reshape(a[2].shape))
+        try:
+            return self.run().reshape(NUM_ROWS, -1)
+        finally:
+            hook.remove()
+
+
+def _is_norm(module: nn.Module) -> bool:
+    return "norm" in type(module).__name__.lower() and not list(module.children())
+
+
+def _numbers(norm: nn.Module) -> list[float]:
+    return [float(v) for v in vars(norm).values() if isinstance(v, float)]
+
+
+def _snap(number: float, choices: list[float]) -> float:
+    """The choice that a measured number is, up to rounding, or itself."""
+    near = [x for x in choices if abs(x - number) <= 1e-3 * abs(number)]
+    return min(near, key=lambda x: abs(x - number), default=number)
+
+
+def _fit_eps(found: Readout, states: Tensor, normed: Tensor, norm: nn.Module) -> float:
+    """The eps with which the first, smallest row is right."""
+    x = states[:1].double()
+    x = x - x.mean(-1, keepdim=True) if found.is_centred else x
+    gain, bias = gain_of(norm, found.offset, x.shape[-1])
+    target = normed[:1].double() - bias
+    x_gain = x * gain
+    ratio = (target * x_gain).sum() / (x_gain * x_gain).sum()
+    eps = (ratio**-2 - (x * x).mean()).item()
+    return max(eps, 0.0)
+
+
+def gain_of(norm: nn.Module, offset: float, size: int) -> tuple[Tensor, Tensor]:
+    """Gain and bias of a norm; ones and zeros where it has none."""
+    weight, bias = getattr(norm, "weight", None), getattr(norm, "bias", None)
+    gain = torch.ones(size) if weight is None else weight + offset
+    return gain, torch.zeros(size) if bias is None else bias
+
+
+def _norm(found: Readout, states: Tensor, norm: nn.Module) -> Tensor:
+    gain, bias = gain_of(norm, found.offset, states.shape[-1])
+    return apply_norm(states, gain, bias, found.eps, is_centred=found.is_centred)
+
+
+def apply_norm(
+    states: Tensor,  # [rows, hidden], float32
+    gain: Tensor,  # [hidden]
+    bias: Tensor | None,  # [hidden]
+    eps: float,
+    *,
+    is_centred: bool,
+) -> Tensor:
+    """RMSNorm, or LayerNorm, which subtracts the mean; [rows, hidden]."""
+    if is_centred:
+        return F.layer_norm(states, gain.shape, gain, bias, eps)
+    normed = F.rms_norm(states, gain.shape, gain, eps)
+    return normed if bias is None else normed + bias
+
+
+def apply_logit_options(logits: Tensor, *, scale: float, softcap: float | None) -> Tensor:
+    """Scale, then squash to (-softcap, softcap)."""
+    logits = logits * scale
+    return logits if softcap is None else softcap * torch.tanh(logits / softcap)
+
+
+def compute(found: Readout, states: Tensor, norm: nn.Module, head: Any) -> Tensor:
+    """Logits by our form, with a model's own norm and LM head."""
+    normed = _norm(found, states, norm)
+    plain = F.linear(normed, head.weight, getattr(head, "bias", None))
+    return apply_logit_options(plain, scale=found.scale, softcap=found.softcap)
+
+
+class _ReachedError(Exception):
+    """The first layer is reached."""
+
+
+def _check_is_last(probe: _Probe, model_class: Any, config: PreTrainedConfig) -> None:
+    """Check that the norm of a model without layers comes after them where there are some.
+
+    Raises:
+        UnlikeError: It comes before them, such as a norm of the embeddings.
+    """
+    without = {name for name, _ in probe.model.named_modules()}
+    for device in ("meta", "cpu"):
+        try:
+            model = build_small(model_class, config, num_layers=1, device=device)
+            num_before = _count_before_layers(model, probe.norm_name, without, device)
+        except Exception:  # noqa: BLE001, S112 - of code that is not ours; the next device may do
+            continue
+        if num_before >= probe.num_calls:
+            raise UnlikeError("has no final norm")
+        return
+
+
+def _count_before_layers(model: Any, norm_name: str, without: set[str], device: str) -> int:
+    """Calls of the norm before the first layer, which is a module that `without` lacks."""
+    calls: list[None] = []
+
+    def stop(*_: object) -> None:
+        raise _ReachedError
+
+    for name, module in model.named_modules():
+        if name == norm_name:
+            module.register_forward_pre_hook(lambda *_: calls.append(None))
+        elif name not in without:
+            module.register_forward_pre_hook(stop)
+    try:
+        model(input_ids=torch.arange(3, 3 + NUM_ROWS, device=device)[None], use_cache=False)
+    except _ReachedError:
+        return len(calls)
+    raise RuntimeError("no layer was reached")
