@@ -9,8 +9,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from speculators_cli.core.data.formats.stored import StoredStates, find_rows
 from speculators_cli.core.data.sample import Sample, States
+from speculators_cli.core.torch_file.stored import StoredStates, find_rows
 
 CAST_AT_ONCE = 1024  # rows
 INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any, BinaryIO, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from speculators_cli.core.data.formats.gzip_file import is_gzip, unpack
-from speculators_cli.core.data.formats.stored import OpenFile, StoredStates
 from speculators_cli.core.data.sample import BadSampleError
 from speculators_cli.core.files import open_regular, read_parts
+from speculators_cli.core.torch_file.gzip_file import is_gzip, unpack
+from speculators_cli.core.torch_file.stored import OpenFile, StoredStates
 from speculators_cli.core.torch_file.structure import ITEM_BYTES, TensorSpec, read_structure
 from speculators_cli.core.torch_file.zip_records import (
     Record,

@@ -15,10 +15,10 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from speculators_cli.core.data.formats.stored import OpenFile, StoredStates
 from speculators_cli.core.data.sample import BadSampleError
 from speculators_cli.core.files import open_regular
 from speculators_cli.core.reading import UnreadableError, check_content
+from speculators_cli.core.torch_file.stored import OpenFile, StoredStates
 from speculators_cli.core.torch_file.structure import ITEM_BYTES
 
 LENGTH = struct.Struct("<Q")

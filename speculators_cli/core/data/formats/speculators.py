@@ -18,7 +18,6 @@ from numpy.typing import NDArray
 from speculators_cli.core.data.formats.arrow_table import STATE_FILE, TokenTable, read_table
 from speculators_cli.core.data.formats.format import INTEGER_DTYPES
 from speculators_cli.core.data.formats.safetensors_file import SafetensorsFile
-from speculators_cli.core.data.formats.stored import ScaledStates
 from speculators_cli.core.data.sample import (
     BadSampleError,
     Sample,
@@ -27,6 +26,7 @@ from speculators_cli.core.data.sample import (
     check_ids,
 )
 from speculators_cli.core.files import read_parts
+from speculators_cli.core.torch_file.stored import ScaledStates
 
 STATES, SCALES, TOKENS = "hidden_states", "hidden_states_scales", "token_ids"
 LOCK = Lock()

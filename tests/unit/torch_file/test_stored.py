@@ -15,9 +15,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from speculators_cli.core.data.batch import Batch, collate
-from speculators_cli.core.data.formats import FORMATS, stored
-from speculators_cli.core.data.formats.stored import OpenFile, StoredStates
+from speculators_cli.core.data.formats import FORMATS
 from speculators_cli.core.data.sample import BadSampleError, ChangedSampleError, Sample
+from speculators_cli.core.torch_file import stored
+from speculators_cli.core.torch_file.stored import OpenFile, StoredStates
 
 S, HIDDEN, AUX = 2500, 6, 3  # more rows than one call of the system takes
 
