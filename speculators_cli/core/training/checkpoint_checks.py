@@ -3,7 +3,9 @@
 Checksums tell damage; these tell a state that another program, or a person, has written.
 """
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from speculators_cli.core.algorithms.draft_config import DraftConfig
 from speculators_cli.core.data.loader import BatchSource
@@ -17,6 +19,40 @@ from speculators_cli.core.training.snapshot import MOMENTS, STEP
 HEAD = "lm_head.weight"
 MOST_MORE = 64  # times as many packed sequences a step as the flags ask for
 START_OVER = "Choose another checkpoint, or start over with `--no-resume-from-checkpoint`"
+
+
+# Of the decoder layers: what tensors of the same shapes are computed with.
+LAYER_VALUES = ("num_attention_heads", "num_key_value_heads", "head_dim", "rms_norm_eps")
+
+
+def check_layers(checkpoint: Checkpoint, config: DraftConfig) -> None:
+    """Refuse to go on with layers that compute otherwise, where the verifier's config changed.
+
+    Raises:
+        CheckpointError: Their RoPE, heads or norms are not those that the run began with.
+    """
+    saved = _object(checkpoint.config, "transformer_layer_config")
+    rope, saved_rope = config.rope_parameters, _object(saved, "rope_parameters")
+    layers = config.layers_json(vocab_size=config.vocab_size)
+    found = {key: (saved.get(key), layers[key]) for key in LAYER_VALUES}
+    # Earlier versions wrote keys as well that they did not compute with.
+    found |= {f"RoPE {key}": (saved_rope.get(key), value) for key, value in rope.items()}
+    if rope["rope_type"] == "longrope":
+        key = "max_position_embeddings"
+        found[key] = (saved.get(key), layers[key])
+    for key, (before, now) in found.items():
+        if before != now:
+            raise CheckpointError(
+                f"`{checkpoint.folder}` was trained with `{key}` `{before}`, this run would be "
+                f"with `{now}`, by the verifier's config.json",
+                hint="Bring back the verifier's config.json, or start over with "
+                "`--no-resume-from-checkpoint`",
+            )
+
+
+def _object(content: Mapping[str, Any], key: str) -> Mapping[str, Any]:
+    value = content.get(key)
+    return value if isinstance(value, dict) else {}
 
 
 def check_tensors(checkpoint: Checkpoint, config: DraftConfig, *, train_head: bool) -> None:

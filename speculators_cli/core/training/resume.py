@@ -8,7 +8,11 @@ from speculators_cli.core.drafts.checkpoint_reader import Checkpoint
 from speculators_cli.core.errors import CheckpointError, DataError
 from speculators_cli.core.models.train_state import TrainState
 from speculators_cli.core.progress import Progress
-from speculators_cli.core.training.checkpoint_checks import check_global_batch, check_tensors
+from speculators_cli.core.training.checkpoint_checks import (
+    check_global_batch,
+    check_layers,
+    check_tensors,
+)
 from speculators_cli.core.training.distributed import Ranks
 from speculators_cli.core.training.inputs import Inputs
 from speculators_cli.core.training.run_folder import RunFolder
@@ -121,7 +125,9 @@ def resumed_state(
         accumulation_steps=settings.optimizer.gradient_accumulation_steps,
         num_samples=len(inputs.samples),
     )
-    check_tensors(checkpoint, inputs.draft_config(settings), train_head=settings.eagle3.train_head)
+    config = inputs.draft_config(settings)
+    check_layers(checkpoint, config)
+    check_tensors(checkpoint, config, train_head=settings.eagle3.train_head)
     accumulation = settings.optimizer.gradient_accumulation_steps
     if accumulation * ranks.num_ranks != saved.global_batch:
         progress.warn(

@@ -473,6 +473,34 @@ def test_samples_captured_anew_are_noticed_on_resume(tiny: TinyInputs, data_dir:
 
 
 @pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"rope_parameters": {"rope_type": "default", "rope_theta": 1e4}}, "`RoPE rope_theta`"),
+        (
+            {"rope_parameters": {"rope_type": "linear", "rope_theta": 5e4, "factor": 2.0}},
+            "`RoPE rope_type` `default`, this run would be with `linear`",
+        ),
+        ({"rms_norm_eps": 1e-3}, "`rms_norm_eps` `1e-06`, this run would be with `0.001`"),
+    ],
+)
+def test_layers_that_compute_otherwise_are_refused_on_resume(
+    tiny: TinyInputs, tmp_path: Path, changes: dict[str, Any], message: str
+) -> None:
+    # Trap: the same weights and shapes, and half the run with another RoPE.
+    verifier = Path(shutil.copytree(tiny.verifier_dir, tmp_path / "own"))
+    given: dict[str, Any] = {"draft": {"verifier_name_or_path": str(verifier)}}
+    run(tiny, **given, run={"epochs": 1})
+    content = json.loads((verifier / "config.json").read_text())
+    (verifier / "config.json").write_text(json.dumps(content | changes))
+
+    with pytest.raises(CheckpointError, match=message):
+        run(tiny, **given)
+
+    (verifier / "config.json").write_text(json.dumps(content))
+    assert run(tiny, **given).is_resumed
+
+
+@pytest.mark.parametrize(
     "name", ["model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"]
 )
 def test_other_weights_of_the_verifier_are_noticed_on_resume(
