@@ -100,12 +100,20 @@ def test_a_rope_that_would_be_served_otherwise_than_computed_is_refused(
     assert not (tmp_path / "out").exists()
 
 
-def test_the_alpha_of_a_draft_is_exported_as_its_theta(tmp_path: Path) -> None:
+@pytest.mark.parametrize("is_own", [False, True])
+def test_the_alpha_of_a_draft_is_exported_as_the_theta_it_was_trained_with(
+    tmp_path: Path, is_own: bool
+) -> None:
+    # Trap: earlier versions wrote the key, trained without it, and engines apply it.
     rope = {"rope_type": "dynamic", "rope_theta": 1e4, "alpha": 1000.0, "factor": 1.0}
     draft = write_draft(tmp_path / "draft", make_config(), rope_parameters=rope)
+    if not is_own:
+        content = json.loads((draft / "config.json").read_text())
+        content["producer"]["name"] = "another"
+        (draft / "config.json").write_text(json.dumps(content))
 
     assert export(draft, tmp_path / "out") == 0
 
-    theta = 1e4 * 1000.0 ** (8 / 6)
-    expected = {"rope_type": "default", "rope_theta": pytest.approx(theta)}
-    assert read_rope(tmp_path / "out") == expected
+    plain = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 1.0}
+    applied = {"rope_type": "default", "rope_theta": pytest.approx(1e4 * 1000.0 ** (8 / 6))}
+    assert read_rope(tmp_path / "out") == (plain if is_own else applied)

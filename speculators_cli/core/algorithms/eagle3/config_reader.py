@@ -5,7 +5,11 @@ from typing import Any
 
 from transformers import AutoConfig, PreTrainedConfig
 
-from speculators_cli.core.algorithms.draft_config import LAYER_IDS_ASSUMED, DraftConfig
+from speculators_cli.core.algorithms.draft_config import (
+    LAYER_IDS_ASSUMED,
+    PRODUCER,
+    DraftConfig,
+)
 from speculators_cli.core.algorithms.eagle3.config import Eagle3Config
 from speculators_cli.core.algorithms.overrides import Overrides
 from speculators_cli.core.data.data_config import default_layer_ids
@@ -178,7 +182,7 @@ def _build(
         arch=arch,
         target_hidden_size=values.size("target_hidden_size") or sizes["hidden_size"],
         rms_norm_eps=layers.number("rms_norm_eps") or family.rms_norm_eps,
-        rope_parameters=_rope(layers, sizes),
+        rope_parameters=_rope(values, layers, sizes),
         draft_vocab_size=values.size("draft_vocab_size") or sizes["vocab_size"],
         target_layer_ids=ids,
         are_layer_ids_assumed=is_assumed,
@@ -266,10 +270,15 @@ def _other_attention(layers: Values) -> str:
     return next((kind for kind in kinds if kind != "full_attention"), "full_attention")
 
 
-def _rope(layers: Values, sizes: Mapping[str, int]) -> dict[str, Any]:
+def _rope(values: Values, layers: Values, sizes: Mapping[str, int]) -> dict[str, Any]:
+    content = dict(layers.content)
+    producer, rope = values.content.get("producer"), content.get("rope_parameters")
+    if isinstance(producer, dict) and producer.get("name") == PRODUCER and isinstance(rope, dict):
+        # Earlier versions wrote the verifier's `alpha`, and trained without it.
+        content["rope_parameters"] = {key: x for key, x in rope.items() if key != "alpha"}
     try:
         return read_rope(
-            layers.content,
+            content,
             head_dim=sizes["head_dim"],
             max_position_embeddings=sizes["max_position_embeddings"],
         )
