@@ -152,11 +152,11 @@ def check_output_dir(folder: Path, *, flag: str) -> None:
     existing = find_existing(folder)
     if not existing.is_dir():
         raise SettingsError(
-            f"`{flag}`: `{existing}` is not a folder", hint="Name a folder, new or old"
+            f"`{flag}`: `{existing}` is not a folder", hint="Pass a folder, new or existing"
         )
     if not os.access(existing, os.W_OK | os.X_OK):
         raise SettingsError(
-            f"`{flag}`: `{existing}` cannot be written", hint="Name a folder you may write to"
+            f"`{flag}`: `{existing}` cannot be written", hint="Pass a folder that you may write to"
         )
 
 

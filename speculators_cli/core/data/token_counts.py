@@ -117,6 +117,6 @@ def _read_table(file: Path) -> dict[int, int]:
     ):
         raise SettingsError(
             f"`--token-freq-path`: `{file}` {reason}",
-            hint="Name a file that holds a dict of token id to count, as `torch.save` writes it",
+            hint="Pass a file that holds a dict of token id to count, as `torch.save` writes it",
         )
     return content

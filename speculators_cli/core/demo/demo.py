@@ -174,7 +174,7 @@ def prepare(output_dir: Path) -> None:
     if output_dir.exists() and any(output_dir.iterdir()) and not is_own(output_dir):
         raise SettingsError(
             f"`--output-dir`: `{output_dir}` holds files that the demo did not make",
-            hint="Name another folder",
+            hint="Pass another folder",
         )
     output_dir.mkdir(parents=True, exist_ok=True)
     for path in (output_dir / name for name in OWN_NAMES):

@@ -146,7 +146,7 @@ def find_algorithm(content: Mapping[str, Any], name: str) -> Algorithm[Any, Any]
         if kind is not None
         else f"`{name}` is no draft: its config.json has neither `speculators_model_type` nor "
         f"`draft_vocab_size`, but architecture `{architecture}`",
-        hint="Name a checkpoint of `speculators train`, a speculators or an EAGLE-3 checkpoint",
+        hint="Pass a checkpoint of `speculators train`, a speculators or an EAGLE-3 checkpoint",
     )
 
 
@@ -171,7 +171,7 @@ def choose_checkpoint(path: Path) -> Path:
     if not found:
         raise CheckpointError(
             f"`{path}` holds neither a whole checkpoint nor a config.json",
-            hint="Name a checkpoint or the `--save-path` of a run that saved one",
+            hint="Pass a checkpoint or the `--save-path` of a run that saved one",
         )
     return found[-1].folder
 
@@ -210,7 +210,7 @@ def _fit_config(
         raise CheckpointError(
             f"`{name}` is not the draft its config.json describes: `num_hidden_layers` is "
             f"{config.num_layers:,}, and the weights have {len(found):,} layers",
-            hint="Download it again, or name another checkpoint",
+            hint="Download it again, or pass another checkpoint",
         )
     rows = tensors.get("t2d", tensors.get(EMBEDDING))
     if rows is not None and rows.dim() > 0:
@@ -219,7 +219,7 @@ def _fit_config(
         raise CheckpointError(
             f"`{name}` has a vocabulary of {max(config.vocab_size, config.draft_vocab_size):,} "
             f"tokens in its config.json, expected at most {MAX_VOCAB:,}",
-            hint="Download it again, or name another checkpoint",
+            hint="Download it again, or pass another checkpoint",
         )
     has_qk_norm = any(key.endswith((".q_norm.weight", ".k_norm.weight")) for key in tensors)
     if config.has_qk_norm and not has_qk_norm and has_plain_layers(content):
@@ -270,7 +270,7 @@ def _check_tensors(
                     *(f"  it {problem}" for problem in problems[:10]),
                 ]
             ),
-            hint="Download it again, or name another checkpoint",
+            hint="Download it again, or pass another checkpoint",
         )
     return found
 
@@ -319,7 +319,7 @@ def _read_vocab_map(
         problem = "gives other tokens than `t2d` keeps"
     raise CheckpointError(
         f"The draft vocabulary of `{name}` is broken: `d2t` {problem}",
-        hint="Download it again, or name another checkpoint",
+        hint="Download it again, or pass another checkpoint",
     )
 
 

@@ -32,12 +32,13 @@ def check_place(output_dir: Path, source: Path, *, overwrite: bool) -> None:
     check_output_dir(output_dir, flag="--output-dir")
     if output_dir.is_symlink():
         raise SettingsError(
-            f"`--output-dir`: `{output_dir}` is a link", hint="Name the folder it leads to"
+            f"`--output-dir`: `{output_dir}` is a link",
+            hint=f"Pass the folder it leads to: `{output_dir.resolve()}`",
         )
     resolved, read = output_dir.resolve(), source.resolve()
     if source.exists() and (resolved == read or resolved in read.parents):
         raise SettingsError(
-            f"`--output-dir`: `{output_dir}` holds the checkpoint", hint="Name another folder"
+            f"`--output-dir`: `{output_dir}` holds the checkpoint", hint="Pass another folder"
         )
     names = sorted(path.name for path in output_dir.iterdir()) if output_dir.exists() else []
     own = {CONFIG_NAME, CARD_NAME, PROVENANCE_NAME, INDEX_NAME}
@@ -46,12 +47,12 @@ def check_place(output_dir: Path, source: Path, *, overwrite: bool) -> None:
         name = foreign[0] if foreign else names[0]
         raise SettingsError(
             f"`--output-dir`: `{output_dir}` holds `{name}`, which no export wrote",
-            hint="Name another folder",
+            hint="Pass another folder",
         )
     if names and not overwrite:
         raise SettingsError(
             f"`--output-dir`: `{output_dir}` is not empty",
-            hint="Pass `--overwrite` to replace the export in it, or name another folder",
+            hint="Pass `--overwrite` to replace the export in it, or pass another folder",
         )
 
 
@@ -109,7 +110,7 @@ def check_verifier(settings: ExportSettings, source: TrainedDraft, progress: Pro
         if found != expected:
             raise ExportError(
                 f"`{source.name}` is for a verifier of {word} {found:,}, `{name}` has {expected:,}",
-                hint="Name its own verifier with `--verifier-name-or-path`",
+                hint="Pass the draft's own verifier with `--verifier-name-or-path`",
             )
     check_layers(source, verifier)
     if leaves_out and embedding is not None and not is_same(source.embedding, embedding):
@@ -126,7 +127,7 @@ def check_layers(source: TrainedDraft, verifier: VerifierShape) -> None:
         raise ExportError(
             f"`{source.name}` reads verifier layer {source.config.target_layer_ids[-1]}, "
             f"`{verifier.name_or_path}` has {verifier.num_layers}",
-            hint="Name its own verifier with `--verifier-name-or-path`",
+            hint="Pass the draft's own verifier with `--verifier-name-or-path`",
         )
 
 

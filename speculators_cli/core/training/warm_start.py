@@ -84,7 +84,7 @@ def check_fit(source: TrainedDraft, verifier: VerifierShape, vocab_size: int) ->
             raise SettingsError(
                 f"`{FLAG}`: `{source.name}` has {word} {found:,}, verifier "
                 f"`{verifier.name_or_path}` {expected:,}",
-                hint="Name a draft that was trained for this verifier",
+                hint=f"Pass a draft that was trained for this verifier, or leave `{FLAG}` out",
             )
 
 

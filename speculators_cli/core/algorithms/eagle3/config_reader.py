@@ -114,7 +114,7 @@ def _from_plain(values: Values, overrides: Overrides) -> Eagle3Config:
     if eagle.switch("use_aux_hidden_state") is False:
         raise CheckpointError(
             f"`{values.name}` reads no aux hidden states (`use_aux_hidden_state` is off)",
-            hint="Name an EAGLE-3 draft",
+            hint="Pass an EAGLE-3 draft",
         )
     layer_ids = values.layer_ids(_IDS)
     if not layer_ids:
@@ -207,7 +207,7 @@ def _find_family(layers: Values) -> tuple[str, Any]:
     expected = ", ".join(f"`{kind}`" for kind in (*LLAMA_LAYERS, "qwen3"))
     raise CheckpointError(
         f"`{layers.name}` has decoder layers of type `{model_type}`, expected one of {expected}",
-        hint="Name a draft with such layers",
+        hint="Pass a draft with such layers",
     )
 
 
@@ -244,7 +244,7 @@ def _refuse_other_layers(values: Values, layers: Values) -> None:
                 method = part.part(key).content.get("quant_method", "an unnamed method")
                 raise CheckpointError(
                     f"`{values.name}` is quantised with `{method}`",
-                    hint="Name the draft as it was before quantisation",
+                    hint="Pass the draft as it was before quantisation",
                 )
     act = layers.text("hidden_act") or "silu"
     found = {
