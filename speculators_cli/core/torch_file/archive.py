@@ -127,8 +127,7 @@ class Archive:
 
         flat = torch.empty(spec.span, dtype=getattr(torch, spec.dtype))
         if spec.span:
-            parts = [flat.view(torch.uint8).numpy()]
-            self.source.fill(parts, self._locate(spec))
+            self.source.fill(flat.view(torch.uint8).numpy(), self._locate(spec))
         return flat.as_strided(spec.shape, spec.stride)
 
     def states(self, spec: TensorSpec) -> StoredStates:

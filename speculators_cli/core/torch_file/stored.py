@@ -3,10 +3,12 @@
 Nothing is mapped into memory: touching a mapped file that has shrunk would end the process.
 """
 
+import ctypes
+import errno
 import os
 import threading
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
@@ -22,13 +24,16 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-MAX_PARTS = 1024  # of memory that one call of the system fills (IOV_MAX)
+MAX_PIECES = 1024  # of memory that one call of the system fills (IOV_MAX)
 MAX_GAP_BYTES = 64 * 2**10  # less between wanted rows is read with them: a call costs more
 MAX_READ_BYTES = 2**28  # beside hidden states: ids of 32 million tokens
 MAX_SPREAD_BYTES = 2**30  # of a tensor whose values do not lie together, which is read whole
 BLOCK_BYTES = 4 * 2**20  # copied once more on their way: about what a core's cache holds
 Bytes = NDArray[np.uint8]
 _local = threading.local()
+_system_preadv = ctypes.CDLL(None, use_errno=True).preadv
+_system_preadv.argtypes = [ctypes.c_int, ctypes.c_void_p, ctypes.c_int, ctypes.c_int64]
+_system_preadv.restype = ctypes.c_ssize_t
 
 
 class OpenFile:
@@ -55,38 +60,51 @@ class OpenFile:
             raise BadSampleError(f"claims {num_bytes:,} bytes beside its hidden states")
         return os.pread(self.descriptor, num_bytes, start)
 
-    def fill(self, parts: Sequence[Bytes], start: int) -> None:
+    def fill(self, into: Bytes, start: int) -> None:
+        """Fill memory without gaps with what the file holds from `start` on.
+
+        Raises:
+            ChangedSampleError: The file ends before that, or fails.
+        """
+        self.scatter(np.array([[into.ctypes.data, into.nbytes]]), start)
+
+    def scatter(
+        self,
+        pieces: NDArray[np.int64],  # [pieces, 2]: address and bytes of each; none is negative
+        start: int,
+    ) -> None:
         """Fill pieces of memory, one behind the other, with what the file holds from `start` on.
 
         Raises:
             ChangedSampleError: The file ends before that, or fails.
         """
-        for first in range(0, len(parts), MAX_PARTS):
-            left = parts[first : first + MAX_PARTS]
-            while left:
-                num_read = self._fill_some(left, start)
-                start += num_read
-                left = _drop(left, num_read)
+        while len(pieces):
+            some = np.ascontiguousarray(pieces[:MAX_PIECES])
+            num_read = _preadv(self.descriptor, some, start)
+            if num_read < 0:
+                reason = os.strerror(ctypes.get_errno())
+                raise ChangedSampleError(self.path, f"fails: {reason}")
+            ends = some[:, 1].cumsum()
+            if num_read == 0 and ends[-1]:
+                raise ChangedSampleError(self.path, "is shorter than it was")
+            start += num_read
+            num_done = int(np.searchsorted(ends, num_read, side="right"))
+            pieces = pieces[num_done:]
+            if num_done < len(some):  # the system may stop anywhere
+                begun = num_read - (int(ends[num_done - 1]) if num_done else 0)
+                pieces = pieces.copy()
+                pieces[0] += (begun, -begun)
 
-    def _fill_some(self, parts: Sequence[Bytes], start: int) -> int:
-        """Fill pieces of memory as far as the system does at once; returns how many bytes."""
-        buffers: list[Any] = list(parts)
-        try:
-            num_read = os.preadv(self.descriptor, buffers, start)
-        except OSError as error:
-            raise ChangedSampleError(self.path, f"fails: {error.strerror}") from None
-        if num_read == 0:
-            raise ChangedSampleError(self.path, "is shorter than it was")
-        return num_read
 
+def _preadv(descriptor: int, pieces: NDArray[np.int64], start: int) -> int:
+    """What the system's call returns: bytes read, or -1. The interpreter is left free meanwhile.
 
-def _drop(parts: Sequence[Bytes], num_bytes: int) -> Sequence[Bytes]:
-    """What is left of pieces of memory behind so many bytes."""
-    for index, part in enumerate(parts):
-        if num_bytes < part.nbytes:
-            return [part.reshape(-1)[num_bytes:], *parts[index + 1 :]]
-        num_bytes -= part.nbytes
-    return []
+    `os.preadv` would take an object for each piece, and hold the interpreter while it does.
+    """
+    while True:
+        num_read: int = _system_preadv(descriptor, pieces.ctypes.data, len(pieces), start)
+        if num_read >= 0 or ctypes.get_errno() != errno.EINTR:
+            return num_read
 
 
 class StoredStates:
@@ -180,7 +198,7 @@ class StoredStates:
         is_one_piece = into.flags.c_contiguous and bool((steps == self._width_bytes).all())
         span = int(offsets[-1] - offsets[0]) + self._width_bytes
         if is_one_piece:
-            self.source.fill([into], int(offsets[0]))
+            self.source.fill(into, int(offsets[0]))
         elif span <= BLOCK_BYTES and self._are_near(steps):
             self._read_block(into, rows, offsets, span)
         else:
@@ -196,7 +214,7 @@ class StoredStates:
     ) -> None:
         """Read all from the first row to the last at once: many small pieces cost more."""
         block = _own_block(span)
-        self.source.fill([block], int(offsets[0]))
+        self.source.fill(block, int(offsets[0]))
         shape = (int(rows[-1] - rows[0]) + 1, self._width_bytes)
         strides = (self.stride[0] * self._item_bytes, 1)
         values: Bytes = np.ndarray(shape, np.uint8, block.data, strides=strides)
@@ -213,11 +231,15 @@ class StoredStates:
         begins = offsets[firsts]
         gaps = begins[1:] - (offsets[ends[:-1] - 1] + self._width_bytes)
         cuts = np.flatnonzero((gaps < 0) | (gaps > MAX_GAP_BYTES)) + 1
-        unwanted = _own_block(MAX_GAP_BYTES)
-        pieces = [into[a:b] for a, b in zip(firsts.tolist(), ends.tolist(), strict=True)]
-        for first, end in pairwise([0, *cuts.tolist(), len(pieces)]):
-            parts = _interleave(pieces[first:end], gaps[first : end - 1].tolist(), unwanted)
-            self.source.fill(parts, int(begins[first]))
+        # What is between two pieces goes where nobody looks; a piece of no bytes is none.
+        parts = np.zeros((2 * len(firsts) - 1, 2), np.int64)
+        parts[::2, 0] = into.ctypes.data + firsts * into.strides[0]
+        parts[::2, 1] = (ends - firsts) * self._width_bytes
+        parts[1::2, 0] = _own_block(MAX_GAP_BYTES).ctypes.data
+        parts[1::2, 1] = gaps
+        for first, end in pairwise([0, *cuts.tolist(), len(firsts)]):
+            wanted = parts[2 * first : 2 * end - 1]
+            self.source.scatter(wanted[wanted[:, 1] > 0], int(begins[first]))
 
     @property
     def _num_spread_bytes(self) -> int:
@@ -228,7 +250,7 @@ class StoredStates:
     def _whole(self) -> NDArray[Any]:
         """All values, as unsigned integers of their size."""
         data = np.empty(self._num_spread_bytes, np.uint8)
-        self.source.fill([data], self.start)
+        self.source.fill(data, self.start)
         strides = [step * self._item_bytes for step in self.stride]
         return np.ndarray(self.shape, f"u{self._item_bytes}", data.data, strides=strides)
 
@@ -280,15 +302,3 @@ def _own_block(num_bytes: int) -> Bytes:
     if block is None or len(block) < num_bytes:
         block = _local.block = np.empty(num_bytes, np.uint8)
     return block[:num_bytes]
-
-
-def _interleave(pieces: list[Bytes], gaps: list[int], unwanted: Bytes) -> list[Bytes]:
-    """Pieces of memory, with room for what lies between their rows in the file."""
-    if not any(gaps):
-        return pieces
-    parts = [pieces[0]]
-    for gap, piece in zip(gaps, pieces[1:], strict=True):
-        if gap:
-            parts.append(unwanted[:gap])
-        parts.append(piece)
-    return parts

@@ -1,8 +1,10 @@
 """Hidden states that stay in their file: which rows are read, and a file that changes meanwhile."""
 
+import ctypes
+import errno
 import gc
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -12,6 +14,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from numpy.typing import NDArray
 from torch import Tensor
 
 from speculators_cli.core.data.batch import Batch, collate
@@ -150,38 +153,43 @@ def test_wide_gaps_between_rows_are_not_read(
     )
     states = FORMATS["v1"].read_sample(file).last_hidden_states
     num_bytes: list[int] = []
-    real = os.preadv
+    real = stored._preadv
 
-    def preadv(descriptor: int, parts: Sequence[Any], start: int) -> int:
-        num_read = int(real(descriptor, parts, start))
-        num_bytes.append(num_read)
-        return num_read
+    def preadv(descriptor: int, pieces: NDArray[np.int64], start: int) -> int:
+        num_bytes.append(real(descriptor, pieces, start))
+        return num_bytes[-1]
 
-    monkeypatch.setattr(os, "preadv", preadv)
+    monkeypatch.setattr(stored, "_preadv", preadv)
     states[torch.tensor([3, 4, 40])]
 
     assert num_bytes == [2 * 2 * wide, 2 * wide]
 
 
+@pytest.mark.parametrize("block_bytes", [0, stored.BLOCK_BYTES])
+@pytest.mark.parametrize("name", ["v0", "v1"])
 def test_a_read_that_the_system_cuts_goes_on(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, block_bytes: int
 ) -> None:
-    sample = FORMATS["v1"].read_sample(write(tmp_path / "x.pt", contents(40)["v1"]))
+    monkeypatch.setattr(stored, "BLOCK_BYTES", block_bytes)
+    sample = FORMATS[name].read_sample(write(tmp_path / "x.pt", contents(40)[name]))
     expected = pack(in_memory(sample), total_seq_len=39)
+    num_calls = [0]
+    real = stored._preadv
 
-    def preadv(descriptor: int, parts: Sequence[Any], start: int) -> int:
-        data = os.pread(descriptor, 7, start)
-        for part in parts:
-            taken, data = data[: part.nbytes], data[part.nbytes :]
-            part.reshape(-1)[: len(taken)] = list(taken)
-            start += len(taken)
-        return min(7, sum(int(part.nbytes) for part in parts))
+    def preadv(descriptor: int, pieces: NDArray[np.int64], start: int) -> int:
+        num_calls[0] += 1
+        # Some pieces whole and the next in part: 43 bytes are no multiple of a row's.
+        before = pieces[:, 1].cumsum() - pieces[:, 1]
+        some = pieces[before < 43].copy()
+        some[-1, 1] = min(some[-1, 1], 43 - before[len(some) - 1])
+        return real(descriptor, some, start)
 
-    monkeypatch.setattr(os, "preadv", preadv)
+    monkeypatch.setattr(stored, "_preadv", preadv)
     found = pack(sample, total_seq_len=39)
 
     assert torch.equal(found.aux_hidden_states, expected.aux_hidden_states)
     assert torch.equal(found.last_hidden_states, expected.last_hidden_states)
+    assert num_calls[0] > 39 * HIDDEN * 2 * AUX // 43
 
 
 CHANGES: dict[str, Callable[[Path], object]] = {
@@ -222,10 +230,11 @@ def test_a_disk_that_fails_is_an_error_with_the_files_name(
 ) -> None:
     sample = FORMATS["v1"].read_sample(write(tmp_path / "data_0.pt", contents(30)["v1"]))
 
-    def preadv(*_: Any) -> int:
-        raise OSError(116, "Stale file handle")
+    def preadv(*_: object) -> int:
+        ctypes.set_errno(errno.ESTALE)
+        return -1
 
-    monkeypatch.setattr(os, "preadv", preadv)
+    monkeypatch.setattr(stored, "_preadv", preadv)
 
     with pytest.raises(ChangedSampleError, match=r"data_0.pt` can no .*: fails: Stale file handle"):
         sample.last_hidden_states[:]
