@@ -215,3 +215,19 @@ def test_no_layers_are_guessed_from_ids_whose_counting_is_unknown(
 
     assert json.loads(capsys.readouterr().out)["layer_ids"] is None
     assert read(out_dir / "data_config.json")["hidden_states"]["layer_ids"] is None
+
+
+@pytest.mark.parametrize(
+    ("given", "is_warned"), [("2,5,8", False), (CONFIRMED, True), (None, False)], ids=str
+)
+def test_layers_that_contradict_the_data_are_warned_of(
+    tiny: TinyInputs, data_dir: Path, capsys: Capture, given: str | None, is_warned: bool
+) -> None:
+    said = {"layer_ids": [2, 5, 8], "layer_ids_convention": "vllm"}
+    (data_dir / "data_config.json").write_text(json.dumps({"hidden_states": said}))
+    flag = ("--target-layer-ids", given) if given else ()
+
+    _, err = train(tiny, capsys, "--dry-run", *flag, data_path=data_dir)
+
+    message = "states the verifier layers `2,5,8`: `--target-layer-ids` `3,5,7` is used"
+    assert (message in err) is is_warned

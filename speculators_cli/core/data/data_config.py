@@ -159,6 +159,30 @@ def warn_of_assumed(layer_ids: LayerIds, progress: Progress, *, whose: str) -> N
         )
 
 
+def warn_of_contradiction(
+    configs: Sequence[DataConfig],
+    *,
+    num_verifier_layers: int,
+    given: tuple[int, ...] | None,
+    progress: Progress,
+) -> None:
+    """Warn where the data states other layers than `--target-layer-ids`, which win."""
+    if given is None:
+        return
+    for config in configs:
+        # A file that the flag was passed for, since it cannot be right, is no news.
+        if config.is_assumed or not config.layer_ids or not config.has_known_convention:
+            continue
+        if config.version == "2.0" and config.layer_ids[-1] != num_verifier_layers - 1:
+            continue
+        ids = _read_ids(config, num_verifier_layers)
+        if ids is not None and ids != given:
+            progress.warn(
+                f"`{config.file}` states the verifier layers `{_show(ids)}`: `--target-layer-ids` "
+                f"`{_show(given)}` is used in their place"
+            )
+
+
 def resolve_layer_ids(
     configs: Sequence[DataConfig],
     *,

@@ -11,6 +11,7 @@ from speculators_cli.core.data.data_config import (
     LayerIds,
     resolve_layer_ids,
     warn_of_assumed,
+    warn_of_contradiction,
 )
 from speculators_cli.core.data.dataset import Dataset, read_dataset, split, write_index
 from speculators_cli.core.data.vocab_map import VocabMap
@@ -128,6 +129,12 @@ def read_inputs(
         is_given = draft.target_layer_ids is not None
         layer_ids = choose_layer_ids(source, layer_ids, is_given=is_given, progress=progress)
     warn_of_assumed(layer_ids, progress, whose="The samples state")
+    warn_of_contradiction(
+        samples.configs,
+        num_verifier_layers=verifier.num_layers,
+        given=draft.target_layer_ids,
+        progress=progress,
+    )
     if data.val_data_path:
         validation = read_dataset(
             data.val_data_path,
