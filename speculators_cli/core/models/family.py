@@ -23,6 +23,7 @@ from transformers.initialization import no_init_weights
 from transformers.utils import logging
 
 from speculators_cli.core.errors import SettingsError
+from speculators_cli.core.models.rope import gather_rope
 
 # What asks for packages, kernels or dtypes that reading three tensors does not need.
 UNUSED_KEYS = (
@@ -123,11 +124,7 @@ class Family:
         """What has the text model's `rope_parameters`."""
         if self.config is not None and not self.left_out:
             return self.configs[-1]
-        content = self.text_content
-        given = content.get("rope_parameters") or content.get("rope_scaling") or {}
-        theta = content.get("rope_theta")
-        rope = {"rope_theta": theta, **given} if isinstance(theta, int | float) else dict(given)
-        return SimpleNamespace(rope_parameters=rope)
+        return SimpleNamespace(rope_parameters=gather_rope(self.text_content))
 
     def value(self, *keys: str) -> Any:
         """The first of these keys of the text model that has a value, or None."""

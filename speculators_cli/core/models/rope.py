@@ -70,18 +70,23 @@ def choose_rope(
     A draft may have another: it must be the same in training and serving only. So where a layer
     cannot have the verifier's, it has plain RoPE with the verifier's theta.
     """
-    given = _full_attention(getattr(text, "rope_parameters", None) or {})
-    theta = float(given.get("rope_theta") or DEFAULT_THETA)
+    found = getattr(text, "rope_parameters", None) or {}
+    given = _full_attention(found) if isinstance(found, Mapping) else {}
+    theta, left_out = DEFAULT_THETA, None
+    try:
+        if given.get("rope_theta") is not None:
+            theta = float(_number(given, "rope_theta"))
+    except RopeError as error:
+        left_out = str(error)
     partial = given.get("partial_rotary_factor")
-    left_out = None
     if partial not in (None, 1.0):
         left_out = f"turns {partial} of each head (`partial_rotary_factor`), not all of it"
     # On text, the sections of a multimodal RoPE all turn by the same position.
     dropped = ("partial_rotary_factor", "mrope_section", "mrope_interleaved", "type")
     kept = {key: value for key, value in given.items() if key not in dropped}
-    if kept.get("rope_type") == "mrope":
-        kept["rope_type"] = "default"
+    kind = given.get("rope_type", given.get("type", "default"))
     whole = {"rope_type": "default", **kept, "rope_theta": theta}
+    whole["rope_type"] = "default" if kind == "mrope" else kind
     try:
         parameters = check_rope(
             whole, head_dim=head_dim, max_position_embeddings=max_position_embeddings
@@ -99,9 +104,21 @@ def read_rope(
     Raises:
         RopeError: It is not one that this package computes.
     """
+    rope = gather_rope(layers)
+    if not isinstance(rope, Mapping):
+        raise RopeError(f"is `{rope}`, expected an object")
+    return check_rope(rope, head_dim=head_dim, max_position_embeddings=max_position_embeddings)
+
+
+def gather_rope(layers: Mapping[str, Any]) -> Any:
+    """RoPE in a config.json, from both of its keys and from the top, as transformers reads it.
+
+    Returns:
+        An object; something else where the config has that.
+    """
     found = layers.get("rope_scaling") or layers.get("rope_parameters") or {}
     if not isinstance(found, Mapping):
-        raise RopeError(f"is `{found}`, expected an object")
+        return found
     own = {key: value for key, value in found.items() if value is not None}
     # Names of the same value at the top of the config, as engines look for them.
     for key, names in _AT_THE_TOP.items():
@@ -109,8 +126,7 @@ def read_rope(
         if values and (key not in own or key == _LENGTH):
             own[key] = values[0]
     kind = own.get("rope_type", own.get("type", "default"))
-    rope = {"rope_type": kind, "rope_theta": DEFAULT_THETA} | own
-    return check_rope(rope, head_dim=head_dim, max_position_embeddings=max_position_embeddings)
+    return {"rope_type": kind, "rope_theta": DEFAULT_THETA} | own
 
 
 def check_rope(
@@ -149,7 +165,8 @@ def _full_attention(given: Mapping[str, Any]) -> Mapping[str, Any]:
     nested = {key: value for key, value in given.items() if isinstance(value, Mapping)}
     if not nested and "full_attention" not in given:
         return given
-    return nested.get("full_attention") or next(iter(nested.values()), {})
+    chosen = nested.get("full_attention") or next(iter(nested.values()), {})
+    return {**chosen, "rope_theta": chosen.get("rope_theta", given.get("rope_theta"))}
 
 
 def _find_kind(given: Mapping[str, Any]) -> str:

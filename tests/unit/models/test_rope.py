@@ -20,6 +20,7 @@ from speculators_cli.core.models.rope import (
     check_rope,
     choose_rope,
     find_frequencies,
+    gather_rope,
     read_rope,
 )
 from tests.drafts import make_config
@@ -176,6 +177,57 @@ def test_a_draft_of_phi3_turns_by_its_long_factors() -> None:
 
 
 PLAIN = {"rope_type": "default", "rope_theta": 70000.0}
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        (
+            {"rope_scaling": {"type": "yarn", "factor": 8.0}, "rope_theta": 7e4, **LENGTH},
+            {"rope_type": "yarn", "rope_theta": 7e4, **YARN},
+        ),
+        ({"rope_theta": "70000"}, PLAIN),
+        ({"rotary_emb_base": 70000}, PLAIN),
+        (
+            {"rope_theta": 7e4, "rope_parameters": {"full_attention": {"rope_type": "default"}}},
+            PLAIN,
+        ),
+        ({"rope_theta": 7e4, "rope_scaling": {"type": "mrope", "mrope_section": [2, 3, 3]}}, PLAIN),
+    ],
+)
+def test_rope_is_read_from_a_config_that_transformers_cannot_build(
+    content: dict[str, Any], expected: dict[str, Any]
+) -> None:
+    # Trap: the kind under its older name is lost, and the draft has plain RoPE.
+    text = PreTrainedConfig()
+    text.rope_parameters = gather_rope(content)
+
+    chosen = choose_rope(text, head_dim=HEAD_DIM, max_position_embeddings=LONGEST)
+
+    assert (chosen.parameters, chosen.left_out) == (expected, None)
+
+
+@pytest.mark.parametrize(
+    ("content", "left_out"),
+    [
+        ({"rope_theta": "much"}, "has `rope_theta` `much`"),
+        ({"rope_theta": 1e4, "partial_rotary_factor": 0.25}, "turns 0.25 of each head"),
+        ({"rope_theta": {"a": 1}}, "has `rope_theta`"),
+    ],
+)
+def test_what_a_config_has_in_place_of_numbers_is_left_out_and_named(
+    content: dict[str, Any], left_out: str
+) -> None:
+    text = PreTrainedConfig()
+    text.rope_parameters = gather_rope(content)
+
+    chosen = choose_rope(text, head_dim=HEAD_DIM, max_position_embeddings=LONGEST)
+
+    assert chosen.parameters == {"rope_type": "default", "rope_theta": 10000.0}
+    assert chosen.left_out is not None
+    assert left_out in chosen.left_out
+
+
 LEFT_OUT: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     "half of each head": (
         {"rope_type": "default", "partial_rotary_factor": 0.5},
@@ -323,6 +375,16 @@ def test_numbers_are_read_from_text_and_null_is_nothing() -> None:
     assert read == {
         "rope_type": "yarn", "rope_theta": 50000, "type": "yarn", "factor": 8.0, **LENGTH,
     }  # fmt: skip
+
+
+def test_the_rope_of_full_attention_layers_stays_as_it_is() -> None:
+    rope = {"rope_type": "linear", "factor": 8.0, "rope_theta": 50000.0}
+    text = PreTrainedConfig()
+    text.rope_parameters = {"sliding_attention": PLAIN, "full_attention": rope}
+
+    chosen = choose_rope(text, head_dim=HEAD_DIM, max_position_embeddings=LONGEST)
+
+    assert list(chosen.parameters.items()) == list(rope.items())
 
 
 def test_what_is_checked_stays_as_it_is() -> None:
