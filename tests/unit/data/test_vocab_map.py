@@ -111,7 +111,7 @@ def test_maps_alone_in_their_files_may_have_any_name(tmp_path: Path) -> None:
         ("d2t.npy", lambda f: f.write_bytes(b""), "is empty", "again"),
         ("d2t.npy", lambda f: f.write_text("version https://git-lfs"), "LFS", "git lfs pull"),
         ("d2t.npy", lambda f: f.write_bytes(b"\x93NUMPY"), "is not an array", "again"),
-        ("d2t.npy", Path.mkdir, "is a folder", "Pass the path of a regular file"),
+        ("d2t.npy", Path.mkdir, "is a folder", "Pass the path of a file"),
     ],
     ids=[
         *("other-key", "text", "truncated", "npz", "other-tensors"),
