@@ -255,7 +255,8 @@ def open_safetensors(file: Path, *, fix: str = DOWNLOAD_AGAIN) -> Iterator[Tenso
         reason = f"is truncated: it has {num_bytes:,} bytes, its header alone more"
         raise UnreadableError(file, reason, hint=fix)
     try:
-        content = safe_open(file, framework="pt")
+        with opening(file) as descriptor:
+            content = safe_open(_utf8_name(file, descriptor), framework="pt")
     except (SafetensorError, OSError) as error:
         reason = _first_line(error)
         if "not fully covered" in reason:
@@ -265,6 +266,15 @@ def open_safetensors(file: Path, *, fix: str = DOWNLOAD_AGAIN) -> Iterator[Tenso
         raise UnreadableError(file, reason, hint=fix) from None
     with content as tensors:
         yield Tensors(file, tensors, fix)
+
+
+def _utf8_name(file: Path, descriptor: int) -> str:
+    """A name for the library, which takes only UTF-8; the file is open as `descriptor`."""
+    try:
+        os.fspath(file).encode()
+    except UnicodeEncodeError:
+        return f"/dev/fd/{descriptor}"
+    return os.fspath(file)
 
 
 def read_npy(file: Path, *, fix: str = DOWNLOAD_AGAIN) -> "NDArray[np.generic]":

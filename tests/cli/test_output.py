@@ -189,10 +189,11 @@ def test_settings_take_and_repeat_names_that_are_not_utf8(tiny: TinyInputs) -> N
     flags = tiny.flags(data_path=data_dir, save_path=save_path, epochs=1, run_name=data_dir.name)
 
     codes = [run(["train", *flags])]
+    codes += [run(["train", *flags, "--epochs", "2"])]
     settings = save_path / "settings.json"
     codes += [run(["train", "--config", str(settings), "--save-path", str(tiny.save_path)])]
 
-    assert codes == [0, 0]
+    assert codes == [0, 0, 0]
     assert json.loads(settings.read_text())["data"]["data_path"] == [str(data_dir)]
     assert (tiny.save_path / "0" / "model.safetensors").exists()
 

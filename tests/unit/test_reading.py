@@ -29,7 +29,7 @@ np.save(ARRAY, np.arange(9))
 LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"
 
 
-def read_weights(file: Path) -> object:
+def read_weights(file: Path) -> list[torch.Tensor]:
     with open_safetensors(file) as tensors:
         return [tensors.get_tensor(name) for name in tensors.names()]
 
@@ -236,3 +236,10 @@ def test_an_unreadable_file_becomes_the_error_of_its_role(tmp_path: Path) -> Non
 
     assert caught.value.message.startswith(f"`--data-path`: `{file}` is truncated")
     assert caught.value.hint == "Repair the file, or remove it"
+
+
+def test_weights_are_read_whatever_bytes_their_name_has(tmp_path: Path) -> None:
+    file = tmp_path / os.fsdecode(b"caf\xe9.safetensors")
+    file.write_bytes(WEIGHTS)
+
+    assert torch.equal(read_weights(file)[0], torch.arange(12.0).view(3, 4))

@@ -12,14 +12,13 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
-from safetensors.torch import load_file
 from torch import Tensor
 
 from speculators_cli.core.algorithms.draft_config import PRODUCER
 from speculators_cli.core.errors import CheckpointError
 from speculators_cli.core.models.repo_files import CONFIG_NAME, WEIGHTS_NAME
 from speculators_cli.core.models.train_state import TrainState
-from speculators_cli.core.reading import UnreadableError, read_json_object
+from speculators_cli.core.reading import UnreadableError, open_safetensors, read_json_object
 
 BEST_LINK = "checkpoint_best"
 TRAINER_DIR = "trainer"
@@ -64,11 +63,11 @@ class Checkpoint:
 
     def read_tensors(self) -> dict[str, Tensor]:
         """Weights of the draft, on the CPU, float32."""
-        return load_file(self.folder / WEIGHTS_NAME)
+        return _read_all(self.folder / WEIGHTS_NAME)
 
     def read_trainer_tensors(self) -> dict[str, Tensor]:
         """Optimizer state, on the CPU, float32."""
-        return load_file(self.folder / MOMENTS_NAME)
+        return _read_all(self.folder / MOMENTS_NAME)
 
     def find_damage(self) -> str | None:
         """Read every byte and compare with the manifest; returns what is wrong, if anything."""
@@ -255,3 +254,8 @@ def _read_or_empty(file: Path) -> dict[str, Any]:
         return read_json_object(file)
     except UnreadableError:
         return {}
+
+
+def _read_all(file: Path) -> dict[str, Tensor]:
+    with open_safetensors(file) as tensors:
+        return {name: tensors.get_tensor(name) for name in tensors.names()}
