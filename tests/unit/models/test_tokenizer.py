@@ -14,6 +14,7 @@ from speculators_cli.core.models.special_tokens import find_special_ids
 from speculators_cli.core.models.tokenizer import load_tokenizer
 from speculators_cli.core.models.verifier_files import VerifierFiles
 from speculators_cli.core.models.verifier_model import VerifierModel
+from speculators_cli.core.preparation import text
 
 Capture = pytest.CaptureFixture[str]
 UPDATE = "Run `pip install -U tokenizers transformers`, or download the tokenizer again"
@@ -135,10 +136,18 @@ def test_the_text_of_a_sample_needs_a_tokenizer_and_says_what_is_wrong_with_it(
     assert UPDATE in capsys.readouterr().err
 
 
-def test_token_ids_beyond_any_tokenizer_are_an_error_of_the_data(
-    verifier_dir: Path, tmp_path: Path, capsys: Capture
+class SmallTokenizer:
+    """Knows the tokens of a small vocabulary, as a tokenizer with code of its own may."""
+
+    def decode(self, ids: list[int]) -> str:
+        return "".join({1: "a"}[token_id] for token_id in ids)
+
+
+def test_token_ids_that_the_tokenizer_lacks_are_an_error_of_the_data(
+    verifier_dir: Path, tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    write_sample(tmp_path / "data", token_id=2**40)
+    monkeypatch.setattr(text, "load_tokenizer", lambda *_, **__: SmallTokenizer())
+    write_sample(tmp_path / "data", token_id=5)
 
     code = run(["inspect-data", str(tmp_path / "data"), "--show", "0", *flags(verifier_dir)])
 
