@@ -1,5 +1,6 @@
 """Settings: frozen and checked once; the kinds of values they have."""
 
+import os
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -34,6 +35,15 @@ class OnResume:
 
 REFUSED_ON_RESUME = OnResume("refused")
 WARNED_ON_RESUME = OnResume("warned")
+
+
+def _absolute(name: str | None) -> str | None:
+    # What is stored with a run or a draft is found from any folder.
+    return os.path.abspath(name) if name and os.path.isdir(name) else name  # noqa: PTH100, PTH112
+
+
+# A folder or a hub id: a folder's path is made absolute, and so never taken for a hub id later.
+MODEL_NAME = AfterValidator(_absolute)
 
 
 @dataclass(frozen=True)
@@ -245,6 +255,8 @@ def changes_on_resume(old: Mapping[str, Any], new: Settings) -> list[Change]:
         now = current[field.section][field.name]
         # A run begun before there was such a setting did what is now its default.
         before = old.get(field.section, {}).get(field.name, field.info.get_default())
+        if MODEL_NAME in field.info.metadata and isinstance(before, str):
+            before = _absolute(before)
         if kind is not None and before != now:
             changes.append(Change(field.flag, before, now, kind))
     return changes

@@ -6,6 +6,7 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, model_validator
 
 from speculators_cli.settings.base import (
+    MODEL_NAME,
     Folder,
     LayerIdsSetting,
     Positional,
@@ -43,7 +44,7 @@ class FilesSettings(Settings):
 class VerifierSettings(Settings):
     """What is known of the verifier that the samples come from."""
 
-    verifier_name_or_path: str | None = Field(
+    verifier_name_or_path: Annotated[str | None, MODEL_NAME] = Field(
         None, min_length=1, description="Hub id or folder of the verifier"
     )
     undo_norm: bool = Field(

@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field, field_validator
 
 from speculators_cli.settings.base import (
+    MODEL_NAME,
     LayerIdsSetting,
     OffFlag,
     Positional,
@@ -23,7 +24,7 @@ class DraftSourceSettings(Settings):
         description="A checkpoint, the save path of a run (its best, else latest checkpoint), or a "
         "folder or hub id of a speculators or EAGLE-3 draft",
     )
-    verifier_name_or_path: str | None = Field(
+    verifier_name_or_path: Annotated[str | None, MODEL_NAME] = Field(
         None,
         min_length=1,
         description="Hub id or folder of the verifier to name in the export; default: the one in "

@@ -8,6 +8,7 @@ from pydantic import Field, field_validator
 
 from speculators_cli.settings.algorithms.eagle3 import Eagle3Settings
 from speculators_cli.settings.base import (
+    MODEL_NAME,
     REFUSED_ON_RESUME,
     WARNED_ON_RESUME,
     DataFormat,
@@ -128,13 +129,13 @@ class DataSettings(Settings):
 class DraftSettings(Settings):
     """The verifier, and the shape of the draft model trained for it."""
 
-    verifier_name_or_path: Annotated[str, WARNED_ON_RESUME] = Field(
+    verifier_name_or_path: Annotated[str, MODEL_NAME, WARNED_ON_RESUME] = Field(
         min_length=1, description="Hub id or folder of the verifier"
     )
     num_layers: Annotated[int, REFUSED_ON_RESUME] = Field(
         1, ge=1, description="Decoder layers of the draft"
     )
-    from_checkpoint: Annotated[str | None, WARNED_ON_RESUME] = Field(
+    from_checkpoint: Annotated[str | None, MODEL_NAME, WARNED_ON_RESUME] = Field(
         None,
         min_length=1,
         description="Begin with the weights of a trained draft: a checkpoint, or a folder or hub "

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -492,6 +493,27 @@ def test_the_verifier_is_read_once(
     )
 
     assert (code, names) == (0, [str(tiny.verifier_dir)])
+
+
+def test_a_layernorm_is_not_undone(tiny: TinyInputs, v0_dir: Path, capsys: Capture) -> None:
+    config = transformers.CohereConfig(
+        hidden_size=HIDDEN,
+        intermediate_size=40,
+        num_hidden_layers=9,
+        num_attention_heads=6,
+        vocab_size=37,
+        pad_token_id=0,
+    )
+    model: Any = transformers.CohereForCausalLM(config)
+    model.save_pretrained(tiny.folder / "layernorm")
+    undo = ("--undo-norm", "--verifier-name-or-path", tiny.folder / "layernorm")
+
+    code = convert(v0_dir, "--output-dir", tiny.folder / "v1", *undo)
+
+    assert code == 2
+    err = " ".join(capsys.readouterr().err.split())
+    assert "cannot be undone: it is a LayerNorm, which subtracts the mean" in err
+    assert not (tiny.folder / "v1").exists()
 
 
 def test_a_dry_run_writes_nothing(tiny: TinyInputs, v0_dir: Path, capsys: Capture) -> None:

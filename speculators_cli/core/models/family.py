@@ -152,7 +152,7 @@ def read_family(name: str, content: Mapping[str, Any], *, trust_remote_code: boo
         if trust_remote_code and "auto_map" in kept:
             config = AutoConfig.from_pretrained(name, trust_remote_code=True)
         elif kind in CONFIG_MAPPING:
-            with _quiet():
+            with quietly():
                 config, left_out = _repair(CONFIG_MAPPING[kind], kept)
         elif "auto_map" in kept:
             problem = "comes with code of its own"
@@ -258,7 +258,7 @@ def build_small(
     small = copy.deepcopy(config)
     _shrink(small, num_layers)
     options = {"dtype": torch.float32, "attn_implementation": "eager"}
-    with no_init_weights(), torch.device(device), _quiet():
+    with no_init_weights(), torch.device(device), quietly():
         if model_class is AutoModelForCausalLM:
             model: Any = model_class.from_config(small, trust_remote_code=True, **options)
         else:
@@ -290,7 +290,7 @@ def _small_ids(ids: Any) -> Any:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quietly() -> Iterator[None]:
     """What transformers logs of a config that is only measured concerns nobody."""
     level = logging.get_verbosity()
     logging.set_verbosity(_SILENT)

@@ -15,6 +15,7 @@ from speculators_cli.core.models.family import (
     Family,
     build_small,
     model_classes,
+    quietly,
 )
 
 MORE = "has more than one norm and one LM head between its last layer and its logits"
@@ -67,13 +68,15 @@ def measure_readout(family: Family) -> Readout:
                 reasons.append(f"{type(error).__name__}: {' '.join(str(error).split())[:160]}")
     if not reasons:
         raise UnlikeError("has no causal language model in transformers")
-    raise UnlikeError(f"cannot be run by transformers without images: {reasons[0]}")
+    raise UnlikeError(
+        f"cannot be measured: its own model does not run on text alone ({reasons[0]})"
+    )
 
 
 @contextmanager
 def _seeded() -> Iterator[None]:
     """Random numbers of their own."""
-    with torch.random.fork_rng(devices=[]), torch.no_grad():
+    with torch.random.fork_rng(devices=[]), torch.no_grad(), quietly():
         torch.manual_seed(0)
         yield
 

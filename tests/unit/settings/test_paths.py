@@ -1,11 +1,13 @@
 """Paths and lists in settings: what is meant is read, else a hint fixes the cause."""
 
+import json
 from pathlib import Path
 
 import pytest
 import torch
 
 from speculators_cli.cli.app import run
+from speculators_cli.settings.base import changes_on_resume
 from speculators_cli.settings.loading import load_settings
 from speculators_cli.settings.train import TrainSettings
 from tests.tiny import TinyInputs
@@ -124,3 +126,47 @@ def test_where_no_data_path_is_given_the_flags_that_are_missing_are_named(
     err = " ".join(capsys.readouterr().err.split())
     assert "`--data-path`: `data` does not exist" in err
     assert "hint: Pass `--data-path` or `--token-freq-path`" in err
+
+
+def test_a_verifier_folder_is_stored_so_that_any_folder_finds_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "models/verifier").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+
+    local = load(tmp_path, verifier_name_or_path="models/verifier")
+    hub = load(tmp_path, verifier_name_or_path="models/of-the-hub")
+
+    assert local.draft.verifier_name_or_path == str(tmp_path / "models/verifier")
+    assert hub.draft.verifier_name_or_path == "models/of-the-hub"
+
+
+def test_a_folder_under_another_path_is_no_change_of_the_verifier(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "verifier").mkdir()
+    monkeypatch.chdir(tmp_path)
+    settings = load(tmp_path)
+    old = settings.model_dump(mode="json")
+    old["draft"]["verifier_name_or_path"] = "./verifier"
+
+    assert settings.draft.verifier_name_or_path == str(tmp_path / "verifier")
+    assert changes_on_resume(old, settings) == []
+    old["draft"]["verifier_name_or_path"] = "of/the-hub"
+    assert [change.name for change in changes_on_resume(old, settings)] == [
+        "--verifier-name-or-path"
+    ]
+
+
+def test_a_verifier_folder_that_is_gone_is_not_looked_up_on_the_hub(
+    tiny: TinyInputs, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    monkeypatch.chdir(tiny.folder)
+    config = {"draft": {"verifier_name_or_path": str(tiny.folder / "gone")}}
+    Path("run.json").write_text(json.dumps(config), "utf-8")
+
+    flags = tiny.flags(verifier_name_or_path=None, config="run.json")
+
+    assert run(["train", *flags]) == 2
+    err = " ".join(capsys.readouterr().err.split())
+    assert f"the folder `{tiny.folder / 'gone'}` does not exist" in err
