@@ -9,7 +9,9 @@ DOCS_DIR = Path(__file__).parents[2] / "docs"
 def test_reference_pages_are_not_stale() -> None:
     pages = dict(runpy.run_path(str(DOCS_DIR / "write_reference.py"))["pages"]())
 
-    written = {file.name: file.read_text("utf-8") for file in (DOCS_DIR / "reference").iterdir()}
+    # `write_verifier_table.py` writes the other page; a slow test compares it.
+    files = [f for f in (DOCS_DIR / "reference").iterdir() if f.name != "verifiers.md"]
+    written = {file.name: file.read_text("utf-8") for file in files}
 
     assert written == pages, "run `python docs/write_reference.py`"
     assert "`--total-seq-len <int>`" in pages["train.md"]

@@ -366,13 +366,19 @@ def _count_before_layers(model: Any, norm_name: str, without: set[str], device: 
     def stop(*_: object) -> None:
         raise _ReachedError
 
-    for name, module in model.named_modules():
-        if name == norm_name:
-            module.register_forward_pre_hook(lambda *_: calls.append(None))
-        elif name not in without:
-            module.register_forward_pre_hook(stop)
+    hooks = [
+        module.register_forward_pre_hook(
+            (lambda *_: calls.append(None)) if name == norm_name else stop
+        )
+        for name, module in model.named_modules()
+        if name == norm_name or name not in without
+    ]
     try:
         model(input_ids=torch.arange(3, 3 + NUM_ROWS, device=device)[None], use_cache=False)
     except _ReachedError:
         return len(calls)
+    finally:
+        # Some families share modules, such as an activation, between all of their models.
+        for hook in hooks:
+            hook.remove()
     raise RuntimeError("no layer was reached")

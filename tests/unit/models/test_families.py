@@ -1,0 +1,97 @@
+"""Every family of transformers: its logits from saved files, and its row of the reference page."""
+
+import runpy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from speculators_cli.core.models.family import Family, build_small, model_classes
+from speculators_cli.core.models.readout import NUM_ROWS, Readout, UnlikeError, measure_readout
+from speculators_cli.core.models.verifier import load_frozen_verifier, read_verifier_config
+from speculators_cli.core.models.verifier_files import VerifierFiles
+
+TABLE = Path(__file__).parents[3] / "docs" / "write_verifier_table.py"
+MAX_PARAMETERS = 50_000_000  # of a model without layers: larger towers are not written to disk
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_the_table_of_verifiers_is_not_stale() -> None:
+    script = runpy.run_path(str(TABLE))
+
+    assert script["PAGE"].read_text("utf-8") == script["page"](), f"run `python docs/{TABLE.name}`"
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_logits_of_every_trained_family_are_its_own(tmp_path: Path) -> None:
+    script = runpy.run_path(str(TABLE))
+    checked: list[str] = []
+
+    for family in script["families"]():
+        try:
+            readout = measure_readout(family)
+        except UnlikeError:
+            continue
+        folder = tmp_path / family.name
+        expected = save_small(family, readout, folder)
+        if expected is None:
+            continue
+        states, logits = expected
+        files = VerifierFiles(str(folder))
+        verifier = load_frozen_verifier(files, read_verifier_config(files, trust_remote_code=False))
+        normed = verifier.normed(states, torch.zeros(NUM_ROWS, dtype=torch.bool))
+        error = (verifier.logits(normed, verifier.head) - logits).abs().max() / logits.abs().max()
+        assert error <= 1e-6, (family.name, float(error))
+        checked.append(family.name)
+
+    assert len(checked) > 150
+    assert {"llama", "gemma3", "cohere2", "granite", "qwen3_vl", "phi"} <= set(checked)
+
+
+@torch.no_grad()
+def save_small(family: Family, readout: Readout, folder: Path) -> tuple[Tensor, Tensor] | None:
+    """Save the family's model without layers; states before its final norm, and its logits of them.
+
+    None if it needs layers, or is too large.
+    """
+    torch.manual_seed(1)
+    model_class, config = next(
+        (c, part)
+        for c, part in model_classes(family)
+        if readout.head in dict(build_small(c, part, num_layers=0, device="meta").named_modules())
+    )
+    model = build_small(model_class, config, num_layers=0)
+    if sum(parameter.numel() for parameter in model.parameters()) > MAX_PARAMETERS:
+        return None
+    for parameter in model.parameters():
+        parameter.normal_(0.3, 0.5)
+    states = torch.randn(NUM_ROWS, config.get_text_config(decoder=True).hidden_size)
+    try:
+        logits = run(model, states)
+    except Exception:  # noqa: BLE001 - it needs layers
+        return None
+    if logits is None:
+        return None
+    model.save_pretrained(folder)
+    config.architectures = [model_class.__name__]
+    config.save_pretrained(folder)
+    return states, logits
+
+
+def run(model: Any, states: Tensor) -> Tensor | None:
+    """Logits with these states in place of what the last norm reads."""
+    norms = [m for m in model.modules() if "norm" in type(m).__name__.lower()]
+    called: list[Any] = []
+    hooks = [m.register_forward_pre_hook(lambda m, _: called.append(m)) for m in norms]
+    ids = torch.arange(3, 3 + NUM_ROWS)[None]
+    model(input_ids=ids, use_cache=False)
+    for hook in hooks:
+        hook.remove()
+    last = called[-1]
+    last.register_forward_pre_hook(lambda _, args: (states.view(args[0].shape), *args[1:]))
+    logits: Tensor = model(input_ids=ids, use_cache=False).logits.reshape(NUM_ROWS, -1)
+    return logits
