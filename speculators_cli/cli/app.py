@@ -1,46 +1,46 @@
-"""The command table and the one error handler."""
+"""The parser and the one error handler."""
 
-from collections.abc import Sequence
+import os
+from collections.abc import Container, Sequence
 from typing import Annotated
 
 import typer
 
 from speculators_cli import __version__
-from speculators_cli.cli.bench import bench
-from speculators_cli.cli.build_vocab_map import build_vocab_map
-from speculators_cli.cli.convert_v0 import convert_v0
-from speculators_cli.cli.demo import demo
-from speculators_cli.cli.env import env
-from speculators_cli.cli.export import export
-from speculators_cli.cli.inspect_data import inspect_data
+from speculators_cli.cli.commands import COMMANDS, PROGRAM
+from speculators_cli.cli.flags import HELP
+from speculators_cli.cli.help import VERSION, show_program_help
 from speculators_cli.cli.launch import tell_launcher
 from speculators_cli.cli.output import Output
 from speculators_cli.cli.streams import lasting_streams
-from speculators_cli.cli.train import train
+from speculators_cli.cli.usage import explain_usage
 from speculators_cli.core.errors import (
     MachineError,
+    SettingsError,
     SpeculatorsError,
     StoppedError,
     unexpected,
 )
 from speculators_cli.core.signals import Interrupted, StopSignals
 
-app = typer.Typer(
-    name="speculators",
-    help="Train draft models for speculative decoding",
-    context_settings={"help_option_names": ["-h", "--help"]},
-    rich_markup_mode="rich",
-    pretty_exceptions_enable=False,
-    no_args_is_help=True,
-)
-app.command(rich_help_panel="Data")(inspect_data)
-app.command(rich_help_panel="Data")(convert_v0)
-app.command(rich_help_panel="Data")(build_vocab_map)
-app.command(rich_help_panel="Draft model")(train)
-app.command(rich_help_panel="Draft model")(export)
-app.command(rich_help_panel="Try")(demo)
-app.command(rich_help_panel="Try")(bench)
-app.command(rich_help_panel="Try")(env)
+# What the parser raises; of its kinds, Typer exports this one's child only.
+USAGE_ERROR: type[Exception] = typer.BadParameter.__bases__[0]
+
+
+def build_app(words: Container[str]) -> typer.Typer:
+    """The parser; it imports the commands that are among the words of the command line."""
+    app = typer.Typer(
+        name=PROGRAM, add_help_option=False, rich_markup_mode=None, pretty_exceptions_enable=False
+    )
+    app.callback(invoke_without_command=True)(_main)
+    for name, command in COMMANDS.items():
+        function = command.load() if name in words else _not_among_the_words
+        app.command(name, help=command.summary, add_help_option=False)(function)
+    return app
+
+
+def _not_among_the_words() -> None:
+    """Stand for a command that only its name is needed of."""
 
 
 def _show_version(is_asked: bool) -> None:
@@ -49,14 +49,32 @@ def _show_version(is_asked: bool) -> None:
         raise typer.Exit
 
 
-@app.callback()
-def main(
+def _show_help(context: typer.Context, is_asked: bool) -> None:
+    if is_asked and not context.resilient_parsing:
+        show_program_help()
+        raise typer.Exit
+
+
+def _main(
+    context: typer.Context,
     version: Annotated[
-        bool, typer.Option("--version", help="Show the version", callback=_show_version)
+        bool, typer.Option(*VERSION.names, help=VERSION.help, callback=_show_version, is_eager=True)
+    ] = False,
+    is_help: Annotated[
+        bool, typer.Option(*HELP.names, help=HELP.help, callback=_show_help, is_eager=True)
     ] = False,
 ) -> None:
-    """Train draft models for speculative decoding"""  # noqa: D415 - shown as help
     assert not version, "the callback has left"
+    assert not is_help, "the callback has left"
+    if context.invoked_subcommand is None:
+        show_program_help(to_stderr=True)
+        raise typer.Exit(SettingsError.exit_code)
+
+
+def _words(argv: Sequence[str]) -> set[str]:
+    """The words of the command line, or of the one that a shell wants completed."""
+    lines = (os.environ.get(name, "") for name in ("COMP_WORDS", "_TYPER_COMPLETE_ARGS"))
+    return {*argv, *" ".join(lines).split()}
 
 
 def run(argv: Sequence[str]) -> int:
@@ -80,9 +98,13 @@ def run(argv: Sequence[str]) -> int:
 def _run(argv: Sequence[str], output: Output) -> int:
     try:
         with StopSignals():
-            app(args=list(argv), prog_name="speculators", obj=tuple(argv))
+            app = build_app(_words(argv))
+            code = app(args=list(argv), prog_name=PROGRAM, obj=tuple(argv), standalone_mode=False)
     except SystemExit as stop:
         return stop.code if isinstance(stop.code, int) else 1
+    except USAGE_ERROR as error:
+        text = error.format_message() if isinstance(error, typer.BadParameter) else str(error)
+        return _report(explain_usage(argv, text), output)
     except Interrupted as stop:
         number = stop.signal_number
         return _report(StoppedError(f"Stopped by signal {number}", signal_number=number), output)
@@ -90,7 +112,7 @@ def _run(argv: Sequence[str], output: Output) -> int:
         return _report(error, output)
     except Exception as error:  # noqa: BLE001 - a bug of any kind is reported
         return _report(unexpected(error), output)
-    return 0
+    return code if isinstance(code, int) else 0
 
 
 def _report(error: SpeculatorsError, output: Output) -> int:

@@ -1,22 +1,26 @@
 """`speculators bench`."""
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from speculators_cli.cli.imports import importing
 from speculators_cli.cli.options import with_settings
 from speculators_cli.cli.output import Output, format_speed
 from speculators_cli.core.files import format_bytes
 from speculators_cli.settings.bench import BenchSettings
-from speculators_cli.settings.loading import load_settings
 
 if TYPE_CHECKING:
     from speculators_cli.core.bench.bench import BenchReport
 
+EXAMPLES = (
+    "speculators bench --shape qwen3-8b",
+    "speculators bench --verifier-name-or-path Qwen/Qwen3-8B --ttt-steps 5",
+    "speculators bench --data-path data --total-seq-len 16384 --json",
+)
 
-@with_settings(BenchSettings)
-def bench(*, flags: dict[str, Any], output: Output) -> None:
-    """Measure the training step for a verifier's shape, without its weights"""  # noqa: D415 - shown as help
-    settings = load_settings(BenchSettings, flags, None)
+
+@with_settings(BenchSettings, examples=EXAMPLES)
+def bench(*, settings: BenchSettings, output: Output) -> None:
+    """Time the training step."""
     with importing():
         from speculators_cli.core.bench.bench import bench as run
 

@@ -1,20 +1,24 @@
 """`speculators build-vocab-map`."""
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from speculators_cli.cli.options import with_settings
 from speculators_cli.cli.output import Output
 from speculators_cli.settings.build_vocab_map import BuildVocabMapSettings
-from speculators_cli.settings.loading import load_settings
 
 if TYPE_CHECKING:
     from speculators_cli.core.preparation.vocabulary import VocabMapReport
 
+EXAMPLES = (
+    "speculators build-vocab-map --verifier-name-or-path Qwen/Qwen3-8B --data-path data",
+    "speculators build-vocab-map --target-vocab-size 151936 --token-freq-path token_freq.pt",
+    "speculators build-vocab-map --verifier-name-or-path Qwen/Qwen3-8B --draft-vocab-size 64000",
+)
 
-@with_settings(BuildVocabMapSettings)
-def build_vocab_map(*, flags: dict[str, Any], output: Output) -> None:
-    """Choose the draft vocabulary and write d2t and t2d"""  # noqa: D415 - shown as help
-    settings = load_settings(BuildVocabMapSettings, flags, None)
+
+@with_settings(BuildVocabMapSettings, examples=EXAMPLES)
+def build_vocab_map(*, settings: BuildVocabMapSettings, output: Output) -> None:
+    """Write the maps, and report what they cover."""
     from speculators_cli.core.preparation import vocabulary
 
     report = vocabulary.build_vocab_map(settings, progress=output)

@@ -1,6 +1,6 @@
 """`speculators convert-v0`."""
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import typer
 
@@ -8,18 +8,21 @@ from speculators_cli.cli.options import with_settings
 from speculators_cli.cli.output import Output, format_duration
 from speculators_cli.core.files import format_bytes
 from speculators_cli.settings.convert_v0 import ConvertV0Settings
-from speculators_cli.settings.loading import load_settings
 
 if TYPE_CHECKING:
     from speculators_cli.core.preparation.conversion import ConversionReport
 
 MAX_NAMED = 20
+EXAMPLES = (
+    "speculators convert-v0 v0_data --output-dir data --dry-run",
+    "speculators convert-v0 v0_data --output-dir data --workers 8",
+    "speculators convert-v0 v0_data --output-dir data --target-layer-ids 2,18,33",
+)
 
 
-@with_settings(ConvertV0Settings)
-def convert_v0(*, flags: dict[str, Any], output: Output) -> None:
-    """Rewrite v0 samples in the v1 format"""  # noqa: D415 - shown as help
-    settings = load_settings(ConvertV0Settings, flags, None)
+@with_settings(ConvertV0Settings, examples=EXAMPLES)
+def convert_v0(*, settings: ConvertV0Settings, output: Output) -> None:
+    """Convert samples, and list those that cannot be."""
     from speculators_cli.core.preparation import conversion
 
     report = conversion.convert_v0(settings, progress=output)

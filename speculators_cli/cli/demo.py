@@ -1,21 +1,24 @@
 """`speculators demo`."""
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from speculators_cli.cli.imports import importing
 from speculators_cli.cli.options import with_settings
 from speculators_cli.cli.output import Output, format_duration
 from speculators_cli.settings.demo import DemoSettings
-from speculators_cli.settings.loading import load_settings
 
 if TYPE_CHECKING:
     from speculators_cli.core.demo.demo import DemoReport
 
+EXAMPLES = (
+    "speculators demo",
+    "speculators demo --output-dir /tmp/demo --seed 1",
+)
 
-@with_settings(DemoSettings)
-def demo(*, flags: dict[str, Any], output: Output) -> None:
-    """Run the whole pipeline on an embedded verifier, on CPU, offline"""  # noqa: D415 - shown as help
-    settings = load_settings(DemoSettings, flags, None)
+
+@with_settings(DemoSettings, examples=EXAMPLES)
+def demo(*, settings: DemoSettings, output: Output) -> None:
+    """Capture, train and evaluate with the embedded verifier."""
     with importing():
         from speculators_cli.core.demo.demo import check_report, run_demo
 

@@ -1,15 +1,18 @@
 """`speculators env`."""
 
-from typing import Any
-
 from speculators_cli.cli.options import with_settings
 from speculators_cli.cli.output import Output
 from speculators_cli.settings.base import Settings
 
+EXAMPLES = (
+    "speculators env",
+    "speculators env --json",
+)
 
-@with_settings(Settings)
-def env(*, flags: dict[str, Any], output: Output) -> None:  # noqa: ARG001 - it has none
-    """Show versions, for a bug report"""  # noqa: D415 - shown as help
+
+@with_settings(Settings, examples=EXAMPLES)
+def env(*, settings: Settings, output: Output) -> None:  # noqa: ARG001 - it has none
+    """Report versions."""
     from speculators_cli.core.environment import describe_environment
 
     found = describe_environment()

@@ -1,21 +1,25 @@
 """`speculators export`."""
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from speculators_cli.cli.imports import importing
 from speculators_cli.cli.options import with_settings
 from speculators_cli.cli.output import Output
 from speculators_cli.settings.export import ExportSettings
-from speculators_cli.settings.loading import load_settings
 
 if TYPE_CHECKING:
     from speculators_cli.core.export.export import ExportReport
 
+EXAMPLES = (
+    "speculators export checkpoints --output-dir served",
+    "speculators export checkpoints/checkpoint_best --target sglang --output-dir served",
+    "speculators export checkpoints --output-dir served --dtype float16 --overwrite",
+)
 
-@with_settings(ExportSettings)
-def export(*, flags: dict[str, Any], output: Output) -> None:
-    """Write a draft model for a serving engine"""  # noqa: D415 - shown as help
-    settings = load_settings(ExportSettings, flags, None)
+
+@with_settings(ExportSettings, examples=EXAMPLES)
+def export(*, settings: ExportSettings, output: Output) -> None:
+    """Export a draft, and report how it was checked."""
     with importing():
         from speculators_cli.core.export import export as core
 

@@ -1,6 +1,6 @@
 """`speculators inspect-data`."""
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import typer
 
@@ -8,7 +8,6 @@ from speculators_cli.cli.options import with_settings
 from speculators_cli.cli.output import Output, format_duration
 from speculators_cli.core.files import format_bytes
 from speculators_cli.settings.inspect_data import InspectDataSettings
-from speculators_cli.settings.loading import load_settings
 
 if TYPE_CHECKING:
     from speculators_cli.core.preparation.inspection_report import (
@@ -18,12 +17,16 @@ if TYPE_CHECKING:
 
 BARS = "▁▂▃▄▅▆▇█"
 MAX_NAMED = 50
+EXAMPLES = (
+    "speculators inspect-data data",
+    "speculators inspect-data data --verifier-name-or-path Qwen/Qwen3-8B --verify",
+    "speculators inspect-data data --json",
+)
 
 
-@with_settings(InspectDataSettings)
-def inspect_data(*, flags: dict[str, Any], output: Output) -> None:
-    """Check a folder of samples and describe it"""  # noqa: D415 - shown as help
-    settings = load_settings(InspectDataSettings, flags, None)
+@with_settings(InspectDataSettings, examples=EXAMPLES)
+def inspect_data(*, settings: InspectDataSettings, output: Output) -> None:
+    """Describe samples and list their problems."""
     from speculators_cli.core.preparation import inspection
     from speculators_cli.core.preparation.text import read_text
 

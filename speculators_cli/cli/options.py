@@ -1,144 +1,131 @@
-"""Settings class -> flags: names, help and defaults come from the fields."""
+"""Settings class -> command: its flags, its help, its settings file."""
 
 import inspect
-from collections.abc import Callable, Iterator
+import re
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args, get_origin
+from typing import Annotated, Any
 
 import typer
-from pydantic.fields import FieldInfo
-from pydantic_core import PydanticUndefined
 
+from speculators_cli.cli.commands import COMMANDS, PROGRAM
+from speculators_cli.cli.flags import HELP, OUTPUT, Flag
+from speculators_cli.cli.help import show_command_help
 from speculators_cli.cli.output import Output
-from speculators_cli.settings.base import OffFlag, SettingField, Settings, setting_fields
-
-# The same on every command: parameter -> flags and help.
-OUTPUT_FLAGS = {
-    "is_json": (("--json",), "Write the result as JSON"),
-    "is_quiet": (("--quiet", "-q"), "Warnings and errors only"),
-    "is_verbose": (("--verbose", "-v"), "Full tracebacks"),
-}
+from speculators_cli.cli.setting_flags import flags_of
+from speculators_cli.core.errors import SettingsError
+from speculators_cli.settings.base import Settings, setting_fields
+from speculators_cli.settings.config_file import read_config
+from speculators_cli.settings.loading import load_settings
 
 
-def with_settings(settings_class: type[Settings]) -> Callable[[Callable[..., Any]], Any]:
-    """Give a command one flag for each setting, and those that choose how it speaks.
+def with_settings(
+    settings_class: type[Settings], *own: Flag, examples: tuple[str, ...]
+) -> Callable[[Callable[..., Any]], Any]:
+    """Give a command one flag for each setting, `--config`, and those that choose how it speaks.
 
-    It receives the settings given as `flags`, and an `Output` as `output`. Its other parameters
-    stay options of their own.
+    It receives its checked `settings`, an `Output` as `output`, and the values of its own flags.
+
+    Args:
+        settings_class: Its fields are sections.
+        own: Flags that are no settings.
+        examples: Command lines that its help ends with.
     """
+    flags = flags_of(settings_class, own)
 
     def decorate(command: Callable[..., Any]) -> Any:
-        fields = list(setting_fields(settings_class))
+        name = command.__name__.replace("_", "-")
+        names = [field.name for field in setting_fields(settings_class)]
 
         def run(**values: Any) -> Any:
-            flags = {field.name: values.pop(field.name) for field in fields}
-            given = {name: value for name, value in flags.items() if value not in (None, [])}
-            output = Output(**{name: values.pop(name) for name in OUTPUT_FLAGS})
-            return command(flags=given, output=output, **values)
+            values.pop(HELP.parameter)
+            given = {key: values.pop(key) for key in names}
+            given = {key: value for key, value in given.items() if value not in (None, [])}
+            output = Output(**{flag.parameter: values.pop(flag.parameter) for flag in OUTPUT})
+            settings = load(name, settings_class, given, values.pop("config", None))
+            return command(settings=settings, output=output, **values)
+
+        def show_help(context: typer.Context, is_asked: bool) -> None:
+            if is_asked and not context.resilient_parsing:
+                show_command_help(COMMANDS[name], flags, examples)
+                raise typer.Exit
 
         signature = inspect.signature(command)
-        own = [p for p in signature.parameters.values() if p.name not in ("flags", "output")]
-        made = [_parameter(settings_class, field) for field in fields]
-        spoken = [_output_parameter(name) for name in OUTPUT_FLAGS]
-        parameters = sorted(
-            [*made, *own, *spoken], key=lambda p: p.default is not inspect.Parameter.empty
-        )
+        contexts = [p for p in signature.parameters.values() if p.annotation is typer.Context]
+        parameters = [*contexts, *(_parameter(flag, show_help) for flag in flags)]
         run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
         run.__name__ = command.__name__
-        run.__doc__ = command.__doc__
-        run.settings_class = settings_class  # type: ignore[attr-defined]
         run.__annotations__ = {p.name: p.annotation for p in parameters}
+        run.settings_class = settings_class  # type: ignore[attr-defined]
+        run.flags = flags  # type: ignore[attr-defined]
+        run.examples = examples  # type: ignore[attr-defined]
         return run
 
     return decorate
 
 
-def _parameter(settings_class: type[Settings], field: SettingField) -> inspect.Parameter:
-    panel = settings_class.model_fields[field.section].title
-    if field.positional is not None:
-        argument = typer.Argument(
-            help=str(field.info.description), metavar=field.flag, show_default=False
-        )
-        return inspect.Parameter(
-            field.name, inspect.Parameter.KEYWORD_ONLY, annotation=Annotated[str, argument]
-        )
-    is_switch = field.info.annotation is bool
-    option = typer.Option(
-        *_declarations(field),
-        help=describe(field.info),
-        rich_help_panel=panel,
-        show_default=False,
-        metavar=None if is_switch else metavar(field.info),
-    )
-    kind: Any = bool | None if is_switch else str | None
-    if is_list(field.info):
-        kind = list[str] | None
-    return inspect.Parameter(
-        field.name,
-        inspect.Parameter.KEYWORD_ONLY,
-        default=None,
-        annotation=Annotated[kind, option],
+def load(
+    name: str, settings_class: type[Settings], given: dict[str, Any], config: Path | None
+) -> Settings:
+    """The settings of a command; those of another command's file are refused by its name.
+
+    Raises:
+        SettingsError: They cannot be used.
+    """
+    try:
+        return load_settings(settings_class, given, config)
+    except SettingsError:
+        owner = None if config is None else _owner(read_config(config), settings_class)
+        if owner is None:
+            raise
+    sections = ", ".join(f"`{section}`" for section in settings_class.model_fields)
+    raise SettingsError(
+        f"`{config}` holds settings of `{PROGRAM} {owner}`, not of `{PROGRAM} {name}`",
+        hint=f"Run `{PROGRAM} {owner} --config {config}`, or pass a file with the sections "
+        f"{sections}",
     )
 
 
-def _output_parameter(name: str) -> inspect.Parameter:
-    flags, text = OUTPUT_FLAGS[name]
-    option = typer.Option(*flags, help=text, rich_help_panel="Output")
-    return inspect.Parameter(
-        name, inspect.Parameter.KEYWORD_ONLY, default=False, annotation=Annotated[bool, option]
+def _owner(content: dict[str, Any], settings_class: type[Settings]) -> str | None:
+    """The command that takes all settings of a file, where this one does not."""
+    if not content or _takes(settings_class, content):
+        return None
+    return next(
+        (name for name, it in COMMANDS.items() if _takes(it.load().settings_class, content)),
+        None,
     )
 
 
-def _declarations(field: SettingField) -> tuple[str, ...]:
-    if field.info.annotation is not bool:
-        return (field.flag,)
-    off = next((m.flag for m in field.info.metadata if isinstance(m, OffFlag)), None)
-    return (f"{field.flag}/{off or '--no-' + field.flag[2:]}",)
+def _takes(settings_class: type[Settings], content: dict[str, Any]) -> bool:
+    known = {(field.section, field.name) for field in setting_fields(settings_class)}
+    return all(
+        isinstance(values, dict) and {(section, name) for name in values} <= known
+        for section, values in content.items()
+    )
 
 
-def is_list(info: FieldInfo) -> bool:
-    """Whether a flag may be repeated: settings of several paths."""
-    return get_origin(info.annotation) is tuple and get_args(info.annotation)[0] is Path
-
-
-def describe(info: FieldInfo) -> str:
-    """Help of a flag: its description and its default."""
-    default = show_default(info)
-    return f"{info.description} ({default})" if default else str(info.description)
-
-
-def show_default(info: FieldInfo) -> str:
-    """The default, as one would type it; empty where the description says it."""
-    if info.is_required():
-        return "required"
-    default = info.default
-    assert default is not PydanticUndefined, "settings have plain defaults"
-    if default in (None, ()):
-        return ""
-    if default == "":
-        return "default: none"
-    if isinstance(default, bool):
-        return f"default: {'on' if default else 'off'}"
-    if isinstance(default, tuple):
-        return f"default: {', '.join(map(str, default))}"
-    return f"default: {default}"
-
-
-def metavar(info: FieldInfo) -> str:
-    """The kind of value a flag takes."""
-    kinds = set(_plain_types(info.annotation))
-    for kind in (Path, int, float):
-        if kind in kinds:
-            return f"<{kind.__name__.lower()}>"
-    return "<str>"
-
-
-def _plain_types(annotation: Any) -> Iterator[type]:
-    """The types of the values that an annotation allows."""
-    if get_origin(annotation) is Literal:
-        yield from map(type, get_args(annotation))
-    elif get_args(annotation):
-        for part in get_args(annotation):
-            yield from _plain_types(part)
+def _parameter(flag: Flag, show_help: Callable[..., None]) -> inspect.Parameter:
+    annotation: Any = flag.kind if flag.kind is bool and not flag.off_names else flag.kind | None
+    default = False if flag.kind is bool and not flag.off_names else None
+    if flag.is_positional:
+        info: Any = typer.Argument(metavar=flag.metavar, show_default=False)
     else:
-        yield annotation
+        info = typer.Option(
+            *_declarations(flag),
+            help=re.split(r"[;:(]", flag.help)[0].strip(),  # beside what a shell completes
+            min=flag.minimum,
+            metavar=flag.metavar,
+            autocompletion=flag.complete,
+            is_eager=flag is HELP,
+            callback=show_help if flag is HELP else None,
+        )
+    return inspect.Parameter(
+        flag.parameter,
+        inspect.Parameter.KEYWORD_ONLY,
+        default=default,
+        annotation=Annotated[annotation, info],
+    )
+
+
+def _declarations(flag: Flag) -> tuple[str, ...]:
+    return (f"{flag.names[0]}/{flag.off_names[0]}",) if flag.off_names else flag.names

@@ -1,64 +1,57 @@
 """`speculators train`."""
 
 import os
-from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import typer
 
+from speculators_cli.cli.flags import Flag
 from speculators_cli.cli.imports import importing
 from speculators_cli.cli.launch import launch
 from speculators_cli.cli.options import with_settings
 from speculators_cli.cli.output import Output, format_duration, format_speed, is_first_rank
 from speculators_cli.core.files import format_bytes
-from speculators_cli.settings.loading import load_settings
 from speculators_cli.settings.train import TrainSettings
 
+EXAMPLES = (
+    "speculators train --verifier-name-or-path Qwen/Qwen3-8B --data-path data --plan",
+    "speculators train --verifier-name-or-path Qwen/Qwen3-8B --data-path data --nproc-per-node 8",
+    "speculators train --config run.toml --lr 3e-5",
+)
+RUN_FLAGS = (
+    Flag(
+        "dry_run", ("--dry-run",), "Build everything, run one step, write nothing", "Run", kind=bool
+    ),
+    Flag(
+        "plan",
+        ("--plan",),
+        "Print time, memory and disk estimates, then exit",
+        "Run",
+        kind=bool,
+    ),
+    Flag(
+        "nproc_per_node",
+        ("--nproc-per-node",),
+        "Processes to start on this machine, one per GPU",
+        "Distributed",
+        "<int>",
+        kind=int,
+        minimum=1,
+    ),
+)
 
-@with_settings(TrainSettings)
+
+@with_settings(TrainSettings, *RUN_FLAGS, examples=EXAMPLES)
 def train(
     context: typer.Context,
     *,
-    flags: dict[str, Any],
+    settings: TrainSettings,
     output: Output,
-    config: Annotated[
-        Path | None,
-        typer.Option(
-            help="TOML, YAML or JSON settings; flags win over it",
-            rich_help_panel="Run",
-            show_default=False,
-            metavar="<path>",
-        ),
-    ] = None,
-    nproc_per_node: Annotated[
-        int | None,
-        typer.Option(
-            help="Start this many processes on this machine",
-            min=1,
-            rich_help_panel="Distributed",
-            show_default=False,
-            metavar="<int>",
-        ),
-    ] = None,
-    dry_run: Annotated[
-        bool,
-        typer.Option(
-            "--dry-run",
-            help="Build everything, make one step, write nothing",
-            rich_help_panel="Run",
-        ),
-    ] = False,
-    plan: Annotated[
-        bool,
-        typer.Option(
-            "--plan",
-            help="Say what the run will take (steps, time, memory, disk), then stop",
-            rich_help_panel="Run",
-        ),
-    ] = False,
+    nproc_per_node: int | None,
+    dry_run: bool,
+    plan: bool,
 ) -> None:
-    """Train a draft model on captured hidden states"""  # noqa: D415 - shown as help
-    settings = load_settings(TrainSettings, flags, config)
+    """Train here or in processes of its own, or print the plan."""
     if plan:
         from speculators_cli.cli.train_plan import show_plan
 

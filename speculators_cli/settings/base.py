@@ -4,9 +4,10 @@ import os
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from enum import Enum
 from itertools import pairwise
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 from pydantic import (
     AfterValidator,
@@ -51,6 +52,13 @@ class OffFlag:
     """The flag that turns a switch off, where `--no-...` would not read well."""
 
     flag: str
+
+
+@dataclass(frozen=True)
+class ListOf:
+    """The text is a list with commas between its values, each one of these."""
+
+    choices: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -144,6 +152,33 @@ def _expand(value: object) -> object:
     """The home folder in place of a leading `~`."""
     is_below_home = isinstance(value, str) and (value == "~" or value.startswith("~/"))
     return f"{Path.home()}{str(value)[1:]}" if is_below_home else value
+
+
+def choices_of(info: FieldInfo) -> tuple[str, ...]:
+    """The values that a setting may have, where they are few."""
+    listed = next((m.choices for m in info.metadata if isinstance(m, ListOf)), None)
+    return listed or tuple(map(str, _choices(info.annotation)))
+
+
+def _choices(annotation: Any) -> Iterator[object]:
+    if get_origin(annotation) is Literal:
+        yield from get_args(annotation)
+    elif isinstance(annotation, type) and issubclass(annotation, Enum):
+        yield from (member.value for member in annotation)
+    else:
+        for part in get_args(annotation):
+            yield from _choices(part)
+
+
+def plain_types(annotation: Any) -> Iterator[type]:
+    """The types of the values that an annotation allows."""
+    if get_origin(annotation) is Literal:
+        yield from map(type, get_args(annotation))
+    elif get_args(annotation):
+        for part in get_args(annotation):
+            yield from plain_types(part)
+    else:
+        yield annotation
 
 
 def _printable(text: str) -> str:

@@ -3,12 +3,13 @@
 import tomllib
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
-
-import yaml
+from typing import TYPE_CHECKING, Any
 
 from speculators_cli.core.errors import SettingsError
 from speculators_cli.core.reading import UnreadableError, parse_json, read_text, refusing
+
+if TYPE_CHECKING:
+    import yaml
 
 FIX = "Correct the file, or pass another one"
 MAX_BYTES = 2**18
@@ -59,6 +60,8 @@ def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _parse_yaml(text: str, file: Path) -> object:
+    import yaml
+
     try:
         loader = yaml.SafeLoader(text)
         node = loader.get_single_node()
@@ -80,13 +83,15 @@ def _parse_yaml(text: str, file: Path) -> object:
         raise UnreadableError(file, f"is not YAML: {reason}", hint=FIX) from None
 
 
-def _count(node: yaml.Node, known: dict[int, int]) -> int:
+def _count(node: "yaml.Node", known: dict[int, int]) -> int:
     """Nodes below a node and itself, with every alias written out; a key must not stand twice.
 
     Args:
         node: Of the graph in which an alias is an edge to the node it stands for.
         known: Counts so far, by the identity of the node.
     """
+    import yaml
+
     if id(node) in known:
         return known[id(node)]
     known[id(node)] = MAX_YAML_NODES + 1  # if it is met again below itself

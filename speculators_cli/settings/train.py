@@ -15,6 +15,7 @@ from speculators_cli.settings.base import (
     Folders,
     FormatVersion,
     LayerIdsSetting,
+    ListOf,
     Settings,
     TrustRemoteCode,
     path_error,
@@ -46,8 +47,8 @@ class RunSettings(Settings):
         description="Go on from the latest checkpoint in the save path; off: start from scratch, "
         "replacing old checkpoints once the first new one is saved",
     )
-    logger: str = Field(
-        "", description="Where to log: trackio, wandb, tensorboard; comma-separated"
+    logger: Annotated[str, ListOf(LOGGER_NAMES)] = Field(
+        "", description="Metric loggers, separated by commas"
     )
     log_dir: Path = Field(Path("./logs"), description="Folder for logs")
     run_name: str | None = Field(None, description="Name of the run in the loggers")

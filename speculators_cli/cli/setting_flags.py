@@ -1,0 +1,111 @@
+"""Settings -> flags: names, help, defaults and choices come from the fields."""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, get_args, get_origin
+
+from pydantic.fields import FieldInfo
+from pydantic_core import PydanticUndefined
+
+from speculators_cli.cli.completion import complete_choice, complete_list
+from speculators_cli.cli.flags import CONFIG, HELP, OUTPUT, Flag
+from speculators_cli.settings.base import (
+    ListOf,
+    OffFlag,
+    SettingField,
+    Settings,
+    choices_of,
+    plain_types,
+    setting_fields,
+)
+
+
+def flags_of(settings_class: type[Settings], own: tuple[Flag, ...] = ()) -> tuple[Flag, ...]:
+    """Every flag of a command, in the order of help.
+
+    Args:
+        settings_class: Its fields are sections, the title of each the name of a panel.
+        own: Flags of the command that are no settings.
+    """
+    fields = list(setting_fields(settings_class))
+    made = [setting_flag(field, settings_class) for field in fields]
+    panels = list(dict.fromkeys(flag.panel for flag in (*made, *own)))
+    sorted_by_panel = sorted((*made, *own), key=lambda flag: panels.index(flag.panel))
+    config = (CONFIG,) if fields else ()
+    return (*sorted_by_panel, *config, *OUTPUT, HELP)
+
+
+def setting_flag(field: SettingField, settings_class: type[Settings]) -> Flag:
+    """The flag of a setting."""
+    is_switch = field.info.annotation is bool
+    off = next((m.flag for m in field.info.metadata if isinstance(m, OffFlag)), None)
+    return Flag(
+        field.name,
+        (field.flag,),
+        describe(field.info),
+        settings_class.model_fields[field.section].title or field.section,
+        None if is_switch else field.flag if field.positional else metavar(field.info),
+        (off or f"--no-{field.flag[2:]}",) if is_switch else (),
+        bool if is_switch else list[str] if is_list(field.info) else str,
+        complete=_completion(field.info),
+        is_positional=field.positional is not None,
+    )
+
+
+def _completion(info: FieldInfo) -> Callable[[str], list[str]] | None:
+    choices = choices_of(info)
+    if not choices:
+        return None  # the shell completes paths
+    make = complete_list if _takes_several(info) else complete_choice
+    return make(choices)
+
+
+def is_list(info: FieldInfo) -> bool:
+    """Whether a flag may be repeated: settings of several paths."""
+    return get_origin(info.annotation) is tuple and get_args(info.annotation)[0] is Path
+
+
+def describe(info: FieldInfo) -> str:
+    """Help of a flag: its description and its default."""
+    default = show_default(info)
+    return f"{info.description} ({default})" if default else str(info.description)
+
+
+def show_default(info: FieldInfo) -> str:
+    """The default, as one would type it; empty where the description has it."""
+    if info.is_required():
+        return "required"
+    default = info.default
+    assert default is not PydanticUndefined, "settings have plain defaults"
+    if default in (None, ()):
+        return ""
+    if default == "":
+        return "default: none"
+    if isinstance(default, bool):
+        return f"default: {'on' if default else 'off'}"
+    if isinstance(default, tuple):
+        return f"default: {', '.join(map(str, default))}"
+    return f"default: {default}"
+
+
+def metavar(info: FieldInfo) -> str:
+    """The kind of value a flag takes, or the values themselves."""
+    choices = choices_of(info)
+    if choices:
+        return f"<{'|'.join(choices)}{',...' if _takes_several(info) else ''}>"
+    kinds = set(plain_types(info.annotation))
+    if tuple[int, ...] in _alternatives(info.annotation):
+        return "<int,int,...>"
+    for kind in (Path, int, float):
+        if kind in kinds:
+            return f"<{kind.__name__.lower()}>"
+    return "<str>"
+
+
+def _takes_several(info: FieldInfo) -> bool:
+    return any(isinstance(m, ListOf) for m in info.metadata)
+
+
+def _alternatives(annotation: Any) -> Iterator[Any]:
+    yield annotation
+    yield from get_args(annotation)
