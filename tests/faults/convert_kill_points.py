@@ -26,7 +26,7 @@ def convert(v0_dir: Path, out_dir: Path, *, kill_at: int | None, count: Path) ->
     pid = os.fork()
     if pid == 0:
 
-        def act(number: int) -> None:
+        def act(number: int, _path: str) -> None:
             if number == kill_at:
                 os.kill(os.getpid(), signal.SIGKILL)
             count.write_text(str(number))

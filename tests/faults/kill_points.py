@@ -1,33 +1,54 @@
-"""Trains the tiny run once, then again and again with a kill at each change it makes on disk.
+"""Runs a job once, then again and again with a kill at each change it makes on disk.
 
-    python -m tests.faults.kill_points INPUTS_FOLDER EVERY
+    python -m tests.faults.kill_points INPUTS_FOLDER JOB EVERY
+
+Jobs: `train`; `over`: train with `--no-resume-from-checkpoint` over an old run; `ranks`: train on
+two ranks, of which one or the other is killed; `export`. EVERY: try each so many-th point.
 
 The parent imports everything and starts no thread, so each run is a fork that costs a second, not
-ten. Kill points are the changes that Python itself reports in the save path: files opened for
-writing, folders made, renames, removals, links. After each kill every checkpoint that is found must
-be whole, and the resumed run must end in the very bytes of the uninterrupted one.
+ten. Kill points are the changes that Python itself reports in the folder (files opened for writing,
+folders made, renames, removals, links), and writes of weights, which no hook sees: there the system
+ends the process inside the write that makes a file longer than so many bytes. After each kill every
+checkpoint that is found must be whole, and the run that follows must end in the very bytes of the
+uninterrupted one.
 """
 
 import json
 import os
+import resource
+import shutil
 import signal
+import socket
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from speculators_cli.core.drafts.checkpoint_reader import find_checkpoints, hash_file
+from speculators_cli.core.export.export import export
 from speculators_cli.core.progress import SilentProgress
 from speculators_cli.core.training.run import train
-from speculators_cli.settings.train import TrainSettings
+from speculators_cli.settings.export import ExportSettings
 from tests.tiny import TinyInputs
 
 CHANGES = {"os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.symlink", "shutil.rmtree"}
+SHARES = (0.02, 0.5, 0.98)  # of a file of weights, at which it is torn
 
 
-def watch(save_path: Path, act: Callable[[int], None]) -> None:
-    """Call `act` with the number of each change below `save_path`, before it happens."""
+@dataclass(frozen=True)
+class Point:
+    """Where a run is killed."""
+
+    change: int  # number of the change on disk, from 1
+    num_bytes: int | None = None  # None: before the change; else in the write to that length
+    victim: int = 0  # rank
+
+
+def watch(folder: Path, act: Callable[[int, str], None]) -> None:
+    """Call `act` with the number and path of each change below `folder`, before it happens."""
     num_changes = 0
 
     def hook(event: str, arguments: tuple[object, ...]) -> None:
@@ -35,69 +56,271 @@ def watch(save_path: Path, act: Callable[[int], None]) -> None:
         is_write = event == "open" and isinstance(arguments[2], int) and arguments[2] & os.O_WRONLY
         if not (is_write or event in CHANGES):
             return
-        if any(isinstance(x, str | os.PathLike) and str(save_path) in str(x) for x in arguments):
+        paths = [str(x) for x in arguments if isinstance(x, str | os.PathLike)]
+        if any(str(folder) in path for path in paths):
             num_changes += 1
-            act(num_changes)
+            act(num_changes, paths[0])
 
     sys.addaudithook(hook)
 
 
-def run(inputs: TinyInputs, save_path: Path, *, kill_at: int | None, count: Path | None) -> int:
-    """Train in a fork; returns its exit status, negative for the signal that ended it."""
+def kill_in_write(num_bytes: int) -> None:
+    """Let the system end this process inside the write that makes a file longer than that."""
+    signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, num_bytes))
+
+
+def fork(
+    work: Callable[[], object],
+    folder: Path,
+    *,
+    point: Point | None = None,
+    log: Path | None = None,
+    other: int | None = None,
+    environment: dict[str, str] | None = None,
+) -> int:
+    """Start work in a fork that is killed at a point; returns its process id."""
     pid = os.fork()
-    if pid == 0:
-        torch.set_num_threads(1)
+    if pid:
+        return pid
+    torch.set_num_threads(1)
+    os.environ.update(environment or {})
+    paths: list[str] = []
 
-        def act(number: int) -> None:
-            if number == kill_at:
-                os.kill(os.getpid(), signal.SIGKILL)
-            if count is not None:
-                with os.fdopen(os.open(count, os.O_RDWR | os.O_CREAT), "w") as stream:
-                    stream.write(str(number))
+    def act(number: int, path: str) -> None:
+        if log is not None:
+            paths.append(path)
+        if point is None or number != point.change:
+            return
+        if point.victim:
+            assert other is not None
+            os.kill(other, signal.SIGKILL)
+        elif point.num_bytes is None:
+            os.kill(os.getpid(), signal.SIGKILL)
+        else:
+            kill_in_write(point.num_bytes)
 
-        watch(save_path, act)
-        code = 1
-        try:
-            train(settings_of(inputs, save_path), progress=SilentProgress())
-            code = 0
-        finally:
-            os._exit(code)
+    watch(folder, act)
+    code = 1
+    try:
+        work()
+        code = 0
+        if log is not None:
+            log.write_text(json.dumps(paths))
+    finally:
+        os._exit(code)
+
+
+def wait(pid: int) -> int:
+    """Exit status, negative for the signal that ended it."""
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
-def settings_of(inputs: TinyInputs, save_path: Path) -> TrainSettings:
-    """Two epochs with saves in between, pruned to the latest and the best."""
-    return inputs.settings(
-        run={"save_path": save_path, "epochs": 2},
-        checkpoints={"checkpoint_every_steps": 3, "keep_checkpoints": 1},
-        data={"num_workers": 0},
-    )
+class Job:
+    """What is run, where it writes, and what must be true after a kill."""
+
+    num_ranks = 1
+
+    def __init__(self, inputs: TinyInputs) -> None:
+        self.inputs = inputs
+
+    def prepare(self, folder: Path) -> None:
+        """What is there before the job."""
+
+    def work(self, folder: Path) -> Callable[[], object]:
+        """The job, as it is started first."""
+        settings = self.inputs.settings(
+            run={"save_path": folder, "epochs": 2},
+            checkpoints={"checkpoint_every_steps": 1, "keep_checkpoints": 1},
+            data={"num_workers": 0, "total_seq_len": 256},
+            distributed={"device": "cpu", "timeout_seconds": 20},
+        )
+        return lambda: train(settings, progress=SilentProgress())
+
+    def again(self, folder: Path) -> Callable[[], object]:
+        """The job, as it is started after a kill."""
+        return self.work(folder)
+
+    def check(self, folder: Path) -> None:
+        """Whether what a kill has left is whole."""
+        for checkpoint in find_checkpoints(folder):
+            checkpoint.verify()
+
+    def result(self, folder: Path) -> Any:
+        """What must be the same as without a kill."""
+        left = sorted(path.name for path in folder.iterdir() if path.name.startswith("."))
+        runs = sorted({c.state.run_id for c in find_checkpoints(folder)})
+        weights = [hash_file(folder / "1" / name) for name in WEIGHTS]
+        return [left, len(runs), weights]
+
+    def weights(self, folder: Path) -> list[Path]:
+        """The files of weights that the job writes at once."""
+        return [folder / "1" / name for name in WEIGHTS]
+
+    def run(self, folder: Path, point: Point | None, log: Path | None, *, is_again: bool) -> int:
+        """Run the job in forks, one a rank; returns rank 0's exit status."""
+        work = self.again(folder) if is_again else self.work(folder)
+        if self.num_ranks == 1:
+            return wait(fork(work, folder, point=point, log=log))
+        with socket.socket() as free:
+            free.bind(("localhost", 0))
+            port = free.getsockname()[1]
+        shared = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
+        shared |= {"LOCAL_WORLD_SIZE": "2"}
+        second = fork(work, folder, environment={**shared, "RANK": "1", "LOCAL_RANK": "1"})
+        first = fork(
+            work,
+            folder,
+            point=point,
+            log=log,
+            other=second,
+            environment={**shared, "RANK": "0", "LOCAL_RANK": "0"},
+        )
+        status = wait(first)
+        if status != 0:
+            os.kill(second, signal.SIGKILL)  # as the launcher does
+        wait(second)
+        return status
+
+
+WEIGHTS = ("model.safetensors", "trainer/optimizer.safetensors")
+
+
+class Over(Job):
+    """Train over an old run."""
+
+    def prepare(self, folder: Path) -> None:
+        old = self.inputs.folder / "old"
+        if not old.exists():
+            settings = self.inputs.settings(
+                run={"save_path": old, "epochs": 2, "seed": 1}, data={"num_workers": 0}
+            )
+            assert wait(fork(lambda: train(settings, progress=SilentProgress()), old)) == 0
+        shutil.copytree(old, folder, symlinks=True)
+
+    def work(self, folder: Path) -> Callable[[], object]:
+        return self._train(folder, resume=False)
+
+    def again(self, folder: Path) -> Callable[[], object]:
+        # Once the new run has saved anything, nothing else may be resumed.
+        return self._train(folder, resume=find_checkpoints(folder)[-1].state.generation == 2)
+
+    def check(self, folder: Path) -> None:
+        super().check(folder)
+        found = find_checkpoints(folder)
+        assert found, "neither the old run nor the new one is there"
+        if found[-1].state.generation == 1:
+            assert [c.folder.name for c in found] == ["0", "1"], "the old run went too early"
+
+    def _train(self, folder: Path, *, resume: bool) -> Callable[[], object]:
+        settings = self.inputs.settings(
+            run={"save_path": folder, "epochs": 2, "resume_from_checkpoint": resume},
+            checkpoints={"checkpoint_every_steps": 1, "keep_checkpoints": 1},
+            data={"num_workers": 0, "total_seq_len": 256},
+        )
+        return lambda: train(settings, progress=SilentProgress())
+
+
+class TwoRanks(Job):
+    """Train on two ranks."""
+
+    num_ranks = 2
+
+
+class Export(Job):
+    """Export a checkpoint, over an older export."""
+
+    def prepare(self, folder: Path) -> None:
+        source = self.inputs.folder / "source"
+        if not source.exists():
+            settings = self.inputs.settings(
+                run={"save_path": source, "epochs": 1}, data={"num_workers": 0}
+            )
+            assert wait(fork(lambda: train(settings, progress=SilentProgress()), source)) == 0
+        folder.mkdir()
+
+    def work(self, folder: Path) -> Callable[[], object]:
+        content = {
+            "source": {"checkpoint": str(self.inputs.folder / "source")},
+            "export": {"output_dir": folder / "served", "overwrite": True, "dtype": "float32"},
+        }
+        settings = ExportSettings.model_validate(content)
+        return lambda: export(settings, progress=SilentProgress())
+
+    def check(self, folder: Path) -> None:
+        served = folder / "served"
+        if served.exists():
+            assert (served / "README.md").exists(), "a part of an export has its name"
+
+    def result(self, folder: Path) -> Any:
+        files = {f.name: hash_file(f) for f in (folder / "served").iterdir()}
+        return [sorted(path.name for path in folder.iterdir()), files]
+
+    def weights(self, folder: Path) -> list[Path]:
+        return [folder / "served" / "model.safetensors"]
+
+
+JOBS: dict[str, type[Job]] = {"train": Job, "over": Over, "ranks": TwoRanks, "export": Export}
+
+
+def list_points(job: Job, paths: list[str], folder: Path) -> list[Point]:
+    """Every change, and lengths of each file of weights after each folder made for them."""
+    points = [Point(i) for i in range(1, len(paths) + 1)]
+    begun = [i for i, path in enumerate(paths, 1) if path.endswith(("/trainer", "/new"))]
+    sizes = [file.stat().st_size for file in job.weights(folder)]
+    # A file is torn behind the length of those before it, which are written whole.
+    lengths = [
+        before + int(share * (size - before))
+        for before, size in zip([0, *sizes], sizes, strict=False)
+        for share in SHARES
+    ]
+    points += [Point(i, num_bytes=length) for i in begun for length in lengths]
+    if job.num_ranks > 1:
+        points += [Point(i, victim=1) for i in range(1, len(paths) + 1)]
+    return points
+
+
+def try_point(job: Job, point: Point, folder: Path, expected: Any) -> str | None:
+    """Kill a run at a point and run it again; returns what is wrong afterwards."""
+    job.prepare(folder)
+    status = job.run(folder, point, None, is_again=False)
+    try:
+        assert status != 0 or point.victim, "was not reached"
+        if point.victim == 0:
+            assert status in (-signal.SIGKILL, -signal.SIGXFSZ), f"ended with {status}"
+        job.check(folder)
+        status = job.run(folder, None, None, is_again=True)
+        assert status == 0, f"the run after it ended with {status}"
+        result = job.result(folder)
+        assert result == expected, f"the run after it ended in {result}, expected {expected}"
+    except AssertionError as failure:
+        return f"{point}: {failure}"
+    shutil.rmtree(folder)
+    return None
 
 
 def main() -> None:
     """Try kill points and print what was found as JSON."""
-    inputs, every = TinyInputs(Path(sys.argv[1])), int(sys.argv[2])
-    count = inputs.folder / "count"
-    assert run(inputs, inputs.folder / "whole", kill_at=None, count=count) == 0
-    expected = hash_file(inputs.folder / "whole" / "1" / "model.safetensors")
-    num_points, failures, tried = int(count.read_text()), [], 0
-    for point in range(1, num_points + 1, every):
-        save_path = inputs.folder / f"killed-{point}"
-        status = run(inputs, save_path, kill_at=point, count=None)
-        try:
-            assert status == -signal.SIGKILL, f"ended with {status}"
-            for checkpoint in find_checkpoints(save_path):
-                checkpoint.verify()
-            status = run(inputs, save_path, kill_at=None, count=None)
-            assert status == 0, f"the resumed run ended with {status}"
-            final = hash_file(save_path / "1" / "model.safetensors")
-            assert final == expected, "the resumed run ended in other weights"
-            left = {path.name for path in save_path.iterdir() if path.name.startswith(".")}
-            assert not left, f"left over: {left}"
-        except AssertionError as failure:
-            failures.append(f"kill point {point} of {num_points}: {failure}")
-        tried += 1
-    print(json.dumps({"num_points": num_points, "tried": tried, "failures": failures}))  # noqa: T201
+    inputs, every = TinyInputs(Path(sys.argv[1])), int(sys.argv[3])
+    job = JOBS[sys.argv[2]](inputs)
+    log, whole = inputs.folder / "log", inputs.folder / "whole"
+    job.prepare(whole)
+    assert job.run(whole, None, log, is_again=False) == 0
+    expected = job.result(whole)
+    points = list_points(job, json.loads(log.read_text()), whole)
+    tried = points[::every]
+    outcomes = [
+        try_point(job, point, inputs.folder / f"killed-{number}", expected)
+        for number, point in enumerate(tried)
+    ]
+    report = {
+        "num_points": len(points),
+        "tried": len(tried),
+        "tried_in_writes": sum(point.num_bytes is not None for point in tried),
+        "failures": [outcome for outcome in outcomes if outcome is not None],
+    }
+    print(json.dumps(report))  # noqa: T201
 
 
 if __name__ == "__main__":

@@ -4,39 +4,52 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from tests.tiny import TinyInputs
 
+Report = dict[str, Any]
 
-def try_kill_points(folder: Path, every: int, *, script: str = "kill_points") -> dict[str, object]:
+
+def try_kill_points(folder: Path, *arguments: object, script: str = "kill_points") -> Report:
     done = subprocess.run(
-        [sys.executable, "-m", f"tests.faults.{script}", str(folder), str(every)],
+        [sys.executable, "-m", f"tests.faults.{script}", str(folder), *map(str, arguments)],
         cwd=Path(__file__).parents[2],
         capture_output=True,
         text=True,
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    report: dict[str, object] = json.loads(done.stdout.splitlines()[-1])
+    report: Report = json.loads(done.stdout.splitlines()[-1])
     return report
 
 
-def test_a_killed_run_goes_on_as_if_nothing_had_happened(tiny: TinyInputs) -> None:
-    report = try_kill_points(tiny.folder, every=4)
+# Every so many-th point of each job: together with those of `convert-v0` at least sixty.
+FEW = {"train": (8, 18), "over": (8, 18), "export": (2, 10), "ranks": (60, 3)}
+ALL = {"train": 140, "over": 140, "export": 20, "ranks": 200}
+
+
+@pytest.mark.parametrize("job", FEW)
+def test_a_killed_job_ends_as_if_nothing_had_happened(tiny: TinyInputs, job: str) -> None:
+    every, fewest = FEW[job]
+
+    report = try_kill_points(tiny.folder, job, every)
 
     assert report["failures"] == []
-    assert int(str(report["tried"])) >= 20
+    assert report["tried"] >= fewest
 
 
 @pytest.mark.slow
-def test_every_kill_point_is_survived(tiny: TinyInputs) -> None:
-    report = try_kill_points(tiny.folder, every=1)
+@pytest.mark.parametrize("job", ALL)
+def test_every_kill_point_is_survived(tiny: TinyInputs, job: str) -> None:
+    report = try_kill_points(tiny.folder, job, 1)
 
     assert report["failures"] == []
-    assert int(str(report["tried"])) >= 200
+    assert report["tried"] == report["num_points"] >= ALL[job]
+    assert report["tried_in_writes"] >= 3
 
 
 def write_v0(folder: Path, num_samples: int) -> Path:
@@ -55,17 +68,17 @@ def write_v0(folder: Path, num_samples: int) -> Path:
 def test_a_killed_conversion_leaves_whole_files_and_goes_on(tmp_path: Path) -> None:
     v0_dir = write_v0(tmp_path / "v0", num_samples=8)
 
-    report = try_kill_points(v0_dir, every=1, script="convert_kill_points")
+    report = try_kill_points(v0_dir, 1, script="convert_kill_points")
 
     assert report["failures"] == []
-    assert int(str(report["tried"])) >= 20
+    assert report["tried"] >= 20
 
 
 @pytest.mark.slow
 def test_every_kill_point_of_a_conversion_is_survived(tmp_path: Path) -> None:
     v0_dir = write_v0(tmp_path / "v0", num_samples=60)
 
-    report = try_kill_points(v0_dir, every=1, script="convert_kill_points")
+    report = try_kill_points(v0_dir, 1, script="convert_kill_points")
 
     assert report["failures"] == []
-    assert int(str(report["tried"])) >= 100
+    assert report["tried"] >= 100
