@@ -222,6 +222,9 @@ def test_a_second_run_does_only_what_is_missing(
     lost.unlink()
     torn.write_bytes(tree[torn][:100])
     (out_dir / ".tmp-data_9.pt.123").touch()
+    (out_dir / ".tmp-data_9.pt.124").write_bytes(tree[lost][:1000])
+    (out_dir / ".tmp-data_9.pt.125").write_text("mine")
+    (out_dir / ".tmp-mine").touch()
     kept = sorted(tree)[2]
     kept_at = kept.stat().st_mtime_ns
     capsys.readouterr()
@@ -233,7 +236,8 @@ def test_a_second_run_does_only_what_is_missing(
     assert (report["num_converted"], report["num_already_converted"]) == (2, 22)
     assert {file: file.read_bytes() for file in out_dir.rglob("*.pt")} == tree
     assert kept.stat().st_mtime_ns == kept_at
-    assert not list(out_dir.rglob(".tmp-*"))
+    left = {file.name for file in out_dir.rglob(".tmp-*")}
+    assert left == {".tmp-data_9.pt.125", ".tmp-mine"}
 
 
 @pytest.mark.parametrize("flags", [["--undo-norm"], ["--dtype", "bfloat16"]])

@@ -2,6 +2,7 @@
 
 import errno
 import os
+import re
 import shutil
 import time
 from collections.abc import Iterator, Sequence
@@ -43,6 +44,8 @@ if TYPE_CHECKING:
 
 MIN_GAIN = 1e-3  # of the final norm: below it, division magnifies rounding a thousandfold
 MAX_WORKERS = 4
+LEFTOVER = re.compile(rf"{re.escape(TEMPORARY)}.+\.pt\.\d+(-\d+)?")
+FIRST_BYTES = b"PK\3\4\0\0\0\x08" + bytes(6)  # of a file that `ArchiveWriter` writes: no date
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)  # the next file fails as well
 
 
@@ -274,10 +277,15 @@ def count_workers(files: FilesSettings) -> int:
 
 
 def remove_leftovers(output_dir: Path) -> None:
-    """Remove files that a killed run had not finished."""
+    """Remove files that a killed run had not finished, as their contents prove."""
     for file in output_dir.rglob(f"{TEMPORARY}*"):
-        if file.is_file() and not file.is_symlink():
-            file.unlink()
+        is_named = LEFTOVER.fullmatch(file.name) is not None
+        if is_named and file.is_file() and not file.is_symlink():
+            with file.open("rb") as stream:
+                start = stream.read(len(FIRST_BYTES))
+            # Bytes of a record are written before its header: until then, a file begins with zeros.
+            if start == FIRST_BYTES or not start.strip(b"\0"):
+                file.unlink()
 
 
 def convert_all(
