@@ -28,8 +28,8 @@ def try_kill_points(folder: Path, *arguments: object, script: str = "kill_points
 
 
 # Every so many-th point of each job: together with those of `convert-v0` at least sixty.
-FEW = {"train": (8, 18), "over": (8, 18), "export": (2, 10), "ranks": (60, 3)}
-ALL = {"train": 140, "over": 140, "export": 20, "ranks": 200}
+FEW = {"train": (10, 15), "over": (11, 14), "export": (3, 7), "ranks": (60, 3)}
+ALL = {"train": 140, "over": 140, "export": 20, "ranks": 140}
 
 
 @pytest.mark.parametrize("job", FEW)
