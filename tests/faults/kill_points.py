@@ -15,6 +15,7 @@ uninterrupted one.
 
 import json
 import os
+import re
 import resource
 import shutil
 import signal
@@ -48,7 +49,7 @@ class Point:
 
 
 def watch(folder: Path, act: Callable[[int, str], None]) -> None:
-    """Call `act` with the number and path of each change below `folder`, before it happens."""
+    """Call `act` with number, kind and path of each change below `folder`, before it happens."""
     num_changes = 0
 
     def hook(event: str, arguments: tuple[object, ...]) -> None:
@@ -59,7 +60,7 @@ def watch(folder: Path, act: Callable[[int, str], None]) -> None:
         paths = [str(x) for x in arguments if isinstance(x, str | os.PathLike)]
         if any(str(folder) in path for path in paths):
             num_changes += 1
-            act(num_changes, paths[0])
+            act(num_changes, f"{event} {paths[0]}")
 
     sys.addaudithook(hook)
 
@@ -86,11 +87,11 @@ def fork(
         return pid
     torch.set_num_threads(1)
     os.environ.update(environment or {})
-    paths: list[str] = []
+    changes: list[str] = []
 
-    def act(number: int, path: str) -> None:
+    def act(number: int, change: str) -> None:
         if log is not None:
-            paths.append(path)
+            changes.append(change)
         if point is None or number != point.change:
             return
         if point.victim:
@@ -107,7 +108,7 @@ def fork(
         work()
         code = 0
         if log is not None:
-            log.write_text(json.dumps(paths))
+            log.write_text(json.dumps(changes))
     finally:
         os._exit(code)
 
@@ -264,10 +265,11 @@ class Export(Job):
 JOBS: dict[str, type[Job]] = {"train": Job, "over": Over, "ranks": TwoRanks, "export": Export}
 
 
-def list_points(job: Job, paths: list[str], folder: Path) -> list[Point]:
+def list_points(job: Job, changes: list[str], folder: Path) -> list[Point]:
     """Every change, and lengths of each file of weights after each folder made for them."""
-    points = [Point(i) for i in range(1, len(paths) + 1)]
-    begun = [i for i, path in enumerate(paths, 1) if path.endswith(("/trainer", "/new"))]
+    points = [Point(i) for i in range(1, len(changes) + 1)]
+    made = re.compile(r"os\.mkdir .*/(trainer|new)")
+    begun = [i for i, change in enumerate(changes, 1) if made.fullmatch(change)]
     sizes = [file.stat().st_size for file in job.weights(folder)]
     # A file is torn behind the length of those before it, which are written whole.
     lengths = [
@@ -277,7 +279,7 @@ def list_points(job: Job, paths: list[str], folder: Path) -> list[Point]:
     ]
     points += [Point(i, num_bytes=length) for i in begun for length in lengths]
     if job.num_ranks > 1:
-        points += [Point(i, victim=1) for i in range(1, len(paths) + 1)]
+        points += [Point(i, victim=1) for i in range(1, len(changes) + 1)]
     return points
 
 
@@ -317,6 +319,7 @@ def main() -> None:
     report = {
         "num_points": len(points),
         "tried": len(tried),
+        "points_in_writes": sum(point.num_bytes is not None for point in points),
         "tried_in_writes": sum(point.num_bytes is not None for point in tried),
         "failures": [outcome for outcome in outcomes if outcome is not None],
     }
