@@ -131,10 +131,17 @@ class Family:
         config, content = next(reversed(self.configs), None), self.text_content
         for key in keys:
             is_raw = config is None or key in self.left_out
-            found = content.get(key) if is_raw else getattr(config, key, None)
+            found = content.get(key) if is_raw else _attribute(config, key, content.get(key))
             if found is not None:
                 return found
         return None
+
+
+def _attribute(config: PreTrainedConfig | None, key: str, default: Any) -> Any:
+    try:
+        return getattr(config, key, None)
+    except RuntimeError:  # transformers has a value for each layer, and gives none for all
+        return default
 
 
 def read_family(name: str, content: Mapping[str, Any], *, trust_remote_code: bool) -> Family:

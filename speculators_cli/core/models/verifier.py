@@ -60,18 +60,23 @@ def read_verifier_config(files: VerifierFiles, *, trust_remote_code: bool) -> Ve
         raise SettingsError(
             f"Verifier `{files.name_or_path}` (`{kind}`) {error}", hint=hint_of(family)
         ) from None
-    is_tied = given_tie(family)
+    modules = PartNames(readout.embedding, readout.norm, readout.head)
+    given = given_tie(family)
+    is_tied = readout.is_tied and given is not False
+    if given and not is_tied:
+        # Its own code has a head all the same, unless none was saved.
+        is_tied = files.find_head(modules) is None
     return VerifierConfig(
         **sizes
         | {
             "rms_norm_eps": readout.eps,
-            "is_tied": readout.is_tied if is_tied is None else is_tied,
+            "is_tied": is_tied,
         },
         norm_offset=readout.offset,
         logit_softcap=readout.softcap,
         logit_scale=readout.scale,
         is_norm_centred=readout.is_centred,
-        modules=PartNames(readout.embedding, readout.norm, readout.head),
+        modules=modules,
     )
 
 

@@ -14,11 +14,14 @@ _SIDE_PARTS = re.compile(
     r"|qformer|vqmodel|vq_model|code2wav|token2wav)\."
 )
 # Names of modules in files, the most common first.
-_EMBEDDINGS = ("embed_tokens", "wte", "word_embeddings", "embeddings", "tok_embeddings", "embed_in")
+_EMBEDDINGS = (
+    *("embed_tokens", "wte", "word_embeddings", "embeddings", "tok_embeddings", "embed_in"),
+    *("embedding", "embed"),
+)
 _NORMS = (
     "norm", "final_layernorm", "norm_f", "ln_f", "embedding_norm", "final_layer_norm", "final_norm"
 )  # fmt: skip
-_HEADS = ("lm_head", "embed_out", "output_projection")
+_HEADS = ("lm_head", "embed_out", "output_projection", "output", "head")
 # What a tensor's name ends with where it is quantised.
 QUANTISED_ENDINGS = (".weight_packed", ".qweight", ".weight_blocks", ".blocks")
 

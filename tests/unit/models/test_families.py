@@ -1,6 +1,7 @@
 """Every family of transformers: its logits from saved files, and its row of the reference page."""
 
 import runpy
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from speculators_cli.core.errors import SpeculatorsError
 from speculators_cli.core.models.family import Family, build_small, model_classes
 from speculators_cli.core.models.readout import NUM_ROWS, Readout, UnlikeError, measure_readout
 from speculators_cli.core.models.verifier import load_frozen_verifier, read_verifier_config
@@ -29,7 +31,7 @@ def test_the_table_of_verifiers_is_not_stale() -> None:
 @pytest.mark.filterwarnings("ignore")
 def test_logits_of_every_trained_family_are_its_own(tmp_path: Path) -> None:
     script = runpy.run_path(str(TABLE))
-    checked: list[str] = []
+    errors: dict[str, float | str] = {}
 
     for family in script["families"]():
         try:
@@ -40,16 +42,25 @@ def test_logits_of_every_trained_family_are_its_own(tmp_path: Path) -> None:
         expected = save_small(family, readout, folder)
         if expected is None:
             continue
-        states, logits = expected
-        files = VerifierFiles(str(folder))
-        verifier = load_frozen_verifier(files, read_verifier_config(files, trust_remote_code=False))
-        normed = verifier.normed(states, torch.zeros(NUM_ROWS, dtype=torch.bool))
-        error = (verifier.logits(normed, verifier.head) - logits).abs().max() / logits.abs().max()
-        assert error <= 1e-6, (family.name, float(error))
-        checked.append(family.name)
+        try:
+            errors[family.name] = relative_error(folder, *expected)
+        except SpeculatorsError as error:
+            errors[family.name] = error.message
+        shutil.rmtree(folder)
 
-    assert len(checked) > 150
-    assert {"llama", "gemma3", "cohere2", "granite", "qwen3_vl", "phi"} <= set(checked)
+    # Both round in float32, over widths of up to some thousands.
+    assert {k: x for k, x in errors.items() if isinstance(x, str) or not x <= 2e-6} == {}
+    assert len(errors) > 150
+    assert {"llama", "gemma3", "cohere2", "granite", "qwen3_vl", "phi"} <= set(errors)
+
+
+def relative_error(folder: Path, states: Tensor, logits: Tensor) -> float:
+    """Of the logits of a saved verifier, to the largest."""
+    files = VerifierFiles(str(folder))
+    verifier = load_frozen_verifier(files, read_verifier_config(files, trust_remote_code=False))
+    normed = verifier.normed(states, torch.zeros(NUM_ROWS, dtype=torch.bool))
+    own = verifier.logits(normed, verifier.head)
+    return float((own - logits).abs().max() / logits.abs().max())
 
 
 @torch.no_grad()
@@ -59,30 +70,28 @@ def save_small(family: Family, readout: Readout, folder: Path) -> tuple[Tensor, 
     None if it needs layers, or is too large.
     """
     torch.manual_seed(1)
-    model_class, config = next(
-        (c, part)
-        for c, part in model_classes(family)
-        if readout.head in dict(build_small(c, part, num_layers=0, device="meta").named_modules())
-    )
-    model = build_small(model_class, config, num_layers=0)
-    if sum(parameter.numel() for parameter in model.parameters()) > MAX_PARAMETERS:
-        return None
-    for parameter in model.parameters():
-        parameter.normal_(0.3, 0.5)
-    states = torch.randn(NUM_ROWS, config.get_text_config(decoder=True).hidden_size)
-    try:
-        logits = run(model, states)
-    except Exception:  # noqa: BLE001 - it needs layers
-        return None
-    if logits is None:
-        return None
-    model.save_pretrained(folder)
-    config.architectures = [model_class.__name__]
-    config.save_pretrained(folder)
-    return states, logits
+    for model_class, config in model_classes(family):
+        try:
+            model = build_small(model_class, config, num_layers=0)
+            names = dict(model.named_modules())
+            if readout.head not in names or readout.embedding not in names:
+                continue
+            if sum(parameter.numel() for parameter in model.parameters()) > MAX_PARAMETERS:
+                continue
+            for parameter in model.parameters():
+                parameter.normal_(0.3, 0.5)
+            states = torch.randn(NUM_ROWS, config.get_text_config(decoder=True).hidden_size)
+            logits = run(model, states)
+            model.save_pretrained(folder)
+            config.architectures = [model_class.__name__]
+            config.save_pretrained(folder)
+        except Exception:  # noqa: BLE001, S112 - of code that is not ours: it needs layers or images
+            continue
+        return states, logits
+    return None
 
 
-def run(model: Any, states: Tensor) -> Tensor | None:
+def run(model: Any, states: Tensor) -> Tensor:
     """Logits with these states in place of what the last norm reads."""
     norms = [m for m in model.modules() if "norm" in type(m).__name__.lower()]
     called: list[Any] = []

@@ -404,3 +404,20 @@ def test_a_hub_id_without_a_hub_is_a_clear_error(monkeypatch: pytest.MonkeyPatch
 def test_a_folder_without_a_config_is_refused(tmp_path: Path) -> None:
     with pytest.raises(SettingsError, match=r"has no `config\.json`"):
         read_verifier_config(VerifierFiles(str(tmp_path)), trust_remote_code=False)
+
+
+def test_a_head_that_the_familys_own_code_does_not_tie_is_read_whatever_the_config_sets(
+    tmp_path: Path,
+) -> None:
+    config = transformers.BigBirdPegasusConfig(
+        d_model=24, decoder_layers=2, encoder_layers=2, decoder_attention_heads=6,
+        decoder_ffn_dim=40, vocab_size=37, max_position_embeddings=64,
+    )  # fmt: skip
+    model: Any = transformers.BigBirdPegasusForCausalLM(config)
+    model.save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text("utf-8"))["tie_word_embeddings"]
+
+    found, verifier = load(tmp_path)
+
+    assert not found.is_tied
+    assert torch.equal(verifier.head, model.lm_head.weight)
