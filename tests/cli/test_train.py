@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from speculators_cli.cli.app import run
-from speculators_cli.core.data.dataset import Dataset
+from speculators_cli.core.data.folder import SampleFolder
 from speculators_cli.core.data.formats import FORMATS, v1
 from speculators_cli.core.data.sample import Sample
 from tests.tiny import TinyInputs, write_as_specforge
@@ -89,13 +89,13 @@ def test_waiting_for_samples_is_warned_of(
     tiny: TinyInputs, capsys: Capture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("speculators_cli.core.training.run_log.WATCHED_SECONDS", 0.2)
-    read = Dataset.read
+    read = SampleFolder.read
 
-    def read_slowly(dataset: Dataset, sample_id: int) -> Sample:
+    def read_slowly(dataset: SampleFolder, sample_id: int) -> Sample:
         time.sleep(0.2)
         return read(dataset, sample_id)
 
-    monkeypatch.setattr(Dataset, "read", read_slowly)
+    monkeypatch.setattr(SampleFolder, "read", read_slowly)
 
     assert run(["train", *tiny.flags(num_workers=0, log_every_steps=1, max_steps=4)]) == 0
 

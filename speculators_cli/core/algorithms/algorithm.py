@@ -11,6 +11,7 @@ from speculators_cli.core.algorithms.draft_config import DraftConfig
 from speculators_cli.core.algorithms.draft_model import DraftModel
 from speculators_cli.core.algorithms.drafter import Drafter
 from speculators_cli.core.algorithms.overrides import Overrides
+from speculators_cli.core.data.alignment import Alignment
 from speculators_cli.core.data.vocab_map import VocabMap
 from speculators_cli.core.models.verifier import FrozenVerifier
 from speculators_cli.settings.base import Settings
@@ -24,6 +25,7 @@ class Algorithm(ABC, Generic[ConfigT, SettingsT]):
 
     name: ClassVar[str]  # in `--algorithm`, in checkpoints and in settings: the section's name
     settings_class: ClassVar[type[Settings]]  # the section of `speculators train`
+    alignment: ClassVar[Alignment]  # which rows of a sample it trains on
     cost: CostModel[ConfigT, SettingsT]  # of a training step
 
     @abstractmethod

@@ -5,6 +5,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
+import numpy as np
+from numpy.typing import NDArray
 from torch import Tensor
 
 from speculators_cli.core.algorithms.draft_config import DraftConfig
@@ -64,8 +66,8 @@ class CostModel(ABC, Generic[ConfigT, SettingsT]):
         self,
         config: ConfigT,
         settings: SettingsT,
-        lengths: Sequence[int],  # of documents
-        num_targets: Sequence[int],  # supervised positions of each
+        lengths: NDArray[np.int64],  # [documents]: positions of each
+        num_targets: NDArray[np.int64],  # [documents]: supervised positions of each
     ) -> Work:
         """The same from headers only: how many positions are supervised, not which."""
 

@@ -19,7 +19,7 @@ from speculators_cli.core.bench.shapes import find_shape
 from speculators_cli.core.bench.synthetic import SyntheticLoader
 from speculators_cli.core.data.batch import Batch
 from speculators_cli.core.data.data_config import LayerIds, default_layer_ids
-from speculators_cli.core.data.dataset import Dataset, read_dataset
+from speculators_cli.core.data.folder import SampleFolder, read_folders
 from speculators_cli.core.data.loader import BatchSource
 from speculators_cli.core.data.vocab_map import VocabMap
 from speculators_cli.core.models.train_state import TrainState
@@ -302,12 +302,12 @@ def _train_settings(settings: BenchSettings, verifier: VerifierConfig) -> TrainS
 
 def _read_samples(
     settings: BenchSettings, verifier: VerifierConfig, vocab_size: int, progress: Progress
-) -> Dataset:
+) -> SampleFolder:
     """The samples to train on; none if they are made up."""
     samples = settings.samples
     if not samples.data_path:
-        return Dataset((), "v1", (), ())
-    dataset = read_dataset(
+        return SampleFolder((), "v1")
+    dataset = read_folders(
         samples.data_path,
         data_format=samples.data_format,
         version=samples.data_format_version,
@@ -325,7 +325,7 @@ def _build_trainer(
     train_settings: TrainSettings,
     verifier: VerifierConfig,
     vocab_size: int,
-    samples: Dataset,
+    samples: SampleFolder,
     ranks: Ranks,
 ) -> Trainer:
     """Parts as `train` builds them, around random frozen parts of the verifier."""

@@ -9,6 +9,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from speculators_cli.core.data.alignment import NEXT_TOKEN, Alignment
 from speculators_cli.core.data.sample import Sample, States
 from speculators_cli.core.torch_file.stored import StoredStates, find_rows
 
@@ -91,13 +92,14 @@ def collate(
     num_aux_layers: int,
     hidden_size: int,
     dtype: torch.dtype,
+    alignment: Alignment = NEXT_TOKEN,
     pin_memory: bool = False,
 ) -> Batch:
     """Pack samples end to end; each hidden state is read once, from its file into the batch.
 
-    A sample of S tokens takes S - 1 positions: ids, last hidden states and loss mask lose their
-    first, aux hidden states their last. What does not fit into `total_seq_len` is cut. Last hidden
-    states are read at supervised positions alone. Samples are taken one at a time.
+    `alignment` decides which rows of a sample are positions. What does not fit into `total_seq_len`
+    is cut. Last hidden states are read at supervised positions only. Samples are taken one at a
+    time.
 
     Raises:
         ChangedSampleError: The file of a sample is no longer as it was.
@@ -116,10 +118,11 @@ def collate(
     last = torch.empty((total_seq_len, hidden_size), dtype=dtype, pin_memory=pin_memory)
     start, num_targets, lengths = 0, 0, []
     for document, sample in enumerate(samples):
-        length = max(min(sample.num_tokens - 1, total_seq_len - start), 0)
+        length = min(alignment.count_positions(sample.num_tokens), total_seq_len - start)
         here = slice(start, start + length)
-        input_ids[here] = sample.input_ids[1 : 1 + length]
-        loss_mask[here] = sample.loss_mask[1 : 1 + length]
+        tokens = alignment.tokens(length)
+        input_ids[here] = sample.input_ids[tokens]
+        loss_mask[here] = sample.loss_mask[tokens]
         position_ids[here] = torch.arange(1, 1 + length)
         document_ids[here] = document
         column = 0
@@ -131,7 +134,7 @@ def collate(
         own = slice(num_targets, num_targets + len(supervised))
         targets[own] = supervised + start
         is_normed[own] = sample.is_normed
-        copy_rows(sample.last_hidden_states, supervised + 1, last[own])
+        copy_rows(sample.last_hidden_states, supervised + tokens.start, last[own])
         lengths.append(length)
         start += length
         num_targets += len(supervised)

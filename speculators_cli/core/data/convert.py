@@ -67,7 +67,7 @@ def convert_file(source: Path, target: Path, changes: Changes) -> float:
         OSError: A file cannot be read or written.
     """
     tokens = v0.FORMAT.read_tokens(source)
-    header = changes.header(tokens.header)
+    header = changes.header(tokens.header())
     if changes.gain is not None and len(changes.gain) != header.hidden_size:
         raise BadSampleError(
             f"has hidden size {header.hidden_size:,}, the verifier {len(changes.gain):,}"
@@ -155,7 +155,7 @@ def is_converted(source: Path, target: Path, changes: Changes) -> bool:
     try:
         old, new = v0.FORMAT.read_tokens(source), v1.FORMAT.read_tokens(target)
         return (
-            new.header == changes.header(old.header)
+            new.header() == changes.header(old.header())
             and old.input_ids.tobytes() == new.input_ids.tobytes()
             and old.loss_mask.tobytes() == new.loss_mask.tobytes()
             and _has_same_states(source, target, changes)

@@ -11,8 +11,8 @@ from typing import Protocol
 import torch
 
 from speculators_cli.core.data.batch import Batch, collate
-from speculators_cli.core.data.dataset import Dataset
 from speculators_cli.core.data.packing import Packed, PackingPlan, plan_epoch
+from speculators_cli.core.data.source import SampleSource
 
 Place = tuple[int, int]  # an epoch, and which of this rank's packed sequences in it
 
@@ -48,7 +48,7 @@ class BatchLoader:
     next one is asked for and still being read, there may be one more.
 
     Args:
-        dataset: The samples.
+        samples: What is read.
         total_seq_len: Tokens in one packed sequence.
         seed: Seed of the order.
         global_batch: Packed sequences an optimizer step takes over all ranks.
@@ -65,7 +65,7 @@ class BatchLoader:
 
     def __init__(
         self,
-        dataset: Dataset,
+        samples: SampleSource,
         *,
         total_seq_len: int,
         seed: int,
@@ -80,7 +80,7 @@ class BatchLoader:
         pads: bool,
     ) -> None:
         assert global_batch % num_ranks == 0, "ranks share a step evenly"
-        self.dataset = dataset
+        self.samples = samples
         self.total_seq_len = total_seq_len
         self.seed = seed
         self.global_batch = global_batch
@@ -103,7 +103,7 @@ class BatchLoader:
         """The packed sequences of an epoch, over all ranks."""
         if self._latest is None or self._latest[0] != epoch:
             plan = plan_epoch(
-                self.dataset.lengths,
+                self.samples.lengths,
                 total_seq_len=self.total_seq_len,
                 seed=self.seed,
                 epoch=epoch,
@@ -179,17 +179,18 @@ class BatchLoader:
 
     def _collate(self, sequence: Packed) -> Batch:
         # One at a time: each keeps its file open.
-        samples = (self.dataset.read(sample_id) for sample_id in sequence)
+        samples = map(self.samples.read, sequence)
         total_seq_len = self.total_seq_len
         if not self.pads:
-            num_positions = int(self.dataset.lengths[list(sequence)].sum())
+            num_positions = int(self.samples.lengths[list(sequence)].sum())
             total_seq_len = max(min(total_seq_len, num_positions), 1)
         return collate(
             sequence,
             samples,
             total_seq_len=total_seq_len,
-            num_aux_layers=self.dataset.num_aux_layers,
-            hidden_size=self.dataset.hidden_size,
-            dtype=getattr(torch, self.dataset.dtype),
+            num_aux_layers=self.samples.num_aux_layers,
+            hidden_size=self.samples.hidden_size,
+            dtype=getattr(torch, self.samples.dtype),
+            alignment=self.samples.alignment,
             pin_memory=self.pin_memory,
         )

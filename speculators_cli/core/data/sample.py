@@ -3,11 +3,12 @@
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol, Self
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
+from speculators_cli.core.data.alignment import NEXT_TOKEN, Alignment
 from speculators_cli.core.errors import DataError
 
 if TYPE_CHECKING:
@@ -22,53 +23,50 @@ class SampleHeader:
     """What is known of a sample without reading its hidden states."""
 
     num_tokens: int
-    num_supervised_tokens: int  # of the tokens that can be predicted: all but the first
+    num_supervised_tokens: int  # those that are targets
     hidden_size: int
     num_aux_layers: int
     dtype: str  # of the hidden states on disk, or one that holds all of theirs: `bfloat16`, ...
     is_normed: bool  # whether the last hidden states are after the verifier's final norm
     max_token_id: int  # -1 in an empty sample
-    first_target: int  # index of the first supervised token that can be predicted; -1: none
-
-    def has_target(self, total_seq_len: int) -> bool:
-        """Whether a token is supervised in what a packed sequence of this many tokens holds."""
-        return 0 < self.first_target <= total_seq_len
+    first_target: int  # index of the first token that is a target; -1: none
 
 
 @dataclass(frozen=True)
 class SampleTokens:
     """A sample without its hidden states."""
 
-    header: SampleHeader
     input_ids: NDArray[np.int64]  # [seq_len]
     loss_mask: NDArray[np.bool_]  # [seq_len]
+    hidden_size: int
+    num_aux_layers: int
+    dtype: str  # as in `SampleHeader`
+    is_normed: bool
     fingerprint: str  # changes with the contents of the file, which was not read whole
 
-    @classmethod
-    def with_header(
-        cls,
-        input_ids: NDArray[np.int64],  # [seq_len]
-        loss_mask: NDArray[np.bool_],  # [seq_len]
-        *,
-        hidden_size: int,
-        num_aux_layers: int,
-        dtype: str,
-        is_normed: bool,
-        fingerprint: str,
-    ) -> Self:
-        """Ids and mask with the header that follows from them."""
-        targets = np.flatnonzero(loss_mask[1:]) + 1
-        header = SampleHeader(
-            num_tokens=len(input_ids),
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of the conversation."""
+        return len(self.input_ids)
+
+    @property
+    def max_token_id(self) -> int:
+        """The highest id; -1 in an empty sample."""
+        return int(self.input_ids.max()) if len(self.input_ids) else -1
+
+    def header(self, alignment: Alignment = NEXT_TOKEN) -> SampleHeader:
+        """The header of the sample."""
+        targets = alignment.find_targets(self.loss_mask)
+        return SampleHeader(
+            num_tokens=self.num_tokens,
             num_supervised_tokens=len(targets),
-            hidden_size=hidden_size,
-            num_aux_layers=num_aux_layers,
-            dtype=dtype,
-            is_normed=is_normed,
-            max_token_id=int(input_ids.max()) if len(input_ids) else -1,
+            hidden_size=self.hidden_size,
+            num_aux_layers=self.num_aux_layers,
+            dtype=self.dtype,
+            is_normed=self.is_normed,
+            max_token_id=self.max_token_id,
             first_target=int(targets[0]) if len(targets) else -1,
         )
-        return cls(header, input_ids, loss_mask, fingerprint)
 
 
 class States(Protocol):

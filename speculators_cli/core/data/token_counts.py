@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from speculators_cli.core.data.alignment import NEXT_TOKEN, Alignment
 from speculators_cli.core.data.sample import BadSampleError, SampleTokens
 from speculators_cli.core.errors import DataError, SettingsError
 from speculators_cli.core.files import replacing
@@ -23,30 +24,39 @@ class TokenCounts:
     Args:
         vocab_size: Tokens of the verifier; None: as many as are seen.
         all_tokens: Count every token, not only supervised ones.
+        alignment: Which tokens are targets.
     """
 
-    def __init__(self, vocab_size: int | None, *, all_tokens: bool = False) -> None:
+    def __init__(
+        self,
+        vocab_size: int | None,
+        *,
+        all_tokens: bool = False,
+        alignment: Alignment = NEXT_TOKEN,
+    ) -> None:
         self.vocab_size = vocab_size
         self.all_tokens = all_tokens
+        self.alignment = alignment
         self._counts = np.zeros(vocab_size or 0, dtype=np.int64)
         self._held_back: list[NDArray[np.int64]] = []
         self._num_held_back = 0
 
     def add(self, tokens: SampleTokens) -> None:
-        """Count the tokens of a sample, or those that are supervised: never the first.
+        """Count the tokens of a sample, or its targets.
 
         Raises:
             DataError: The verifier has no such token.
         """
         vocab_size = self.vocab_size
-        if vocab_size is not None and tokens.header.max_token_id >= vocab_size:
+        if vocab_size is not None and tokens.max_token_id >= vocab_size:
             raise DataError(
-                f"The samples have token ids up to {tokens.header.max_token_id:,} or more, the "
+                f"The samples have token ids up to {tokens.max_token_id:,} or more, the "
                 f"verifier has {vocab_size:,} tokens",
                 hint="Pass the verifier that the samples were captured from",
             )
         ids = tokens.input_ids
-        self._held_back.append(ids if self.all_tokens else ids[1:][tokens.loss_mask[1:]])
+        targets = self.alignment.find_targets(tokens.loss_mask)
+        self._held_back.append(ids if self.all_tokens else ids[targets])
         self._num_held_back += len(self._held_back[-1])
         if self._num_held_back >= HELD_BACK_TOKENS:
             self._count()

@@ -18,7 +18,7 @@ from speculators_cli.core.algorithms.drafter import Drafter
 from speculators_cli.core.algorithms.overrides import Overrides
 from speculators_cli.core.capture.capture import CaptureReport, capture
 from speculators_cli.core.data.data_config import default_layer_ids
-from speculators_cli.core.data.dataset import read_dataset
+from speculators_cli.core.data.folder import read_folders
 from speculators_cli.core.data.token_counts import TokenCounts
 from speculators_cli.core.data.vocab_map import VocabMap
 from speculators_cli.core.drafts.trained_draft import read_draft
@@ -210,7 +210,7 @@ def read_prompts() -> list[str]:
 def choose_vocabulary(verifier: VerifierModel, output_dir: Path, progress: Progress) -> float:
     """Write d2t and t2d; returns the share of supervised tokens they cover."""
     token_counts = TokenCounts(verifier.vocab_size)
-    read_dataset(
+    read_folders(
         [output_dir / "data"],
         version=1,
         index_file=None,

@@ -20,7 +20,7 @@ from speculators_cli.core.data.data_config import (
     resolve_layer_ids,
     warn_of_assumed,
 )
-from speculators_cli.core.data.dataset import find_files, hint_of_no_samples, is_sample_name
+from speculators_cli.core.data.folder import find_files, hint_of_no_samples, is_sample_name
 from speculators_cli.core.data.formats import FORMATS
 from speculators_cli.core.data.sample import BadSampleError, Problem
 from speculators_cli.core.errors import DataError, MachineError, SettingsError
@@ -205,7 +205,7 @@ def plan(
     for name, source in sources:
         target = (output_dir / name).with_suffix(".pt")
         try:
-            header = FORMATS["v0"].read_tokens(source).header
+            header = FORMATS["v0"].read_tokens(source).header()
             if target in taken:
                 raise BadSampleError(f"would be written to `{target}`, as another file is")
             if any(folder.is_symlink() for folder in folders_below(output_dir, target)):
@@ -236,7 +236,7 @@ def find_layer_ids(
     """Layer ids that were given or that the data says; None where the verifier must be known."""
     given = settings.verifier.target_layer_ids
     configs = [read_data_config(f) for f in found if f.name == data_config.FILE_NAME]
-    num_aux_layers = FORMATS["v0"].read_tokens(jobs[0].source).header.num_aux_layers
+    num_aux_layers = FORMATS["v0"].read_tokens(jobs[0].source).num_aux_layers
     if verifier is not None:
         num_layers: int | None = verifier[1].num_layers
     else:

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from speculators_cli.core.data.alignment import NEXT_TOKEN
 from speculators_cli.core.data.data_config import (
     FILE_NAME,
     DataConfig,
@@ -19,12 +20,7 @@ from speculators_cli.core.data.data_config import (
     read_data_config,
     resolve_layer_ids,
 )
-from speculators_cli.core.data.dataset import (
-    find_files,
-    hint_of_no_samples,
-    is_sample_name,
-    spread_evenly,
-)
+from speculators_cli.core.data.folder import find_files, hint_of_no_samples, is_sample_name
 from speculators_cli.core.data.formats.detect import detect, read_again
 from speculators_cli.core.data.packing import plan_epoch
 from speculators_cli.core.data.sample import (
@@ -34,6 +30,7 @@ from speculators_cli.core.data.sample import (
     SampleHeader,
     SampleTokens,
 )
+from speculators_cli.core.data.source import spread_evenly
 from speculators_cli.core.data.token_counts import TokenCounts
 from speculators_cli.core.errors import DataError, SettingsError
 from speculators_cli.core.files import check_output_dir
@@ -149,7 +146,7 @@ def scan(file: Path) -> tuple[Scan, SampleTokens] | str:
         found = Scan(
             file=file,
             format=name,
-            header=tokens.header,
+            header=tokens.header(),
             num_bytes=file.stat().st_size,
             tokens_hash=blake2b(tokens.input_ids.tobytes(), digest_size=16).digest(),
             is_mask_full=bool(tokens.loss_mask.all()),
@@ -189,7 +186,7 @@ def check_tokens(scans: Sequence[Scan], total_seq_len: int) -> Iterator[Problem]
             yield Problem(s.file, f"has {s.header.num_tokens} tokens: nothing can be learnt")
         elif s.header.num_supervised_tokens == 0:
             yield Problem(s.file, "has no supervised token")
-        elif not s.header.has_target(total_seq_len):
+        elif not NEXT_TOKEN.has_target(s.header.first_target, total_seq_len):
             yield Problem(
                 s.file,
                 f"has its first supervised token after {s.header.first_target:,} others, beyond "
@@ -340,7 +337,7 @@ def make_report(
     lengths = np.array([s.header.num_tokens for s in usual], dtype=np.int64)
     supervised = np.array([s.header.num_supervised_tokens for s in usual], dtype=np.int64)
     plan = plan_epoch(
-        np.maximum(lengths - 1, 0),
+        np.maximum(lengths - NEXT_TOKEN.shift, 0),
         total_seq_len=wanted.total_seq_len,
         seed=0,
         epoch=0,

@@ -2,7 +2,7 @@
 
 from itertools import groupby
 
-from speculators_cli.core.data.dataset import find_files, hint_of_no_samples, is_sample_name
+from speculators_cli.core.data.folder import find_files, hint_of_no_samples, is_sample_name
 from speculators_cli.core.data.formats.detect import detect
 from speculators_cli.core.data.sample import BadSampleError
 from speculators_cli.core.errors import DataError, SettingsError

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from speculators_cli.core.data.dataset import Dataset, read_dataset
+from speculators_cli.core.data.folder import SampleFolder, read_folders
 from speculators_cli.core.data.token_counts import (
     FILE_NAME,
     TokenCounts,
@@ -138,13 +138,13 @@ def choose_special_ids(
 
 def count(
     settings: BuildVocabMapSettings, vocab_size: int, progress: Progress
-) -> tuple[Dataset | None, NDArray[np.int64]]:
+) -> tuple[SampleFolder | None, NDArray[np.int64]]:
     """Counts of all tokens, [vocab], and the samples they come from, unless from files."""
     source = settings.counts
     if source.token_freq_path:
         return None, read_token_freq(source.token_freq_path, vocab_size)
     counts = TokenCounts(vocab_size, all_tokens=source.all_tokens)
-    samples = read_dataset(
+    samples = read_folders(
         source.folders,
         data_format=source.data_format,
         version=source.data_format_version,
@@ -173,7 +173,7 @@ def compare_sizes(
 
 
 def measure_mass(
-    samples: Dataset, settings: VocabularySettings, vocab_map: VocabMap, progress: Progress
+    samples: SampleFolder, settings: VocabularySettings, vocab_map: VocabMap, progress: Progress
 ) -> float | None:
     """The verifier's mean probability within the draft vocabulary, where it is supervised.
 
@@ -208,7 +208,7 @@ def measure_mass(
 
 @torch.no_grad()
 def sample_mass(
-    samples: Dataset, sample_id: int, verifier: "FrozenVerifier", vocab_map: VocabMap
+    samples: SampleFolder, sample_id: int, verifier: "FrozenVerifier", vocab_map: VocabMap
 ) -> torch.Tensor:
     """Probability within the draft vocabulary at some supervised positions; [positions]."""
     from speculators_cli.core.models.agreement import spread

@@ -13,7 +13,8 @@ from speculators_cli.core.data.data_config import (
     warn_of_assumed,
     warn_of_contradiction,
 )
-from speculators_cli.core.data.dataset import Dataset, read_dataset, split, write_index
+from speculators_cli.core.data.source import SampleSource, split
+from speculators_cli.core.data.sources import Request, open_samples
 from speculators_cli.core.data.vocab_map import VocabMap
 from speculators_cli.core.drafts.trained_draft import ASSUMED_HINT, TrainedDraft
 from speculators_cli.core.errors import DataError
@@ -33,8 +34,8 @@ from speculators_cli.settings.train import TrainSettings
 class Inputs:
     """Samples, vocabulary map and verifier of a run; they fit each other."""
 
-    samples: Dataset  # to train on
-    validation_samples: Dataset  # may be empty
+    samples: SampleSource  # to train on
+    validation_samples: SampleSource  # may be empty
     vocab_map: VocabMap
     verifier_files: VerifierFiles
     verifier_config: VerifierConfig
@@ -109,14 +110,15 @@ def read_inputs(
     else:
         vocab_map = VocabMap.load(draft.d2t_path, draft.t2d_path)
         vocab_map.check(vocab_size)
-    samples = scanned = read_dataset(
+    wanted = Request(
         data.data_path,
         data_format=data.data_format,
         version=data.data_format_version,
         index_file=index_file,
         max_bad_samples=data.max_bad_samples,
-        progress=progress,
+        alignment=ALGORITHMS[draft.algorithm].alignment,
     )
+    samples = scanned = open_samples(wanted, progress)
     check_samples_fit(samples, verifier, vocab_size)
     layer_ids = resolve_layer_ids(
         samples.configs,
@@ -136,14 +138,8 @@ def read_inputs(
         progress=progress,
     )
     if data.val_data_path:
-        validation = read_dataset(
-            data.val_data_path,
-            data_format=data.data_format,
-            version=data.data_format_version,
-            index_file=None,
-            max_bad_samples=data.max_bad_samples,
-            progress=progress,
-        )
+        others = replace(wanted, folders=data.val_data_path, index_file=None)
+        validation = open_samples(others, progress)
         check_samples_fit(validation, verifier, vocab_size)
     else:
         samples, validation = split(scanned, data.train_data_ratio)
@@ -156,11 +152,11 @@ def read_inputs(
     _warn_of_lost_tokens(samples, data.total_seq_len, progress)
     if index_file is not None:
         index_file.parent.mkdir(parents=True, exist_ok=True)
-        write_index(scanned, index_file)
+        scanned.write_index(index_file)
     return Inputs(samples, validation, vocab_map, files, verifier, layer_ids, source)
 
 
-def check_samples_fit(samples: Dataset, verifier: VerifierConfig, vocab_size: int) -> None:
+def check_samples_fit(samples: SampleSource, verifier: VerifierConfig, vocab_size: int) -> None:
     """Refuse samples of another verifier.
 
     Raises:
@@ -180,7 +176,7 @@ def check_samples_fit(samples: Dataset, verifier: VerifierConfig, vocab_size: in
         )
 
 
-def _check_enough(samples: Dataset, total_seq_len: int, num_ranks: int) -> None:
+def _check_enough(samples: SampleSource, total_seq_len: int, num_ranks: int) -> None:
     """Refuse more ranks than packed sequences: some would have nothing to do."""
     if num_ranks == 1:
         return
@@ -192,7 +188,9 @@ def _check_enough(samples: Dataset, total_seq_len: int, num_ranks: int) -> None:
         )
 
 
-def _warn_of_other_verifier(samples: Dataset, verifier: VerifierConfig, progress: Progress) -> None:
+def _warn_of_other_verifier(
+    samples: SampleSource, verifier: VerifierConfig, progress: Progress
+) -> None:
     """Warn where the data names another verifier; the same one may lie in another folder."""
     for config in samples.configs:
         if (
@@ -204,7 +202,7 @@ def _warn_of_other_verifier(samples: Dataset, verifier: VerifierConfig, progress
             )
 
 
-def check_targets(samples: Dataset, total_seq_len: int, folder: Path) -> None:
+def check_targets(samples: SampleSource, total_seq_len: int, folder: Path) -> None:
     """Refuse samples that leave no token to predict, once they are cut.
 
     Raises:
@@ -220,7 +218,7 @@ def check_targets(samples: Dataset, total_seq_len: int, folder: Path) -> None:
             hint=f"Set `loss_mask` to 1 at the answers' tokens; `speculators inspect-data {shown}` "
             "shows how many are supervised",
         )
-    first = min(x.header.first_target for x in samples.entries if x.header.first_target > 0)
+    first = min(x.first_target for x in samples.headers if x.first_target >= 0)
     raise DataError(
         f"None of the {len(samples):,} samples to train on has a supervised token within "
         f"`--total-seq-len` `{total_seq_len}`: they are cut before their answers, the first of "
@@ -230,7 +228,7 @@ def check_targets(samples: Dataset, total_seq_len: int, folder: Path) -> None:
     )
 
 
-def _can_validate(samples: Dataset, total_seq_len: int, progress: Progress) -> bool:
+def _can_validate(samples: SampleSource, total_seq_len: int, progress: Progress) -> bool:
     """Whether validation samples hold a target; warns where all or some do not."""
     num_idle = samples.count_without_target(total_seq_len)
     if not num_idle:
@@ -265,7 +263,7 @@ def _warn_of_other_rope(
         )
 
 
-def _warn_of_lost_tokens(samples: Dataset, total_seq_len: int, progress: Progress) -> None:
+def _warn_of_lost_tokens(samples: SampleSource, total_seq_len: int, progress: Progress) -> None:
     """Warn of samples that are trained on in part or not at all."""
     over = samples.lengths - total_seq_len
     if (over > 0).any():
@@ -274,7 +272,7 @@ def _warn_of_lost_tokens(samples: Dataset, total_seq_len: int, progress: Progres
             f"and lose {over[over > 0].sum():,} tokens at their ends",
             hint=f"Raise `--total-seq-len`; the longest has {samples.lengths.max():,}",
         )
-    num_unsupervised = sum(entry.header.first_target < 0 for entry in samples.entries)
+    num_unsupervised = sum(header.first_target < 0 for header in samples.headers)
     if num_unsupervised:
         progress.warn(
             f"{num_unsupervised:,} of {len(samples):,} samples have no supervised token",

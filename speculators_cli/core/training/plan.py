@@ -5,13 +5,14 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 
 from speculators_cli.core.algorithms import ALGORITHMS
-from speculators_cli.core.algorithms.cost import Work, find_gpu
+from speculators_cli.core.algorithms.cost import find_gpu
 from speculators_cli.core.algorithms.draft_config import DraftConfig
-from speculators_cli.core.data.dataset import Dataset
 from speculators_cli.core.data.packing import PackingPlan, plan_epoch
+from speculators_cli.core.data.source import SampleSource
 from speculators_cli.core.files import check_output_dir, find_existing
 from speculators_cli.core.progress import Progress
 from speculators_cli.core.training.distributed import Ranks, start_ranks
@@ -84,7 +85,7 @@ def plan(settings: TrainSettings, *, num_ranks: int | None, progress: Progress) 
 def _estimate(
     settings: TrainSettings,
     config: DraftConfig,
-    samples: Dataset,
+    samples: SampleSource,
     num_validation_samples: int,
     ranks: Ranks,
 ) -> TrainPlan:
@@ -100,7 +101,12 @@ def _estimate(
     total_steps = packed.num_steps * settings.run.epochs
     total_steps = min(total_steps, settings.run.max_steps or total_steps)
     cost = ALGORITHMS[config.algorithm].cost
-    work = [_expect_work(sequence, samples, settings, config) for sequence in packed.sequences]
+    lengths = np.minimum(samples.lengths, settings.data.total_seq_len)
+    targets = samples.most_targets(settings.data.total_seq_len)
+    work = [
+        cost.expect_work(config, settings.algorithm_settings, lengths[ids], targets[ids])
+        for ids in map(list, packed.sequences)
+    ]
     flops = sum(part.flops for part in work)
     flops_per_step = flops / max(packed.num_steps, 1) / ranks.num_ranks
     parameters = config.count_parameters()
@@ -110,7 +116,7 @@ def _estimate(
     is_modelled = _runs_fast_in_bfloat16(settings, config, ranks.device)
     gpu = find_gpu(device) if is_modelled else None
     seconds = total_steps * cost.estimate_seconds(flops_per_step, trained, gpu) if gpu else None
-    data_bytes = sum(entry.stamp.num_bytes for entry in samples.entries)
+    data_bytes = samples.num_bytes
     epochs = total_steps / max(packed.num_steps, 1)
     shards = {"shard": ranks.num_ranks, "replicate": 1, "auto": ranks.num_local_ranks}
     memory = cost.estimate_memory(
@@ -153,26 +159,6 @@ def _runs_fast_in_bfloat16(
 ) -> bool:
     is_fast = choose_kernels(settings, config, device)
     return is_fast and choose_compute_dtype(settings, device) == torch.bfloat16
-
-
-def _expect_work(
-    sequence: tuple[int, ...], samples: Dataset, settings: TrainSettings, config: DraftConfig
-) -> Work:
-    """The work of a packed sequence, from headers."""
-    headers = [samples.entries[sample_id].header for sample_id in sequence]
-    total_seq_len = settings.data.total_seq_len
-    lengths = [min(header.num_tokens - 1, total_seq_len) for header in headers]
-    # Of a sample that is cut, at most what follows its first target.
-    room = [
-        length - header.first_target + 1 if header.has_target(total_seq_len) else 0
-        for length, header in zip(lengths, headers, strict=True)
-    ]
-    targets = [
-        min(header.num_supervised_tokens, most) for header, most in zip(headers, room, strict=True)
-    ]
-    return ALGORITHMS[config.algorithm].cost.expect_work(
-        config, settings.algorithm_settings, lengths, targets
-    )
 
 
 def _count_checkpoints(settings: TrainSettings, packed: PackingPlan, total_steps: int) -> int:

@@ -11,8 +11,8 @@ from speculators_cli.core.algorithms import ALGORITHMS
 from speculators_cli.core.algorithms.draft_config import DraftConfig
 from speculators_cli.core.algorithms.draft_model import DraftModel
 from speculators_cli.core.data.data_config import LayerIds
-from speculators_cli.core.data.dataset import Dataset
 from speculators_cli.core.data.loader import BatchLoader
+from speculators_cli.core.data.source import SampleSource
 from speculators_cli.core.errors import MachineError, SpeculatorsError
 from speculators_cli.core.files import check_output_dir, format_bytes
 from speculators_cli.core.kernels.support import use_fast_kernels
@@ -301,7 +301,7 @@ def choose_kernels(settings: TrainSettings, config: DraftConfig, device: torch.d
 
 def build_loader(
     settings: TrainSettings,
-    samples: Dataset,
+    samples: SampleSource,
     ranks: Ranks,
     global_batch: int,
     *,

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from speculators_cli.core.algorithms.draft_model import DraftModel, StepSums
 from speculators_cli.core.data.batch import Batch
-from speculators_cli.core.data.dataset import Dataset
+from speculators_cli.core.data.source import SampleSource
 from speculators_cli.core.progress import Progress, StepReport, ValidationReport
 from speculators_cli.core.training.distributed import Ranks
 from speculators_cli.core.training.loggers import SafeLogger
@@ -60,7 +60,7 @@ class RunLog:
         self,
         *,
         ranks: Ranks,
-        samples: Dataset,
+        samples: SampleSource,
         draft: DraftModel,
         num_epochs: int,
         total_steps: int,
@@ -218,5 +218,5 @@ class RunLog:
                 self.broken_ids.add(sample_id - 1)
                 num_named += 1
                 if num_named <= MAX_NAMED:
-                    file = self.samples.entries[sample_id - 1].file
+                    file = self.samples.path(sample_id - 1)
                     self.progress.warn(f"Left out `{file}`: its hidden states are not all finite")

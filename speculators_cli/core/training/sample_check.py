@@ -7,8 +7,8 @@ from pathlib import Path
 
 import numpy as np
 
-from speculators_cli.core.data.dataset import Dataset, spread_evenly
 from speculators_cli.core.data.sample import Sample
+from speculators_cli.core.data.source import SampleSource, spread_evenly
 from speculators_cli.core.errors import DataError
 from speculators_cli.core.models.agreement import find_wrong_marks, measure_agreement
 from speculators_cli.core.models.verifier import FrozenVerifier
@@ -23,7 +23,7 @@ MIN_POSITIONS = 64  # fewer decide nothing
 
 
 def check_samples(
-    samples: Dataset, verifier: FrozenVerifier, *, folder: Path, progress: Progress
+    samples: SampleSource, verifier: FrozenVerifier, *, folder: Path, progress: Progress
 ) -> None:
     """Ask the verifier's head whether it predicts the samples, with its final norm and without.
 
@@ -44,12 +44,12 @@ def check_samples(
     groups = _group(samples)
     num_asked = min(MAX_ASKED, max(MIN_ASKED, NUM_ASKED // len(groups)))
     for ids in groups:
-        shown = samples.entries[ids[0]].file.parent if len(groups) > 1 else folder
+        shown = samples.path(ids[0]).parent if len(groups) > 1 else folder
         _check_group(samples, _spread(ids, num_asked), verifier, shown, progress)
     per_group = max(MIN_ASKED, NUM_LOOKED_AT // len(groups))
     looked_at = [i for ids in groups for i in _spread(ids, per_group)]
     for wrong in find_wrong_marks(verifier, _readers(samples, looked_at)):
-        files = [samples.entries[looked_at[i]].file for i in wrong.indices]
+        files = [samples.path(looked_at[i]) for i in wrong.indices]
         raise DataError(
             f"{len(files):,} of {len(looked_at):,} samples looked at in `{folder}` are marked "
             f"wrongly, such as `{files[0]}`: each {wrong.problem}",
@@ -58,18 +58,17 @@ def check_samples(
         )
 
 
-def _group(samples: Dataset) -> list[list[int]]:
+def _group(samples: SampleSource) -> list[list[int]]:
     """Ids of the samples that have tokens to predict, by folder and mark; some, if many."""
     groups: defaultdict[tuple[Path, bool], list[int]] = defaultdict(list)
     for i in np.flatnonzero(samples.lengths).tolist():
-        entry = samples.entries[i]
-        groups[entry.file.parent, entry.header.is_normed].append(i)
+        groups[samples.path(i).parent, samples.headers[i].is_normed].append(i)
     found = list(groups.values())
     return [found[i] for i in spread_evenly(len(found), MAX_GROUPS)]
 
 
 def _check_group(
-    samples: Dataset,
+    samples: SampleSource,
     ids: Sequence[int],
     verifier: FrozenVerifier,
     folder: Path,
@@ -95,6 +94,6 @@ def _spread(ids: Sequence[int], most: int) -> list[int]:
     return [ids[i] for i in spread_evenly(len(ids), most)]
 
 
-def _readers(samples: Dataset, ids: Sequence[int]) -> list[Callable[[], Sample]]:
+def _readers(samples: SampleSource, ids: Sequence[int]) -> list[Callable[[], Sample]]:
     """Readers of samples, so that one at a time is in memory."""
     return [partial(samples.read, i) for i in ids]

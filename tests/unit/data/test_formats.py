@@ -99,7 +99,7 @@ def test_v1_is_read_as_torch_reads_it(tmp_path: Path) -> None:
     file = saved(tmp_path, content)
 
     sample = FORMATS["v1"].read_sample(file)
-    header = FORMATS["v1"].read_tokens(file).header
+    header = FORMATS["v1"].read_tokens(file).header()
 
     assert torch.equal(sample.input_ids, content["input_ids"])
     assert sample.loss_mask.tolist() == [False] * 3 + [True] * 4
@@ -130,7 +130,7 @@ def test_our_own_key_says_that_the_last_states_are_normed(tmp_path: Path, flag: 
     file = saved(tmp_path, v1_content(last_hidden_state_is_normed=flag))
 
     assert FORMATS["v1"].read_sample(file).is_normed
-    assert FORMATS["v1"].read_tokens(file).header.is_normed
+    assert FORMATS["v1"].read_tokens(file).header().is_normed
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
@@ -152,7 +152,7 @@ def test_a_specforge_sample_holds_what_its_v0_twin_does(tmp_path: Path) -> None:
     # Trap: `hidden_state` are the last hidden states here, and the aux ones in v0.
     file = saved(tmp_path, specforge_content())
     sample = FORMATS["specforge"].read_sample(file)
-    header = FORMATS["specforge"].read_tokens(file).header
+    header = FORMATS["specforge"].read_tokens(file).header()
 
     assert equal(sample, FORMATS["v0"].read_sample(saved(tmp_path, v0_content())))
     assert sample.is_normed
@@ -191,7 +191,7 @@ def test_masks_of_any_type_are_read(tmp_path: Path, dtype: torch.dtype) -> None:
 
     assert FORMATS["v1"].read_sample(file).loss_mask.tolist() == [0, 1, 1, 0, 1, 0, 0]
     # The first token cannot be predicted; the rest of the mask counts.
-    assert FORMATS["v1"].read_tokens(file).header.num_supervised_tokens == 3
+    assert FORMATS["v1"].read_tokens(file).header().num_supervised_tokens == 3
 
 
 @pytest.mark.parametrize("num_tokens", [0, 1, 2])
@@ -222,7 +222,7 @@ def test_samples_of_few_tokens_keep_their_dimensions(
     aux, read = loaded(FORMATS[name].read_sample(file))
 
     assert all(map(torch.equal, [*aux, read], layers))
-    assert FORMATS[name].read_tokens(file).header.num_tokens == num_tokens
+    assert FORMATS[name].read_tokens(file).header().num_tokens == num_tokens
 
 
 @pytest.mark.parametrize(
@@ -257,7 +257,7 @@ def test_layers_of_one_sample_may_differ_in_type(
 
     assert {states.dtype for states in sample.aux_hidden_states} == {aux}
     assert sample.last_hidden_states.dtype == last
-    assert FORMATS[name].read_tokens(file).header.dtype == str(common).removeprefix("torch.")
+    assert FORMATS[name].read_tokens(file).header().dtype == str(common).removeprefix("torch.")
     # Each value is cast once, and none is rounded.
     assert torch.equal(batch.aux_hidden_states[: S - 1].double(), wide[:-1].double())
     assert torch.equal(batch.last_hidden_states.double(), target[3:].double())

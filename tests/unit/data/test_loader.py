@@ -13,7 +13,8 @@ import pytest
 import torch
 
 from speculators_cli.core.data.batch import Batch, collate
-from speculators_cli.core.data.dataset import Dataset, Entry, FileStamp
+from speculators_cli.core.data.folder import SampleFolder
+from speculators_cli.core.data.index import Entry, FileStamp
 from speculators_cli.core.data.loader import BatchLoader
 from speculators_cli.core.data.packing import Packed, plan_epoch
 from speculators_cli.core.data.sample import Sample, SampleHeader
@@ -23,8 +24,8 @@ HIDDEN, NUM_AUX, SEQ_LEN = 5, 2, 16
 PATIENCE_SECONDS = 10.0  # with a thread that never does what it should
 
 
-@dataclass(frozen=True)
-class Samples(Dataset):
+@dataclass(frozen=True, kw_only=True)
+class Samples(SampleFolder):
     """Samples made up when they are read; reads are remembered and can be held up."""
 
     begun: tuple[Event, ...]  # of each sample, set when its read begins
@@ -54,7 +55,7 @@ def make_samples(*nums_tokens: int) -> Samples:
         return Entry(Path("made-up"), "made-up", FileStamp(0, 0, 0, ""), header, "")
 
     entries = tuple(map(entry, nums_tokens))
-    return Samples(entries, "v1", (), (), begun=tuple(Event() for _ in entries))
+    return Samples(entries=entries, format="v1", begun=tuple(Event() for _ in entries))
 
 
 def make_long_samples(number: int) -> Samples:

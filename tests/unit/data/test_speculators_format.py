@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from speculators_cli.core.data.dataset import read_dataset, write_index
+from speculators_cli.core.data.folder import read_folders
 from speculators_cli.core.data.formats import FORMATS, speculators
 from speculators_cli.core.data.formats.arrow_table import read_table
 from speculators_cli.core.data.sample import BadSampleError
@@ -46,7 +46,7 @@ def test_upstreams_samples_are_what_upstream_reads(name: str, rtol: float) -> No
 
     for row in CAPTURED:
         sample = SPECULATORS.read_sample(states_file(RECORDED / name, row))
-        header = SPECULATORS.read_tokens(states_file(RECORDED / name, row)).header
+        header = SPECULATORS.read_tokens(states_file(RECORDED / name, row)).header()
 
         assert torch.equal(sample.input_ids, expected[f"{row}.input_ids"])
         assert torch.equal(sample.loss_mask.long(), expected[f"{row}.loss_mask"])
@@ -80,20 +80,20 @@ def test_the_table_may_lie_beside_the_states(folder: Path) -> None:
 
     tokens = SPECULATORS.read_tokens(folder / "hs_3.safetensors")
 
-    assert tokens.header.num_tokens == 9
+    assert tokens.num_tokens == 9
 
 
 def test_a_changed_table_is_read_again_by_the_next_scan(folder: Path, tmp_path: Path) -> None:
     def scan() -> int:
         speculators._read_once.cache_clear()  # a scan is the first of its process
-        dataset = read_dataset(
+        dataset = read_folders(
             [folder],
             version=1,
             index_file=tmp_path / "index.json",
             max_bad_samples=0,
             progress=SilentProgress(),
         )
-        write_index(dataset, tmp_path / "index.json")
+        dataset.write_index(tmp_path / "index.json")
         return dataset.num_supervised_tokens
 
     before = scan()

@@ -9,23 +9,21 @@ import pytest
 import torch
 
 from speculators_cli.core.data import token_counts
-from speculators_cli.core.data.sample import SampleHeader, SampleTokens
+from speculators_cli.core.data.sample import SampleTokens
 from speculators_cli.core.data.token_counts import TokenCounts, read_token_freq, write_token_freq
 from speculators_cli.core.errors import DataError, SettingsError
 
 
 def make_tokens(ids: list[int], mask: list[int]) -> SampleTokens:
-    header = SampleHeader(
-        num_tokens=len(ids),
-        num_supervised_tokens=sum(mask[1:]),
+    return SampleTokens(
+        np.array(ids, np.int64),
+        np.array(mask, np.bool_),
         hidden_size=4,
         num_aux_layers=3,
         dtype="bfloat16",
         is_normed=False,
-        max_token_id=max(ids, default=-1),
-        first_target=mask.index(1, 1) if any(mask[1:]) else -1,
+        fingerprint="",
     )
-    return SampleTokens(header, np.array(ids, np.int64), np.array(mask, np.bool_), "")
 
 
 @pytest.mark.parametrize("held_back", [1, 1000])

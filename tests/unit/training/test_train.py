@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from speculators_cli.core.data.dataset import read_dataset
+from speculators_cli.core.data.folder import read_folders
 from speculators_cli.core.errors import CheckpointError, DataError, DivergedError
 from speculators_cli.core.progress import SilentProgress
 from speculators_cli.core.training.distributed import Ranks
@@ -428,7 +428,7 @@ def test_no_thread_reads_on_once_training_has_ended(
 def test_ranks_of_several_machines_share_the_samples(tiny: TinyInputs) -> None:
     # Trap: the local rank in the sampler, which gives each machine the same data.
     settings = tiny.settings(data={"num_workers": 0})
-    samples = read_dataset(
+    samples = read_folders(
         [tiny.data_dir], version=1, index_file=None, max_bad_samples=0, progress=SilentProgress()
     )
 

@@ -15,6 +15,7 @@ from speculators_cli.core.algorithms.eagle3.draft import Eagle3Draft
 from speculators_cli.core.algorithms.eagle3.drafter import Eagle3Drafter
 from speculators_cli.core.algorithms.eagle3.training import Eagle3Training
 from speculators_cli.core.algorithms.overrides import Overrides
+from speculators_cli.core.data.alignment import NEXT_TOKEN
 from speculators_cli.core.data.vocab_map import VocabMap
 from speculators_cli.core.models.attention import CausalMemory
 from speculators_cli.core.models.losses import LOSSES
@@ -31,6 +32,7 @@ class Eagle3(Algorithm[Eagle3Config, Eagle3Settings]):
 
     name = "eagle3"
     settings_class = Eagle3Settings
+    alignment = NEXT_TOKEN
     cost = Eagle3Cost()
 
     def recognises(self, content: Mapping[str, Any]) -> bool:

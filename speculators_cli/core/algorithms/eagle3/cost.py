@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from speculators_cli.core.algorithms.cost import CostModel, Gpu, Work
@@ -54,11 +55,11 @@ class Eagle3Cost(CostModel[Eagle3Config, Eagle3Settings]):
         self,
         config: Eagle3Config,
         settings: Eagle3Settings,
-        lengths: Sequence[int],
-        num_targets: Sequence[int],
+        lengths: NDArray[np.int64],
+        num_targets: NDArray[np.int64],
     ) -> Work:
         """The same from headers only, as if supervised positions lay evenly over a document."""
-        sizes, targets = np.array(lengths), np.minimum(num_targets, lengths)
+        sizes, targets = lengths, np.minimum(num_targets, lengths)
         # One turn per document: a few positions before its first supervised one are active too.
         active = np.minimum(targets + config.ttt_steps - 1, sizes) * (targets > 0)
         all_pairs = sizes * (sizes + 1) / 2

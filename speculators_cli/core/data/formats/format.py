@@ -101,7 +101,7 @@ class SampleFormat:
             input_ids, loss_mask = _read_tokens(archive, layout)
             is_normed = _read_flag(archive, layout.is_normed)
             fingerprint = archive.fingerprint
-        return SampleTokens.with_header(
+        return SampleTokens(
             input_ids,
             loss_mask,
             hidden_size=layout.hidden_states[-1].shape[1],

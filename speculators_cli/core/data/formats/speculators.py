@@ -63,9 +63,9 @@ class SpeculatorsFormat:
 
         with SafetensorsFile(file) as tensors:
             tokens = _read_tokens(file, tensors)
-            layers = range(tokens.header.num_aux_layers + 1)
+            layers = range(tokens.num_aux_layers + 1)
             states: list[States] = [tensors.states(STATES, layer) for layer in layers]
-            if tokens.header.dtype == FLOAT8:
+            if tokens.dtype == FLOAT8:
                 scales = torch.from_numpy(tensors.read(SCALES).reshape(-1, 1).copy())
                 states = [ScaledStates(tensors.states(STATES, k), scales) for k in layers]
         *aux, last = states
@@ -99,7 +99,7 @@ def _read_tokens(file: Path, tensors: SafetensorsFile) -> SampleTokens:
     token_ids = tensors.read(TOKENS).astype(np.int64)
     check_ids(token_ids, TOKENS)
     loss_mask = _read_mask(file, token_ids)
-    return SampleTokens.with_header(
+    return SampleTokens(
         token_ids,
         loss_mask,
         hidden_size=hidden_size,

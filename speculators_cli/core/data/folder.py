@@ -1,24 +1,21 @@
-"""Dataset: folders of samples, scanned by their headers, split into train and validation."""
+"""SampleFolder: samples on disk, in folders that are scanned by their headers."""
 
-import json
 import math
 import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from hashlib import sha256
 from itertools import chain
 from pathlib import Path
-from typing import Any
 
-import numpy as np
-
+from speculators_cli.core.data.alignment import NEXT_TOKEN, Alignment
 from speculators_cli.core.data.data_config import FILE_NAME, DataConfig, read_data_config
 from speculators_cli.core.data.formats import FORMATS
 from speculators_cli.core.data.formats.detect import detect, is_named_as, read_again
-from speculators_cli.core.data.packing import plan_epoch
+from speculators_cli.core.data.index import Entry, FileStamp, read_index, write_index
 from speculators_cli.core.data.sample import (
     BadSampleError,
     ChangedSampleError,
@@ -27,19 +24,14 @@ from speculators_cli.core.data.sample import (
     SampleHeader,
     SampleTokens,
 )
+from speculators_cli.core.data.source import SampleSource
 from speculators_cli.core.errors import DataError
-from speculators_cli.core.files import replacing
 from speculators_cli.core.progress import Progress
-from speculators_cli.core.reading import read_json_object
-from speculators_cli.core.torch_file.structure import ITEM_BYTES
 
 NOT_SAMPLES = {"token_freq.pt"}
 PACKED = {".bz2", ".gz", ".tar", ".tgz", ".xz", ".zip", ".zst"}
 BAD_SHARE = 0.01  # of the folder, unless the settings say how many
 MAX_NAMED = 10
-SPLIT_SEED = 0  # the split is the same in every run on the same samples
-MAX_INDEX_BYTES = 2**31  # some 500 a sample
-INDEX_VERSION = 5
 SCANNED_AT_ONCE = 16  # files, by one thread
 FLAGS = {  # that read samples of a format
     "v0": "--data-format-version 0",
@@ -50,79 +42,24 @@ FLAGS = {  # that read samples of a format
 
 
 @dataclass(frozen=True)
-class FileStamp:
-    """What tells that a file is still the one that was scanned."""
-
-    num_bytes: int
-    mtime_ns: int
-    ctime_ns: int  # unlike the moment above, nobody can set it back
-    beside: str  # the same of other files that the sample is read from
-
-
-@dataclass(frozen=True)
-class Entry:
-    """One sample on disk."""
-
-    file: Path
-    name: str  # path below the folder the user named
-    stamp: FileStamp
-    header: SampleHeader
-    fingerprint: str  # of its contents
-
-
-@dataclass(frozen=True)
-class Dataset:
-    """Samples of one format, hidden size and number of aux layers; ids are indices into it."""
+class SampleFolder(SampleSource):
+    """Samples of one format in files; ids are indices into `entries`."""
 
     entries: tuple[Entry, ...]
     format: str
-    bad: tuple[Problem, ...]
-    configs: tuple[DataConfig, ...]
-
-    def __len__(self) -> int:
-        return len(self.entries)
-
-    @property
-    def hidden_size(self) -> int:
-        """Hidden size of the verifier the samples come from."""
-        return self.entries[0].header.hidden_size
-
-    @property
-    def num_aux_layers(self) -> int:
-        """Aux layers in each sample."""
-        return self.entries[0].header.num_aux_layers
-
-    @property
-    def max_token_id(self) -> int:
-        """The highest input id of all samples."""
-        return max(entry.header.max_token_id for entry in self.entries)
+    bad: tuple[Problem, ...] = ()
+    configs: tuple[DataConfig, ...] = ()
+    alignment: Alignment = NEXT_TOKEN
 
     @cached_property
-    def dtype(self) -> str:
-        """The most common type of the hidden states; others are cast to it once."""
-        dtypes = Counter(entry.header.dtype for entry in self.entries)
-        common = dtypes.most_common(1)[0][0]
-        # One byte alone is no value: its scale is another tensor's.
-        return "bfloat16" if ITEM_BYTES[common] == 1 else common
-
-    @cached_property
-    def lengths(self) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
-        """Positions of each sample once ids and states are shifted: one less than its tokens."""
-        return np.array([max(e.header.num_tokens - 1, 0) for e in self.entries], dtype=np.int64)
+    def headers(self) -> Sequence[SampleHeader]:
+        """What the scan found in each file."""
+        return [entry.header for entry in self.entries]
 
     @property
-    def num_tokens(self) -> int:
-        """Tokens of all samples."""
-        return sum(entry.header.num_tokens for entry in self.entries)
-
-    @property
-    def num_supervised_tokens(self) -> int:
-        """Supervised tokens of all samples."""
-        return sum(entry.header.num_supervised_tokens for entry in self.entries)
-
-    def count_without_target(self, total_seq_len: int) -> int:
-        """Samples without a supervised token, once they are cut to this many tokens."""
-        return sum(not entry.header.has_target(total_seq_len) for entry in self.entries)
+    def num_bytes(self) -> int:
+        """Size of all files."""
+        return sum(entry.stamp.num_bytes for entry in self.entries)
 
     @cached_property
     def data_hash(self) -> str:
@@ -136,12 +73,13 @@ class Dataset:
         lines = [f"{x.name}\0{x.stamp.num_bytes}\0{x.fingerprint}\n" for x in self.entries]
         return sha256("".join(lines).encode(errors="surrogateescape")).hexdigest()
 
-    def count_sequences(self, total_seq_len: int) -> int:
-        """Packed sequences of `total_seq_len` tokens that the samples make."""
-        plan = plan_epoch(
-            self.lengths, total_seq_len=total_seq_len, seed=0, epoch=0, global_batch=1
-        )
-        return plan.num_steps
+    def write_index(self, file: Path) -> None:
+        """Save the headers, for the next scan of the same files."""
+        write_index(self.entries, file, data_format=self.format, alignment=self.alignment)
+
+    def path(self, sample_id: int) -> Path:
+        """The file of a sample."""
+        return self.entries[sample_id].file
 
     def read(self, sample_id: int) -> Sample:
         """Read a sample; its hidden states come from disk when they are used.
@@ -165,26 +103,12 @@ class Dataset:
             raise ChangedSampleError(entry.file, "has other shapes than when the run began")
         return sample
 
-    def select(self, ids: Iterable[int]) -> "Dataset":
+    def select(self, ids: Iterable[int]) -> "SampleFolder":
         """Some of the samples, in the order of `ids`."""
         return replace(self, entries=tuple(self.entries[i] for i in ids))
 
 
-def split(dataset: Dataset, train_ratio: float) -> tuple[Dataset, Dataset]:
-    """Split at random, by a generator of its own, into train and validation.
-
-    One sample at least stays for training; at least one validates, unless the ratio is 1.
-    """
-    num_samples = len(dataset)
-    num_train = round(train_ratio * num_samples)
-    if train_ratio < 1 and num_samples > 1:
-        num_train = min(num_train, num_samples - 1)
-    order = np.random.default_rng(SPLIT_SEED).permutation(num_samples)
-    cut = max(num_train, 1)
-    return dataset.select(sorted(order[:cut])), dataset.select(sorted(order[cut:]))
-
-
-def read_dataset(
+def read_folders(
     folders: Sequence[Path],
     *,
     data_format: str = "auto",
@@ -192,8 +116,9 @@ def read_dataset(
     index_file: Path | None,
     max_bad_samples: int | None,
     progress: Progress,
+    alignment: Alignment = NEXT_TOKEN,
     on_tokens: Callable[[SampleTokens], None] | None = None,
-) -> Dataset:
+) -> SampleFolder:
     """Scan folders for samples, reading headers only, and leave out broken files.
 
     Args:
@@ -203,6 +128,7 @@ def read_dataset(
         index_file: Headers of an earlier scan, used for files that are as they were.
         max_bad_samples: Most files left out; None: 1 % of the folder.
         progress: Who hears of the scan and of files left out.
+        alignment: Which tokens of a sample are targets.
         on_tokens: Is shown ids and mask of every sample that can be read, in order, also of those
             that are then left out for their sizes; not to be used with an index.
 
@@ -219,7 +145,7 @@ def read_dataset(
             f"{shown} holds no samples: no `{FORMATS[name].suffixes[0]}` file was found",
             hint=hint_of_no_samples(found),
         )
-    known = read_index(index_file, name) if index_file is not None else {}
+    known = read_index(index_file, name, alignment) if index_file is not None else {}
     stamp_beside = lru_cache(maxsize=None)(FORMATS[name].stamp_beside)  # once a folder
     entries: list[Entry] = []
     broken: list[tuple[Path, BadSampleError]] = []
@@ -227,7 +153,9 @@ def read_dataset(
         # Some at a time: handing over one file takes as long as half its scan.
         chunks = [files[i : i + SCANNED_AT_ONCE] for i in range(0, len(files), SCANNED_AT_ONCE)]
         scans = chain.from_iterable(
-            pool.map(lambda x: [_scan(n, f, name, known, stamp_beside) for n, f in x], chunks)
+            pool.map(
+                lambda x: [_scan(n, f, name, alignment, known, stamp_beside) for n, f in x], chunks
+            )
         )
         for (_, file), result in zip(files, scans, strict=True):
             if isinstance(result, BadSampleError):
@@ -244,18 +172,12 @@ def read_dataset(
     bad = (*(Problem(file, error.reason) for file, error in broken), *odd)
     _judge_bad(bad, len(files), max_bad_samples, progress)
     _warn_of_short(entries, progress)
-    dataset = Dataset(tuple(entries), name, bad, configs)
-    if not dataset.lengths.any():
+    samples = SampleFolder(tuple(entries), name, bad, configs, alignment)
+    if not samples.lengths.any():
         raise DataError(
             f"No sample of {shown} has two tokens or more", hint="Capture longer conversations"
         )
-    return dataset
-
-
-def spread_evenly(num_items: int, most: int) -> list[int]:
-    """Indices of `most` items or all of them, evenly spread; always the same ones."""
-    indices: list[int] = np.linspace(0, num_items - 1, min(most, num_items)).astype(int).tolist()
-    return indices
+    return samples
 
 
 def choose_format(found: Sequence[tuple[str, Path]], data_format: str, version: int) -> str:
@@ -327,51 +249,11 @@ def find_files(folder: Path) -> Iterator[tuple[str, Path]]:
         yield file.relative_to(folder).as_posix(), file
 
 
-def read_index(file: Path, data_format: str) -> dict[str, Entry]:
-    """Entries of an earlier scan by path; empty if there is none that can be used."""
-    try:
-        content = read_json_object(file, max_bytes=MAX_INDEX_BYTES)
-        if (content["index_version"], content["format"]) != (INDEX_VERSION, data_format):
-            return {}
-        return {path: _entry_from_json(path, fields) for path, fields in content["files"].items()}
-    except (ValueError, KeyError, TypeError, AttributeError):
-        return {}
-
-
-def write_index(dataset: Dataset, file: Path) -> None:
-    """Save the headers, for the next scan of the same files."""
-    files = {}
-    for entry in dataset.entries:
-        files[str(entry.file.absolute())] = {
-            "name": entry.name,
-            "stamp": asdict(entry.stamp),
-            "header": asdict(entry.header),
-            "fingerprint": entry.fingerprint,
-        }
-    content = {
-        "index_version": INDEX_VERSION,
-        "format": dataset.format,
-        "files": files,
-    }
-    with replacing(file) as temporary:
-        temporary.write_text(json.dumps(content), "utf-8")
-
-
-def _entry_from_json(path: str, fields: dict[str, Any]) -> Entry:
-    header = SampleHeader(**fields["header"])
-    if header.dtype not in ITEM_BYTES:
-        raise ValueError("not a type of hidden states")
-    numbers = {**fields["header"], "dtype": 0, "is_normed": 0}.values()
-    if type(header.is_normed) is not bool or not all(type(x) is int for x in numbers):
-        raise TypeError("not a header")
-    stamp = FileStamp(**fields["stamp"])
-    return Entry(Path(path), str(fields["name"]), stamp, header, str(fields["fingerprint"]))
-
-
 def _scan(
     name: str,
     file: Path,
     data_format: str,
+    alignment: Alignment,
     known: dict[str, Entry],
     stamp_beside: Callable[[Path], str],
 ) -> tuple[Entry, SampleTokens | None] | BadSampleError:
@@ -384,7 +266,7 @@ def _scan(
         if cached is not None and cached.stamp == stamp:
             return Entry(file, name, stamp, cached.header, cached.fingerprint), None
         tokens = FORMATS[data_format].read_tokens(file)
-        return Entry(file, name, stamp, tokens.header, tokens.fingerprint), tokens
+        return Entry(file, name, stamp, tokens.header(alignment), tokens.fingerprint), tokens
     except BadSampleError as error:
         return error
     except OSError as error:

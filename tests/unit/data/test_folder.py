@@ -1,4 +1,4 @@
-"""Dataset: which files are samples, in which order, and what is remembered of them."""
+"""SampleFolder: which files are samples, in which order, and what is remembered of them."""
 
 import json
 import os
@@ -12,9 +12,10 @@ import pytest
 import torch
 from torch.serialization import set_crc32_options
 
-from speculators_cli.core.data.dataset import Dataset, read_dataset, split, write_index
+from speculators_cli.core.data.folder import SampleFolder, read_folders
 from speculators_cli.core.data.formats.format import SampleFormat
 from speculators_cli.core.data.sample import ChangedSampleError, SampleTokens
+from speculators_cli.core.data.source import split
 from speculators_cli.core.errors import DataError
 from speculators_cli.core.progress import SilentProgress
 
@@ -41,17 +42,17 @@ def write(
     torch.save(content, file)
 
 
-def read(*folders: Path, **changes: Any) -> Dataset:
+def read(*folders: Path, **changes: Any) -> SampleFolder:
     arguments: Mapping[str, Any] = {
         "version": 1,
         "index_file": None,
         "max_bad_samples": None,
         "progress": SilentProgress(),
     } | changes
-    return read_dataset(folders, **arguments)
+    return read_folders(folders, **arguments)
 
 
-def names(dataset: Dataset) -> list[str]:
+def names(dataset: SampleFolder) -> list[str]:
     return [entry.name for entry in dataset.entries]
 
 
@@ -201,7 +202,7 @@ def test_a_sample_that_changes_after_the_scan_is_an_error_with_its_name(
     assert error.value.exit_code == 3
 
 
-def replace_size(dataset: Dataset, num_bytes: int) -> Dataset:
+def replace_size(dataset: SampleFolder, num_bytes: int) -> SampleFolder:
     """As if a file had been as large from the first."""
     (entry,) = dataset.entries
     entry = replace(entry, stamp=replace(entry.stamp, num_bytes=num_bytes))
@@ -215,7 +216,7 @@ def test_a_second_scan_opens_no_file_that_is_as_it_was(
     for number in range(4):
         write(data / f"data_{number}.pt", num_tokens=5 + number)
     first = read(data, index_file=index)
-    write_index(first, index)
+    first.write_index(index)
     write(data / "data_2.pt", num_tokens=30)
     opened: list[str] = []
     read_tokens = SampleFormat.read_tokens
@@ -249,7 +250,7 @@ def test_an_index_of_other_types_is_made_again(tmp_path: Path, key: str, value: 
     data, index = tmp_path / "data", tmp_path / "index.json"
     write(data / "data_0.pt")
     first = read(data)
-    write_index(first, index)
+    first.write_index(index)
     content = json.loads(index.read_text())
     (entry,) = content["files"].values()
     entry["header"][key] = value
@@ -377,7 +378,7 @@ def test_a_sample_written_anew_is_seen_although_its_moment_is_set_back(tmp_path:
     data.mkdir()
     write(data / "data_0.pt", value=1.0)
     before = read(data)
-    write_index(before, index)
+    before.write_index(index)
     moment = (data / "data_0.pt").stat().st_mtime_ns
     write(data / "data_0.pt", value=2.0)
     os.utime(data / "data_0.pt", ns=(moment, moment))
