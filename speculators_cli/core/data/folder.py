@@ -2,6 +2,7 @@
 
 import math
 import os
+import stat
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -216,10 +217,10 @@ def is_sample_name(name: str, data_format: str | None = None) -> bool:
 
 
 def find_files(folder: Path) -> Iterator[tuple[str, Path]]:
-    """All but folders below a folder, in sorted order, links followed; each with its relative name.
+    """Files below a folder, in sorted order, links followed; each with its relative name.
 
-    Folders that contain themselves through a link are entered once. Links that lead nowhere, FIFOs
-    and devices are among what is found: whoever opens one by its name says what is wrong with it.
+    Folders that contain themselves through a link are entered once. FIFOs, sockets and devices are
+    left out. Links that lead nowhere are among what is found: they stand for samples that are lost.
 
     Raises:
         DataError: A folder cannot be listed.
@@ -240,9 +241,10 @@ def find_files(folder: Path) -> Iterator[tuple[str, Path]]:
                 hint="Make every folder of the samples readable, or name another one",
             ) from None
         for child in children:
-            if _is_folder(child):
+            mode = _find_mode(child)
+            if stat.S_ISDIR(mode):
                 yield from walk(Path(child.path))
-            else:
+            elif stat.S_ISREG(mode) or stat.S_ISLNK(mode):
                 yield Path(child.path)
 
     for file in walk(folder):
@@ -324,12 +326,12 @@ def hint_of_no_samples(found: Sequence[tuple[str, Path]]) -> str:
     return "Correct the path, or capture samples into it: it holds no file"
 
 
-def _is_folder(child: "os.DirEntry[str]") -> bool:
-    """Whether it is a folder, or a link to one; a link that leads in a circle is none."""
+def _find_mode(child: "os.DirEntry[str]") -> int:
+    """Its kind, or that of what it leads to; of a link that leads nowhere its own."""
     try:
-        return child.is_dir()
+        return child.stat().st_mode
     except OSError:
-        return False
+        return child.stat(follow_symlinks=False).st_mode
 
 
 def _warn_of_short(entries: Sequence[Entry], progress: Progress) -> None:
