@@ -32,8 +32,8 @@ COMMANDS = {
         Command("export", "Draft model", "Write a draft model for a serving engine"),
         Command("demo", "Try", "Run the whole pipeline on an embedded verifier, on CPU, offline"),
         Command(
-            "bench", "Try", "Measure the training step for a verifier's shape, no weights read"
+            "bench", "Try", "Measure the training step for a verifier's shape, without its weights"
         ),
-        Command("env", "Try", "Show versions, for a bug report"),
+        Command("env", "Try", "Print versions, for a bug report"),
     )
 }

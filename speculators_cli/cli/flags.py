@@ -41,4 +41,4 @@ OUTPUT = (
     Flag("is_quiet", ("--quiet", "-q"), "Print only warnings and errors", GENERAL, kind=bool),
     Flag("is_verbose", ("--verbose", "-v"), "Print full tracebacks", GENERAL, kind=bool),
 )
-HELP = Flag("help", ("--help", "-h"), "Show this help", GENERAL, kind=bool)
+HELP = Flag("help", ("--help", "-h"), "Print this help", GENERAL, kind=bool)

@@ -11,7 +11,7 @@ from rich.text import Text
 from speculators_cli.cli.commands import COMMANDS, PROGRAM, SUMMARY, Command
 from speculators_cli.cli.flags import GENERAL, HELP, Flag
 
-VERSION = Flag("version", ("--version",), "Show the version", GENERAL, kind=bool)
+VERSION = Flag("version", ("--version",), "Print the version", GENERAL, kind=bool)
 COMPLETION = (
     Flag("", ("--install-completion",), "Install completion for this shell", GENERAL, kind=bool),
     Flag("", ("--show-completion",), "Print the completion script of this shell", GENERAL),

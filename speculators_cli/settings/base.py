@@ -2,12 +2,12 @@
 
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from itertools import pairwise
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args, get_origin
+from typing import Annotated, Any, ClassVar, Literal, get_args, get_origin
 
 from pydantic import (
     AfterValidator,
@@ -72,6 +72,7 @@ class Settings(BaseModel):
     """Base of all settings classes."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
+    command: ClassVar[str] = ""  # that has these settings, for hints; of a section: none
 
     @field_validator("*", mode="before")
     @classmethod
@@ -204,6 +205,19 @@ def path_error(
     )
 
 
+def not_a_choice(value: str, choices: Sequence[str]) -> PydanticCustomError:
+    """A value that is none of a few, to raise in a validator."""
+    return PydanticCustomError(
+        "choice", "must be {choices}", {"choices": join_choices(choices), "given": value}
+    )
+
+
+def join_choices(choices: Sequence[str]) -> str:
+    """Such as "`a`, `b` or `c`"."""
+    *others, last = (f"`{choice}`" for choice in choices)
+    return f"{', '.join(others)} or {last}" if others else last
+
+
 def missing_path(path: Path, *, hint: str | None = None, flag: str | None = None) -> Exception:
     """The error of a path that leads nowhere; its hint has how much of it exists."""
     there = _printable(str(find_existing(path)))
@@ -257,18 +271,15 @@ Folder = Annotated[Path, AfterValidator(_check_folder)]
 Folders = Annotated[tuple[Path, ...], BeforeValidator(_as_list), AfterValidator(_check_folders)]
 DataFormat = Annotated[
     Literal["auto", "pt", "speculators", "specforge"],
-    Field(
-        description="Whose format the samples are in: pt, speculators, specforge, or auto: by what "
-        "the folder holds"
-    ),
+    Field(description="Format of the samples; auto detects it from the files"),
 ]
 FormatVersion = Annotated[
     Literal[0, 1],
     BeforeValidator(_read_number),
-    Field(description="Format of `.pt` samples: 0 or 1"),
+    Field(description="Format version of `.pt` samples"),
 ]
 TrustRemoteCode = Annotated[
-    bool, Field(description="Run the Python code that comes with the verifier")
+    bool, Field(description="Allow Python code from the verifier's repository to run")
 ]
 LayerIdsSetting = Annotated[
     tuple[int, ...] | None, BeforeValidator(_split), AfterValidator(_check_layer_ids)

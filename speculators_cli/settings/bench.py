@@ -21,46 +21,52 @@ class BenchShapeSettings(Settings):
     """The verifier's shape, and the draft's; no weights are read."""
 
     verifier_name_or_path: str | None = Field(
-        None, min_length=1, description="Hub id or folder of a verifier, in place of a shape"
+        None,
+        min_length=1,
+        description="Hub id or folder of a verifier, used instead of a predefined shape",
     )
     shape: Shape = Field(
         "llama-3.1-8b",
-        description="Shape of the verifier: smollm2-135m, llama-3.1-8b, llama-3.3-70b, qwen3-8b "
-        "or qwen3-32b",
+        description="Predefined shape of a verifier",
     )
-    draft_vocab_size: int = Field(32000, ge=1, description="Tokens the draft can propose")
-    full_vocab: bool = Field(False, description="Draft over the verifier's whole vocabulary")
-    num_layers: int = Field(1, ge=1, description="Decoder layers of the draft")
-    draft_arch: DraftArch = Field(DraftArch.LLAMA, description="Kind of the draft's decoder layers")
+    draft_vocab_size: int = Field(32000, ge=1, description="Size of the draft vocabulary")
+    full_vocab: bool = Field(False, description="Use the verifier's full vocabulary")
+    num_layers: int = Field(1, ge=1, description="Number of decoder layers of the draft model")
+    draft_arch: DraftArch = Field(
+        DraftArch.LLAMA, description="Architecture of the draft model's decoder layers"
+    )
     trust_remote_code: TrustRemoteCode = False
 
 
 class BenchStepSettings(Settings):
     """The training step."""
 
-    total_seq_len: int = Field(8192, ge=16, description="Tokens in one packed sequence")
+    total_seq_len: int = Field(8192, ge=16, description="Length of a packed sequence, in tokens")
     supervised_fraction: float = Field(
         0.6,
         gt=0,
         le=1,
-        description="Share of the tokens that the loss counts, in synthetic samples",
+        description="Fraction of supervised tokens in synthetic samples",
     )
-    ttt_steps: int = Field(3, ge=1, description="TTT steps")
+    ttt_steps: int = Field(3, ge=1, description="Number of TTT (training-time test) steps")
     train_head: Annotated[bool, OffFlag("--freeze-head")] = Field(
-        True, description="Train the draft's lm_head, or keep the verifier's rows"
+        True, description="Train the draft's LM head; off: keep it frozen at the verifier's weights"
     )
-    noise_std: float = Field(0.05, ge=0, description="Noise on aux hidden states")
+    noise_std: float = Field(
+        0.05, ge=0, description="Noise added to aux hidden states, uniform in [-x, x]"
+    )
     gradient_accumulation_steps: int = Field(
-        1, ge=1, description="Packed sequences added up to one optimizer step"
+        1, ge=1, description="Number of packed sequences accumulated in one optimizer step"
     )
     device: Literal["auto", "cpu", "cuda"] = Field(
-        "auto", description="Where to compute: auto (a GPU if there is one), cpu or cuda"
+        "auto", description="Device to run on; auto is a GPU if there is one"
     )
     compute_dtype: Literal["auto", "bfloat16", "float32"] = Field(
-        "auto", description="Precision of the layers: auto is bfloat16 on a GPU, float32 on CPU"
+        "auto",
+        description="Compute precision of the layers; auto is bfloat16 on GPU and float32 on CPU",
     )
     kernels: Literal["auto", "plain", "fast"] = Field(
-        "auto", description="How a step is computed: fast, plain, or auto: fast where it can run"
+        "auto", description="Implementation of the training step; auto is fast where supported"
     )
 
 
@@ -68,34 +74,41 @@ class BenchSamplesSettings(Settings):
     """Samples from disk, in place of synthetic ones."""
 
     data_path: Folders = Field(
-        (), description="Folder of samples to train on as `train` would; may be repeated"
+        (),
+        description="Folder of samples to train on instead of synthetic ones; may be repeated",
     )
     data_format: DataFormat = "auto"
     data_format_version: FormatVersion = 1
     num_workers: int | None = Field(
-        None, ge=0, description="Threads that read samples; default: by cores, at most 8"
+        None,
+        ge=0,
+        description="Number of threads that read samples; default: number of cores, at most 8",
     )
     prefetch_factor: int = Field(
         2,
         ge=1,
-        description="Most packed sequences read ahead for each thread; one at first, more when "
-        "reading falls behind",
+        description="Maximum number of packed sequences prefetched per thread; starts at one and "
+        "grows while training waits for data",
     )
 
 
 class BenchMeasureSettings(Settings):
     """How long to measure."""
 
-    steps: int = Field(20, ge=2, description="Optimizer steps that are timed")
-    warmup_steps: int = Field(3, ge=1, description="Optimizer steps before them")
-    profile: bool = Field(
-        True, description="Profile two steps more for the split by kind of kernel"
+    steps: int = Field(20, ge=2, description="Number of timed optimizer steps")
+    warmup_steps: int = Field(
+        3, ge=1, description="Number of optimizer steps before the timed ones"
     )
-    seed: int = Field(0, ge=0, description="Seed of weights and synthetic samples")
+    profile: bool = Field(
+        True, description="Profile two more steps to split the time by kind of kernel"
+    )
+    seed: int = Field(0, ge=0, description="Random seed for weights and synthetic samples")
 
 
 class BenchSettings(Settings):
     """All settings of `speculators bench`, in sections."""
+
+    command = "bench"
 
     shape: BenchShapeSettings = Field(default_factory=BenchShapeSettings, title="Shape")
     step: BenchStepSettings = Field(default_factory=BenchStepSettings, title="Step")

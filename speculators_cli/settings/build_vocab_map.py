@@ -21,7 +21,8 @@ class CountSettings(Settings):
 
     token_freq_path: tuple[Path, ...] = Field(
         (),
-        description="File of token counts, in place of samples; may be repeated: they are added up",
+        description="File of token counts, used instead of samples; may be repeated, counts are "
+        "summed",
     )
     data_path: Folders = Field(
         (),
@@ -33,7 +34,7 @@ class CountSettings(Settings):
     max_bad_samples: int | None = Field(
         None,
         ge=0,
-        description="Most samples that may be left out as broken; default: 1% of the folder",
+        description="Maximum number of invalid samples to leave out; default: 1% of the folder",
     )
 
     @model_validator(mode="after")
@@ -74,19 +75,19 @@ class VocabularySettings(Settings):
         None,
         ge=1,
         le=2**24,
-        description="Tokens of the verifier, in place of the verifier itself",
+        description="Size of the verifier vocabulary, used instead of the verifier",
     )
-    draft_vocab_size: int = Field(32000, ge=1, description="Tokens the draft keeps")
+    draft_vocab_size: int = Field(32000, ge=1, description="Size of the draft vocabulary")
     keep_special: bool = Field(
         True,
-        description="Always keep the verifier's end tokens and the control tokens of its chat "
-        "template",
+        description="Always keep the verifier's end-of-sequence tokens and the control tokens of "
+        "its chat template",
     )
     mass_samples: int = Field(
         16,
         ge=0,
-        description="Samples on which the verifier's probability within the draft vocabulary is "
-        "measured; 0 leaves it out",
+        description="Number of samples to measure the verifier's probability mass within the draft "
+        "vocabulary; 0 disables it",
     )
     trust_remote_code: TrustRemoteCode = False
 
@@ -103,12 +104,15 @@ class MapFilesSettings(Settings):
     """Where the maps go."""
 
     output_dir: Path = Field(
-        Path(), description="Folder for d2t.npy, t2d.npy and token_freq.pt; old ones are replaced"
+        Path(),
+        description="Folder for d2t.npy, t2d.npy and token_freq.pt; existing files are replaced",
     )
 
 
 class BuildVocabMapSettings(Settings):
     """All settings of `speculators build-vocab-map`, in sections."""
+
+    command = "build-vocab-map"
 
     vocabulary: VocabularySettings = Field(default_factory=VocabularySettings, title="Vocabulary")
     counts: CountSettings = Field(default_factory=CountSettings, title="Counts")

@@ -21,16 +21,18 @@ class FilesSettings(Settings):
     v0_path: Annotated[Folder, Positional("V0_PATH")] = Field(
         description="Folder of v0 samples, searched recursively"
     )
-    output_dir: Path = Field(description="Folder for the v1 samples, under the same names")
+    output_dir: Path = Field(description="Folder for the v1 samples, with the same file names")
     dtype: Literal["bfloat16", "float16"] | None = Field(
-        None, description="Type of the written hidden states: bfloat16 or float16; default: as read"
+        None, description="Data type of the written hidden states; default: unchanged"
     )
     workers: int | None = Field(
-        None, ge=1, description="Files converted at once; default: by cores, at most 4"
+        None,
+        ge=1,
+        description="Number of files converted in parallel; default: number of cores, at most 4",
     )
-    dry_run: bool = Field(False, description="Say what would be converted, write nothing")
+    dry_run: bool = Field(False, description="Print what would be converted, write nothing")
     delete_source: bool = Field(
-        False, description="Remove each v0 file once its v1 file is on disk and was read back"
+        False, description="Delete each v0 file after its v1 file was written and read back"
     )
 
     @model_validator(mode="after")
@@ -49,13 +51,13 @@ class VerifierSettings(Settings):
     )
     undo_norm: bool = Field(
         False,
-        description="Write last hidden states from before the final norm, for readers that do not "
-        "know `last_hidden_state_is_normed`",
+        description="Write last hidden states from before the final norm, for readers that ignore "
+        "`last_hidden_state_is_normed`",
     )
     target_layer_ids: LayerIdsSetting = Field(
         None,
-        description="Verifier layers the aux hidden states come from, ascending; id k is the "
-        "output after k layers; default: what the data says",
+        description="Verifier layers of the aux hidden states, ascending; id k is the output after "
+        "k layers; default: read from the data",
     )
     trust_remote_code: TrustRemoteCode = False
 
@@ -68,6 +70,8 @@ class VerifierSettings(Settings):
 
 class ConvertV0Settings(Settings):
     """All settings of `speculators convert-v0`, in sections."""
+
+    command = "convert-v0"
 
     files: FilesSettings = Field(title="Files")
     verifier: VerifierSettings = Field(default_factory=VerifierSettings, title="Verifier")

@@ -13,10 +13,14 @@ class DemoRunSettings(Settings):
     output_dir: Path = Field(
         Path("./speculators-demo"), description="Folder for samples, maps and checkpoints"
     )
-    seed: int = Field(0, ge=0, description="Seed of the draft's weights, sample order and noise")
+    seed: int = Field(
+        0, ge=0, description="Random seed for the draft's weights, sample order and noise"
+    )
 
 
 class DemoSettings(Settings):
     """All settings of the demo, in sections."""
+
+    command = "demo"
 
     run: DemoRunSettings = Field(default_factory=DemoRunSettings, title="Run")

@@ -21,19 +21,20 @@ class DraftSourceSettings(Settings):
 
     checkpoint: Annotated[str, Positional("CHECKPOINT")] = Field(
         min_length=1,
-        description="A checkpoint, the save path of a run (its best, else latest checkpoint), or a "
+        description="Checkpoint, save path of a run (its best checkpoint, else the latest), or "
         "folder or hub id of a speculators or EAGLE-3 draft",
     )
     verifier_name_or_path: Annotated[str | None, MODEL_NAME] = Field(
         None,
         min_length=1,
-        description="Hub id or folder of the verifier to name in the export; default: the one in "
+        description="Hub id or folder of the verifier to record in the export; default: read from "
         "the checkpoint",
     )
     target_layer_ids: LayerIdsSetting = Field(
         None,
         description="Verifier layers the draft was trained on, ascending; id k is the output after "
-        "k layers; default: what the checkpoint says, else early, middle and late",
+        "k layers; default: read from the checkpoint, else an early, a middle and a "
+        "late layer",
     )
     trust_remote_code: TrustRemoteCode = False
 
@@ -41,34 +42,40 @@ class DraftSourceSettings(Settings):
 class ExportFolderSettings(Settings):
     """What is written, and where."""
 
-    output_dir: Path = Field(description="Folder to write, which appears whole or not at all")
+    output_dir: Path = Field(description="Folder to write; it appears whole or not at all")
     target: Literal["vllm", "sglang", "eagle"] = Field(
-        "vllm", description="Format: vllm (speculators), sglang or eagle (plain EAGLE-3)"
+        "vllm",
+        description="Serving engine to export for; vllm is the speculators format, eagle is plain "
+        "EAGLE-3",
     )
     dtype: Literal["bfloat16", "float16", "float32"] = Field(
-        "bfloat16", description="Type of the weights: bfloat16, float16 or float32"
+        "bfloat16", description="Data type of the weights"
     )
     num_speculative_tokens: int | None = Field(
-        None, ge=1, description="Tokens drafted at once; default: the TTT steps of the training"
+        None,
+        ge=1,
+        description="Number of draft tokens per verifier pass; default: TTT steps of the training",
     )
     embeddings: Annotated[bool, OffFlag("--without-embeddings")] = Field(
-        True, description="Write the embedding too; off: the engine shares the verifier's"
+        True, description="Include the embedding; off: the engine shares the verifier's"
     )
-    max_shard_size: str = Field("5GB", description="Largest weights file, such as 500MB or 5GB")
+    max_shard_size: str = Field(
+        "5GB", description="Maximum size of a weights file, such as 500MB or 5GB"
+    )
     license: str | None = Field(
         None,
         min_length=1,
-        description="Licence for the model card, such as apache-2.0; default: what the verifier's "
-        "model card says, else unknown",
+        description="License for the model card, such as apache-2.0; default: read from the "
+        "verifier's model card, else unknown",
     )
     overwrite: bool = Field(False, description="Replace an earlier export in the output folder")
     verify: bool = Field(
-        True, description="Check names, shapes and values, load the export again, compare logits"
+        True, description="Reload the export and compare names, shapes, values and logits"
     )
     push_to_hub: str | None = Field(
         None,
         min_length=1,
-        description="Upload the finished folder to this repository of the hub, such as me/draft",
+        description="Hub repository to upload the finished folder to, such as me/draft",
     )
 
     @field_validator("max_shard_size")
@@ -81,6 +88,8 @@ class ExportFolderSettings(Settings):
 
 class ExportSettings(Settings):
     """All settings of `speculators export`, in sections."""
+
+    command = "export"
 
     source: DraftSourceSettings = Field(title="Checkpoint")
     export: ExportFolderSettings = Field(title="Export")

@@ -15,31 +15,38 @@ class InspectSettings(Settings):
         description="Folder of samples, searched recursively"
     )
     samples: int = Field(
-        64, ge=0, description="Samples whose hidden states are looked at; ids and masks are of all"
+        64,
+        ge=0,
+        description="Number of samples whose hidden states are checked; ids and masks are checked "
+        "in all",
     )
-    verify: bool = Field(False, description="Read every byte and compare it with its checksum")
+    verify: bool = Field(False, description="Read every byte and compare checksums")
     show: int | None = Field(
-        None, ge=0, description="Write the text of this sample, counted from 0, as the files sort"
+        None,
+        ge=0,
+        description="Print the text of this sample, counted from 0 in the order of file names",
     )
     html: Path | None = Field(
-        None, description="Write the report as a page with plots, all in one file"
+        None, description="Write the report as one self-contained HTML page with plots"
     )
     verifier_name_or_path: str | None = Field(
         None,
         min_length=1,
-        description="Hub id or folder of the verifier; asked whether it predicts the samples",
+        description="Hub id or folder of the verifier, whose LM head is compared with the samples",
     )
-    total_seq_len: int = Field(8192, ge=2, description="Tokens in one packed sequence")
+    total_seq_len: int = Field(8192, ge=2, description="Length of a packed sequence, in tokens")
     tokens_per_second: float = Field(
         120_000.0,
         gt=0,
-        description="Speed of training that the time and disk rate of an epoch are told for; one "
-        "H100 trains a draft for an 8B verifier at about the default",
+        description="Throughput assumed for the epoch estimates; the default is about that of one "
+        "H100 with an 8B verifier",
     )
     trust_remote_code: TrustRemoteCode = False
 
 
 class InspectDataSettings(Settings):
     """All settings of `speculators inspect-data`, in sections."""
+
+    command = "inspect-data"
 
     inspect: InspectSettings = Field(title="Inspect")

@@ -1,7 +1,7 @@
 """load_settings(): flags over a settings file, checked together; every problem is shown at once."""
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -9,7 +9,13 @@ from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
 from speculators_cli.core.errors import SettingsError
-from speculators_cli.settings.base import SettingField, Settings, setting_fields
+from speculators_cli.settings.base import (
+    SettingField,
+    Settings,
+    choices_of,
+    join_choices,
+    setting_fields,
+)
 from speculators_cli.settings.config_file import read_config
 
 # What a value must be, by pydantic's name of the error, where its own words are those of Python.
@@ -22,6 +28,7 @@ EXPECTED = {
     "path_type": "a path",
 }
 UNKNOWN = {"extra_forbidden", "invalid_key"}
+NOT_A_CHOICE = {"literal_error", "enum", "choice"}
 NO_SECTION = {"model_type", "model_attributes_type"}
 MAX_SHOWN = 20  # lines of an error
 MAX_SHOWN_TEXT = 200  # characters of a value in it
@@ -71,7 +78,7 @@ def _settings_error(
     given = [hint for _, hint in described if hint]
     return SettingsError(
         "\n".join([f"{len(lines)} {noun} cannot be used", *shown]),
-        hint=given[0] if given else "See `--help` of the command for every setting",
+        hint=given[0] if given else _see_help(settings_class),
     )
 
 
@@ -93,18 +100,37 @@ def _describe(
     shown = known[name].flag if name in known else name or str(config_file)
     if kind == "missing":
         return f"`{shown}` is required", None
+    return _describe_value(shown, error, known.get(name))
+
+
+def _describe_value(
+    shown: str, error: ErrorDetails, field: SettingField | None
+) -> tuple[str, str | None]:
+    kind, context = error["type"], error.get("ctx", {})
     if kind == "path":
-        context = error.get("ctx", {})
         return f"`{context.get('flag') or shown}`: {error['msg']}", context.get("hint")
+    if kind in NOT_A_CHOICE and field is not None:
+        value = str(context.get("given", error["input"]))
+        return _describe_choice(shown, value, choices_of(field.info))
     if kind == "value_error":
         reason = error["msg"].removeprefix("Value error, ")
-        return (f"`{shown}` {reason}" if name in known else reason), None
+        return (f"`{shown}` {reason}" if field is not None else reason), None
     if kind == "string_too_short" and error["input"] == "":
         return f"`{shown}` must not be empty", None
     reason = error["msg"].replace("Input should be", "must be")
     if kind in EXPECTED:
         reason = f"must be {EXPECTED[kind]}"
     return f"`{shown}` {reason}, got `{_shorten(error['input'])}`", None
+
+
+def _see_help(settings_class: type[Settings]) -> str:
+    return f"Run `speculators {settings_class.command} --help` for every setting"
+
+
+def _describe_choice(shown: str, value: str, choices: Sequence[str]) -> tuple[str, str | None]:
+    close = difflib.get_close_matches(value, choices, n=1)
+    line = f"`{shown}` must be {join_choices(choices)}, got `{_shorten(value)}`"
+    return line, f"Did you mean `{shown} {close[0]}`?" if close else None
 
 
 def _shorten(value: object) -> str:
@@ -140,7 +166,7 @@ def _describe_unknown(
         close = [f"{known[path[-1]].section}.{path[-1]}"]
     line = f"`{_shorten(name)}` in `{config_file}` is not a setting"
     if close:
-        return line, f"Did you mean `{close[0]}`? See `--help` of the command for every setting"
+        return line, f"Did you mean `{close[0]}`? {_see_help(settings_class)}"
     if len(path) == 1:
         sections = ", ".join(f"`{section}`" for section in settings_class.model_fields)
         return line, f"Use the sections {sections}"

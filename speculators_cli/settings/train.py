@@ -18,6 +18,7 @@ from speculators_cli.settings.base import (
     ListOf,
     Settings,
     TrustRemoteCode,
+    not_a_choice,
     path_error,
 )
 
@@ -36,25 +37,29 @@ class RunSettings(Settings):
     """How long a run is, where it writes and how it is followed."""
 
     save_path: Path = Field(
-        Path("./checkpoints"), description="Folder for checkpoints, one sub-folder an epoch"
+        Path("./checkpoints"), description="Folder for checkpoints, one subfolder per epoch"
     )
-    epochs: Annotated[int, WARNED_ON_RESUME] = Field(20, ge=1, description="Epochs to train for")
+    epochs: Annotated[int, WARNED_ON_RESUME] = Field(20, ge=1, description="Number of epochs")
     max_steps: Annotated[int | None, WARNED_ON_RESUME] = Field(
-        None, ge=1, description="Stop after this many optimizer steps, whatever the epochs"
+        None, ge=1, description="Stop after this many optimizer steps, even within an epoch"
     )
     resume_from_checkpoint: bool = Field(
         True,
-        description="Go on from the latest checkpoint in the save path; off: start from scratch, "
-        "replacing old checkpoints once the first new one is saved",
+        description="Resume from the latest checkpoint in the save path; off: start from scratch "
+        "and replace old checkpoints once the first new one is saved",
     )
     logger: Annotated[str, ListOf(LOGGER_NAMES)] = Field(
         "", description="Metric loggers, separated by commas"
     )
     log_dir: Path = Field(Path("./logs"), description="Folder for logs")
-    run_name: str | None = Field(None, description="Name of the run in the loggers")
-    log_every_steps: int = Field(10, ge=1, description="Optimizer steps between two log lines")
+    run_name: str | None = Field(
+        None, description="Name of the run in the loggers; default: name of the save path"
+    )
+    log_every_steps: int = Field(
+        10, ge=1, description="Number of optimizer steps between log lines"
+    )
     seed: Annotated[int, REFUSED_ON_RESUME] = Field(
-        0, ge=0, description="Seed of weights, sample order and noise"
+        0, ge=0, description="Random seed for weights, sample order and noise"
     )
 
     @property
@@ -62,12 +67,16 @@ class RunSettings(Settings):
         """The loggers asked for, in order, without repeats."""
         return tuple(dict.fromkeys(name.strip() for name in self.logger.split(",") if name.strip()))
 
+    def limit_steps(self, num_steps: int) -> int:
+        """Optimizer steps of the run, where its epochs have `num_steps`."""
+        return num_steps if self.max_steps is None else min(num_steps, self.max_steps)
+
     @field_validator("logger")
     @classmethod
     def _loggers_exist(cls, value: str) -> str:
         for name in filter(None, (part.strip() for part in value.split(","))):
             if name not in LOGGER_NAMES:
-                raise ValueError(f"must name `trackio`, `wandb` or `tensorboard`, got `{name}`")
+                raise not_a_choice(name, LOGGER_NAMES)
         return value
 
     @field_validator("run_name")
@@ -89,41 +98,48 @@ class DataSettings(Settings):
     )
     val_data_path: Folders = Field(
         (),
-        description="Folder of validation samples, in place of a part of the data path; "
-        "may be repeated",
+        description="Folder of validation samples, used instead of a split of the data path; may be"
+        " repeated",
     )
     data_format: Annotated[DataFormat, WARNED_ON_RESUME] = "auto"
     data_format_version: Annotated[FormatVersion, WARNED_ON_RESUME] = 1
     train_data_ratio: Annotated[float, REFUSED_ON_RESUME] = Field(
-        0.9, gt=0, le=1, description="Share of the samples to train on; the rest validates"
+        0.9,
+        gt=0,
+        le=1,
+        description="Fraction of samples used for training; the rest is used for validation",
     )
     total_seq_len: Annotated[int, REFUSED_ON_RESUME] = Field(
-        8192, ge=2, description="Tokens in one packed sequence"
+        8192, ge=2, description="Length of a packed sequence, in tokens"
     )
     noise_std: Annotated[float, WARNED_ON_RESUME] = Field(
-        0.05, ge=0, description="Noise on aux hidden states while training, uniform in [-x, x]"
+        0.05,
+        ge=0,
+        description="Noise added to aux hidden states during training, uniform in [-x, x]",
     )
     num_workers: int | None = Field(
-        None, ge=0, description="Threads that read samples; default: by cores, at most 8"
+        None,
+        ge=0,
+        description="Number of threads that read samples; default: cores per rank, at most 8",
     )
     prefetch_factor: int = Field(
         2,
         ge=1,
-        description="Most packed sequences read ahead for each thread; one at first, more when "
-        "reading falls behind",
+        description="Maximum number of packed sequences prefetched per thread; starts at one and "
+        "grows while training waits for data",
     )
     max_bad_samples: int | None = Field(
         None,
         ge=0,
-        description="Most samples that may be left out as broken; default: 1% of the folder",
+        description="Maximum number of invalid samples to leave out; default: 1% of the folder",
     )
     check_samples: bool = Field(
         True,
-        description="Before the first step, ask the verifier's head whether it predicts a few "
-        "samples, and refuse states that are marked wrongly",
+        description="Check a few samples against the verifier's LM head before training; hidden "
+        "states that do not match are an error",
     )
     allow_changed_data: bool = Field(
-        False, description="Resume although the samples are not the ones the run began with"
+        False, description="Resume even if the samples differ from those the run began with"
     )
 
 
@@ -134,37 +150,37 @@ class DraftSettings(Settings):
         min_length=1, description="Hub id or folder of the verifier"
     )
     num_layers: Annotated[int, REFUSED_ON_RESUME] = Field(
-        1, ge=1, description="Decoder layers of the draft"
+        1, ge=1, description="Number of decoder layers of the draft model"
     )
     from_checkpoint: Annotated[str | None, MODEL_NAME, WARNED_ON_RESUME] = Field(
         None,
         min_length=1,
-        description="Begin with the weights of a trained draft: a checkpoint, or a folder or hub "
-        "id of a speculators or EAGLE-3 draft; its shape and vocabulary are kept",
+        description="Initialize from a trained draft model: a checkpoint, or a folder or hub id of "
+        "a speculators or EAGLE-3 draft; its shape and vocabulary are kept",
     )
     full_vocab: Annotated[bool, REFUSED_ON_RESUME] = Field(
-        False, description="Draft over the verifier's whole vocabulary; d2t and t2d are not read"
+        False, description="Use the verifier's full vocabulary; d2t and t2d are not read"
     )
     d2t_path: Path = Field(
         Path("d2t.npy"),
         validate_default=True,
-        description="Draft-to-target map: offset of each draft token",
+        description="Draft-to-target map: offset from each draft token id to its verifier token id",
     )
     t2d_path: Path = Field(
         Path("t2d.npy"),
         validate_default=True,
-        description="Target-to-draft map: which verifier tokens are kept",
+        description="Target-to-draft map: which verifier tokens are in the draft vocabulary",
     )
     algorithm: Annotated[AlgorithmName, REFUSED_ON_RESUME] = Field(
-        "eagle3", description="How the draft model drafts"
+        "eagle3", description="Speculative decoding algorithm"
     )
     draft_arch: Annotated[DraftArch, REFUSED_ON_RESUME] = Field(
-        DraftArch.LLAMA, description="Kind of the draft's decoder layers"
+        DraftArch.LLAMA, description="Architecture of the draft model's decoder layers"
     )
     target_layer_ids: Annotated[LayerIdsSetting, REFUSED_ON_RESUME] = Field(
         None,
-        description="Verifier layers the aux hidden states come from, ascending; id k is the "
-        "output after k layers; default: what the data says",
+        description="Verifier layers of the aux hidden states, ascending; id k is the output after "
+        "k layers; default: read from the data",
     )
     trust_remote_code: TrustRemoteCode = False
 
@@ -192,16 +208,16 @@ class OptimizerSettings(Settings):
 
     lr: Annotated[float, WARNED_ON_RESUME] = Field(1e-4, gt=0, description="Peak learning rate")
     weight_decay: Annotated[float, WARNED_ON_RESUME] = Field(
-        0.01, ge=0, description="Weight decay of matrices; norm gains have none"
+        0.01, ge=0, description="Weight decay; norm weights are excluded"
     )
     max_grad_norm: Annotated[float, WARNED_ON_RESUME] = Field(
-        1.0, gt=0, description="Gradients are scaled down to this norm"
+        1.0, gt=0, description="Gradient clipping norm"
     )
     gradient_accumulation_steps: Annotated[int, WARNED_ON_RESUME] = Field(
-        1, ge=1, description="Packed sequences each rank adds up to one optimizer step"
+        1, ge=1, description="Number of packed sequences accumulated per rank in one optimizer step"
     )
     max_skipped_steps: int = Field(
-        10, ge=1, description="Stop after this many steps in a row without a finite gradient"
+        10, ge=1, description="Stop after this many consecutive steps with non-finite gradients"
     )
 
 
@@ -210,11 +226,11 @@ class ScheduleSettings(Settings):
 
     scheduler: Annotated[Literal["linear", "cosine", "none"], WARNED_ON_RESUME] = Field(
         "linear",
-        description="Learning rate after the warm-up: linear or cosine to zero at the end of the "
-        "run, or none: constant, no warm-up",
+        description="Learning-rate schedule: linear and cosine decay to zero after warmup, none is "
+        "constant without warmup",
     )
     warmup_ratio: Annotated[float, WARNED_ON_RESUME] = Field(
-        0.01, ge=0, lt=1, description="Share of all steps in which the learning rate rises"
+        0.01, ge=0, lt=1, description="Fraction of steps used for warmup"
     )
 
 
@@ -222,10 +238,13 @@ class CheckpointSettings(Settings):
     """When checkpoints are saved, and which are kept."""
 
     checkpoint_every_steps: int | None = Field(
-        None, ge=1, description="Save also every so many optimizer steps; default: epochs only"
+        None,
+        ge=1,
+        description="Save a checkpoint every so many optimizer steps too; default: only after each "
+        "epoch",
     )
     keep_checkpoints: int | None = Field(
-        None, ge=1, description="Keep this many latest checkpoints and the best; default: all"
+        None, ge=1, description="Number of latest checkpoints to keep beside the best; default: all"
     )
 
 
@@ -233,31 +252,31 @@ class DistributedSettings(Settings):
     """Devices and ranks."""
 
     device: Literal["auto", "cpu", "cuda"] = Field(
-        "auto", description="Where to train: auto (a GPU if there is one), cpu or cuda"
+        "auto", description="Device to train on; auto is a GPU if there is one"
     )
     compute_dtype: Annotated[Literal["auto", "bfloat16", "float32"], WARNED_ON_RESUME] = Field(
         "auto",
-        description="Precision of the layers: auto is bfloat16 on a GPU, float32 on CPU; weights "
-        "and optimizer state are always float32",
+        description="Compute precision of the layers; auto is bfloat16 on GPU and float32 on CPU; "
+        "weights and optimizer state are always float32",
     )
     kernels: Literal["auto", "plain", "fast"] = Field(
         "auto",
-        description="How a step is computed: fast (only the positions that reach the loss, with "
-        "kernels of our own), plain (every position; kernels of our own for attention and noise "
-        "alone, on a GPU), auto: fast where it can run",
+        description="Implementation of the training step; fast computes only the positions that "
+        "reach the loss, in Triton kernels; plain computes every position, with Triton "
+        "only for attention and noise on GPU; auto is fast where supported",
     )
     sharding: Literal["shard", "replicate", "auto"] = Field(
         "shard",
-        description="Spread weights and optimizer state over all ranks (shard), keep a copy on "
-        "each (replicate), or spread within a machine only (auto)",
+        description="Placement of weights and optimizer state: shard across all ranks, replicate on"
+        " each rank; auto shards within each machine",
     )
-    timeout_seconds: int = Field(
-        1800, ge=1, description="A rank that hangs this long ends the run; in seconds"
-    )
+    timeout_seconds: int = Field(1800, ge=1, description="Timeout of collectives, in seconds")
 
 
 class TrainSettings(Settings):
     """All settings of a training run, in sections."""
+
+    command = "train"
 
     draft: DraftSettings = Field(title="Draft model")
     run: RunSettings = Field(default_factory=RunSettings, title="Run")

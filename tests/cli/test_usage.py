@@ -37,7 +37,27 @@ Capture = pytest.CaptureFixture[str]
         ("train --nproc-per-node 0", "`--nproc-per-node`: must be greater", "train --help"),
         ("env --config x", "`--config` is not a flag of `speculators env`", "env --help"),
         ("train -qx", "`-qx` is not a flag of `speculators train`", "train --help"),
-        ("export", "`CHECKPOINT` is required", "--help"),
+        ("export", "`CHECKPOINT` is required", "Run `speculators export --help`"),
+        (
+            "export run --output-dir out --target eagel",
+            "`--target` must be `vllm`, `sglang` or `eagle`, got `eagel`",
+            "Did you mean `--target eagle`?",
+        ),
+        (
+            "train --verifier-name-or-path x --data-path / --full-vocab --logger wandb,trakio",
+            "`--logger` must be `trackio`, `wandb` or `tensorboard`, got `trakio`",
+            "Did you mean `--logger trackio`?",
+        ),
+        (
+            "bench --draft-arch qwen",
+            "`--draft-arch` must be `llama` or `qwen3`, got `qwen`",
+            "Did you mean `--draft-arch qwen3`?",
+        ),
+        (
+            "bench --data-format-version 7",
+            "`--data-format-version` must be `0` or `1`, got `7`",
+            "Run `speculators bench --help`",
+        ),
     ],
 )
 def test_a_wrong_command_line_is_an_error_with_what_was_meant(

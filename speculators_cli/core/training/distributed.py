@@ -230,8 +230,13 @@ def shard(module: nn.Module, ranks: Ranks, sharding: str) -> None:
             part.set_force_sum_reduction_for_comms(True)
 
 
+def count_shards(ranks: Ranks, sharding: str) -> int:
+    """Parts that weights and optimizer state are divided into."""
+    return {"shard": ranks.num_ranks, "replicate": 1, "auto": ranks.num_local_ranks}[sharding]
+
+
 def _mesh(ranks: Ranks, sharding: str) -> DeviceMesh:
-    shards = {"shard": ranks.num_ranks, "replicate": 1, "auto": ranks.num_local_ranks}[sharding]
+    shards = count_shards(ranks, sharding)
     copies = ranks.num_ranks // shards
     kind = ranks.device.type
     if copies == 1:

@@ -15,7 +15,7 @@ from speculators_cli.core.data.packing import PackingPlan, plan_epoch
 from speculators_cli.core.data.source import SampleSource
 from speculators_cli.core.files import check_output_dir, find_existing
 from speculators_cli.core.progress import Progress
-from speculators_cli.core.training.distributed import Ranks, start_ranks
+from speculators_cli.core.training.distributed import Ranks, count_shards, start_ranks
 from speculators_cli.core.training.inputs import read_inputs
 from speculators_cli.core.training.run import choose_compute_dtype, choose_kernels
 from speculators_cli.core.training.warm_start import read_warm_start
@@ -98,8 +98,7 @@ def _estimate(
         epoch=0,
         global_batch=global_batch,
     )
-    total_steps = packed.num_steps * settings.run.epochs
-    total_steps = min(total_steps, settings.run.max_steps or total_steps)
+    total_steps = settings.run.limit_steps(packed.num_steps * settings.run.epochs)
     cost = ALGORITHMS[config.algorithm].cost
     lengths = np.minimum(samples.lengths, settings.data.total_seq_len)
     targets = samples.most_targets(settings.data.total_seq_len)
@@ -118,14 +117,13 @@ def _estimate(
     seconds = total_steps * cost.estimate_seconds(flops_per_step, trained, gpu) if gpu else None
     data_bytes = samples.num_bytes
     epochs = total_steps / max(packed.num_steps, 1)
-    shards = {"shard": ranks.num_ranks, "replicate": 1, "auto": ranks.num_local_ranks}
     memory = cost.estimate_memory(
         config,
         settings.algorithm_settings,
         work,
         total_seq_len=settings.data.total_seq_len,
         num_accumulated=per_rank,
-        num_shards=shards[settings.distributed.sharding],
+        num_shards=count_shards(ranks, settings.distributed.sharding),
     )
     tokens = sum(part.num_positions for part in work)
     return TrainPlan(

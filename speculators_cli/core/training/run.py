@@ -241,8 +241,8 @@ def build_trainer(
         )
     if start.is_resumed:
         check_progress(start.state, loader, num_epochs=settings.run.epochs)
-    total_steps = sum(loader.steps_in(epoch) for epoch in range(settings.run.epochs))
-    total_steps = min(total_steps, settings.run.max_steps or total_steps)
+    steps_of_epochs = sum(loader.steps_in(epoch) for epoch in range(settings.run.epochs))
+    total_steps = settings.run.limit_steps(steps_of_epochs)
     return Trainer(
         settings=settings,
         ranks=ranks,

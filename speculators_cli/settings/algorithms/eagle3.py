@@ -15,27 +15,29 @@ from speculators_cli.settings.base import (
 class Eagle3Settings(Settings):
     """What is special to EAGLE-3."""
 
-    ttt_steps: Annotated[int, WARNED_ON_RESUME] = Field(3, ge=1, description="TTT steps")
+    ttt_steps: Annotated[int, WARNED_ON_RESUME] = Field(
+        3, ge=1, description="Number of TTT (training-time test) steps"
+    )
     ttt_step_loss_decay: Annotated[float, WARNED_ON_RESUME] = Field(
-        1.0, gt=0, description="Loss weight of a TTT step over the one before"
+        1.0, gt=0, description="Per-step loss decay: TTT step k is weighted by decay^k"
     )
     loss: Annotated[Literal["kl"], WARNED_ON_RESUME] = Field(
-        "kl", description="Loss between the verifier's and the draft's distribution: kl"
+        "kl", description="Loss between the verifier's and the draft's distributions"
     )
     norm_before_residual: Annotated[bool, REFUSED_ON_RESUME] = Field(
-        True, description="Let the first layer's residual start after its norm"
+        True, description="Take the first layer's residual after its norm; off: before"
     )
     norm_before_fc: Annotated[bool, REFUSED_ON_RESUME] = Field(
-        False, description="Normalise the concatenated aux hidden states"
+        False, description="Normalize the concatenated aux hidden states"
     )
     fc_norm: Annotated[bool, REFUSED_ON_RESUME] = Field(
-        False, description="Normalise the aux hidden states of each layer on their own"
+        False, description="Normalize the aux hidden states of each layer separately"
     )
     norm_output: Annotated[bool, REFUSED_ON_RESUME] = Field(
-        False, description="Feed the normalised hidden states to the next TTT step"
+        False, description="Feed normalized hidden states to the next TTT step"
     )
     train_head: Annotated[bool, REFUSED_ON_RESUME, OffFlag("--freeze-head")] = Field(
-        True, description="Train the draft's lm_head, or keep the verifier's rows"
+        True, description="Train the draft's LM head; off: keep it frozen at the verifier's weights"
     )
 
     @model_validator(mode="after")
