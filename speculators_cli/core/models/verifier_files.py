@@ -21,7 +21,7 @@ _EMBEDDINGS = (
 _NORMS = (
     "norm", "final_layernorm", "norm_f", "ln_f", "embedding_norm", "final_layer_norm", "final_norm"
 )  # fmt: skip
-_HEADS = ("lm_head", "embed_out", "output_projection", "output", "head")
+_HEADS = ("lm_head", "embed_out", "output_projection", "output", "unembed", "head")
 # What a tensor's name ends with where it is quantised.
 QUANTISED_ENDINGS = (".weight_packed", ".qweight", ".weight_blocks", ".blocks")
 

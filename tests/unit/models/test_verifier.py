@@ -421,3 +421,26 @@ def test_a_head_that_the_familys_own_code_does_not_tie_is_read_whatever_the_conf
 
     assert not found.is_tied
     assert torch.equal(verifier.head, model.lm_head.weight)
+
+
+@pytest.mark.parametrize(
+    "names", [("embed", "head"), ("tok_embeddings", "output"), ("llm.embed", "llm.unembed")]
+)
+def test_files_under_a_familys_original_names_are_read(
+    names: tuple[str, str], tmp_path: Path
+) -> None:
+    save_verifier(FAMILIES["llama"](), tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    prefix = names[0].rpartition(".")[0]
+    renamed = {
+        f"{names[0]}.weight": tensors["model.embed_tokens.weight"],
+        f"{prefix}.norm.weight".removeprefix("."): tensors["model.norm.weight"],
+        f"{names[1]}.weight": tensors["lm_head.weight"],
+    }
+    save_file(renamed, tmp_path / "model.safetensors")
+
+    _, verifier = load(tmp_path)
+
+    assert torch.equal(verifier.embedding, tensors["model.embed_tokens.weight"])
+    assert torch.equal(verifier.norm_gain, tensors["model.norm.weight"])
+    assert torch.equal(verifier.head, tensors["lm_head.weight"])
