@@ -6,17 +6,40 @@ Run `python docs/write_reference.py` after a setting was added or changed; a tes
 from collections.abc import Iterator
 from pathlib import Path
 
-from speculators_cli.cli.commands import COMMANDS, PROGRAM, Command
+from speculators_cli.cli.commands import COMMANDS, PROGRAM, SUMMARY, Command
 from speculators_cli.cli.flags import CONFIG, Flag
+from speculators_cli.cli.help import PROGRAM_FLAGS
 from speculators_cli.settings.base import setting_fields
 
 REFERENCE_DIR = Path(__file__).parent / "reference"
+COMPLETION_TEXT = """\
+`speculators --install-completion` installs completion for the shell it is run in (bash, zsh, fish
+or PowerShell); it takes effect in a new terminal. It completes commands, flags, choices and paths,
+and settings files after `--config`.
+
+From Python: [the library](library.md).
+"""
 
 
 def pages() -> Iterator[tuple[str, str]]:
     """Name and text of every page."""
+    yield f"{PROGRAM}.md", program_page()
     for command in COMMANDS.values():
         yield f"{command.name}.md", page(command)
+
+
+def program_page() -> str:
+    """The page of all commands."""
+    lines = [f"# `{PROGRAM}`", "", f"{SUMMARY}. `{PROGRAM} COMMAND --help` ends with examples.", ""]
+    for panel in dict.fromkeys(command.panel for command in COMMANDS.values()):
+        lines += [f"## {panel}", "", "| Command | Purpose |", "| --- | --- |"]
+        for command in COMMANDS.values():
+            if command.panel == panel:
+                lines.append(f"| [`{command.name}`]({command.name}.md) | {command.summary} |")
+        lines.append("")
+    lines += ["## General", "", "| Flag | Meaning |", "| --- | --- |"]
+    lines += [f"| {_names(flag)} | {flag.help} |" for flag in PROGRAM_FLAGS]
+    return "\n".join([*lines, "", COMPLETION_TEXT])
 
 
 def page(command: Command) -> str:

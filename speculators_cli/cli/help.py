@@ -14,8 +14,9 @@ from speculators_cli.cli.flags import GENERAL, HELP, Flag
 VERSION = Flag("version", ("--version",), "Print the version", GENERAL, kind=bool)
 COMPLETION = (
     Flag("", ("--install-completion",), "Install completion for this shell", GENERAL, kind=bool),
-    Flag("", ("--show-completion",), "Print the completion script of this shell", GENERAL),
+    Flag("", ("--show-completion",), "Print the completion script", GENERAL, kind=bool),
 )
+PROGRAM_FLAGS = (VERSION, *COMPLETION, HELP)
 EXAMPLES = (
     "speculators demo",
     "speculators train --help",
@@ -34,8 +35,7 @@ def show_program_help(*, to_stderr: bool = False) -> None:
         left = max(map(len, COMMANDS))
         rows = [([Text(command.name, "cyan")], command.summary) for command in commands]
         _panel(console, panel, rows, left)
-    flags = (VERSION, *COMPLETION, HELP)
-    _flag_panel(console, GENERAL, flags)
+    _flag_panel(console, GENERAL, PROGRAM_FLAGS)
     _examples(console, EXAMPLES)
 
 

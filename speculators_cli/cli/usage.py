@@ -5,11 +5,9 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from speculators_cli.cli.commands import COMMANDS, PROGRAM
-from speculators_cli.cli.flags import HELP, OUTPUT, Flag
-from speculators_cli.cli.help import COMPLETION, VERSION
+from speculators_cli.cli.flags import OUTPUT, Flag
+from speculators_cli.cli.help import PROGRAM_FLAGS
 from speculators_cli.core.errors import SettingsError
-
-GLOBAL = (VERSION, *COMPLETION, HELP)
 
 
 @dataclass(frozen=True)
@@ -30,7 +28,7 @@ def explain_usage(argv: Sequence[str], fallback: str) -> SettingsError:
     place = next((k for k, word in enumerate(argv) if not word.startswith("-")), len(argv))
     name = argv[place] if place < len(argv) else None
     shown = f"{PROGRAM} {name}" if name in COMMANDS else PROGRAM
-    found = list(_problems(argv[:place], GLOBAL, PROGRAM))
+    found = list(_problems(argv[:place], PROGRAM_FLAGS, PROGRAM))
     misplaced = [word for word in argv[:place] if any(word in flag.names for flag in OUTPUT)]
     if not found and name in COMMANDS:
         found = list(_problems(argv[place + 1 :], COMMANDS[name].load().flags, shown))

@@ -98,3 +98,6 @@ class SilentProgress:
 
     def validated(self, report: ValidationReport) -> None:
         """Ignore the validation."""
+
+
+SILENT = SilentProgress()

@@ -36,7 +36,7 @@ S = TypeVar("S", bound=Settings)
 
 
 def load_settings(
-    settings_class: type[S], flags: Mapping[str, object], config_file: Path | None
+    settings_class: type[S], flags: Mapping[str, object], config_file: Path | None = None
 ) -> S:
     """Check flags and settings file together; flags win.
 

@@ -35,6 +35,9 @@ ALLOWED = {
     for height, layers in enumerate(LAYERS)
     for layer in layers
 }
+ALLOWED[""] |= {
+    name for name in ALLOWED if name.startswith(("core", "settings"))
+}  # imported when used
 ALLOWED["core.torch_file"] |= {"core.data"}
 
 

@@ -14,3 +14,6 @@ class Overrides:
     verifier_architectures: tuple[str, ...] | None = None
     target_layer_ids: tuple[int, ...] | None = None
     read_verifier: Callable[[str], VerifierShape] | None = None
+
+
+NO_OVERRIDES = Overrides()

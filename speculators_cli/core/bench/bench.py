@@ -25,7 +25,7 @@ from speculators_cli.core.data.vocab_map import VocabMap
 from speculators_cli.core.models.train_state import TrainState
 from speculators_cli.core.models.verifier import FrozenVerifier, VerifierConfig
 from speculators_cli.core.models.verifier_files import VerifierFiles
-from speculators_cli.core.progress import Progress, SilentProgress
+from speculators_cli.core.progress import SILENT, Progress, SilentProgress
 from speculators_cli.core.training.distributed import Ranks, start_ranks
 from speculators_cli.core.training.inputs import Inputs, check_samples_fit, check_targets
 from speculators_cli.core.training.optimizer import Optimizer
@@ -78,7 +78,7 @@ class BenchReport:
         return asdict(self)
 
 
-def bench(settings: BenchSettings, *, progress: Progress) -> BenchReport:
+def bench(settings: BenchSettings, *, progress: Progress = SILENT) -> BenchReport:
     """Train some steps as `train` does, and time them.
 
     Raises:

@@ -19,7 +19,7 @@ from speculators_cli.core.algorithms.eagle3.config_reader import (
     is_speculators,
     ties_head,
 )
-from speculators_cli.core.algorithms.overrides import Overrides
+from speculators_cli.core.algorithms.overrides import NO_OVERRIDES, Overrides
 from speculators_cli.core.data.vocab_map import VocabMap
 from speculators_cli.core.drafts.checkpoint_reader import (
     BEST_LINK,
@@ -85,7 +85,9 @@ class TrainedDraft:
         return self.algorithm.compute_probe_logits(self.config, self.weights, embedding)
 
 
-def read_draft(name_or_path: str, overrides: Overrides, *, flag: str) -> TrainedDraft:
+def read_draft(
+    name_or_path: str, overrides: Overrides = NO_OVERRIDES, *, flag: str = "name_or_path"
+) -> TrainedDraft:
     """Read a trained draft and check that it is whole.
 
     Args:

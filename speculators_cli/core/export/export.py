@@ -34,7 +34,7 @@ from speculators_cli.core.files import disk_error, write_json
 from speculators_cli.core.models.repo_files import CONFIG_NAME
 from speculators_cli.core.models.verifier_files import VerifierFiles
 from speculators_cli.core.models.verifier_shape import read_verifier_shape
-from speculators_cli.core.progress import Progress
+from speculators_cli.core.progress import SILENT, Progress
 from speculators_cli.core.scratch import replacing_folder
 from speculators_cli.settings.export import ExportSettings
 
@@ -84,7 +84,7 @@ class ExportReport:
         }
 
 
-def export(settings: ExportSettings, *, progress: Progress) -> ExportReport:
+def export(settings: ExportSettings, *, progress: Progress = SILENT) -> ExportReport:
     """Export a trained draft.
 
     Raises:

@@ -31,7 +31,7 @@ from speculators_cli.core.files import (
     format_bytes,
     sync,
 )
-from speculators_cli.core.progress import Progress
+from speculators_cli.core.progress import SILENT, Progress
 from speculators_cli.core.torch_file.archive import Archive
 from speculators_cli.core.torch_file.structure import ITEM_BYTES
 from speculators_cli.settings.convert_v0 import ConvertV0Settings, FilesSettings
@@ -83,7 +83,7 @@ class ConversionReport:
         return {**asdict(self), "problems": problems}
 
 
-def convert_v0(settings: ConvertV0Settings, *, progress: Progress) -> ConversionReport:
+def convert_v0(settings: ConvertV0Settings, *, progress: Progress = SILENT) -> ConversionReport:
     """Convert what is not converted yet.
 
     Raises:

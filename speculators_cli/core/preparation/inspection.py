@@ -48,7 +48,7 @@ from speculators_cli.core.models.verifier_files import VerifierFiles
 from speculators_cli.core.preparation.inspection_page import write_page
 from speculators_cli.core.preparation.inspection_report import Distribution, InspectionReport
 from speculators_cli.core.preparation.states import StatesReport, look_at_states
-from speculators_cli.core.progress import Progress
+from speculators_cli.core.progress import SILENT, Progress
 from speculators_cli.core.torch_file.archive import Archive
 from speculators_cli.settings.inspect_data import InspectDataSettings, InspectSettings
 
@@ -68,7 +68,7 @@ class Scan:
     is_mask_full: bool  # every token is supervised
 
 
-def inspect_data(settings: InspectDataSettings, *, progress: Progress) -> InspectionReport:
+def inspect_data(settings: InspectDataSettings, *, progress: Progress = SILENT) -> InspectionReport:
     """Read headers, ids and masks of all samples, and the hidden states of some.
 
     Raises:

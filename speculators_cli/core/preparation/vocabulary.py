@@ -19,7 +19,7 @@ from speculators_cli.core.data.token_counts import (
 from speculators_cli.core.data.vocab_map import VocabMap
 from speculators_cli.core.errors import DataError, SettingsError
 from speculators_cli.core.files import check_output_dir
-from speculators_cli.core.progress import Progress
+from speculators_cli.core.progress import SILENT, Progress
 from speculators_cli.settings.build_vocab_map import BuildVocabMapSettings, VocabularySettings
 
 if TYPE_CHECKING:
@@ -51,7 +51,9 @@ class VocabMapReport:
         }
 
 
-def build_vocab_map(settings: BuildVocabMapSettings, *, progress: Progress) -> VocabMapReport:
+def build_vocab_map(
+    settings: BuildVocabMapSettings, *, progress: Progress = SILENT
+) -> VocabMapReport:
     """Count tokens, choose the draft vocabulary, write both maps.
 
     Raises:

@@ -14,7 +14,7 @@ from speculators_cli.core.algorithms.draft_config import DraftConfig
 from speculators_cli.core.data.packing import PackingPlan, plan_epoch
 from speculators_cli.core.data.source import SampleSource
 from speculators_cli.core.files import check_output_dir, find_existing
-from speculators_cli.core.progress import Progress
+from speculators_cli.core.progress import SILENT, Progress
 from speculators_cli.core.training.distributed import Ranks, count_shards, start_ranks
 from speculators_cli.core.training.inputs import read_inputs
 from speculators_cli.core.training.run import choose_compute_dtype, choose_kernels
@@ -56,7 +56,9 @@ class TrainPlan:
         return asdict(self)
 
 
-def plan(settings: TrainSettings, *, num_ranks: int | None, progress: Progress) -> TrainPlan:
+def plan(
+    settings: TrainSettings, *, num_ranks: int | None = None, progress: Progress = SILENT
+) -> TrainPlan:
     """Read headers, pack an epoch, and estimate; no weights are loaded, nothing is written.
 
     Args:

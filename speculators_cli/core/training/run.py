@@ -17,7 +17,7 @@ from speculators_cli.core.errors import MachineError, SpeculatorsError
 from speculators_cli.core.files import check_output_dir, format_bytes
 from speculators_cli.core.kernels.support import use_fast_kernels
 from speculators_cli.core.models.verifier import FrozenVerifier, load_frozen_verifier
-from speculators_cli.core.progress import Progress, SilentProgress
+from speculators_cli.core.progress import SILENT, Progress, SilentProgress
 from speculators_cli.core.signals import StopSignals
 from speculators_cli.core.training.checkpoint_checks import check_progress
 from speculators_cli.core.training.distributed import Ranks, end_process, shard, start_ranks
@@ -39,7 +39,9 @@ from speculators_cli.settings.base import write_settings
 from speculators_cli.settings.train import TrainSettings
 
 
-def train(settings: TrainSettings, *, progress: Progress, dry_run: bool = False) -> TrainReport:
+def train(
+    settings: TrainSettings, *, progress: Progress = SILENT, dry_run: bool = False
+) -> TrainReport:
     """Train a draft model, from scratch or from the latest checkpoint in the save path.
 
     Args:
