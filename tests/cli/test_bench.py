@@ -119,4 +119,4 @@ def test_fast_kernels_are_refused_without_a_gpu(
     code = run(["bench", *flags, "--kernels", "fast"])
 
     assert code == 5
-    assert "`--kernels fast`: they need a GPU" in capsys.readouterr().err
+    assert "`--kernels fast`: they require a GPU" in capsys.readouterr().err

@@ -1,7 +1,7 @@
 """AdamW in one pass over a parameter, its gradient and its moments (arXiv 1711.05101, algorithm 2).
 
-The same update as PyTorch's fused AdamW, nearer to what memory gives: the optimizer only moves 28
-bytes a parameter.
+The update is that of PyTorch's fused AdamW, closer to the memory bandwidth: the optimizer only
+moves 28 bytes per parameter.
 """
 
 from collections.abc import Mapping
@@ -17,13 +17,13 @@ BLOCK = 4096
 
 
 class OnePassAdamW(torch.optim.AdamW):
-    """PyTorch's AdamW with a `step` of its own; its state is the same, and so is what it reads.
+    """PyTorch's AdamW with a `step` of its own; its state and hyperparameters are the same.
 
-    `grad_scale` and `found_inf` are scalars on the device, as PyTorch's fused AdamW takes them.
+    `grad_scale` and `found_inf` are scalars on the device, as in PyTorch's fused AdamW.
     """
 
     grad_scale: Tensor  # float32: gradients are divided by it
-    found_inf: Tensor  # float32: where it is 1, nothing changes
+    found_inf: Tensor  # float32: where it is 1, the update is skipped
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
@@ -38,10 +38,10 @@ class OnePassAdamW(torch.optim.AdamW):
                 state["exp_avg"] = torch.zeros_like(parameter)
                 state["exp_avg_sq"] = torch.zeros_like(parameter)
         steps = [self.state[parameter]["step"] for _, parameter in groups]
-        # One addend a tensor: a single one would be read by the host, which waits for the device.
+        # One addend per tensor: the host would read a single one, and wait for the device.
         torch._foreach_add_(steps, [1.0 - self.found_inf] * len(steps))
         betas = groups[0][0]["betas"]
-        # In float64, where 1 - 0.999 has digits; all parameters have made the same steps.
+        # In float64, where 1 - 0.999 is exact enough; all parameters have taken equally many steps.
         corrections = torch.stack([1.0 - beta ** steps[0].double() for beta in betas]).float()
         for group, parameter in groups:
             state = self.state[parameter]
@@ -73,7 +73,7 @@ class OnePassAdamW(torch.optim.AdamW):
 
 
 def _local(tensor: Tensor) -> Tensor:
-    """This rank's part."""
+    """Return this rank's shard."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 

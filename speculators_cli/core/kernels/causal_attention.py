@@ -1,6 +1,6 @@
-"""Causal attention over documents that also gives its log-sum-exp, and a backward that takes one.
+"""Causal attention over documents with its log-sum-exp, and a backward that takes one.
 
-FlashAttention where it can run; elsewhere (float32, CPU) matrix products, document by document.
+FlashAttention where supported; elsewhere (float32, CPU) matrix products, document by document.
 """
 
 from collections.abc import Iterator, Sequence
@@ -12,21 +12,21 @@ from torch import Tensor
 
 from speculators_cli.core.kernels.spans import Spans
 
-# The public varlen attention hides the log-sum-exp from its backward, which is what is needed here.
+# The public varlen attention does not pass the log-sum-exp to its backward, which is needed here.
 _flash_forward = torch.ops.aten._flash_attention_forward  # noqa: SLF001
 _flash_backward = torch.ops.aten._flash_attention_backward  # noqa: SLF001
 
 
 class Causal(NamedTuple):
-    """What a forward gives."""
+    """The outputs of a forward."""
 
     out: Tensor  # [queries, heads, head_dim]
     lse: Tensor  # [heads, queries], float32
-    saved: tuple[Tensor, ...]  # what else the backward asks for
+    saved: tuple[Tensor, ...]  # tensors saved for the backward
 
 
 def can_use_flash(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
-    """Whether the FlashAttention kernel takes such queries: half precision on a recent GPU."""
+    """Return whether FlashAttention supports these queries: half precision on a recent GPU."""
     return (
         device.type == "cuda"
         and dtype in (torch.bfloat16, torch.float16)
@@ -45,7 +45,7 @@ def forward(
     """Attend from each query to the keys of its document up to its own position."""
     if not can_use_flash(query.device, query.dtype, query.shape[-1]):
         return _dense_forward(query, key, value, spans)
-    # With one query a document at most, the kernel would take it that none has fewer.
+    # With at most one query per document, the kernel would assume that no document has fewer.
     longest_query = max(spans.longest_query, 2)
     out, lse, rng_state, unused, _ = _flash_forward(
         query, key, value, spans.query_offsets, spans.key_offsets,
@@ -64,7 +64,7 @@ def backward(
     saved: Sequence[Tensor],
     spans: Spans,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of query, key and value, for a softmax that ends at `out` and `lse`."""
+    """Return the gradients of query, key and value, for a softmax with output `out` and `lse`."""
     if not can_use_flash(query.device, query.dtype, query.shape[-1]):
         return _dense_backward(grad_out, query, key, value, out, lse, spans)
     grads: tuple[Tensor, Tensor, Tensor] = _flash_backward(
@@ -81,7 +81,7 @@ def _documents(spans: Spans) -> Iterator[tuple[slice, slice]]:
 
 
 def _scores(query: Tensor, key: Tensor) -> Tensor:
-    """Scaled scores of a document's last queries; [kv_heads, group, queries, keys]."""
+    """Return the scaled scores of a document's last queries; [kv_heads, group, queries, keys]."""
     num_queries, _, head_dim = query.shape
     grouped = query.view(num_queries, key.shape[1], -1, head_dim) * head_dim**-0.5
     scores = torch.einsum("qngd,knd->ngqk", grouped, key)

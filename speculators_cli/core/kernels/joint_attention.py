@@ -82,7 +82,7 @@ def _laid_out(
     x: Tensor,  # [active, ...]
     spans: Spans,
 ) -> Tensor:
-    """Each row where the causal kernel expects it, zeros in the gaps; [queries, ...]."""
+    """Scatter each row to its place for the causal kernel, zeros in the gaps; [queries, ...]."""
     return x.contiguous() if spans.sources is None else pick_rows(x, spans.sources)
 
 
@@ -95,19 +95,19 @@ class _Own(NamedTuple):
 
     @classmethod
     def of(cls, keys_and_values: Sequence[Tensor]) -> "_Own":
-        """All but step 0's."""
+        """Select all but step 0's."""
         num_steps = len(keys_and_values) // 2
         keys, values = keys_and_values[1:num_steps], keys_and_values[num_steps + 1 :]
         return cls(tuple(keys), tuple(values), keys_and_values[0].shape[1])
 
     def arguments(self) -> tuple[Any, ...]:
-        """What the kernels take: pointers, and the distances of rows, alike in all steps."""
+        """Return the kernels' arguments: pointers, and row strides, equal in all steps."""
         strides = [{x.stride(0) for x in parts} or {0} for parts in (self.keys, self.values)]
         (key_stride,), (value_stride,) = strides
         return self.keys, key_stride, self.values, value_stride
 
     def sizes(self, query: Tensor) -> dict[str, int]:
-        """The kernels' constants."""
+        """Return the kernels' constants."""
         _, num_heads, head_dim = query.shape
         group = num_heads // self.num_kv_heads
         group_block = triton.next_power_of_2(group)
@@ -122,7 +122,7 @@ class _Own(NamedTuple):
             "GROUP_BLOCK": group_block,
             "KV_BLOCK": kv_block,
             "DIM_BLOCK": dim_block,
-            # 32 values a thread: eight neighbours of a head, of four heads of a group, whose sum
+            # 32 values per thread: eight neighbours of a head, of four heads of a group, whose sum
             # then needs no other thread.
             "num_warps": min(max(group_block * kv_block * dim_block // 1024, 1), 8),
         }
@@ -131,11 +131,11 @@ class _Own(NamedTuple):
 def _merge(
     query: Tensor,
     own: _Own,
-    causal_out: Tensor,  # [queries, heads, head_dim]: softmax over step 0 alone
+    causal_out: Tensor,  # softmax over step 0 only
     causal_lse: Tensor,  # [heads, queries], float32: its log-sum-exp
     places: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """Output of the joint softmax, [active, heads, head_dim]; its log-sum-exp, [active, heads]."""
+    """Return output and log-sum-exp of all keys: [active, heads, head_dim], [active, heads]."""
     num_queries, num_heads, head_dim = query.shape
     num_rows = num_queries if places is None else len(places)
     out = query.new_empty(num_rows, num_heads, head_dim)
@@ -157,7 +157,7 @@ def _merge_backward(
     grad_causal: Tensor,  # [queries, heads, head_dim]: gradient of the query through step 0
     places: Tensor | None,
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-    """Gradient of the query, through all keys, unset in the gaps; of own keys; of own values."""
+    """Return the gradients of the query (all keys, unset in the gaps), own keys and own values."""
     num_rows, _, head_dim = out.shape
     grad_query = torch.empty_like(query)
     grad_keys, grad_values = (
@@ -184,7 +184,7 @@ def _find(
     KV_BLOCK: tl.constexpr,
     DIM_BLOCK: tl.constexpr,
 ):
-    """A program's row and place; its heads, where their values lie in a row, and which there are.
+    """Return a program's row and place, its heads, the offsets of their values, and the mask.
 
     Heads are [group, kv_heads], values [group, kv_heads, head_dim], of keys [kv_heads, head_dim].
     """
@@ -207,7 +207,7 @@ def _find(
 
 @triton.jit
 def _load(pointers, inside):
-    """Values in float32, zeros outside."""
+    """Load values in float32, zeros outside."""
     return tl.load(pointers, mask=inside, other=0.0).to(tl.float32)
 
 
@@ -225,7 +225,7 @@ def _merge_kernel(
     KV_BLOCK: tl.constexpr,
     DIM_BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One row: a running softmax that begins with step 0's result."""
+    """Process one row: a running softmax that starts from step 0's result."""
     row, place, heads, is_head, at, inside, kv_at, kv_inside = _find(
         places, HAS_PLACES, GROUP, KV_HEADS, HEAD_DIM, GROUP_BLOCK, KV_BLOCK, DIM_BLOCK
     )
@@ -263,7 +263,7 @@ def _merge_backward_kernel(
     KV_BLOCK: tl.constexpr,
     DIM_BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One row; a softmax weight's gradient is p (do.v - Delta)."""
+    """Process one row; the gradient of a softmax weight is p (do.v - Delta)."""
     row, place, heads, is_head, at, inside, kv_at, kv_inside = _find(
         places, HAS_PLACES, GROUP, KV_HEADS, HEAD_DIM, GROUP_BLOCK, KV_BLOCK, DIM_BLOCK
     )

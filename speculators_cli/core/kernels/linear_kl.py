@@ -1,11 +1,11 @@
-r"""lm_head and KL together, over the rows of all TTT steps, a few at a time.
+r"""LM head and KL divergence, fused over the rows of all TTT steps, one chunk at a time.
 
 For a target with verifier logits :math:`t`, and the draft's logits :math:`d` of one step,
 :math:`p = softmax(t)`, :math:`q = softmax(d)`, the loss is
 :math:`KL(p || q) = (E_p[t] - lse(t)) - (E_p[d] - lse(d))` and its gradient with respect to
-:math:`d` is :math:`q - p`. No logits outlive their chunk: gradients are made in the forward, where
-the draft's logits are overwritten by theirs. A row's steps lie beside each other, so a chunk is one
-product, and the steps that score a target share its verifier logits, computed once a chunk.
+:math:`d` is :math:`q - p`. No logits outlive their chunk: gradients are computed in the forward,
+where they overwrite the draft's logits. The steps of a row are adjacent, so a chunk is one matrix
+product, and the steps that score a target share its verifier logits, computed once per chunk.
 """
 
 from collections.abc import Callable, Sequence
@@ -26,39 +26,39 @@ from speculators_cli.core.kernels.shared import SharedWeight
 
 @dataclass(frozen=True)
 class Targets:
-    """What the verifier says of each target; a batch may have none."""
+    """The verifier's side of each target; a batch may have none."""
 
     hidden: Tensor  # [targets, hidden]: after its final norm
-    head: Tensor  # [draft_vocab, hidden]: its head's rows of the draft vocabulary
-    is_kept: Tensor  # [targets], bool: False where a document was taken out on the device
-    tokens: Tensor | None  # [targets], int64: verifier ids; None: its best of the draft vocabulary
+    head: Tensor  # the LM head's rows of the draft vocabulary
+    is_kept: Tensor  # False where a document was excluded on the device
+    tokens: Tensor | None  # verifier ids; None: its top-1 token of the draft vocabulary
     kept_ids: Tensor  # [draft_vocab], int64: the verifier ids of draft ids
     logit_scale: float
     softcap: float | None  # logits are squashed to (-softcap, softcap)
-    bias: Tensor | None = None  # [draft_vocab]: the head's, of its rows of the draft vocabulary
+    bias: Tensor | None = None  # the LM head's bias, for its rows of the draft vocabulary
 
 
 class Scores(NamedTuple):
-    """What each TTT step makes of its target."""
+    """The scores of each TTT step."""
 
     loss: Tensor  # float32 scalar: weighted sum; carries the gradient
     losses: Tensor  # [rows, steps], float32, in nats; 0 where nothing is scored
-    agreed: Tensor  # [rows, steps], bool: the draft's token is the verifier's
+    agreed: Tensor  # the draft's token equals the verifier's
     scored: Tensor  # [rows, steps], bool
 
 
 def linear_kl(
-    stacked: Tensor,  # [rows, steps, hidden]: what `steps` share, without a gradient
+    stacked: Tensor,  # input shared with `steps`, without a gradient
     steps: Sequence[Tensor],  # of each step, [rows, hidden]: after the final norm
     head: SharedWeight,  # [draft_vocab, hidden]
     indices: Tensor,  # [rows, steps], int64: the target that a row's step scores, or -1
     bounds: Callable[[int, int], tuple[int, int]],  # of rows -> of all targets they score
-    weights: Tensor,  # [steps], float32: what a position of each step weighs in the loss
+    weights: Tensor,  # weight of a position of each step in the loss
     targets: Targets,
 ) -> Scores:
     """Score all targets.
 
-    The gradient is made in the forward, for a gradient of 1 at `loss`: weigh by `weights`.
+    The gradient is computed in the forward, for a gradient of 1 at `loss`: scale with `weights`.
     """
     return Scores(
         *_LinearKL.apply(stacked, head, indices, bounds, weights, targets, head.token, *steps)
@@ -106,7 +106,7 @@ class _LinearKL(torch.autograd.Function):
                 torch.mm(logits, head.value, out=grads[start:stop].view(-1, size))
             if needs_head:
                 head.gradient.add_product(logits, source)
-            # Before the next chunk's are made, or both would be there at once.
+            # Before the next chunk's are computed, or both would be in memory at once.
             del logits, target_logits
         ctx.save_for_backward(grads)
         agreed, scored = flags.unbind()
@@ -122,7 +122,7 @@ class _LinearKL(torch.autograd.Function):
 
 
 def _chunks(num_rows: int, size: int) -> list[tuple[int, int]]:
-    """Ranges of at most `size` rows, of nearly equal lengths."""
+    """Split rows into ranges of at most `size`, of nearly equal lengths."""
     num_chunks = -(-num_rows // size)
     bounds = [num_rows * i // max(num_chunks, 1) for i in range(num_chunks + 1)]
     return list(pairwise(bounds))
@@ -143,9 +143,9 @@ def _blocks(vocab_size: int) -> dict[str, int]:
 def _target_stats(
     logits: Tensor,  # [some, draft_vocab]: of the verifier, before scale and soft cap
     targets: Targets,
-    here: slice,  # which targets they are
+    here: slice,  # the range of these targets
 ) -> tuple[Tensor, Tensor]:
-    """log-sum-exp and mean logit, [some, 2], float32; the verifier's tokens, [some], int64."""
+    """Return log-sum-exp and mean logit, [some, 2], float32; the top-1 tokens, [some], int64."""
     num_targets, vocab_size = logits.shape
     stats = torch.empty(num_targets, 2, dtype=torch.float32, device=logits.device)
     best = torch.empty(num_targets, dtype=torch.int64, device=logits.device)
@@ -166,7 +166,7 @@ def _kl(
     targets: Targets,
     results: tuple[Tensor, Tensor, Tensor],  # losses, agreed and scored, each [rows, steps]
 ) -> None:
-    """Write losses and gradients of a chunk."""
+    """Write the losses and gradients of a chunk."""
     num_pairs, vocab_size = logits.shape
     _kl_kernel[(num_pairs,)](
         logits, target_logits, *known, indices, first, targets.is_kept, targets.kept_ids, weights,
@@ -189,7 +189,7 @@ def _target_stats_kernel(
     HAS_SOFTCAP: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One target: running log-sum-exp, mean and best of its logits."""
+    """Process one target: running log-sum-exp, mean and maximum of its logits."""
     row = tl.program_id(0).to(tl.int64)
     logits += row * vocab_size
     largest = -float("inf")
@@ -212,7 +212,7 @@ def _target_stats_kernel(
         largest = new_largest
     tl.store(stats + row * 2, largest + tl.log(weight))
     tl.store(stats + row * 2 + 1, total / weight)
-    # Where all is NaN, nothing is best.
+    # Where all logits are NaN, there is no maximum.
     tl.store(tokens + row, tl.load(kept_ids + tl.maximum(best, 0)))
 
 
@@ -227,7 +227,7 @@ def _kl_kernel(
     NUM_STEPS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One row and step: a pass for the loss, a pass that writes the gradient."""
+    """Process one row and step: one pass for the loss, one that writes the gradient."""
     pair = tl.program_id(0).to(tl.int64)
     logits += pair * vocab_size
     target = tl.load(indices + pair)

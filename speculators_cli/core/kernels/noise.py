@@ -1,4 +1,4 @@
-"""What is not finite found, then zeroed, and noise for the rest: a pass over the states each."""
+"""Non-finite values: detection and zeroing; and noise. One pass over the states each."""
 
 import triton
 import triton.language as tl
@@ -12,7 +12,7 @@ def mark_broken(
     document_ids: Tensor,  # [rows], int64; padding is -1
     is_broken: Tensor,  # [documents], bool: set where a document has a value that is not finite
 ) -> None:
-    """Look for NaN and Inf."""
+    """Find NaN and Inf."""
     rows, width = states.shape
     _mark_kernel[(rows,)](
         states, document_ids, is_broken, WIDTH=width,
@@ -22,10 +22,10 @@ def mark_broken(
 
 def zero_broken(
     states: Tensor,  # [rows, width], contiguous; changed in place
-    document_ids: Tensor,  # [rows], int64; padding, -1, stays as it is
+    document_ids: Tensor,  # padding, -1, is unchanged
     is_broken: Tensor,  # [documents], bool
 ) -> None:
-    """Zero the rows of broken documents."""
+    """Zero the rows of documents with non-finite values."""
     rows, width = states.shape
     _zero_kernel[(rows, triton.cdiv(width, BLOCK))](
         states, document_ids, is_broken, WIDTH=width, BLOCK=BLOCK, num_warps=4
@@ -34,15 +34,15 @@ def zero_broken(
 
 def perturb(
     states: Tensor,  # [seq_len, width], contiguous; changed in place
-    document_ids: Tensor,  # [seq_len], int64; padding, -1, stays as it is
+    document_ids: Tensor,  # padding, -1, is unchanged
     position_ids: Tensor,  # [seq_len], int64
     is_broken: Tensor,  # [documents], bool
-    keys: Tensor,  # [documents], int64: seeds of the documents' noise
+    keys: Tensor,  # seeds of the documents' noise
     std: float,
 ) -> None:
-    """Zero the rows of broken documents, add noise uniform in [-std, std] to the others.
+    """Zero rows of documents with non-finite values; add uniform noise in [-std, std] elsewhere.
 
-    A row's numbers follow from its document's key and its position alone (Philox).
+    The noise of a row depends only on its document's key and its position (Philox).
     """
     seq_len, width = states.shape
     quarter = triton.cdiv(width, 4)
@@ -65,7 +65,7 @@ def _mark_kernel(
         for start in range(0, WIDTH, BLOCK):
             i = start + tl.arange(0, BLOCK)
             value = tl.load(states + row * WIDTH + i, mask=i < WIDTH, other=0.0).to(tl.float32)
-            # NaN is smaller than nothing.
+            # Comparisons with NaN are false.
             found |= tl.where(tl.abs(value) < float("inf"), 0, 1)
         if tl.max(found) > 0:
             tl.store(is_broken + document, True)
@@ -94,12 +94,12 @@ def _perturb_kernel(
         column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
         keep = 1.0 - tl.load(is_broken + document).to(tl.float32)
         seed = tl.load(keys + document) + tl.load(position_ids + row)
-        # One run of the generator gives four numbers: a quarter of the row's width lies between.
+        # One call of the generator returns four numbers, a quarter of the row's width apart.
         draws = tl.rand4x(seed, column)
         for part in tl.static_range(4):
             at = states + row * WIDTH + part * QUARTER + column
             inside = (column < QUARTER) & (part * QUARTER + column < WIDTH)
             value = tl.load(at, mask=inside, other=0.0).to(tl.float32)
-            # What is not a number must not survive: a product with 0 would keep it.
+            # NaN must be replaced: multiplied by 0, it would remain.
             value = tl.where(keep > 0.0, value + (2.0 * draws[part] - 1.0) * std, 0.0)
             tl.store(at, value.to(states.dtype.element_ty), mask=inside)

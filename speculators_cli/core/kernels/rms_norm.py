@@ -1,4 +1,4 @@
-"""RMS norm of a residual stream, which takes in what is added to it; one pass each way."""
+"""RMS norm of a residual stream, fused with the addition to it; one pass each way."""
 
 from typing import Any
 
@@ -8,25 +8,25 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-# Programs of a backward: each sums the gain's gradient over its rows, what is left is small.
+# Programs of a backward: each sums the weights' gradient over its rows; few partial sums remain.
 NUM_PROGRAMS = 512
 
 
 def rms_norm(
     x: Tensor,  # [rows, hidden]
-    gain: Tensor,  # [hidden], float32
+    weight: Tensor,  # [hidden], float32
     eps: float,
     *,
     add: Tensor | None = None,  # [rows, hidden]
     into: Tensor | None = None,  # [rows, hidden], each row contiguous
 ) -> tuple[Tensor, Tensor]:
-    """`x + add` normalised, and `x + add` itself, each [rows, hidden]; float32 inside.
+    """Return `x + add` normalised, and `x + add` itself, each [rows, hidden]; float32 inside.
 
-    What goes on from the second result reaches `x` and `add` in the same pass as the norm's
-    gradient. The first is written into `into`, if that is given.
+    The gradient of the second result reaches `x` and `add` in the same pass as the norm's gradient.
+    The first result is written into `into`, if given.
     """
-    # In a list, autograd takes `into` for no input: it is nothing but room for the result.
-    normed, summed = _RMSNorm.apply(x, add, gain, eps, [into])
+    # In a list, `into` is no input for autograd: it is only the memory of the result.
+    normed, summed = _RMSNorm.apply(x, add, weight, eps, [into])
     return normed, summed
 
 
@@ -36,7 +36,7 @@ class _RMSNorm(torch.autograd.Function):
         ctx: Any,
         x: Tensor,
         add: Tensor | None,
-        gain: Tensor,
+        weight: Tensor,
         eps: float,
         room: list[Tensor | None],
     ) -> tuple[Tensor, Tensor]:
@@ -46,14 +46,14 @@ class _RMSNorm(torch.autograd.Function):
         out = torch.empty_like(x) if room[0] is None else room[0]
         scale = torch.empty(num_rows, dtype=torch.float32, device=x.device)
         _forward_kernel[(num_rows,)](
-            x, x if add is None else add.contiguous(), gain, eps,
+            x, x if add is None else add.contiguous(), weight, eps,
             summed, out, out.stride(0), scale,
             HAS_ADD=add is not None,
             SIZE=size,
             BLOCK=triton.next_power_of_2(size),
             num_warps=8,
         )  # fmt: skip
-        ctx.save_for_backward(summed, gain, scale)
+        ctx.save_for_backward(summed, weight, scale)
         ctx.adds = add is not None
         ctx.set_materialize_grads(False)
         return out, summed
@@ -61,9 +61,9 @@ class _RMSNorm(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        summed, gain, scale = ctx.saved_tensors
+        summed, weight, scale = ctx.saved_tensors
         grad, residual_grad = grads
-        assert grad is not None, "what is normalised has reached the loss"
+        assert grad is not None, "the normalised result contributes to the loss"
         num_rows, size = summed.shape
         if grad.stride(1) != 1:
             grad = grad.contiguous()
@@ -71,7 +71,7 @@ class _RMSNorm(torch.autograd.Function):
         num_programs = min(num_rows, NUM_PROGRAMS)
         parts = torch.empty(num_programs, size, dtype=torch.float32, device=summed.device)
         _backward_kernel[(num_programs,)](
-            summed, gain, scale, grad, grad.stride(0),
+            summed, weight, scale, grad, grad.stride(0),
             grad if residual_grad is None else residual_grad.contiguous(),
             grad_x, parts, num_rows,
             HAS_RESIDUAL=residual_grad is not None,
@@ -84,7 +84,7 @@ class _RMSNorm(torch.autograd.Function):
 
 @triton.jit
 def _forward_kernel(
-    x, add, gain, eps, summed, out, out_stride, scales,
+    x, add, weight, eps, summed, out, out_stride, scales,
     HAS_ADD: tl.constexpr,
     SIZE: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -95,19 +95,19 @@ def _forward_kernel(
     value = tl.load(x + row * SIZE + i, mask=inside, other=0.0)
     if HAS_ADD:
         added = tl.load(add + row * SIZE + i, mask=inside, other=0.0).to(tl.float32)
-        # Rounded first: the backward has no other to read.
+        # Rounded first: the backward reads the rounded values.
         value = (value.to(tl.float32) + added).to(summed.dtype.element_ty)
         tl.store(summed + row * SIZE + i, value, mask=inside)
     value = value.to(tl.float32)
     scale = 1.0 / tl.sqrt(tl.sum(value * value) / SIZE + eps)
-    g = tl.load(gain + i, mask=inside, other=0.0)
+    g = tl.load(weight + i, mask=inside, other=0.0)
     tl.store(out + row * out_stride + i, (value * scale * g).to(out.dtype.element_ty), mask=inside)
     tl.store(scales + row, scale)
 
 
 @triton.jit(do_not_specialize=["num_rows"])
 def _backward_kernel(
-    x, gain, scales, grad, grad_stride, residual_grad, grad_x, parts, num_rows,
+    x, weight, scales, grad, grad_stride, residual_grad, grad_x, parts, num_rows,
     HAS_RESIDUAL: tl.constexpr,
     SIZE: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -115,7 +115,7 @@ def _backward_kernel(
     """With y = x s and s = 1/rms(x): dx = s (g dy - y mean(g dy y)); dg = sum over rows of dy y."""
     i = tl.arange(0, BLOCK)
     inside = i < SIZE
-    g = tl.load(gain + i, mask=inside, other=0.0)
+    g = tl.load(weight + i, mask=inside, other=0.0)
     total = tl.zeros([BLOCK], dtype=tl.float32)
     for index in range(tl.program_id(0), num_rows, tl.num_programs(0)):
         row = tl.cast(index, tl.int64)

@@ -1,4 +1,4 @@
-"""Rotary embedding in one pass over queries or keys, which also lays them out for attention."""
+"""Rotary embedding in one pass over queries or keys, fused with their layout for attention."""
 
 from typing import Any
 
@@ -24,7 +24,7 @@ class _Rotate(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        # A rotation's transpose is the rotation back.
+        # The transpose of a rotation is its inverse.
         places = None if ctx.spans is None else ctx.spans.places
         grad = _turn(grads[0], *ctx.saved_tensors, sources=places, is_back=True)
         return grad, None, None, None, None
@@ -37,11 +37,11 @@ def rotate(
     *,
     spans: Spans | None = None,
 ) -> Tensor:
-    """Same as `layers.rotate` by the angles of each row's position.
+    """Apply `layers.rotate` with the angles of each row's position.
 
     Returns:
-        [rows, heads, head_dim]; with `spans`, [queries, heads, head_dim]: each row where the spans
-        place it, zeros in the gaps, whose gradient is not looked at.
+        [rows, heads, head_dim]; with `spans`, [queries, heads, head_dim]: each row at its place in
+            the spans, zeros in the gaps, whose gradient is ignored.
     """
     out: Tensor = _Rotate.apply(x, *rope, positions, spans)
     return out
@@ -53,7 +53,7 @@ def _turn(
     sin: Tensor,
     positions: Tensor,
     *,
-    sources: Tensor | None,  # [out]: the row of `x` to take, or -1; None: each takes its own
+    sources: Tensor | None,  # the row of `x` to read, or -1; None: its own
     is_back: bool,
 ) -> Tensor:
     num_rows, num_heads, head_dim = x.shape
@@ -85,7 +85,7 @@ def _rotate_kernel(
     HEADS_BLOCK: tl.constexpr,
     HALF_BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One row: each pair (i, i + head_dim/2) is turned by its angle; float32 inside."""
+    """Process one row: rotate each pair (i, i + head_dim/2) by its angle; float32 inside."""
     row = tl.program_id(0).to(tl.int64)
     source = row
     if HAS_SOURCES:
@@ -100,9 +100,9 @@ def _rotate_kernel(
         tl.store(out + at, nothing, mask=inside)
         tl.store(out + at + HALF, nothing, mask=inside)
     else:
-        # Positions are those of rows as they were before they were laid out.
+        # Positions are indexed by row, as before the layout.
         position = tl.load(positions + (row if IS_BACK else source))
-        # Both halves of the tables hold the same angles.
+        # Both halves of the tables have the same angles.
         angle = position * 2 * HALF + i
         c = tl.load(cos + angle, mask=i < HALF, other=0.0)
         s = tl.load(sin + angle, mask=i < HALF, other=0.0)

@@ -1,4 +1,4 @@
-"""Moving rows: a row or zeros from each source, a row added at each place. One pass, no atomics."""
+"""Gather and scatter-add of rows, each in one pass and without atomics."""
 
 import triton
 import triton.language as tl
@@ -11,7 +11,7 @@ def pick_rows(
     x: Tensor,  # [rows, ...]
     sources: Tensor,  # [picked], int64: a row of `x`, or -1 for zeros
 ) -> Tensor:
-    """The row of each source; [picked, ...]."""
+    """Gather the row of each source; [picked, ...]."""
     x = x.contiguous()
     size = x[0].numel()
     out = x.new_empty(len(sources), *x.shape[1:])
@@ -25,7 +25,7 @@ def add_rows(
     places: Tensor,  # [rows], int64, distinct
     into: Tensor,  # [others, ...]
 ) -> None:
-    """Add each row to what stands at its place; there may be none."""
+    """Add each row to the row at its place; `x` may be empty."""
     x = x.contiguous()
     size = into[0].numel()
     grid = (len(places), triton.cdiv(size, BLOCK))

@@ -1,8 +1,8 @@
-"""What all TTT steps use: its gradient is summed in one buffer, where autograd would add copies.
+"""Tensors shared by all TTT steps: their gradients are summed in one buffer, without copies.
 
-Both kinds hang on a token: a scalar that carries no value. Each use takes the token and gives it no
-gradient, but autograd still runs the node that made it after the last of them; that node hands out
-the finished sum.
+Both kinds depend on a token: a scalar without a value. Each use takes the token and returns no
+gradient for it, but autograd still runs the node that created it after the last of them; that node
+returns the finished sum.
 """
 
 from collections.abc import Sequence
@@ -16,7 +16,7 @@ from speculators_cli.core.kernels.rows import add_rows, pick_rows
 
 
 class GradientSum:
-    """The gradient of a shared tensor, so far; None before the first use's backward."""
+    """The accumulated gradient of a shared tensor; None before the first use's backward."""
 
     def __init__(self) -> None:
         self.total: Tensor | None = None
@@ -26,7 +26,7 @@ class GradientSum:
         grad: Tensor,  # [rows, out]
         x: Tensor,  # [rows, in]
     ) -> None:
-        """Add `grad.T @ x`, [out, in], in float32: the GEMM itself adds up."""
+        """Add `grad.T @ x`, [out, in], in float32: the GEMM itself accumulates."""
         if grad.dtype != torch.float32 and not grad.is_cuda:
             grad, x = grad.float(), x.float()
         if grad.dtype == torch.float32:
@@ -41,17 +41,17 @@ class GradientSum:
 
 
 class SharedWeight:
-    """Weights of one input, below each other, cast to the compute dtype once for all uses.
+    """Stacked weights of one input, cast to the compute dtype once for all uses.
 
     Args:
         weights: Each [out, in], float32.
         dtype: The compute dtype.
-        gain: [in], float32, of a norm before the weights: goes into them, where its gradient costs
-            a pass over theirs. In the rows it would cost a GEMM.
+        norm_weight: [in], float32, of a norm before the weights: folded into them, where its
+            gradient costs one pass over theirs. Applied to the rows, it would cost a GEMM.
     """
 
     def __init__(
-        self, weights: Sequence[Tensor], dtype: torch.dtype, *, gain: Tensor | None = None
+        self, weights: Sequence[Tensor], dtype: torch.dtype, *, norm_weight: Tensor | None = None
     ) -> None:
         first = weights[0]
         num_rows = sum(len(weight) for weight in weights)
@@ -60,13 +60,13 @@ class SharedWeight:
             for part, weight in zip(
                 self.value.split([len(weight) for weight in weights]), weights, strict=True
             ):
-                if gain is None:
+                if norm_weight is None:
                     part.copy_(weight)
                 else:
-                    torch.mul(weight, gain, out=part)
-        # The sum does not know the token: a cycle would keep all of this until Python collects.
+                    torch.mul(weight, norm_weight, out=part)
+        # The sum has no reference to the token: a cycle would last until garbage collection.
         self.gradient = GradientSum()
-        self.token: Tensor = _ShareWeights.apply(self.gradient, gain, *weights)
+        self.token: Tensor = _ShareWeights.apply(self.gradient, norm_weight, *weights)
 
     def linear(
         self,
@@ -74,32 +74,34 @@ class SharedWeight:
         *,
         add: Tensor | None = None,  # [rows, out]; overwritten
     ) -> Tensor:
-        """Multiply with the weights, add to what is given, in its place; [rows, out]."""
+        """Multiply by the weights and add the product to `add` in place, if given; [rows, out]."""
         out: Tensor = _Linear.apply(x, add, self.token, self.value, self.gradient)
         return out
 
 
 class _ShareWeights(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, gradient: GradientSum, gain: Tensor | None, *weights: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, gradient: GradientSum, norm_weight: Tensor | None, *weights: Tensor
+    ) -> Tensor:
         ctx.set_materialize_grads(False)
         ctx.gradient, ctx.shapes = gradient, [weight.shape for weight in weights]
-        ctx.save_for_backward(gain, *(weights if gain is not None else ()))
-        return torch.empty((), device=weights[0].device)  # nobody reads it
+        ctx.save_for_backward(norm_weight, *(weights if norm_weight is not None else ()))
+        return torch.empty((), device=weights[0].device)  # never read
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *_grads: Tensor) -> tuple[Tensor | None, ...]:
         total, ctx.gradient.total = ctx.gradient.total, None
-        gain, *weights = ctx.saved_tensors
-        assert total is not None, "a product has reached the loss"
+        norm_weight, *weights = ctx.saved_tensors
+        assert total is not None, "a product contributes to the loss"
         parts = total.split([n for n, _ in ctx.shapes])
-        if gain is None:
+        if norm_weight is None:
             return (None, None, *parts)
         products = (part * weight for part, weight in zip(parts, weights, strict=True))
-        grad_gain = torch.stack([product.sum(0) for product in products]).sum(0)
-        total.mul_(gain)
-        return (None, grad_gain, *parts)
+        grad_norm_weight = torch.stack([product.sum(0) for product in products]).sum(0)
+        total.mul_(norm_weight)
+        return (None, grad_norm_weight, *parts)
 
 
 class _Linear(torch.autograd.Function):
@@ -155,9 +157,9 @@ class SharedRows:
         *,
         num_inside: int | None = None,
     ) -> Tensor:
-        """A copy of these rows, [active, out].
+        """Copy these rows, [active, out].
 
-        The first `num_inside` places are distinct; what is read at others gets no gradient.
+        The first `num_inside` places are distinct; reads at the others get no gradient.
         """
         out: Tensor = _Read.apply(self.token, self.value, places, num_inside, self.gradient)
         return out
@@ -168,7 +170,7 @@ class _ShareRows(torch.autograd.Function):
     def forward(ctx: Any, rows: Tensor, gradient: GradientSum) -> Tensor:
         ctx.set_materialize_grads(False)
         ctx.gradient = gradient
-        return torch.empty((), device=rows.device)  # nobody reads it
+        return torch.empty((), device=rows.device)  # never read
 
     @staticmethod
     @once_differentiable
@@ -222,8 +224,8 @@ class _Gather(torch.autograd.Function):
 def gather(
     x: Tensor,  # [seq_len, ...]
     rows: Tensor,  # [active], int64, distinct
-    places: Tensor,  # [seq_len], int64: where each position stands in `rows`, or -1
+    places: Tensor,  # the index of each position in `rows`, or -1
 ) -> Tensor:
-    """Those rows, [active, ...]; the backward reads them back by their places."""
+    """Gather these rows, [active, ...]; the backward gathers by their places."""
     out: Tensor = _Gather.apply(x, rows, places)
     return out

@@ -1,7 +1,7 @@
 """Spans: which queries of a packed sequence attend to which of its keys.
 
-A kernel takes the queries of a document as one run that ends where the document ends. The active
-rows of a document are therefore laid out in the run from the first of them to the document's end:
+A kernel takes the queries of a document as one range that ends where the document ends. The active
+rows of a document are therefore laid out in the range from the first of them to the document's end:
 a prompt before them costs nothing, gaps between them are filled with zeros.
 """
 
@@ -19,18 +19,18 @@ from speculators_cli.core.kernels.device import move
 
 @dataclass(frozen=True)
 class Spans:
-    """Queries and keys of each document: the last `q` of its `k` positions ask, causally."""
+    """Queries and keys of each document: the last `q` of its `k` positions attend, causally."""
 
-    query_bounds: tuple[int, ...]  # where the queries of each document begin, and the last end
-    key_bounds: tuple[int, ...]  # the same of its keys
+    query_bounds: tuple[int, ...]  # start of each document's queries, and the end of the last
+    key_bounds: tuple[int, ...]  # the same for its keys
     query_offsets: Tensor  # `query_bounds`, int32, on the device
     key_offsets: Tensor
-    places: Tensor | None  # [active], int64: where each row stands; None: there are no gaps
-    sources: Tensor | None  # [queries], int64: the row that stands there, or -1
+    places: Tensor | None  # the place of each row; None: there are no gaps
+    sources: Tensor | None  # the row at each place, or -1
 
     @classmethod
     def of_documents(cls, bounds: Sequence[int], device: torch.device) -> "Spans":
-        """Every position asks."""
+        """Build spans in which every position is a query."""
         offsets = _offsets(bounds, device)
         return cls(tuple(bounds), tuple(bounds), offsets, offsets, None, None)
 
@@ -38,7 +38,7 @@ class Spans:
     def of_rows(
         cls, bounds: Sequence[int], rows: NDArray[np.int64], device: torch.device
     ) -> "Spans":
-        """Only these rows ask; ascending positions."""
+        """Build spans in which only these rows are queries; ascending positions."""
         query_bounds, places = [0], []
         for start, stop in pairwise(bounds):
             own = rows[np.searchsorted(rows, start) : np.searchsorted(rows, stop)]
@@ -61,17 +61,17 @@ class Spans:
 
     @property
     def longest_query(self) -> int:
-        """Queries of the document that has most."""
+        """Number of queries of the document with the most."""
         return max(stop - start for start, stop in pairwise(self.query_bounds))
 
     @property
     def longest_key(self) -> int:
-        """Keys of the longest document."""
+        """Number of keys of the longest document."""
         return max(stop - start for start, stop in pairwise(self.key_bounds))
 
 
 def document_bounds(lengths: Sequence[int], seq_len: int) -> tuple[int, ...]:
-    """Where documents begin, and the end of the last; padding counts as one."""
+    """Return the start of each document, and the end of the last; padding counts as one."""
     padding = seq_len - sum(lengths)
     return tuple(accumulate((*lengths, padding) if padding else lengths, initial=0))
 

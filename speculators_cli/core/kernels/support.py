@@ -1,4 +1,4 @@
-"""Whether the fast kernels run: they compute the same as the plain path, on a recent GPU."""
+"""Support for the fast kernels, which compute the same as the plain path, on a recent GPU."""
 
 import os
 from importlib.util import find_spec
@@ -24,32 +24,32 @@ def use_fast_kernels(
         device: Where the draft computes.
         dtype: The compute dtype.
         head_dim: Of the draft's attention.
-        is_supported: Whether they compute all that the draft's settings ask for.
+        is_supported: Whether the fast kernels compute everything in the draft's settings.
 
     Raises:
-        MachineError: `fast` was asked for where it cannot run.
+        MachineError: `fast` was requested where it is not supported.
     """
     if setting == "plain":
         return False
-    reason = why_not_fast(device) if is_supported else "they do not compute this loss"
+    reason = why_not_fast(device) if is_supported else "they do not support this loss"
     if setting == "fast" and reason is not None:
         raise MachineError(
-            f"`--kernels fast`: {reason}", hint="Pass `--kernels auto`, or `--kernels plain`"
+            f"`--kernels fast`: {reason}", hint="Pass `--kernels auto` or `--kernels plain`"
         )
-    # In float32, or with heads that FlashAttention does not take, attention would be the slow one.
+    # In float32, or with head sizes that FlashAttention lacks, attention would be slower.
     is_worth_it = can_use_flash(device, dtype, head_dim)
     return reason is None and (setting == "fast" or is_worth_it)
 
 
 def why_not_fast(device: torch.device) -> str | None:
-    """What keeps the fast kernels from running on a device; None if nothing does."""
+    """Return why the fast kernels are not supported on a device; None if they are."""
     if find_spec("triton") is None:
         return "the package `triton` is not installed"
     if os.environ.get("TRITON_INTERPRET") == "1":
-        return None  # Triton's interpreter runs them anywhere, to test them
+        return None  # Triton's interpreter runs them on any device, for tests
     if device.type != "cuda":
-        return "they need a GPU"
+        return "they require a GPU"
     major, minor = torch.cuda.get_device_capability(device)
     if (major, minor) < (8, 0):
-        return f"this GPU has compute capability {major}.{minor}, they need 8.0"
+        return f"this GPU has compute capability {major}.{minor}, they require 8.0"
     return None

@@ -1,4 +1,4 @@
-"""The gate of a feed-forward layer: silu(gate) * up, in one pass."""
+"""Gate of a feed-forward layer: silu(gate) * up, in one pass."""
 
 from typing import Any
 
@@ -36,7 +36,7 @@ class _SwiGLU(torch.autograd.Function):
 def swiglu(
     gate_up: Tensor,  # [rows, 2*intermediate]: gate, then up
 ) -> Tensor:
-    """Gated activation, [rows, intermediate]; float32 inside."""
+    """Compute the gated activation, [rows, intermediate]; float32 inside."""
     out: Tensor = _SwiGLU.apply(gate_up)
     return out
 

@@ -15,32 +15,32 @@ def test_rms_norm_adds_and_gives_both_gradients(
     uses: str, adds: bool, rng: torch.Generator
 ) -> None:
     x, add = (torch.randn(5, 12, generator=rng) for _ in range(2))
-    gain = 1 + torch.randn(12, generator=rng)
+    weight = 1 + torch.randn(12, generator=rng)
 
     def join(normed: Tensor, residual: Tensor) -> Tensor:
         return {"both": normed * 3 + residual, "normed": normed}[uses]
 
-    def fast(x: Tensor, add: Tensor, gain: Tensor) -> Tensor:
-        return join(*rms_norm(x, gain, 1e-5, add=add if adds else None)) + 0 * (gain + add)
+    def fast(x: Tensor, add: Tensor, weight: Tensor) -> Tensor:
+        return join(*rms_norm(x, weight, 1e-5, add=add if adds else None)) + 0 * (weight + add)
 
-    def plain(x: Tensor, add: Tensor, gain: Tensor) -> Tensor:
+    def plain(x: Tensor, add: Tensor, weight: Tensor) -> Tensor:
         summed = x + add if adds else x
-        return join(F.rms_norm(summed, (12,), gain, 1e-5), summed) + 0 * (gain + add)
+        return join(F.rms_norm(summed, (12,), weight, 1e-5), summed) + 0 * (weight + add)
 
-    ours = gradients(fast, x, add, gain, rng=torch.Generator().manual_seed(1))
-    theirs = gradients(plain, x, add, gain, rng=torch.Generator().manual_seed(1))
+    ours = gradients(fast, x, add, weight, rng=torch.Generator().manual_seed(1))
+    theirs = gradients(plain, x, add, weight, rng=torch.Generator().manual_seed(1))
     for own, exact in zip(ours, theirs, strict=True):
         torch.testing.assert_close(own, exact, rtol=1e-5, atol=1e-5)
 
 
 def test_rms_norm_writes_where_it_is_told(rng: torch.Generator) -> None:
-    x, gain = torch.randn(5, 12, generator=rng), 1 + torch.randn(12, generator=rng)
+    x, weight = torch.randn(5, 12, generator=rng), 1 + torch.randn(12, generator=rng)
     room = torch.zeros(5, 2, 12)
 
-    def fast(x: Tensor, gain: Tensor) -> Tensor:
-        return rms_norm(x, gain, 1e-5, into=room[:, 1])[0]
+    def fast(x: Tensor, weight: Tensor) -> Tensor:
+        return rms_norm(x, weight, 1e-5, into=room[:, 1])[0]
 
-    assert_same(fast, lambda x, gain: F.rms_norm(x, (12,), gain, 1e-5), x, gain)
+    assert_same(fast, lambda x, weight: F.rms_norm(x, (12,), weight, 1e-5), x, weight)
 
-    torch.testing.assert_close(room[:, 1], F.rms_norm(x, (12,), gain, 1e-5))
+    torch.testing.assert_close(room[:, 1], F.rms_norm(x, (12,), weight, 1e-5))
     assert not room[:, 0].any()

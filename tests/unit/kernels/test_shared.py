@@ -54,12 +54,12 @@ def test_a_frozen_shared_weight_gets_no_gradient(rng: torch.Generator) -> None:
     assert x.grad is not None
 
 
-def test_a_gain_goes_into_the_weights(rng: torch.Generator) -> None:
+def test_norm_weights_are_folded_into_the_weights(rng: torch.Generator) -> None:
     gain = 1 + torch.randn(6, generator=rng)
     first, second, x = (torch.randn(n, 6, generator=rng) for n in (4, 3, 5))
 
     def fast(gain: Tensor, first: Tensor, second: Tensor) -> Tensor:
-        return SharedWeight([first, second], torch.float32, gain=gain).linear(x)
+        return SharedWeight([first, second], torch.float32, norm_weight=gain).linear(x)
 
     def plain(gain: Tensor, first: Tensor, second: Tensor) -> Tensor:
         return (x * gain) @ torch.cat([first, second]).T

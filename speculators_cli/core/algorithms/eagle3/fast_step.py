@@ -67,7 +67,7 @@ class FastLayer:
         layer: Whose weights these are.
         rows: The active rows.
         rope: Cosine and sine by position.
-        embedded: [seq_len, hidden]: normalised embeddings, without their gain, for a first layer.
+        embedded: [seq_len, hidden]: normalised embeddings without norm weights, for a first layer.
         is_last: Whether step 0 leaves off the other rows once their keys are known.
     """
 
@@ -101,9 +101,11 @@ class FastLayer:
             embedding_kv = [embedding_k, embedding_v]
             needed = embedded.index_select(0, rows.needed) if is_last else embedded
             self.query_rows = SharedRows(
-                SharedWeight([embedding_q], dtype, gain=gain).linear(needed)
+                SharedWeight([embedding_q], dtype, norm_weight=gain).linear(needed)
             )
-            self.kv_rows = SharedRows(SharedWeight(embedding_kv, dtype, gain=gain).linear(embedded))
+            self.kv_rows = SharedRows(
+                SharedWeight(embedding_kv, dtype, norm_weight=gain).linear(embedded)
+            )
         self.q = SharedWeight([q], dtype)
         self.kv = SharedWeight([k, v], dtype)
         self.o = SharedWeight([attention.o_proj.weight], dtype)
