@@ -24,6 +24,7 @@ EXAMPLES = (
 )
 LEFT_WIDTH = 34  # of the names of flags, where there is room for it
 GAP = 2
+MIN_TEXT_WIDTH = 18
 
 
 def show_program_help(*, to_stderr: bool = False) -> None:
@@ -79,7 +80,9 @@ def _panel(
     console: Console, title: str, rows: Sequence[tuple[list[Text], str]], left_width: int
 ) -> None:
     """Draw names and what they mean; names that are too long stand above their text."""
-    room = max(console.width - 4 - left_width - GAP, 20)
+    room = console.width - 4 - left_width - GAP
+    if room < MIN_TEXT_WIDTH:
+        left_width, room = 0, max(console.width - 4 - GAP, 1)
     lines: list[Text] = []
     for names, meaning in rows:
         texts = textwrap.wrap(meaning, room, break_on_hyphens=False)

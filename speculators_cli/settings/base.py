@@ -281,6 +281,25 @@ FormatVersion = Annotated[
 TrustRemoteCode = Annotated[
     bool, Field(description="Allow Python code from the verifier's repository to run")
 ]
+Device = Annotated[
+    Literal["auto", "cpu", "cuda"],
+    Field(description="Device to run on; auto is a GPU if there is one"),
+]
+ComputeDtype = Annotated[
+    Literal["auto", "bfloat16", "float32"],
+    Field(
+        description="Compute precision of the layers; auto is bfloat16 on GPU and float32 on CPU; "
+        "weights and optimizer state are always float32"
+    ),
+]
+Kernels = Annotated[
+    Literal["auto", "plain", "fast"],
+    Field(
+        description="Implementation of the training step; fast computes only the positions that "
+        "reach the loss, in Triton kernels; plain computes every position, with Triton only for "
+        "attention and noise on GPU; auto is fast where supported"
+    ),
+]
 LayerIdsSetting = Annotated[
     tuple[int, ...] | None, BeforeValidator(_split), AfterValidator(_check_layer_ids)
 ]

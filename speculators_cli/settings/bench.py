@@ -5,9 +5,12 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, model_validator
 
 from speculators_cli.settings.base import (
+    ComputeDtype,
     DataFormat,
+    Device,
     Folders,
     FormatVersion,
+    Kernels,
     OffFlag,
     Settings,
     TrustRemoteCode,
@@ -58,16 +61,9 @@ class BenchStepSettings(Settings):
     gradient_accumulation_steps: int = Field(
         1, ge=1, description="Number of packed sequences accumulated in one optimizer step"
     )
-    device: Literal["auto", "cpu", "cuda"] = Field(
-        "auto", description="Device to run on; auto is a GPU if there is one"
-    )
-    compute_dtype: Literal["auto", "bfloat16", "float32"] = Field(
-        "auto",
-        description="Compute precision of the layers; auto is bfloat16 on GPU and float32 on CPU",
-    )
-    kernels: Literal["auto", "plain", "fast"] = Field(
-        "auto", description="Implementation of the training step; auto is fast where supported"
-    )
+    device: Device = "auto"
+    compute_dtype: ComputeDtype = "auto"
+    kernels: Kernels = "auto"
 
 
 class BenchSamplesSettings(Settings):

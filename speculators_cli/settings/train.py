@@ -11,9 +11,12 @@ from speculators_cli.settings.base import (
     MODEL_NAME,
     REFUSED_ON_RESUME,
     WARNED_ON_RESUME,
+    ComputeDtype,
     DataFormat,
+    Device,
     Folders,
     FormatVersion,
+    Kernels,
     LayerIdsSetting,
     ListOf,
     Settings,
@@ -251,20 +254,9 @@ class CheckpointSettings(Settings):
 class DistributedSettings(Settings):
     """Devices and ranks."""
 
-    device: Literal["auto", "cpu", "cuda"] = Field(
-        "auto", description="Device to train on; auto is a GPU if there is one"
-    )
-    compute_dtype: Annotated[Literal["auto", "bfloat16", "float32"], WARNED_ON_RESUME] = Field(
-        "auto",
-        description="Compute precision of the layers; auto is bfloat16 on GPU and float32 on CPU; "
-        "weights and optimizer state are always float32",
-    )
-    kernels: Literal["auto", "plain", "fast"] = Field(
-        "auto",
-        description="Implementation of the training step; fast computes only the positions that "
-        "reach the loss, in Triton kernels; plain computes every position, with Triton "
-        "only for attention and noise on GPU; auto is fast where supported",
-    )
+    device: Device = "auto"
+    compute_dtype: Annotated[ComputeDtype, WARNED_ON_RESUME] = "auto"
+    kernels: Kernels = "auto"
     sharding: Literal["shard", "replicate", "auto"] = Field(
         "shard",
         description="Placement of weights and optimizer state: shard across all ranks, replicate on"

@@ -55,6 +55,18 @@ def test_no_flag_of_a_command_is_cut_in_a_narrow_window(
     assert examples.strip().splitlines()[0].startswith(f"speculators {name}")
 
 
+def test_in_a_very_narrow_window_the_text_stands_below_the_flag(
+    capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "36")
+
+    text = help_of(["demo"], capsys)
+
+    lines = [line.strip("│ ") for line in text.splitlines()]
+    at = lines.index("--output-dir <path>")
+    assert lines[at + 1 : at + 3] == ["Folder for samples, maps and", "checkpoints (default:"]
+
+
 def test_choices_and_lists_stand_in_place_of_the_kind(capsys: Capture) -> None:
     text = help_of(["train"], capsys)
 

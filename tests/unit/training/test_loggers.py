@@ -19,7 +19,6 @@ from speculators_cli.core.training import loggers
 from speculators_cli.core.training.loggers import LOGGERS
 from speculators_cli.core.training.loggers.jsonl import JsonlLogger
 from speculators_cli.core.training.run import train
-from speculators_cli.settings.train import LOGGER_NAMES
 from tests.tiny import TinyInputs
 
 
@@ -37,10 +36,6 @@ def train_with(tiny: TinyInputs, logger: str, **run: Any) -> None:
         tiny.settings(run={"logger": logger, "run_name": "tried", **run}),
         progress=SilentProgress(),
     )
-
-
-def test_the_setting_has_the_names_of_the_loggers() -> None:
-    assert sorted(LOGGER_NAMES) == sorted(LOGGERS)
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
