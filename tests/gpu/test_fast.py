@@ -14,7 +14,6 @@ from speculators_cli.core.data.batch import Batch, drop_non_finite, rows_of
 from speculators_cli.core.data.noise import drop_and_add_noise
 from speculators_cli.core.kernels.causal_attention import can_use_flash
 from speculators_cli.core.kernels.spans import Spans
-from speculators_cli.core.models.verifier import FrozenVerifier
 from speculators_cli.core.training.optimizer import Optimizer
 from speculators_cli.settings.train import OptimizerSettings
 from tests.drafts import attend_from, filled_draft, make_config, make_sample, pack
@@ -79,10 +78,8 @@ def test_joint_attention_is_as_close_to_float32_as_the_plain_path(
 
 def moved(draft: Eagle3Training) -> Eagle3Training:
     """The same on the GPU, its verifier too."""
-    verifier = draft.verifier
-    draft.verifier = FrozenVerifier(
-        verifier.embedding.cuda(), verifier.norm_gain.cuda(), verifier.head.cuda(), verifier.config
-    )
+    draft.verifier = draft.verifier.to(CUDA)
+    draft.embedding = draft.verifier.embedding
     draft.kept_ids = draft.kept_ids.cuda()
     draft.verifier_rows = draft.verifier_rows.cuda()
     return draft.cuda()
