@@ -38,7 +38,6 @@ ALLOWED = {
 ALLOWED[""] |= {
     name for name in ALLOWED if name.startswith(("core", "settings"))
 }  # imported when used
-ALLOWED["core.torch_file"] |= {"core.data"}
 
 
 def layer_of(module: str) -> str:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from speculators_cli.core.data.alignment import NEXT_TOKEN, Alignment
 from speculators_cli.core.data.sample import Sample, States
-from speculators_cli.core.torch_file.stored import StoredStates, find_rows
+from speculators_cli.core.data.stored import StoredStates, find_rows
 
 CAST_AT_ONCE = 1024  # rows
 INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}

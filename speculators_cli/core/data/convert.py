@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from speculators_cli.core.data.formats import v0, v1
-from speculators_cli.core.data.sample import BadSampleError, SampleHeader, States
+from speculators_cli.core.data.sample import BadSampleError, SampleHeader, States, refusing_sample
+from speculators_cli.core.data.stored import StoredStates
 from speculators_cli.core.files import replacing
 from speculators_cli.core.torch_file.archive import Archive
 from speculators_cli.core.torch_file.archive_writer import ArchiveWriter
@@ -47,6 +48,7 @@ class Changes:
         return " ".join(parts)
 
 
+@refusing_sample()
 def convert_file(source: Path, target: Path, changes: Changes) -> float:
     """Write the v1 sample of a v0 file; it appears whole, on disk, or not at all.
 
@@ -100,7 +102,7 @@ def _write_states(
             return writer.copy(source, spec)
         # What is computed gets a checksum of its own, which would hide that its source is damaged.
         source.verify(spec)
-        states = source.states(spec)
+        states = StoredStates.of(source, spec)
 
         def rows() -> Iterator["Tensor"]:
             for changed, error in change(states, dtype, gain):
@@ -164,6 +166,7 @@ def is_converted(source: Path, target: Path, changes: Changes) -> bool:
         return False
 
 
+@refusing_sample()
 def _has_same_states(source: Path, target: Path, changes: Changes) -> bool:
     """Whether states that are copied have the source's checksums, and others come from it."""
     with Archive(source) as old, Archive(target) as new:

@@ -6,7 +6,6 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from speculators_cli.core.data.sample import BadSampleError
 from speculators_cli.core.reading import (
     UnreadableError,
     check_content,
@@ -15,6 +14,7 @@ from speculators_cli.core.reading import (
     read_npy,
 )
 from speculators_cli.core.torch_file.archive import Archive
+from speculators_cli.core.torch_file.errors import TorchFileError
 from speculators_cli.core.torch_file.structure import TensorSpec
 
 HINT = "Make both maps again with `speculators build-vocab-map`, or pass `--full-vocab`"
@@ -62,7 +62,7 @@ def _read_archive(file: Path, key: str) -> NDArray[np.generic]:
                 content = content[key]
             if isinstance(content, TensorSpec):
                 return archive.read(content)
-    except BadSampleError as error:
+    except TorchFileError as error:
         raise UnreadableError(file, error.reason, hint=HINT) from None
     if isinstance(content, list) and all(isinstance(x, int | float) for x in content):
         return np.array(content)

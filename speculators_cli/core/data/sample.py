@@ -1,6 +1,7 @@
 """Sample: the tensors of one conversation, and what makes it valid."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
@@ -10,6 +11,7 @@ from numpy.typing import NDArray
 
 from speculators_cli.core.data.alignment import NEXT_TOKEN, Alignment
 from speculators_cli.core.errors import DataError
+from speculators_cli.core.torch_file.errors import ChangedFileError, TorchFileError
 
 if TYPE_CHECKING:
     import torch
@@ -149,6 +151,17 @@ class ChangedSampleError(BadSampleError):
             message=f"`{file}` can no longer be read: {reason}",
             hint="Leave the samples as they are while they are read, then run the command again",
         )
+
+
+@contextmanager
+def refusing_sample() -> Iterator[None]:
+    """Turn what is wrong with a file of tensors into what is wrong with a sample."""
+    try:
+        yield
+    except ChangedFileError as error:
+        raise ChangedSampleError(error.file, error.reason) from None
+    except TorchFileError as error:
+        raise BadSampleError(error.reason) from None
 
 
 def check_ids(

@@ -8,10 +8,11 @@ import torch
 from numpy.typing import NDArray
 
 from speculators_cli.core.data.alignment import NEXT_TOKEN, Alignment
-from speculators_cli.core.data.sample import BadSampleError, SampleTokens
+from speculators_cli.core.data.sample import SampleTokens
 from speculators_cli.core.errors import DataError, SettingsError
 from speculators_cli.core.files import replacing
 from speculators_cli.core.torch_file.archive import Archive
+from speculators_cli.core.torch_file.errors import TorchFileError
 
 FILE_NAME = "token_freq.pt"
 MAX_TOTAL = 2**63 - 1  # what an int64 holds; ranking and shares add all counts up
@@ -118,7 +119,7 @@ def _read_table(file: Path) -> dict[int, int]:
     try:
         with Archive(file) as archive:
             content = archive.content
-    except BadSampleError as error:
+    except TorchFileError as error:
         content, reason = None, error.reason
     except OSError as error:
         content, reason = None, f"cannot be read: {error.strerror}"

@@ -7,9 +7,9 @@ from pathlib import Path
 
 from torch import Tensor
 
-from speculators_cli.core.data.sample import BadSampleError
 from speculators_cli.core.reading import Tensors, UnreadableError, check_content, open_safetensors
 from speculators_cli.core.torch_file.archive import Archive
+from speculators_cli.core.torch_file.errors import TorchFileError
 from speculators_cli.core.torch_file.structure import TensorSpec
 
 CONVERT = "Convert the model to safetensors with `save_pretrained` of transformers"
@@ -30,7 +30,7 @@ def open_weights(file: Path) -> Iterator[Tensors]:
     try:
         with Archive(file) as archive:
             yield Tensors(file, _StateDict(archive), CONVERT)
-    except BadSampleError as error:
+    except TorchFileError as error:
         raise UnreadableError(file, error.reason, hint=CONVERT) from None
 
 
@@ -49,7 +49,7 @@ class _StateDict:
 
     def __init__(self, archive: Archive) -> None:
         if not isinstance(archive.content, dict):
-            raise BadSampleError("holds no state dict")
+            raise TorchFileError("holds no state dict")
         self._archive = archive
         self._specs = {
             str(key): value

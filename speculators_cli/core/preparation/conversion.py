@@ -22,7 +22,7 @@ from speculators_cli.core.data.data_config import (
 )
 from speculators_cli.core.data.folder import find_files, hint_of_no_samples, is_sample_name
 from speculators_cli.core.data.formats import FORMATS
-from speculators_cli.core.data.sample import BadSampleError, Problem
+from speculators_cli.core.data.sample import BadSampleError, Problem, refusing_sample
 from speculators_cli.core.errors import DataError, MachineError, SettingsError
 from speculators_cli.core.files import (
     TEMPORARY,
@@ -325,7 +325,7 @@ def convert_job(job: Job, changes: Changes, *, delete_source: bool) -> float | P
     error = 0.0
     try:
         if delete_source:
-            with Archive(job.source) as source:
+            with refusing_sample(), Archive(job.source) as source:
                 source.verify()
         is_checked = job.is_converted and is_same(job.source, job.target, changes)
         if not is_checked:

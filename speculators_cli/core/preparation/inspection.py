@@ -50,6 +50,7 @@ from speculators_cli.core.preparation.inspection_report import Distribution, Ins
 from speculators_cli.core.preparation.states import StatesReport, look_at_states
 from speculators_cli.core.progress import SILENT, Progress
 from speculators_cli.core.torch_file.archive import Archive
+from speculators_cli.core.torch_file.errors import TorchFileError
 from speculators_cli.settings.inspect_data import InspectDataSettings, InspectSettings
 
 READERS = 8  # threads
@@ -305,7 +306,7 @@ def find_damage(file: Path) -> str | None:
     try:
         with Archive(file) as archive:
             archive.verify()
-    except BadSampleError as error:
+    except TorchFileError as error:
         return error.reason
     except OSError:
         pass  # said by the scan

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any, BinaryIO, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from speculators_cli.core.data.sample import BadSampleError
 from speculators_cli.core.files import open_regular, read_parts
+from speculators_cli.core.torch_file.errors import TorchFileError
 from speculators_cli.core.torch_file.gzip_file import is_gzip, unpack
-from speculators_cli.core.torch_file.stored import OpenFile, StoredStates
+from speculators_cli.core.torch_file.open_file import OpenFile
 from speculators_cli.core.torch_file.structure import ITEM_BYTES, TensorSpec, read_structure
 from speculators_cli.core.torch_file.zip_records import (
     Record,
@@ -48,7 +48,7 @@ class Archive:
     Only the directory has been read. `content` holds a `TensorSpec` in place of each tensor.
 
     Raises:
-        BadSampleError: The file is not a whole archive of plain tensors and plain values.
+        TorchFileError: The file is not a whole archive of plain tensors and plain values.
     """
 
     content: object
@@ -56,7 +56,7 @@ class Archive:
     def __init__(self, file: Path) -> None:
         self.source = OpenFile(_open(file), file)
         self.file, self.num_bytes = self.source.descriptor, self.source.num_bytes
-        self._is_lent = False  # states are read from it later
+        self._is_lent = False
         self._prefix = ""
         self._records: dict[str, Record] = {}
         try:
@@ -74,7 +74,7 @@ class Archive:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        """Close the file, unless states are left to be read: it is closed with them."""
+        """Close the file, unless it was lent."""
         if error is not None or not self._is_lent:
             self.source.close()
 
@@ -97,22 +97,22 @@ class Archive:
         """Check that the file holds as many bytes for a tensor as it claims.
 
         Raises:
-            BadSampleError: It does not.
+            TorchFileError: It does not.
         """
         record = self._find_record(spec)
         # Columns of a matrix without rows begin behind its end.
         end = (spec.offset + spec.span) * ITEM_BYTES[spec.dtype] if spec.num_elements else 0
         if end > record.num_bytes:
-            raise BadSampleError(
+            raise TorchFileError(
                 f"holds a tensor of {spec.num_bytes:,} bytes with {record.num_bytes:,} of data"
             )
 
     def read(self, spec: TensorSpec) -> NDArray[Any]:
         """Read a tensor of a type that NumPy has, or of bfloat16, into memory."""
-        start, item_bytes = self._locate(spec), ITEM_BYTES[spec.dtype]
+        start, item_bytes = self.locate(spec), ITEM_BYTES[spec.dtype]
         data = self.source.read(start, spec.span * item_bytes)
         if len(data) != spec.span * item_bytes:
-            raise BadSampleError("is truncated")
+            raise TorchFileError("is truncated")
         dtype = "uint16" if spec.dtype == "bfloat16" else spec.dtype
         strides = [step * item_bytes for step in spec.stride] if spec.num_elements else None
         array: NDArray[Any] = np.ndarray(spec.shape, dtype, data, strides=strides)
@@ -127,16 +127,19 @@ class Archive:
 
         flat = torch.empty(spec.span, dtype=getattr(torch, spec.dtype))
         if spec.span:
-            self.source.fill(flat.view(torch.uint8).numpy(), self._locate(spec))
+            self.source.fill(flat.view(torch.uint8).numpy(), self.locate(spec))
         return flat.as_strided(spec.shape, spec.stride)
 
-    def states(self, spec: TensorSpec) -> StoredStates:
-        """Hidden states [seq_len, hidden], to be read when they are used; also once this ends."""
+    def lend(self) -> OpenFile:
+        """The file, which from now on stays open after this ends, while something refers to it."""
         self._is_lent = True
-        rows, width = spec.shape
-        row_stride, stride = spec.stride
-        start = self._locate(spec)
-        return StoredStates(self.source, spec.dtype, start, (rows, width), (row_stride, stride))
+        return self.source
+
+    def locate(self, spec: TensorSpec) -> int:
+        """The byte of the file at which the first element of a tensor is."""
+        self.check(spec)
+        start = self._find_start(self._find_record(spec))
+        return start + spec.offset * ITEM_BYTES[spec.dtype]
 
     def find_storage(self, spec: TensorSpec) -> tuple[int, Record]:
         """Where in the file the storage of a tensor begins, and its record."""
@@ -161,31 +164,31 @@ class Archive:
         """Read every byte, or those of a tensor's storage, and compare with their checksums.
 
         Raises:
-            BadSampleError: They are not those the checksum was made of.
+            TorchFileError: They are not those the checksum was made of.
         """
         key = "" if spec is None else f"{self._prefix}data/{spec.storage_key}"
         for name in [key] if key else self._records:
             record = self._records[name]
             # Zero where torch was told not to compute it.
             if record.crc and self._compute_crc(record) != record.crc:
-                raise BadSampleError(f"has flipped bytes in `{name}`")
+                raise TorchFileError(f"has flipped bytes in `{name}`")
 
     def _read_directory(self) -> object:
         try:
             self._records = read_directory(self.file, self.num_bytes)
         except (ValueError, struct.error):
-            raise BadSampleError(self._describe_foreign_file()) from None
+            raise TorchFileError(self._describe_foreign_file()) from None
         if not all(record.is_stored for record in self._records.values()):
-            raise BadSampleError("is compressed; samples are stored as they are")
+            raise TorchFileError("is compressed; samples are stored as they are")
         if sum(record.num_bytes for record in self._records.values()) > self.num_bytes:
-            raise BadSampleError("is damaged: the records of its zip archive overlap")
+            raise TorchFileError("is damaged: the records of its zip archive overlap")
         name = next((name for name in self._records if name.endswith("/data.pkl")), None)
         if name is None:
-            raise BadSampleError("is a zip archive that `torch.save` did not write")
+            raise TorchFileError("is a zip archive that `torch.save` did not write")
         self._prefix = name.removesuffix("data.pkl")
         byte_order = self._records.get(f"{self._prefix}byteorder")
         if byte_order is not None and self._read_record(byte_order) != b"little":
-            raise BadSampleError("was written on a big-endian machine")
+            raise TorchFileError("was written on a big-endian machine")
         return read_structure(self._read_record(self._records[name]))
 
     def _describe_foreign_file(self) -> str:
@@ -202,21 +205,16 @@ class Archive:
     def _find_record(self, spec: TensorSpec) -> Record:
         record = self._records.get(f"{self._prefix}data/{spec.storage_key}")
         if record is None:
-            raise BadSampleError("is damaged: the data of a tensor is missing")
+            raise TorchFileError("is damaged: the data of a tensor is missing")
         return record
 
     def _read_record(self, record: Record) -> bytes:
         if record.num_bytes > MAX_STRUCTURE_BYTES:
-            raise BadSampleError("holds too much beside its tensors to be a sample")
+            raise TorchFileError("holds too much beside its tensors to be a sample")
         return self.source.read(self._find_start(record), record.num_bytes)
 
     def _find_start(self, record: Record) -> int:
         try:
             return find_start(self.file, record, self.num_bytes)
         except ValueError as error:
-            raise BadSampleError(str(error)) from None
-
-    def _locate(self, spec: TensorSpec) -> int:
-        self.check(spec)
-        start = self._find_start(self._find_record(spec))
-        return start + spec.offset * ITEM_BYTES[spec.dtype]
+            raise TorchFileError(str(error)) from None

@@ -5,8 +5,8 @@ import struct
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import BinaryIO
 
-from speculators_cli.core.data.sample import BadSampleError
 from speculators_cli.core.torch_file.archive import ORIGIN_NAME, Archive
+from speculators_cli.core.torch_file.errors import TorchFileError
 from speculators_cli.core.torch_file.structure import ITEM_BYTES, STORAGE_DTYPES, TensorSpec
 from speculators_cli.core.torch_file.zip_records import RecordWriter
 
@@ -52,7 +52,7 @@ class ArchiveWriter:
         known to be damaged here.
 
         Raises:
-            BadSampleError: The source is damaged.
+            TorchFileError: The source is damaged.
         """
         if (source, spec.storage_key) not in self._copied:
             key = self._copied[source, spec.storage_key] = str(len(self._storage_bytes))
@@ -62,7 +62,7 @@ class ArchiveWriter:
                     f"{PREFIX}data/{key}", source.file, start, record.num_bytes, crc=record.crc
                 )
             except EOFError:
-                raise BadSampleError("is truncated") from None
+                raise TorchFileError("is truncated") from None
             self._storage_bytes[key] = record.num_bytes
         key = self._copied[source, spec.storage_key]
         return TensorSpec(key, spec.dtype, spec.offset, spec.shape, spec.stride)

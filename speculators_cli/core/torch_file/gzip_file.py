@@ -5,8 +5,8 @@ import tempfile
 import zlib
 from typing import BinaryIO
 
-from speculators_cli.core.data.sample import BadSampleError
 from speculators_cli.core.files import BUFFER_BYTES
+from speculators_cli.core.torch_file.errors import TorchFileError
 
 MAGIC = b"\x1f\x8b"
 GZIP = 31  # what zlib calls the format, its checksum checked
@@ -24,7 +24,7 @@ def unpack(stream: BinaryIO) -> BinaryIO:
     """What is in a gzip file, in memory, as an open file.
 
     Raises:
-        BadSampleError: It is damaged, cut, or unpacks to far more than a sample does.
+        TorchFileError: It is damaged, cut, or unpacks to far more than a sample does.
     """
     most = max(SMALL_BYTES, MAX_RATIO * os.fstat(stream.fileno()).st_size)
     unpacked = _open_memory()
@@ -32,7 +32,7 @@ def unpack(stream: BinaryIO) -> BinaryIO:
         _unpack(stream, unpacked, most)
     except zlib.error:
         unpacked.close()
-        raise BadSampleError("is a damaged gzip file") from None
+        raise TorchFileError("is a damaged gzip file") from None
     except BaseException:
         unpacked.close()
         raise
@@ -48,10 +48,10 @@ def _unpack(stream: BinaryIO, into: BinaryIO, most_bytes: int) -> None:
             into.write(member.decompress(packed, BUFFER_BYTES))
             packed = member.unused_data if member.eof else member.unconsumed_tail
             if into.tell() > most_bytes:
-                raise BadSampleError(f"unpacks to more than {most_bytes:,} bytes")
+                raise TorchFileError(f"unpacks to more than {most_bytes:,} bytes")
     into.write(member.flush())
     if not member.eof:
-        raise BadSampleError("is a truncated gzip file")
+        raise TorchFileError("is a truncated gzip file")
 
 
 def _open_memory() -> BinaryIO:

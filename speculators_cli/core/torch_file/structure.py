@@ -8,7 +8,7 @@ from functools import lru_cache
 from math import prod
 from typing import Any, TypeVar
 
-from speculators_cli.core.data.sample import BadSampleError
+from speculators_cli.core.torch_file.errors import TorchFileError
 
 # A sample has a few hundred operations; a table of token counts has two for each token.
 MAX_OPERATIONS = 1_000_000
@@ -142,7 +142,7 @@ def read_structure(pickled: bytes) -> object:
     What it returns may be given again, and is not to be changed.
 
     Raises:
-        BadSampleError: It is damaged, or needs anything but tensors and plain values.
+        TorchFileError: It is damaged, or needs anything but tensors and plain values.
     """
     return _read_again(pickled) if len(pickled) <= CACHED_BYTES else _read(pickled)
 
@@ -151,7 +151,7 @@ def _read(pickled: bytes) -> object:
     try:
         return _Reader(pickled).read()
     except (ValueError, TypeError, LookupError, struct.error) as error:
-        raise BadSampleError("has a damaged directory of tensors") from error
+        raise TorchFileError("has a damaged directory of tensors") from error
 
 
 # Samples of one length have the very same pickle, so a scan of many reads most of them once.
@@ -187,8 +187,8 @@ class _Reader:
             elif code == pickle.STOP[0]:
                 return self.stack.pop()
             else:
-                raise BadSampleError(f"needs the pickle operation {code:#x}; only tensors are read")
-        raise BadSampleError("holds too many objects to be a sample")
+                raise TorchFileError(f"needs the pickle operation {code:#x}; only tensors are read")
+        raise TorchFileError("holds too many objects to be a sample")
 
     def take_number(self, form: struct.Struct) -> Any:
         (number,) = form.unpack_from(self.pickled, self.position)
@@ -289,7 +289,7 @@ class _Reader:
             raise ValueError("not a storage")
         name = _expect(Global, storage_class).name
         if name not in STORAGE_DTYPES:
-            raise BadSampleError(f"holds a tensor of type `{_shown(name)}`")
+            raise TorchFileError(f"holds a tensor of type `{_shown(name)}`")
         storage = Storage(_expect(str, key), STORAGE_DTYPES[name], _size(num_elements))
         self.stack.append(storage)
 
@@ -297,9 +297,9 @@ class _Reader:
         arguments, function = _expect(tuple, self.stack.pop()), self.stack.pop()
         name = function.name if isinstance(function, Global) else "an object"
         if name in OTHER_TENSORS:
-            raise BadSampleError(f"holds {OTHER_TENSORS[name]}; only plain tensors are read")
+            raise TorchFileError(f"holds {OTHER_TENSORS[name]}; only plain tensors are read")
         if name not in _CALLS:
-            raise BadSampleError(f"would run `{_shown(name)}` when loaded; only tensors are read")
+            raise TorchFileError(f"would run `{_shown(name)}` when loaded; only tensors are read")
         self.stack.append(_CALLS[name](*arguments))
 
 
@@ -322,7 +322,7 @@ def _rebuild_tensor_v3(
 ) -> TensorSpec:
     storage, name = _expect(Storage, storage), _expect(Global, dtype).name
     if name not in UNTYPED_DTYPES:
-        raise BadSampleError(f"holds a tensor of type `{_shown(name)}`")
+        raise TorchFileError(f"holds a tensor of type `{_shown(name)}`")
     element = UNTYPED_DTYPES[name]
     num_elements = storage.num_elements // ITEM_BYTES[element]
     return _tensor_spec(storage, element, num_elements, offset, shape, stride)
@@ -341,7 +341,7 @@ def _tensor_spec(
     if len(spec.shape) != len(spec.stride):
         raise ValueError("not a stride for each dimension")
     if claimed and max(claimed, spec.span) > held:
-        raise BadSampleError(
+        raise TorchFileError(
             f"holds a tensor of {claimed * ITEM_BYTES[dtype]:,} bytes in a storage of "
             f"{max(held, 0) * ITEM_BYTES[dtype]:,} (expanded or cut)"
         )

@@ -12,10 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from speculators_cli.core import files
-from speculators_cli.core.data.sample import BadSampleError
 from speculators_cli.core.torch_file import zip_records
 from speculators_cli.core.torch_file.archive import Archive
 from speculators_cli.core.torch_file.archive_writer import ArchiveWriter, write_structure
+from speculators_cli.core.torch_file.errors import TorchFileError
 from speculators_cli.core.torch_file.structure import TensorSpec, read_structure
 
 
@@ -166,7 +166,7 @@ def test_bytes_damaged_in_the_source_are_known_to_be_damaged_in_the_copy(tmp_pat
 
     with (
         Archive(tmp_path / "copy.pt") as archive,
-        pytest.raises(BadSampleError, match="flipped bytes in `archive/data/2`"),
+        pytest.raises(TorchFileError, match="flipped bytes in `archive/data/2`"),
     ):
         archive.verify()
 
@@ -226,7 +226,7 @@ def test_a_source_that_shrinks_is_truncated(tmp_path: Path) -> None:
         assert isinstance(archive.content, list)
         os.truncate(source, 2000)
 
-        with pytest.raises(BadSampleError, match="is truncated"):
+        with pytest.raises(TorchFileError, match="is truncated"):
             ArchiveWriter(stream).copy(archive, archive.content[0])
 
 

@@ -18,7 +18,7 @@ from speculators_cli.core.data.sample import BadSampleError
 from speculators_cli.core.errors import MachineError
 from speculators_cli.core.files import open_regular
 from speculators_cli.core.reading import check_content, read_json_object
-from speculators_cli.core.torch_file.stored import OpenFile
+from speculators_cli.core.torch_file.open_file import OpenFile
 
 STATE_FILE = "state.json"  # of a table: names its files
 IDS, MASK = "input_ids", "loss_mask"

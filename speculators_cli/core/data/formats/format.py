@@ -8,7 +8,14 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from speculators_cli.core.data.sample import BadSampleError, Sample, SampleTokens, check_ids
+from speculators_cli.core.data.sample import (
+    BadSampleError,
+    Sample,
+    SampleTokens,
+    check_ids,
+    refusing_sample,
+)
+from speculators_cli.core.data.stored import StoredStates
 from speculators_cli.core.torch_file.archive import Archive
 from speculators_cli.core.torch_file.structure import TensorSpec, find_common
 
@@ -71,6 +78,7 @@ class SampleFormat:
         """There are no such files."""
         return ""
 
+    @refusing_sample()
     def read_sample(self, file: Path) -> Sample:
         """Read a sample: ids and mask into memory, hidden states when they are used.
 
@@ -83,12 +91,13 @@ class SampleFormat:
         with Archive(file) as archive:
             layout = self.read_layout(archive)
             input_ids, loss_mask = _read_tokens(archive, layout)
-            *aux, last = map(archive.states, layout.hidden_states)
+            *aux, last = [StoredStates.of(archive, spec) for spec in layout.hidden_states]
             is_normed = _read_flag(archive, layout.is_normed)
         return Sample(
             torch.from_numpy(input_ids), torch.from_numpy(loss_mask), tuple(aux), last, is_normed
         )
 
+    @refusing_sample()
     def read_tokens(self, file: Path) -> SampleTokens:
         """Read header, ids and mask of a sample; hidden states are not touched.
 
@@ -111,6 +120,7 @@ class SampleFormat:
             fingerprint=fingerprint,
         )
 
+    @refusing_sample()
     def read_layout(self, archive: Archive) -> Layout:
         """Find and check the parts of a sample in its file.
 

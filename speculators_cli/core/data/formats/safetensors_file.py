@@ -15,10 +15,11 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from speculators_cli.core.data.sample import BadSampleError
+from speculators_cli.core.data.sample import BadSampleError, refusing_sample
+from speculators_cli.core.data.stored import StoredStates
 from speculators_cli.core.files import open_regular
 from speculators_cli.core.reading import UnreadableError, check_content
-from speculators_cli.core.torch_file.stored import OpenFile, StoredStates
+from speculators_cli.core.torch_file.open_file import OpenFile
 from speculators_cli.core.torch_file.structure import ITEM_BYTES
 
 LENGTH = struct.Struct("<Q")
@@ -88,6 +89,7 @@ class SafetensorsFile:
         if error is not None or not self._is_lent:
             self.source.close()
 
+    @refusing_sample()
     def read(self, name: str) -> NDArray[Any]:
         """Read a tensor of a type that NumPy has into memory."""
         tensor = self.tensors[name]

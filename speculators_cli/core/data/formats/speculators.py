@@ -25,8 +25,8 @@ from speculators_cli.core.data.sample import (
     States,
     check_ids,
 )
+from speculators_cli.core.data.stored import ScaledStates
 from speculators_cli.core.files import read_parts
-from speculators_cli.core.torch_file.stored import ScaledStates
 
 STATES, SCALES, TOKENS = "hidden_states", "hidden_states_scales", "token_ids"
 LOCK = Lock()

@@ -17,11 +17,13 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from torch import Tensor
 
+from speculators_cli.core.data import stored
 from speculators_cli.core.data.batch import Batch, collate
 from speculators_cli.core.data.formats import FORMATS
 from speculators_cli.core.data.sample import BadSampleError, ChangedSampleError, Sample
-from speculators_cli.core.torch_file import stored
-from speculators_cli.core.torch_file.stored import OpenFile, StoredStates
+from speculators_cli.core.data.stored import StoredStates
+from speculators_cli.core.torch_file import open_file
+from speculators_cli.core.torch_file.open_file import OpenFile
 
 S, HIDDEN, AUX = 2500, 6, 3  # more rows than one call of the system takes
 
@@ -153,13 +155,13 @@ def test_wide_gaps_between_rows_are_not_read(
     )
     states = FORMATS["v1"].read_sample(file).last_hidden_states
     num_bytes: list[int] = []
-    real = stored._preadv
+    real = open_file._preadv
 
     def preadv(descriptor: int, pieces: NDArray[np.int64], start: int) -> int:
         num_bytes.append(real(descriptor, pieces, start))
         return num_bytes[-1]
 
-    monkeypatch.setattr(stored, "_preadv", preadv)
+    monkeypatch.setattr(open_file, "_preadv", preadv)
     states[torch.tensor([3, 4, 40])]
 
     assert num_bytes == [2 * 2 * wide, 2 * wide]
@@ -174,7 +176,7 @@ def test_a_read_that_the_system_cuts_goes_on(
     sample = FORMATS[name].read_sample(write(tmp_path / "x.pt", contents(40)[name]))
     expected = pack(in_memory(sample), total_seq_len=39)
     num_calls = [0]
-    real = stored._preadv
+    real = open_file._preadv
 
     def preadv(descriptor: int, pieces: NDArray[np.int64], start: int) -> int:
         num_calls[0] += 1
@@ -184,7 +186,7 @@ def test_a_read_that_the_system_cuts_goes_on(
         some[-1, 1] = min(some[-1, 1], 43 - before[len(some) - 1])
         return real(descriptor, some, start)
 
-    monkeypatch.setattr(stored, "_preadv", preadv)
+    monkeypatch.setattr(open_file, "_preadv", preadv)
     found = pack(sample, total_seq_len=39)
 
     assert torch.equal(found.aux_hidden_states, expected.aux_hidden_states)
@@ -234,7 +236,7 @@ def test_a_disk_that_fails_is_an_error_with_the_files_name(
         ctypes.set_errno(errno.ESTALE)
         return -1
 
-    monkeypatch.setattr(stored, "_preadv", preadv)
+    monkeypatch.setattr(open_file, "_preadv", preadv)
 
     with pytest.raises(ChangedSampleError, match=r"data_0.pt` can no .*: fails: Stale file handle"):
         sample.last_hidden_states[:]

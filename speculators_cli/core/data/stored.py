@@ -3,108 +3,28 @@
 Nothing is mapped into memory: touching a mapped file that has shrunk would end the process.
 """
 
-import ctypes
-import errno
-import os
 import threading
-import weakref
 from collections.abc import Iterator
 from functools import cached_property
 from itertools import pairwise
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from speculators_cli.core.data.sample import BadSampleError, ChangedSampleError
-from speculators_cli.core.torch_file.structure import ITEM_BYTES
+from speculators_cli.core.data.sample import BadSampleError, refusing_sample
+from speculators_cli.core.torch_file.archive import Archive
+from speculators_cli.core.torch_file.open_file import Bytes, OpenFile
+from speculators_cli.core.torch_file.structure import ITEM_BYTES, TensorSpec
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-MAX_PIECES = 1024  # of memory that one call of the system fills (IOV_MAX)
 MAX_GAP_BYTES = 64 * 2**10  # less between wanted rows is read with them: a call costs more
-MAX_READ_BYTES = 2**28  # beside hidden states: ids of 32 million tokens
 MAX_SPREAD_BYTES = 2**30  # of a tensor whose values do not lie together, which is read whole
 BLOCK_BYTES = 4 * 2**20  # copied once more on their way: about what a core's cache holds
-Bytes = NDArray[np.uint8]
 _local = threading.local()
-_system_preadv = ctypes.CDLL(None, use_errno=True).preadv
-_system_preadv.argtypes = [ctypes.c_int, ctypes.c_void_p, ctypes.c_int, ctypes.c_int64]
-_system_preadv.restype = ctypes.c_ssize_t
-
-
-class OpenFile:
-    """A file that stays open while something refers to it, or until it is closed.
-
-    Args:
-        stream: The open file.
-        path: Its name, for messages.
-    """
-
-    def __init__(self, stream: BinaryIO, path: Path) -> None:
-        self.path = path
-        self.descriptor = stream.fileno()
-        self.num_bytes = os.fstat(self.descriptor).st_size
-        self.close = weakref.finalize(self, stream.close)
-
-    def read(self, start: int, num_bytes: int) -> bytes:
-        """Some bytes, to be looked at; fewer where the file ends.
-
-        Raises:
-            BadSampleError: They are more than anything but hidden states takes.
-        """
-        if num_bytes > MAX_READ_BYTES:
-            raise BadSampleError(f"claims {num_bytes:,} bytes beside its hidden states")
-        return os.pread(self.descriptor, num_bytes, start)
-
-    def fill(self, into: Bytes, start: int) -> None:
-        """Fill memory without gaps with what the file holds from `start` on.
-
-        Raises:
-            ChangedSampleError: The file ends before that, or fails.
-        """
-        self.scatter(np.array([[into.ctypes.data, into.nbytes]]), start)
-
-    def scatter(
-        self,
-        pieces: NDArray[np.int64],  # [pieces, 2]: address and bytes of each; none is negative
-        start: int,
-    ) -> None:
-        """Fill pieces of memory, one behind the other, with what the file holds from `start` on.
-
-        Raises:
-            ChangedSampleError: The file ends before that, or fails.
-        """
-        while len(pieces):
-            some = np.ascontiguousarray(pieces[:MAX_PIECES])
-            num_read = _preadv(self.descriptor, some, start)
-            if num_read < 0:
-                reason = os.strerror(ctypes.get_errno())
-                raise ChangedSampleError(self.path, f"fails: {reason}")
-            ends = some[:, 1].cumsum()
-            if num_read == 0 and ends[-1]:
-                raise ChangedSampleError(self.path, "is shorter than it was")
-            start += num_read
-            num_done = int(np.searchsorted(ends, num_read, side="right"))
-            pieces = pieces[num_done:]
-            if num_done < len(some):  # the system may stop anywhere
-                begun = num_read - (int(ends[num_done - 1]) if num_done else 0)
-                pieces = pieces.copy()
-                pieces[0] += (begun, -begun)
-
-
-def _preadv(descriptor: int, pieces: NDArray[np.int64], start: int) -> int:
-    """What the system's call returns: bytes read, or -1. The interpreter is left free meanwhile.
-
-    `os.preadv` would take an object for each piece, and hold the interpreter while it does.
-    """
-    while True:
-        num_read: int = _system_preadv(descriptor, pieces.ctypes.data, len(pieces), start)
-        if num_read >= 0 or ctypes.get_errno() != errno.EINTR:
-            return num_read
 
 
 class StoredStates:
@@ -166,6 +86,14 @@ class StoredStates:
         for start in range(0, len(self), num_rows):
             yield self[start : start + num_rows]
 
+    @classmethod
+    def of(cls, archive: Archive, spec: TensorSpec) -> "StoredStates":
+        """Hidden states of an archive, which can be read after it is closed."""
+        rows, width = spec.shape
+        row_stride, stride = spec.stride
+        start = archive.locate(spec)
+        return cls(archive.lend(), spec.dtype, start, (rows, width), (row_stride, stride))
+
     def beside(self, other: "StoredStates") -> "StoredStates | None":
         """Both as one, where each row of the other lies behind this one's; else None."""
         is_beside = (
@@ -188,8 +116,11 @@ class StoredStates:
         Raises:
             ChangedSampleError: The file ends before them, or fails.
         """
-        if not into.size:
-            return
+        if into.size:
+            with refusing_sample():
+                self._read_into(into, rows)
+
+    def _read_into(self, into: Bytes, rows: NDArray[np.int64]) -> None:
         if not self._are_rows_whole:
             into[:] = self._whole[rows].view(np.uint8)
             return

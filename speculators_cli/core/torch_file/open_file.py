@@ -1,0 +1,94 @@
+"""An open file: bytes of it are read straight to where they go, and never mapped into memory.
+
+Touching a mapped file that has shrunk ends the process.
+"""
+
+import ctypes
+import errno
+import os
+import weakref
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+from numpy.typing import NDArray
+
+from speculators_cli.core.torch_file.errors import ChangedFileError, TorchFileError
+
+MAX_PIECES = 1024  # of memory that one system call fills (IOV_MAX)
+MAX_READ_BYTES = 2**28  # beside hidden states: ids of 32 million tokens
+Bytes = NDArray[np.uint8]
+_system_preadv = ctypes.CDLL(None, use_errno=True).preadv
+_system_preadv.argtypes = [ctypes.c_int, ctypes.c_void_p, ctypes.c_int, ctypes.c_int64]
+_system_preadv.restype = ctypes.c_ssize_t
+
+
+class OpenFile:
+    """A file that stays open while something refers to it, or until it is closed.
+
+    Args:
+        stream: The open file.
+        path: Its name, for messages.
+    """
+
+    def __init__(self, stream: BinaryIO, path: Path) -> None:
+        self.path = path
+        self.descriptor = stream.fileno()
+        self.num_bytes = os.fstat(self.descriptor).st_size
+        self.close = weakref.finalize(self, stream.close)
+
+    def read(self, start: int, num_bytes: int) -> bytes:
+        """Some bytes, to be looked at; fewer where the file ends.
+
+        Raises:
+            TorchFileError: They are more than anything but hidden states takes.
+        """
+        if num_bytes > MAX_READ_BYTES:
+            raise TorchFileError(f"claims {num_bytes:,} bytes beside its hidden states")
+        return os.pread(self.descriptor, num_bytes, start)
+
+    def fill(self, into: Bytes, start: int) -> None:
+        """Fill memory without gaps with what the file holds from `start` on.
+
+        Raises:
+            ChangedFileError: The file ends before that, or fails.
+        """
+        self.scatter(np.array([[into.ctypes.data, into.nbytes]]), start)
+
+    def scatter(
+        self,
+        pieces: NDArray[np.int64],  # [pieces, 2]: address and bytes of each; none is negative
+        start: int,
+    ) -> None:
+        """Fill pieces of memory, one behind the other, with what the file holds from `start` on.
+
+        Raises:
+            ChangedFileError: The file ends before that, or fails.
+        """
+        while len(pieces):
+            some = np.ascontiguousarray(pieces[:MAX_PIECES])
+            num_read = _preadv(self.descriptor, some, start)
+            if num_read < 0:
+                reason = os.strerror(ctypes.get_errno())
+                raise ChangedFileError(self.path, f"fails: {reason}")
+            ends = some[:, 1].cumsum()
+            if num_read == 0 and ends[-1]:
+                raise ChangedFileError(self.path, "is shorter than it was")
+            start += num_read
+            num_done = int(np.searchsorted(ends, num_read, side="right"))
+            pieces = pieces[num_done:]
+            if num_done < len(some):  # the system may stop anywhere
+                begun = num_read - (int(ends[num_done - 1]) if num_done else 0)
+                pieces = pieces.copy()
+                pieces[0] += (begun, -begun)
+
+
+def _preadv(descriptor: int, pieces: NDArray[np.int64], start: int) -> int:
+    """What the system's call returns: bytes read, or -1. The interpreter is left free meanwhile.
+
+    `os.preadv` would take an object for each piece, and hold the interpreter while it does.
+    """
+    while True:
+        num_read: int = _system_preadv(descriptor, pieces.ctypes.data, len(pieces), start)
+        if num_read >= 0 or ctypes.get_errno() != errno.EINTR:
+            return num_read
