@@ -12,10 +12,33 @@ from speculators_cli.cli.help import PROGRAM_FLAGS
 from speculators_cli.settings.base import setting_fields
 
 REFERENCE_DIR = Path(__file__).parent / "reference"
-COMPLETION_TEXT = """\
+PROGRAM_TEXT = """\
+## Settings files
+
+Every command with settings takes `--config FILE`: `.toml`, `.yaml`, `.yml` or `.json`, with the
+sections that its page lists. Flags win over the file, the file wins over defaults, and all problems
+are reported at once. Arguments may be in the file too: `v0_path` in `[files]` for `convert-v0`.
+Relative paths start at the current folder. A run writes its `settings.json` to the save path;
+`speculators train --config checkpoints/settings.json` repeats it.
+
+## Shell completion
+
 `speculators --install-completion` installs completion for the shell it is run in (bash, zsh, fish
 or PowerShell); it takes effect in a new terminal. It completes commands, flags, choices and paths,
 and settings files after `--config`.
+
+## Exit codes
+
+| Code | Meaning |
+| --- | --- |
+| 0 | done, no problem found |
+| 1 | done, but problems were found, or an unexpected error |
+| 2 | flags, settings or the paths in them cannot be used; nothing was written |
+| 3 | data cannot be used |
+| 4 | a checkpoint or export cannot be used or written |
+| 5 | the environment: disk, memory, device, hub, a missing package |
+| 6 | training diverged |
+| 128 + N | stopped by signal N; `train` first saves a checkpoint |
 
 From Python: [the library](library.md).
 """
@@ -39,7 +62,7 @@ def program_page() -> str:
         lines.append("")
     lines += ["## General", "", "| Flag | Meaning |", "| --- | --- |"]
     lines += [f"| {_names(flag)} | {flag.help} |" for flag in PROGRAM_FLAGS]
-    return "\n".join([*lines, "", COMPLETION_TEXT])
+    return "\n".join([*lines, "", PROGRAM_TEXT])
 
 
 def page(command: Command) -> str:

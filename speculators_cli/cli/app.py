@@ -103,8 +103,7 @@ def _run(argv: Sequence[str], output: Output) -> int:
     except SystemExit as stop:
         return stop.code if isinstance(stop.code, int) else 1
     except USAGE_ERROR as error:
-        text = error.format_message() if isinstance(error, typer.BadParameter) else str(error)
-        return _report(explain_usage(argv, text), output)
+        return _report(explain_usage(argv, str(error)), output)
     except Interrupted as stop:
         number = stop.signal_number
         return _report(StoppedError(f"Stopped by signal {number}", signal_number=number), output)

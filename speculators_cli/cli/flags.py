@@ -21,7 +21,7 @@ class Flag:
     metavar: str | None = None  # None: a switch
     off_names: tuple[str, ...] = ()
     kind: Any = str
-    minimum: int | None = None
+    minimum: int = 0  # of a number
     complete: Callable[[str], list[str]] | None = None
     is_positional: bool = False
 

@@ -42,6 +42,8 @@ def with_settings(
             given = {key: values.pop(key) for key in names}
             given = {key: value for key, value in given.items() if value not in (None, [])}
             output = Output(**{flag.parameter: values.pop(flag.parameter) for flag in OUTPUT})
+            numbers = [flag for flag in own if flag.kind is int]
+            values |= {flag.parameter: _number(flag, values[flag.parameter]) for flag in numbers}
             settings = load(name, settings_class, given, values.pop("config", None))
             return command(settings=settings, output=output, **values)
 
@@ -104,16 +106,29 @@ def _takes(settings_class: type[Settings], content: dict[str, Any]) -> bool:
     )
 
 
+def _number(flag: Flag, text: str | None) -> int | None:
+    if text is None:
+        return None
+    number = int(text) if text.isdecimal() and len(text) < 10 else -1
+    if number < flag.minimum:
+        raise SettingsError(
+            f"`{flag.names[0]}` must be a whole number of at least {flag.minimum}, got `{text}`",
+            hint=f"Pass `{flag.names[0]} {flag.minimum}` or more",
+        )
+    return number
+
+
 def _parameter(flag: Flag, show_help: Callable[..., None]) -> inspect.Parameter:
-    annotation: Any = flag.kind if flag.kind is bool and not flag.off_names else flag.kind | None
-    default = False if flag.kind is bool and not flag.off_names else None
+    kind: Any = str if flag.kind is int else flag.kind
+    is_switch = flag.kind is bool and not flag.off_names
+    annotation = kind if is_switch else kind | None
+    default = False if is_switch else None
     if flag.is_positional:
         info: Any = typer.Argument(metavar=flag.metavar, show_default=False)
     else:
         info = typer.Option(
             *_declarations(flag),
             help=re.split(r"[;:(]", flag.help)[0].strip(),  # beside what a shell completes
-            min=flag.minimum,
             metavar=flag.metavar,
             autocompletion=flag.complete,
             is_eager=flag is HELP,

@@ -36,7 +36,7 @@ def explain_usage(argv: Sequence[str], fallback: str) -> SettingsError:
         found = [Problem(f"`{name}` is not a command", _closest(name, COMMANDS))]
     message = "\n".join(dict.fromkeys(problem.line for problem in found))
     if not message:
-        message = fallback.replace("'", "`").replace("Input should be", "must be")
+        message = fallback.replace("'", "`")
     hint = f"Run `{shown} --help` for the list"
     meant = [f"`{problem.meant}`" for problem in found if problem.meant is not None]
     if misplaced and shown != PROGRAM:

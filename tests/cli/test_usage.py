@@ -34,7 +34,12 @@ Capture = pytest.CaptureFixture[str]
         ("train --full-vocab true", "`--full-vocab` takes no value, got `true`", "train --help"),
         ("train --dry-run=3", "`--dry-run` takes no value, got `3`", "train --help"),
         ("inspect-data a b", "Unexpected argument `b` of `speculators inspect-data`", "--help"),
-        ("train --nproc-per-node 0", "`--nproc-per-node`: must be greater", "train --help"),
+        (
+            "train --nproc-per-node 0",
+            "`--nproc-per-node` must be a whole number of at least 1, got `0`",
+            "Pass `--nproc-per-node 1` or more",
+        ),
+        ("train --nproc-per-node two", "at least 1, got `two`", "Pass `--nproc-per-node 1`"),
         ("env --config x", "`--config` is not a flag of `speculators env`", "env --help"),
         ("train -qx", "`-qx` is not a flag of `speculators train`", "train --help"),
         ("export", "`CHECKPOINT` is required", "Run `speculators export --help`"),
