@@ -86,7 +86,7 @@ def prepare(questions: Questions, folder: Path) -> dict[str, Trial]:
         name: (export(train(variant, folder), folder / f"served {name}"), "explicit")
         for name, variant in VARIANTS.items()
     }
-    exports["the folder alone"] = (exports["default"][0], "folder")
+    exports["export folder only"] = (exports["default"][0], "folder")
     shared = export(train(Variant(), folder), folder / "shared", "--without-embeddings")
     exports["`--without-embeddings`"] = (shared, "explicit")
     source = folder / "eagle"
