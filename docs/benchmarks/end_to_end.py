@@ -200,7 +200,8 @@ def draw_samples(
 def write_upstream_states(sample: Sample, file: Path) -> None:
     """A sample's states as upstream's vLLM connector writes them."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    states: Tensor = torch.stack((*sample.aux_hidden_states, sample.last_hidden_states), dim=1)
+    layers = (*sample.aux_hidden_states, sample.last_hidden_states)
+    states: Tensor = torch.stack([layer[:] for layer in layers], dim=1)
     save_file({"token_ids": sample.input_ids, "hidden_states": states}, file)
 
 
