@@ -17,7 +17,7 @@ from transformers.models.auto.modeling_auto import (
 )
 
 from speculators_cli.core.models.family import Family, read_family
-from speculators_cli.core.models.readout import Readout, UnlikeError, measure_readout
+from speculators_cli.core.models.readout import Readout, UnsupportedReadoutError, measure_readout
 
 PAGE = Path(__file__).parent / "reference" / "verifiers.md"
 HEAD = """# Verifiers
@@ -34,8 +34,8 @@ refused with the reason.
 | FP8 or int8 with one scale, one per row (`weight_scale`), or one per block of 128 x 128 \
 (`weight_scale_inv`) | dequantised |
 | NVFP4 of compressed-tensors or ModelOpt | dequantised |
-| GPTQ, AWQ, bitsandbytes, MXFP4, packed integers | refused by name: pass the verifier before \
-quantisation |
+| GPTQ, AWQ, bitsandbytes, MXFP4, packed integers | not supported: pass the unquantised \
+verifier |
 
 Other layers may be quantised in any way; most quantised models keep these two as they were. Where
 `tie_word_embeddings` is set and the files hold another `lm_head.weight`, the embedding is used, as
@@ -82,7 +82,7 @@ def row(family: Family) -> tuple[bool, str]:
     """Whether a family is trained, and its row of the table."""
     try:
         return True, f"| `{family.name}` | yes | {describe(measure_readout(family))} |"
-    except UnlikeError as error:
+    except UnsupportedReadoutError as error:
         reason = str(error).replace("|", "\\|")
         return False, f"| `{family.name}` | no | {reason} |"
 

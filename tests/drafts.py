@@ -83,12 +83,12 @@ def make_draft(
     *,
     embedding: Tensor,
     head: Tensor,
-    norm_gain: Tensor | None,
+    norm_weight: Tensor | None,
     kept_ids: Tensor,
     loss_decay: float,
 ) -> Eagle3Training:
     """An `Eagle3Training` over given verifier tensors; its weights are not filled."""
-    gain = torch.ones(config.hidden_size) if norm_gain is None else norm_gain
+    gain = torch.ones(config.hidden_size) if norm_weight is None else norm_weight
     verifier_config = VerifierConfig(
         name_or_path=config.verifier_name_or_path,
         architectures=config.verifier_architectures,
@@ -127,7 +127,7 @@ def filled_draft(
         config,
         embedding=torch.randn(shape, generator=rng),
         head=torch.randn(shape, generator=rng) * (24 / config.hidden_size) ** 0.5,
-        norm_gain=1 + 0.3 * torch.randn(config.hidden_size, generator=rng),
+        norm_weight=1 + 0.3 * torch.randn(config.hidden_size, generator=rng),
         kept_ids=kept_ids,
         loss_decay=loss_decay,
     )

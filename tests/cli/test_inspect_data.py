@@ -240,7 +240,7 @@ def test_states_shifted_by_one_are_found(
     code, report = report_of(capsys, folder, "--verifier-name-or-path", VERIFIER_DIR)
 
     assert code == 1
-    assert "is not of this verifier, or is shifted" in problems_of(report)["shifted"]
+    assert "does not match this verifier, or is misaligned" in problems_of(report)["shifted"]
 
 
 def test_the_text_of_a_sample_shows_what_is_supervised(captured_dir: Path, capsys: Capture) -> None:

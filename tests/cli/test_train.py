@@ -281,7 +281,7 @@ def test_an_unreachable_hub_is_named(
     code, err = fails(tiny.flags(verifier_name_or_path="someone/some-verifier"), capsys)
 
     assert code == 5
-    assert "`someone/some-verifier` is no local folder" in err
+    assert "`someone/some-verifier` is not a local folder" in err
 
 
 def test_a_save_path_that_is_a_file_is_refused(tiny: TinyInputs, capsys: Capture) -> None:
@@ -440,7 +440,7 @@ def test_states_marked_wrongly_as_normed_are_refused_before_the_first_step(
     code, err = fails(check_flags(tiny, verifier_dir, folder), capsys)
 
     assert code == 3
-    assert "has last hidden states marked as after the final norm; right at" in err
+    assert "has last hidden states marked as after the final norm: top-1 accuracy" in err
     assert "--no-check-samples" in err
     assert "step 1/" not in err
 
@@ -461,7 +461,7 @@ def test_samples_that_the_verifier_does_not_predict_are_warned_of(
     code = run(["train", *check_flags(tiny, verifier_dir, folder)])
 
     assert code == 0
-    assert "is not of this verifier, or is shifted" in capsys.readouterr().err
+    assert "does not match this verifier, or is misaligned" in capsys.readouterr().err
 
 
 def test_samples_that_the_verifier_predicts_give_no_warning(

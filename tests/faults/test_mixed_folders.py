@@ -89,7 +89,7 @@ def test_a_tenth_that_is_normed_and_not_marked_is_found(
 
     assert code == 3
     assert "samples looked at in" in err
-    assert "marked as before the final norm whose scale is that of states after it" in err
+    assert "marked as before the final norm but the scale of states after it" in err
     assert any(name in err for name in names)
     assert "--no-check-samples" in err
     assert not list(tiny.save_path.glob("*/config.json"))
@@ -117,7 +117,7 @@ def test_a_mix_that_is_marked_as_it_is_trains_without_a_warning(
 
     assert code == 0
     assert "final norm" not in err
-    assert "not of this verifier" not in err
+    assert "not match this verifier" not in err
 
 
 def test_a_sub_folder_of_another_verifier_is_named(
@@ -135,8 +135,8 @@ def test_a_sub_folder_of_another_verifier_is_named(
     code, err = train(tiny, folder, capsys)
 
     assert code == 0
-    assert f"`{other}` is not of this verifier, or is shifted" in err
-    assert f"`{folder}` is not of this verifier" not in err
+    assert f"`{other}` does not match this verifier, or is misaligned" in err
+    assert f"`{folder}` does not match this verifier" not in err
 
 
 def test_an_even_norm_hides_no_wrong_mark(

@@ -1,4 +1,4 @@
-"""Whether the verifier's head, on the last hidden states of samples, predicts their next tokens."""
+"""Agreement of samples with a verifier: top-1 accuracy of its LM head on their hidden states."""
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -9,43 +9,45 @@ from torch import Tensor
 from speculators_cli.core.data.sample import Sample
 from speculators_cli.core.models.verifier import FrozenVerifier
 
-POSITIONS = 64  # of each sample, at most, that the verifier's head is asked about
-ROWS_AT_ONCE = 256  # each takes a row of logits over the whole vocabulary
-# Agreement below this is no verifier's own output, whatever was sampled.
-LITTLE = 0.05
-# The norm changes nothing of the order within a token, so a real difference is large.
-CLEARLY = 0.1
-LOOKED_AT = 8  # positions of a sample whose scale is compared with the norm's
-SCALE_ERROR = 0.05  # of a normed state: types of one byte round each value by up to 6 %
-CONFIRMED_BY = 16  # samples
-MIN_CONFIRMED = 8  # positions, where their scale contradicts the mark too
+MAX_POSITIONS = 64  # of each sample, at most, that the accuracy is measured on
+ROWS_AT_ONCE = 256  # each needs a row of logits over the whole vocabulary
+# A lower top-1 accuracy means other hidden states, however the tokens were sampled.
+MIN_ACCURACY = 0.05
+# The norm does not reorder the values of a token, so a real difference is large.
+CLEAR_MARGIN = 0.1
+NUM_SCALE_POSITIONS = 8  # positions of a sample whose scale is compared with that of normed states
+SCALE_ERROR = 0.05  # relative, for a normed state: 8-bit types round each value by up to 6 %
+NUM_CONFIRMING = 16  # samples
+MIN_CONFIRMED = 8  # positions, where the scale of the states contradicts `is_normed` as well
 
 
 @dataclass(frozen=True)
 class Agreement:
-    """How often the verifier's head, on the last hidden states, has the next token first."""
+    """Top-1 accuracy of the verifier's LM head on the last hidden states of samples."""
 
-    with_norm: float  # its final norm applied first
+    with_norm: float  # with the final norm applied first
     without_norm: float
-    is_marked_normed: bool  # what the samples say of their states
+    is_marked_normed: bool  # `is_normed` of the samples
     num_positions: int
 
     @property
     def is_mark_wrong(self) -> bool:
-        """Whether the states are the other kind than the samples say, beyond doubt."""
+        """Whether the states clearly contradict `is_normed` of the samples."""
         marked, other = self._marked_and_other
-        return other >= LITTLE and other > marked + CLEARLY
+        return other >= MIN_ACCURACY and other > marked + CLEAR_MARGIN
 
     @property
     def confirms_scale(self) -> bool:
-        """Whether the head does not contradict a scale that denies the mark.
+        """Whether the accuracy is consistent with a scale that contradicts `is_normed`.
 
-        Where the gain is even, the norm hardly changes which token is first, but the distribution:
-        states marked as normed need not be predicted better with the norm. Of states with an even
-        gain undone, the scale is that of normed ones: those marked as not normed must.
+        Where the norm weights are uniform, the norm hardly changes the top-1 token, only the
+        distribution: states marked as normed need not be predicted better with the norm. Divided by
+        uniform weights, states have the scale of normed ones: those marked as not normed must be.
         """
         marked, other = self._marked_and_other
-        return other >= LITTLE and (other > marked or (self.is_marked_normed and other == marked))
+        return other >= MIN_ACCURACY and (
+            other > marked or (self.is_marked_normed and other == marked)
+        )
 
     @property
     def _marked_and_other(self) -> tuple[float, float]:
@@ -54,37 +56,40 @@ class Agreement:
 
     @property
     def shares(self) -> str:
-        """Both shares in words."""
+        """Both accuracies, formatted."""
         return f"{self.with_norm:.1%} with the final norm, {self.without_norm:.1%} without"
 
     @property
     def problem(self) -> str | None:
-        """What contradicts the samples, if anything does; the end of a sentence about them."""
+        """What contradicts the samples, or None; completes a sentence about them."""
         shares = self.shares
-        if max(self.with_norm, self.without_norm) < LITTLE:
-            return f"is not of this verifier, or is shifted: its head is right at {shares}"
+        if max(self.with_norm, self.without_norm) < MIN_ACCURACY:
+            return f"does not match this verifier, or is misaligned: top-1 accuracy {shares}"
         if self.is_mark_wrong:
             wrong = "after" if self.is_marked_normed else "before"
-            return f"has last hidden states marked as {wrong} the final norm; right at {shares}"
+            return (
+                f"has last hidden states marked as {wrong} the final norm: top-1 accuracy {shares}"
+            )
         return None
 
 
 def spread(
     positions: Tensor,  # [positions], int64
 ) -> Tensor:
-    """`POSITIONS` of them at most, evenly spread."""
-    keep = torch.linspace(0, len(positions) - 1, min(len(positions), POSITIONS)).long()
+    """Select at most `MAX_POSITIONS` positions, evenly spaced."""
+    keep = torch.linspace(0, len(positions) - 1, min(len(positions), MAX_POSITIONS)).long()
     return positions[keep]
 
 
 @torch.no_grad()
 def measure_agreement(verifier: FrozenVerifier, samples: Iterable[Sample]) -> Agreement | None:
-    """How often the verifier's head on a token's last hidden states has the next token first.
+    """Measure the top-1 accuracy of the verifier's LM head on the next tokens of samples.
 
-    Asked where the next token is supervised, else anywhere; the mark is that of most positions.
+    Measured at the supervised next tokens of a sample, or at all if it has none. `is_normed` of
+    the result is that of most positions.
 
     Returns:
-        None if there is no position to ask about.
+        None if the samples have no next tokens.
     """
     states: list[Tensor] = []
     wanted: list[Tensor] = []
@@ -100,11 +105,11 @@ def measure_agreement(verifier: FrozenVerifier, samples: Iterable[Sample]) -> Ag
     if not sum(map(len, wanted)):
         return None
     device = verifier.head.device
-    asked, expected = torch.cat(states).to(device), torch.cat(wanted).to(device)
+    inputs, expected = torch.cat(states).to(device), torch.cat(wanted).to(device)
     shares = []
     for skip_norm in (False, True):
-        skip = torch.full((len(asked),), skip_norm, device=device)
-        tokens = verifier.tokens(verifier.normed(asked, skip), rows_at_once=ROWS_AT_ONCE)
+        skip = torch.full((len(inputs),), skip_norm, device=device)
+        tokens = verifier.tokens(verifier.normed(inputs, skip), rows_at_once=ROWS_AT_ONCE)
         shares.append(float((tokens == expected).float().mean()))
     is_normed = 2 * num_normed > len(expected)
     return Agreement(shares[0], shares[1], is_normed, len(expected))
@@ -112,29 +117,29 @@ def measure_agreement(verifier: FrozenVerifier, samples: Iterable[Sample]) -> Ag
 
 @dataclass(frozen=True)
 class WrongMarks:
-    """Samples whose last hidden states are the other kind than they are marked as."""
+    """Samples whose last hidden states contradict their `is_normed`."""
 
     indices: tuple[int, ...]
-    agreement: Agreement  # of some of them
+    agreement: Agreement  # measured on some of them
 
     @property
     def problem(self) -> str:
-        """What is wrong with each; the end of a sentence about it."""
+        """What is wrong with each sample; completes a sentence about it."""
         wrong, right = (
             ("after", "before") if self.agreement.is_marked_normed else ("before", "after")
         )
         return (
-            f"has last hidden states marked as {wrong} the final norm whose scale is that of "
-            f"states {right} it; the head is right at {self.agreement.shares}"
+            f"has last hidden states marked as {wrong} the final norm but the scale of "
+            f"states {right} it: top-1 accuracy {self.agreement.shares}"
         )
 
 
 def find_wrong_marks(
     verifier: FrozenVerifier, samples: Sequence[Callable[[], Sample]]
 ) -> list[WrongMarks]:
-    """Samples whose mark is contradicted by their scale, and by what the verifier's head predicts.
+    """Find samples whose `is_normed` contradicts both the scale of their states and the LM head.
 
-    The scale is looked at in each sample; the head is asked about a few of those it contradicts.
+    Every sample's scale is checked; the accuracy is measured on a few of those that it contradicts.
     """
     contradicted: dict[bool, list[int]] = {False: [], True: []}
     for index, read in enumerate(samples):
@@ -143,7 +148,7 @@ def find_wrong_marks(
             contradicted[sample.is_normed].append(index)
     found = []
     for indices in contradicted.values():
-        some = indices[:: -(-len(indices) // CONFIRMED_BY) or 1]
+        some = indices[:: -(-len(indices) // NUM_CONFIRMING) or 1]
         agreement = measure_agreement(verifier, (samples[i]() for i in some))
         if (
             agreement is not None
@@ -158,14 +163,16 @@ def find_wrong_marks(
 def looks_normed(verifier: FrozenVerifier, sample: Sample) -> bool:
     """Whether last hidden states have the scale of normed ones.
 
-    Divided by the gain of the norm, a normed state has a root mean square of one at every token.
+    Divided by the norm weights, a normed state has a root mean square of one at every token.
     """
-    rows = torch.linspace(0, sample.num_tokens - 1, min(sample.num_tokens, LOOKED_AT)).long()
+    rows = torch.linspace(
+        0, sample.num_tokens - 1, min(sample.num_tokens, NUM_SCALE_POSITIONS)
+    ).long()
     states = sample.last_hidden_states[rows].float()
-    gain = verifier.norm_gain.to(states.device)
+    weight = verifier.norm_weight.to(states.device)
     bias = getattr(verifier, "norm_bias", None)
     if bias is not None:
         states = states - bias.to(states.device)
-    used = gain != 0
-    scale = (states[:, used] / gain[used]).pow(2).mean(-1).sqrt()
+    used = weight != 0
+    scale = (states[:, used] / weight[used]).pow(2).mean(-1).sqrt()
     return bool(((scale - 1).abs() < SCALE_ERROR).all())

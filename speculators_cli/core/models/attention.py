@@ -1,4 +1,4 @@
-"""What a decoder layer attends to, kept from call to call."""
+"""Keys and values that a decoder layer attends to, kept across calls."""
 
 from typing import Protocol
 
@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 class AttentionMemory(Protocol):
-    """What the queries of one layer may attend to, kept from call to call."""
+    """Keys and values that the queries of one layer may attend to, kept across calls."""
 
     def attend(
         self,
@@ -16,18 +16,18 @@ class AttentionMemory(Protocol):
         key: Tensor,  # [seq_len, kv_heads, head_dim]
         value: Tensor,  # [seq_len, kv_heads, head_dim]
     ) -> Tensor:
-        """Take in the new keys and values, then attend; [seq_len, heads, head_dim]."""
+        """Append the new keys and values, then attend; [seq_len, heads, head_dim]."""
 
 
 class CausalMemory:
-    """Keys and values of one layer over one growing sequence, for drafting."""
+    """KV cache of one layer for one growing sequence, for drafting."""
 
     def __init__(self) -> None:
         self.keys: Tensor | None = None
         self.values: Tensor | None = None
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """Attend from the newest positions to all up to their own; [seq_len, heads, head_dim]."""
+        """Attend causally from the newest positions; [seq_len, heads, head_dim]."""
         self.keys = key if self.keys is None else torch.cat((self.keys, key))
         self.values = value if self.values is None else torch.cat((self.values, value))
         num_new, num_all = len(query), len(self.keys)
@@ -42,6 +42,6 @@ class CausalMemory:
         return out[0].transpose(0, 1)
 
     def cut(self, length: int) -> None:
-        """Forget all positions from `length` on."""
+        """Drop all positions from `length` on."""
         if self.keys is not None and self.values is not None:
             self.keys, self.values = self.keys[:length], self.values[:length]

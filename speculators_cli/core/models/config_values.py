@@ -1,4 +1,4 @@
-"""Values: what a config.json of someone else holds, each value of the type it must have."""
+"""Typed access to the values of a third-party config.json."""
 
 import math
 from collections.abc import Mapping
@@ -11,15 +11,15 @@ SWITCHES = {"true": True, "false": False, "1": True, "0": False}
 
 
 class Values:
-    """The values of one JSON object, where `null` is nothing.
+    """The values of one JSON object; `null` counts as missing.
 
-    Numbers and switches that stand as text are read, as are 0 and 1 for a switch; everything else
-    of another type is an error.
+    Numbers and booleans written as strings are accepted, as are 0 and 1 for a boolean; any other
+    type mismatch is an error.
 
     Args:
-        content: The object.
-        name: The draft's, for messages.
-        path: Where the object is in config.json; ends in a dot.
+        content: The JSON object.
+        name: Name of the draft, for error messages.
+        path: Path of the object in config.json; ends with a dot.
     """
 
     def __init__(self, content: Mapping[str, Any], name: str, path: str = "") -> None:
@@ -28,11 +28,11 @@ class Values:
         self.path = path
 
     def has(self, key: str) -> bool:
-        """Whether there is a value."""
+        """Return whether the key has a value."""
         return self.content.get(key) is not None
 
     def size(self, key: str) -> int | None:
-        """A positive whole number."""
+        """Return a positive integer."""
         value = self.content.get(key)
         if value is None:
             return None
@@ -42,7 +42,7 @@ class Values:
         return number
 
     def number(self, key: str) -> float | None:
-        """A positive number."""
+        """Return a positive number."""
         value = self.content.get(key)
         if value is None:
             return None
@@ -55,7 +55,7 @@ class Values:
         return number
 
     def switch(self, key: str) -> bool | None:
-        """True or false."""
+        """Return a boolean."""
         value = self.content.get(key)
         if value is None or isinstance(value, bool):
             return value
@@ -65,22 +65,22 @@ class Values:
         return found
 
     def text(self, key: str) -> str | None:
-        """Text."""
+        """Return a string."""
         value = self.content.get(key)
         if value is not None and not isinstance(value, str):
             raise self.error(key, "text")
         return value
 
     def texts(self, key: str) -> tuple[str, ...]:
-        """A list of texts; one alone is a list of it."""
+        """Return a list of strings; a single string counts as a list of one."""
         value = self.content.get(key)
         listed = [value] if isinstance(value, str) else [] if value is None else value
         if not isinstance(listed, list) or not all(isinstance(item, str) for item in listed):
-            raise self.error(key, "a list of texts")
+            raise self.error(key, "a list of strings")
         return tuple(listed)
 
     def layer_ids(self, key: str) -> tuple[int, ...]:
-        """A list of whole numbers from 0."""
+        """Return a list of non-negative integers."""
         value = self.content.get(key)
         listed = [] if value is None else value
         ids = [_whole(item) for item in listed] if isinstance(listed, list) else [None]
@@ -90,7 +90,7 @@ class Values:
         return read
 
     def part(self, key: str) -> "Values":
-        """The object below a key; an empty one if there is none."""
+        """Return the object of a key; an empty one if missing."""
         value = self.content.get(key)
         content = {} if value is None else value
         if not isinstance(content, dict):
@@ -98,7 +98,7 @@ class Values:
         return Values(content, self.name, f"{self.path}{key}.")
 
     def first_part(self, key: str) -> "Values":
-        """The first object of the list below a key; an empty one if there is none."""
+        """Return the first object of a key's list; an empty one if missing."""
         value = self.content.get(key)
         listed = [] if value is None else value
         if not isinstance(listed, list) or not all(isinstance(item, dict) for item in listed):
@@ -106,18 +106,18 @@ class Values:
         return Values(listed[0] if listed else {}, self.name, f"{self.path}{key}.0.")
 
     def error(self, key: str, expected: str) -> CheckpointError:
-        """What is wrong with a value."""
+        """Build the error for an invalid value."""
         shown = str(self.content.get(key))
         shown = shown if len(shown) <= 60 else f"{shown[:57]}..."
         return CheckpointError(
             f"The config.json of `{self.name}` has `{self.path}{key}` `{shown}`, expected "
             f"{expected}",
-            hint=f"Correct `{self.path}{key}` in it, or download it again",
+            hint=f"Correct `{self.path}{key}` in config.json, or download it again",
         )
 
 
 def _whole(value: Any) -> int | None:
-    """A whole number, which may stand as text or with a zero after the point."""
+    """Convert an integer, which may be a string or have a zero fraction."""
     if isinstance(value, bool):
         return None
     if isinstance(value, str) and len(value) <= 12:

@@ -7,7 +7,7 @@ from typing import Any
 
 @dataclass(frozen=True, kw_only=True)
 class DecoderConfig:
-    """Shape and mathematics of a stack of decoder layers."""
+    """Shape and hyperparameters of a stack of decoder layers."""
 
     arch: str  # kind of layer: `llama` or `qwen3`
     hidden_size: int
@@ -17,7 +17,7 @@ class DecoderConfig:
     num_kv_heads: int
     head_dim: int
     rms_norm_eps: float
-    rope_parameters: Mapping[str, Any]  # transformers' names: rope_type, rope_theta, factor ...
+    rope_parameters: Mapping[str, Any]  # keys as in transformers: rope_type, rope_theta, factor ...
     max_position_embeddings: int
 
     @property
@@ -26,7 +26,7 @@ class DecoderConfig:
         return self.arch == "qwen3"
 
     def layers_json(self, *, vocab_size: int) -> dict[str, Any]:
-        """The layers as `config.json` of a transformers model has them, each value written out."""
+        """Return the layers as a transformers `config.json`, with all values explicit."""
         return {
             "model_type": self.arch,
             "hidden_size": self.hidden_size,
@@ -45,7 +45,7 @@ class DecoderConfig:
         }
 
     def layer_shapes(self, *, input_size: int) -> dict[str, tuple[int, ...]]:
-        """Name and shape of the weights of one layer whose attention reads `input_size` values."""
+        """Return names and shapes of one layer's weights, for attention inputs of `input_size`."""
         size, inner = self.hidden_size, self.intermediate_size
         query, key = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
         shapes: dict[str, tuple[int, ...]] = {

@@ -1,4 +1,4 @@
-"""A verifier's family: its config, and its own model with no layers, to measure the LM head."""
+"""A verifier's model family: its config, and a small model without layers for measurements."""
 
 import copy
 import re
@@ -25,7 +25,7 @@ from transformers.utils import logging
 from speculators_cli.core.errors import SettingsError
 from speculators_cli.core.models.rope import gather_rope
 
-# What asks for packages, kernels or dtypes that reading three tensors does not need.
+# Keys that require packages, kernels or dtypes that are not needed to read three tensors.
 UNUSED_KEYS = (
     "quantization_config",
     "compression_config",
@@ -36,12 +36,12 @@ UNUSED_KEYS = (
     "_attn_implementation_internal",
     "experts_implementation",
 )
-# Values that may reach the final norm or the logits: never left out where a class refuses them.
+# Keys that may affect the final norm or the logits: never dropped, even if the class rejects them.
 _READ_KEYS = re.compile(
     r"(^|_)(eps|epsilon|logits?|lm_head|norm|bias|scale|scaling|scales|multiplier|mup|tie|softcap\w*"
     r"|hidden_size|dim_model_base|d_model|n_embd|vocab_size)(_|$)"
 )
-# A class refuses widths that its default number of heads does not divide.
+# A class rejects widths that its default number of heads does not divide.
 _KEPT_KEYS = {"model_type", "architectures", "num_attention_heads"}
 TEXT_KEYS = (
     "text_config",
@@ -73,8 +73,8 @@ WIDTH_KEYS = (
     "d_model",
     "n_embd",
 )
-MAX_WIDTH = 1_000_000  # a draft of a wider verifier fits nowhere
-MAX_LAYERS = 10_000  # more are a damaged config: some classes make a list of them
+MAX_WIDTH = 1_000_000  # no draft of a wider verifier fits on a device
+MAX_LAYERS = 10_000  # more mean a damaged config: some classes build a list of them
 SMALL_VOCAB = 64  # rows of embedding and LM head of the small model
 _MAX_REPAIRS = 32
 _SILENT = 100  # above every level of logging
@@ -82,15 +82,15 @@ _SILENT = 100  # above every level of logging
 
 @dataclass(frozen=True)
 class Family:
-    """A verifier's config, as its class reads it and as its config.json has it.
+    """A verifier's config, both as parsed by its class and as in its config.json.
 
     Args:
-        name: The verifier's, for messages.
-        content: The object in config.json.
-        config: What the class of its `model_type` makes of it; None: there is no such class.
-        problem: Why there is no config; the rest of a sentence about the verifier.
-        left_out: Keys that the class refused and that reach neither final norm nor logits.
-        trust_remote_code: Whether code that comes with it may run.
+        name: Name of the verifier, for error messages.
+        content: The content of config.json.
+        config: The config built by the class of its `model_type`; None if there is no such class.
+        problem: Why there is no config; completes a sentence about the verifier.
+        left_out: Keys that the class rejects and that affect neither final norm nor logits.
+        trust_remote_code: Whether custom code from the verifier's repository may run.
     """
 
     name: str
@@ -102,7 +102,7 @@ class Family:
 
     @property
     def text_content(self) -> Mapping[str, Any]:
-        """The part of config.json that describes the text model."""
+        """Return the part of config.json that describes the text model."""
         content = self.content
         while key := next((k for k in TEXT_KEYS if isinstance(content.get(k), dict)), None):
             content = content[key]
@@ -110,7 +110,7 @@ class Family:
 
     @property
     def configs(self) -> list[PreTrainedConfig]:
-        """The config, and the parts of parts of it that lead to the text model's, which is last."""
+        """Return the config and its nested parts down to the text model's, which is last."""
         configs: list[PreTrainedConfig] = []
         part = self.config
         while part is not None:
@@ -121,13 +121,13 @@ class Family:
 
     @property
     def rope_config(self) -> Any:
-        """What has the text model's `rope_parameters`."""
+        """Return the config or mapping with the text model's `rope_parameters`."""
         if self.config is not None and not self.left_out:
             return self.configs[-1]
         return SimpleNamespace(rope_parameters=gather_rope(self.text_content))
 
     def value(self, *keys: str) -> Any:
-        """The first of these keys of the text model that has a value, or None."""
+        """Return the text model's value of the first of these keys that has one, or None."""
         config, content = next(reversed(self.configs), None), self.text_content
         for key in keys:
             is_raw = config is None or key in self.left_out
@@ -140,15 +140,15 @@ class Family:
 def _attribute(config: PreTrainedConfig | None, key: str, default: Any) -> Any:
     try:
         return getattr(config, key, None)
-    except RuntimeError:  # transformers has a value for each layer, and gives none for all
+    except RuntimeError:  # transformers has a value per layer, and raises for all of them
         return default
 
 
 def read_family(name: str, content: Mapping[str, Any], *, trust_remote_code: bool) -> Family:
-    """Make a config of config.json's content; what is not used is not read.
+    """Build a config from the content of config.json, without unused keys.
 
     Raises:
-        SettingsError: It describes no model.
+        SettingsError: The content does not describe a model.
     """
     _check_sizes(name, content)
     kept: dict[str, Any] = _without_unused(content)
@@ -162,12 +162,12 @@ def read_family(name: str, content: Mapping[str, Any], *, trust_remote_code: boo
             with quietly():
                 config, left_out = _repair(CONFIG_MAPPING[kind], kept)
         elif "auto_map" in kept:
-            problem = "comes with code of its own"
+            problem = "requires custom code"
         else:
             version = transformers.__version__
             problem = f"is of a type that transformers {version} does not support"
-    except Exception as error:  # noqa: BLE001 - of code that is not ours, on any content
-        problem = f"has a config that cannot be used: {_first_line(error)}"
+    except Exception as error:  # noqa: BLE001 - third-party code, on any content
+        problem = f"has an invalid config: {_first_line(error)}"
     return Family(name, content, config, problem, left_out, trust_remote_code)
 
 
@@ -200,7 +200,7 @@ def _without_unused(content: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _repair(config_class: Any, content: dict[str, Any]) -> tuple[PreTrainedConfig, frozenset[str]]:
-    """The config, without the keys that its class refuses and that are not needed."""
+    """Build the config, without keys that its class rejects and that are not needed."""
     left_out: set[str] = set()
     for _ in range(_MAX_REPAIRS):
         try:
@@ -217,7 +217,7 @@ def _repair(config_class: Any, content: dict[str, Any]) -> tuple[PreTrainedConfi
 
 
 def _find_refused(message: str, content: Mapping[str, Any]) -> set[str]:
-    """Keys to leave out: those that the message names, else lists, else all that fix no width."""
+    """Find the keys to drop: those in the message, else lists, else all that set no width."""
     values = {k: v for p in _parts(content) for k, v in p.items() if not isinstance(v, dict)}
     unread = {key for key in values if not _READ_KEYS.search(key)} - _KEPT_KEYS
     named = set(re.findall(r"[Ff]ield '(\w+)'", message))
@@ -235,9 +235,9 @@ def _without(content: Mapping[str, Any], keys: set[str]) -> dict[str, Any]:
 
 
 def model_classes(family: Family) -> Iterator[tuple[Any, PreTrainedConfig]]:
-    """Classes of the family's own model, with the config that each takes, the best first."""
+    """Yield classes of the family's own model with the config of each, best match first."""
     config = family.config
-    assert config is not None, "asked of a family that has a config"
+    assert config is not None, "callers check for a config"
     if family.trust_remote_code and "auto_map" in family.content:
         yield AutoModelForCausalLM, config
         return
@@ -253,7 +253,7 @@ def model_classes(family: Family) -> Iterator[tuple[Any, PreTrainedConfig]]:
         for part in configs:
             if type(part) in mapping:
                 model_class = mapping[type(part)]
-                # A class that is listed for a whole config may still take its text part.
+                # A class that is registered for a whole config may still take its text part.
                 found.setdefault(model_class, of_class.get(model_class.config_class, part))
     yield from found.items()
 
@@ -261,7 +261,7 @@ def model_classes(family: Family) -> Iterator[tuple[Any, PreTrainedConfig]]:
 def build_small(
     model_class: Any, config: PreTrainedConfig, *, num_layers: int, device: str = "cpu"
 ) -> Any:
-    """The family's model with so many layers and a small vocabulary, its weights not filled."""
+    """Build the family's model with few layers and a small vocabulary, not initialized."""
     small = copy.deepcopy(config)
     _shrink(small, num_layers)
     options = {"dtype": torch.float32, "attn_implementation": "eager"}
@@ -298,7 +298,7 @@ def _small_ids(ids: Any) -> Any:
 
 @contextmanager
 def quietly() -> Iterator[None]:
-    """What transformers logs of a config that is only measured concerns nobody."""
+    """Silence the logging of transformers for a config that is only measured."""
     level = logging.get_verbosity()
     logging.set_verbosity(_SILENT)
     try:

@@ -1,7 +1,8 @@
-"""Layers of a draft model: each computes in the dtype of what it is given.
+"""Layers of a draft model: each computes in the dtype of its input.
 
-Weights are float32 masters. A layer casts them to the dtype of its input, so the activations decide
-the precision, on one device and under FSDP alike, and gradients add up in float32.
+Weights are float32 master weights. A layer casts them to the dtype of its input, so the
+activations decide the precision, on one device and under FSDP alike, and gradients accumulate in
+float32.
 """
 
 import torch
@@ -19,13 +20,13 @@ class Linear(nn.Linear):
     def __init__(self, in_features: int, out_features: int) -> None:
         super().__init__(in_features, out_features, bias=False)
 
-    def forward(self, input: Tensor) -> Tensor:  # noqa: A002  (the name nn.Linear gives it)
-        """Multiply `[..., in_features]` with the weight."""
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002  (as in nn.Linear)
+        """Multiply `[..., in_features]` by the weight."""
         return F.linear(input, self.weight.to(input.dtype))
 
 
 class RMSNorm(nn.Module):
-    """Root-mean-square norm with a gain; the mean square is taken in float32."""
+    """RMS norm with weights; the mean square is computed in float32."""
 
     def __init__(self, size: int, eps: float) -> None:
         super().__init__()
@@ -38,13 +39,13 @@ class RMSNorm(nn.Module):
 
 
 class RotaryEmbedding(nn.Module):
-    """RoPE tables of the verifier's kind: theta, scaling and head size come from its config.
+    """RoPE tables with the verifier's theta, scaling and head size, from the config.
 
-    Kinds that depend on a length, `dynamic` and `longrope`, take the verifier's longest, as a
-    serving engine does: a document's tables are the same whatever it is packed with.
+    Types that depend on a length, `dynamic` and `longrope`, use the verifier's longest, as serving
+    engines do: the tables of a document do not depend on what it is packed with.
     """
 
-    frequencies: Tensor  # [head_dim/2], float32: radians a position for each pair
+    frequencies: Tensor  # [head_dim/2], float32: radians per position for each pair
 
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
@@ -55,7 +56,7 @@ class RotaryEmbedding(nn.Module):
         self,
         position_ids: Tensor,  # [seq_len], int64
     ) -> tuple[Tensor, Tensor]:
-        """Cosine and sine of each position's angles, each [seq_len, 1, head_dim], float32."""
+        """Return cosine and sine of each position, each [seq_len, 1, head_dim], float32."""
         angles = position_ids[:, None, None].float() * self.frequencies.to(position_ids.device)
         angles = torch.cat((angles, angles), dim=-1)
         return angles.cos() * self.scale, angles.sin() * self.scale
@@ -65,7 +66,7 @@ def rotate(
     x: Tensor,  # [seq_len, heads, head_dim]
     rope: tuple[Tensor, Tensor],  # cosine and sine, each [seq_len, 1, head_dim], float32
 ) -> Tensor:
-    """Turn each pair (i, i + head_dim/2) by its position's angle; float32 inside."""
+    """Rotate each pair (i, i + head_dim/2) by its position's angle; float32 inside."""
     cos, sin = rope
     first, second = x.float().chunk(2, dim=-1)
     turned = torch.cat((-second, first), dim=-1)
@@ -73,7 +74,7 @@ def rotate(
 
 
 class Attention(nn.Module):
-    """Grouped-query attention; what it attends to lives in an `AttentionMemory`.
+    """Grouped-query attention over the keys and values of an `AttentionMemory`.
 
     Args:
         config: Sizes, and whether queries and keys are normalised (qwen3).
@@ -99,7 +100,7 @@ class Attention(nn.Module):
         rope: tuple[Tensor, Tensor],
         memory: AttentionMemory,
     ) -> Tensor:
-        """Attend from each position to what `memory` lets it see; [seq_len, hidden]."""
+        """Attend from each position through `memory`; [seq_len, hidden]."""
         heads = (x.shape[0], -1, self.head_dim)
         query = rotate(self.q_norm(self.q_proj(x).view(heads)), rope)
         key = rotate(self.k_norm(self.k_proj(x).view(heads)), rope)
@@ -109,7 +110,7 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    """The gated feed-forward layer of Llama and Qwen3."""
+    """Gated feed-forward layer of Llama and Qwen3."""
 
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
@@ -124,7 +125,7 @@ class MLP(nn.Module):
 
 
 class DecoderLayer(nn.Module):
-    """An ordinary decoder layer: every layer of a draft but its first."""
+    """Standard decoder layer: every layer of a draft except its first."""
 
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Losses: how far the draft's distribution is from the verifier's, position by position."""
+"""Losses: divergence of the draft's distribution from the verifier's, per position."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ def kl_loss(
     draft_logits: Tensor,  # [seq_len, draft_vocab], any float dtype
     verifier_log_probs: Tensor,  # [seq_len, draft_vocab], float32
 ) -> Tensor:
-    """KL(verifier || draft) of each position, in nats; [seq_len], float32."""
+    """Compute KL(verifier || draft) of each position, in nats; [seq_len], float32."""
     draft_log_probs = draft_logits.float().log_softmax(-1)
     per_token = F.kl_div(draft_log_probs, verifier_log_probs, log_target=True, reduction="none")
     return per_token.sum(-1)

@@ -1,4 +1,4 @@
-"""Measure how a family's own code turns last hidden states into logits."""
+"""Measure how a model family's own code computes logits from last hidden states."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,13 +21,13 @@ from speculators_cli.core.models.family import (
 MORE = "has more than one norm and one LM head between its last layer and its logits"
 NUM_ROWS = 8
 MAX_PARAMETERS = 100_000_000  # of a small model with layers
-# Both sides round in float32, over widths of up to 16,384.
+# Both sides round in float32, for widths of up to 16,384.
 TOLERANCE = 1e-5
 
 
 @dataclass(frozen=True)
 class Readout:
-    """`softcap(scale * (head @ norm(x) + bias))`, and what its parts are called.
+    """`softcap(scale * (head @ norm(x) + bias))`, with the names of its parts.
 
     Names are those of the modules in the family's own model.
     """
@@ -38,53 +38,54 @@ class Readout:
     is_tied: bool  # whether the LM head is the embedding
     is_centred: bool  # LayerNorm: the mean is subtracted; else RMSNorm
     eps: float
-    offset: float  # what the norm adds to its stored weight
+    offset: float  # added by the norm to its stored weight
     scale: float
     softcap: float | None
 
 
-class UnlikeError(Exception):
-    """Why a family's logits are not of that form; the rest of a sentence about it."""
+class UnsupportedReadoutError(Exception):
+    """The family's logits do not have that form; completes a sentence about the family."""
 
 
 def measure_readout(family: Family) -> Readout:
     """Run the family's own model, without its layers, on random weights and hidden states.
 
-    Names of config keys decide nothing: one family multiplies by the key that another divides by.
+    The names of config keys are not relied on: one family multiplies by the key that another
+    divides by.
 
     Raises:
-        UnlikeError: It computes something else, or cannot be run.
+        UnsupportedReadoutError: The model computes something else, or cannot be run.
     """
     if family.config is None:
-        raise UnlikeError(family.problem)
+        raise UnsupportedReadoutError(family.problem)
     reasons: list[str] = []
     with _seeded():
         for attempt in _attempts(family):
             try:
                 return _measure(family, *attempt)
-            except UnlikeError:
+            except UnsupportedReadoutError:
                 raise
-            except Exception as error:  # noqa: BLE001 - of code that is not ours, on any config
+            except Exception as error:  # noqa: BLE001 - third-party code, on any config
                 reasons.append(f"{type(error).__name__}: {' '.join(str(error).split())[:160]}")
     if not reasons:
-        raise UnlikeError("has no causal language model in transformers")
-    raise UnlikeError(
-        f"cannot be measured: its own model does not run on text alone ({reasons[0]})"
+        raise UnsupportedReadoutError("has no causal language model in transformers")
+    raise UnsupportedReadoutError(
+        f"cannot be measured: its own model does not run on text only ({reasons[0]})"
     )
 
 
 @contextmanager
 def _seeded() -> Iterator[None]:
-    """Random numbers of their own."""
+    """Use a separate state of the random number generator."""
     with torch.random.fork_rng(devices=[]), torch.no_grad(), quietly():
         torch.manual_seed(0)
         yield
 
 
 def _attempts(family: Family) -> Iterator[tuple[Any, PreTrainedConfig, int, bool]]:
-    """Ways to run the family's own model: class, config, layers, whether RoPE runs."""
+    """Yield ways to run the family's own model: class, config, layers, whether RoPE runs."""
     classes = list(model_classes(family))
-    # Some families need a layer or two.
+    # Some families need one or two layers.
     for num_layers in (0, 1, 2):
         for keep_rope in (True, False):
             for model_class, config in classes:
@@ -105,7 +106,7 @@ def _measure(
 
 
 def _floats(family: Family) -> list[float]:
-    """Numbers of the config, one of which a measured number most likely is."""
+    """Return the numbers in the config, the likely candidates for a measured number."""
     found: list[float] = []
     for config in family.configs:
         values = [v for v in vars(config).values() if isinstance(v, int | float)]
@@ -114,11 +115,11 @@ def _floats(family: Family) -> list[float]:
 
 
 class _Probe:
-    """A small model whose final norm reads chosen hidden states.
+    """A small model whose final norm reads given hidden states.
 
     Args:
-        model: With weights that are not filled.
-        keep_rope: Whether its rotary embeddings run; without layers nothing reads them.
+        model: The model, without initialized weights.
+        keep_rope: Whether its rotary embeddings run; without layers they are unused.
     """
 
     def __init__(self, model: nn.Module, keep_rope: bool) -> None:
@@ -127,7 +128,7 @@ class _Probe:
         self.embedding: Any = model.get_input_embeddings()  # type: ignore[operator]
         self.head: Any = model.get_output_embeddings()  # type: ignore[operator]
         if getattr(self.head, "weight", None) is None or id(self.head) not in names:
-            raise UnlikeError("has no LM head that is one linear layer")
+            raise UnsupportedReadoutError("has no LM head that is one linear layer")
         self.embedding_name, self.head_name = names[id(self.embedding)], names[id(self.head)]
         if not keep_rope:
             for module in model.modules():
@@ -147,14 +148,14 @@ class _Probe:
                 module.bias.data = torch.randn(SMALL_VOCAB)
 
     def run(self) -> Tensor:
-        """Logits of a short text; [rows, vocab]."""
+        """Return the logits of a short text; [rows, vocab]."""
         ids = torch.arange(3, 3 + NUM_ROWS)[None]
         output = self.model(input_ids=ids, use_cache=False)
         logits: Tensor = output.logits
         return logits[0]
 
     def _find_norm(self) -> tuple[str, nn.Module, Tensor]:
-        """The last norm before the LM head, and what it read."""
+        """Find the last norm before the LM head, and its input."""
         called: list[tuple[str, nn.Module, Tensor]] = []
         is_over = False
 
@@ -174,18 +175,18 @@ class _Probe:
         for hook in hooks:
             hook.remove()
         if not is_over:
-            raise UnlikeError("computes its logits without its LM head")
+            raise UnsupportedReadoutError("computes its logits without its LM head")
         if not called:
-            raise UnlikeError("has no final norm")
+            raise UnsupportedReadoutError("has no final norm")
         name, norm, states = called[-1]
         self.num_calls = sum(module is norm for _, module, _ in called)
         base: Any = self.model.base_model
         if not any(module is norm for module in base.modules()):
-            raise UnlikeError(MORE)
+            raise UnsupportedReadoutError(MORE)
         return name, norm, states
 
     def _trace(self, states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """What norm and LM head give, and the logits, with these states before the norm."""
+        """Return the outputs of norm and LM head, and the logits, for these inputs of the norm."""
         seen: dict[str, Tensor] = {}
         hooks = (
             self.norm.register_forward_pre_hook(lambda _, args: (states, *args[1:])),
@@ -201,14 +202,14 @@ class _Probe:
         return seen["norm"].reshape(shape), seen["head"].reshape(shape), logits.reshape(shape)
 
     def fit(self, floats: list[float]) -> Readout:
-        """The form that gives what the family's code gives.
+        """Find the parameters that reproduce the family's logits.
 
         Raises:
-            UnlikeError: There is none.
+            UnsupportedReadoutError: There are none.
         """
         if self.states.numel() != NUM_ROWS * self.head.weight.shape[1]:
-            raise UnlikeError(MORE)
-        # From rows that eps decides to rows it does not reach.
+            raise UnsupportedReadoutError(MORE)
+        # From rows dominated by eps to rows where it is negligible.
         sizes = torch.logspace(-6, 1, NUM_ROWS)[:, None]
         states = (torch.randn(NUM_ROWS, self.head.weight.shape[1]) + 0.3) * sizes
         normed, _, logits = self._trace(states.reshape(self.states.shape))
@@ -217,7 +218,7 @@ class _Probe:
         own = compute(found, states, self.norm, self.head)
         error = (own - logits).abs().max() / logits.abs().max()
         if not error <= TOLERANCE:
-            raise UnlikeError(MORE)
+            raise UnsupportedReadoutError(MORE)
         return found
 
     def _fit_norm(self, states: Tensor, normed: Tensor, floats: list[float]) -> Readout:
@@ -234,7 +235,9 @@ class _Probe:
                 if (own - normed).abs().max() <= TOLERANCE * normed.abs().max():
                     return found
         kind = type(self.norm).__name__
-        raise UnlikeError(f"has a final norm, `{kind}`, that is neither an RMSNorm nor a LayerNorm")
+        raise UnsupportedReadoutError(
+            f"has a final norm, `{kind}`, that is neither an RMSNorm nor a LayerNorm"
+        )
 
     def _fit_logits(self, normed: Tensor, found: Readout, floats: list[float]) -> Readout:
         weight, bias = self.head.weight, getattr(self.head, "bias", None)
@@ -280,47 +283,47 @@ def _numbers(norm: nn.Module) -> list[float]:
 
 
 def _snap(number: float, choices: list[float]) -> float:
-    """The choice that a measured number is, up to rounding, or itself."""
+    """Return the choice equal to a measured number up to rounding, or the number itself."""
     near = [x for x in choices if abs(x - number) <= 1e-3 * abs(number)]
     return min(near, key=lambda x: abs(x - number), default=number)
 
 
 def _fit_eps(found: Readout, states: Tensor, normed: Tensor, norm: nn.Module) -> float:
-    """The eps with which the first, smallest row is right."""
+    """Return the eps that reproduces the first, smallest row."""
     x = states[:1].double()
     x = x - x.mean(-1, keepdim=True) if found.is_centred else x
-    gain, bias = gain_of(norm, found.offset, x.shape[-1])
+    weight, bias = norm_parameters(norm, found.offset, x.shape[-1])
     target = normed[:1].double() - bias
-    x_gain = x * gain
+    x_gain = x * weight
     ratio = (target * x_gain).sum() / (x_gain * x_gain).sum()
     eps = (ratio**-2 - (x * x).mean()).item()
     return max(eps, 0.0)
 
 
-def gain_of(norm: nn.Module, offset: float, size: int) -> tuple[Tensor, Tensor]:
-    """Gain and bias of a norm; ones and zeros where it has none."""
+def norm_parameters(norm: nn.Module, offset: float, size: int) -> tuple[Tensor, Tensor]:
+    """Return the weights and bias of a norm; ones and zeros where it has none."""
     weight, bias = getattr(norm, "weight", None), getattr(norm, "bias", None)
-    gain = torch.ones(size) if weight is None else weight + offset
-    return gain, torch.zeros(size) if bias is None else bias
+    weight = torch.ones(size) if weight is None else weight + offset
+    return weight, torch.zeros(size) if bias is None else bias
 
 
 def _norm(found: Readout, states: Tensor, norm: nn.Module) -> Tensor:
-    gain, bias = gain_of(norm, found.offset, states.shape[-1])
-    return apply_norm(states, gain, bias, found.eps, is_centred=found.is_centred)
+    weight, bias = norm_parameters(norm, found.offset, states.shape[-1])
+    return apply_norm(states, weight, bias, found.eps, is_centred=found.is_centred)
 
 
 def apply_norm(
     states: Tensor,  # [rows, hidden], float32
-    gain: Tensor,  # [hidden]
+    weight: Tensor,  # [hidden]
     bias: Tensor | None,  # [hidden]
     eps: float,
     *,
     is_centred: bool,
 ) -> Tensor:
-    """RMSNorm, or LayerNorm, which subtracts the mean; [rows, hidden]."""
+    """Apply RMSNorm, or LayerNorm, which subtracts the mean; [rows, hidden]."""
     if is_centred:
-        return F.layer_norm(states, gain.shape, gain, bias, eps)
-    normed = F.rms_norm(states, gain.shape, gain, eps)
+        return F.layer_norm(states, weight.shape, weight, bias, eps)
+    normed = F.rms_norm(states, weight.shape, weight, eps)
     return normed if bias is None else normed + bias
 
 
@@ -331,36 +334,36 @@ def apply_logit_options(logits: Tensor, *, scale: float, softcap: float | None) 
 
 
 def compute(found: Readout, states: Tensor, norm: nn.Module, head: Any) -> Tensor:
-    """Logits by our form, with a model's own norm and LM head."""
+    """Compute logits in this form, with a model's own norm and LM head."""
     normed = _norm(found, states, norm)
     plain = F.linear(normed, head.weight, getattr(head, "bias", None))
     return apply_logit_options(plain, scale=found.scale, softcap=found.softcap)
 
 
 class _ReachedError(Exception):
-    """The first layer is reached."""
+    """Execution has reached the first layer."""
 
 
 def _check_is_last(probe: _Probe, model_class: Any, config: PreTrainedConfig) -> None:
-    """Check that the norm of a model without layers comes after them where there are some.
+    """Check that the final norm comes after the layers in a model that has some.
 
     Raises:
-        UnlikeError: It comes before them, such as a norm of the embeddings.
+        UnsupportedReadoutError: It comes before them, such as a norm of the embeddings.
     """
     without = {name for name, _ in probe.model.named_modules()}
     for device in ("meta", "cpu"):
         try:
             model = build_small(model_class, config, num_layers=1, device=device)
             num_before = _count_before_layers(model, probe.norm_name, without, device)
-        except Exception:  # noqa: BLE001, S112 - of code that is not ours; the next device may do
+        except Exception:  # noqa: BLE001, S112 - third-party code; the next device may work
             continue
         if num_before >= probe.num_calls:
-            raise UnlikeError("has no final norm")
+            raise UnsupportedReadoutError("has no final norm")
         return
 
 
 def _count_before_layers(model: Any, norm_name: str, without: set[str], device: str) -> int:
-    """Calls of the norm before the first layer, which is a module that `without` lacks."""
+    """Count calls of the norm before the first layer, which is a module missing in `without`."""
     calls: list[None] = []
 
     def stop(*_: object) -> None:

@@ -1,4 +1,4 @@
-"""RepoFiles: files of a model, in a folder or on the hub."""
+"""RepoFiles: the files of a model, in a folder or on the hub."""
 
 import errno
 import os
@@ -36,7 +36,7 @@ WEIGHTS_NAME = "model.safetensors"
 PICKLE_INDEX_NAME = "pytorch_model.bin.index.json"
 PICKLE_NAME = "pytorch_model.bin"
 WEIGHTS_SUFFIXES = {".safetensors", ".bin", ".pt", ".pth", ".gguf"}
-# What a file system reports where the cache of the hub's files cannot be written.
+# Errors of a file system where the hub's cache cannot be written.
 CANNOT_STORE = {
     *(errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT),
     *(errno.ENOTDIR, errno.EISDIR, errno.ENOENT),
@@ -45,12 +45,12 @@ FOLDER_HINT = "Pass a folder that holds `config.json`, or a hub id such as `Qwen
 
 
 class RepoFiles:
-    """Files of one model; those of the hub are fetched when first asked for.
+    """Files of one model; those on the hub are downloaded on first use.
 
     Args:
         name_or_path: A folder, or a hub id.
-        flag: The flag that named it.
-        error: What a file of it that cannot be used is raised as.
+        flag: The flag it was passed with.
+        error: Class of the errors raised for unusable files.
     """
 
     def __init__(
@@ -64,7 +64,7 @@ class RepoFiles:
         if self.is_local and not self.folder.is_dir():
             raise SettingsError(
                 f"`{flag}`: `{name_or_path}` is not a folder",
-                hint=f"Pass the folder of the model: `{self.folder.parent}`",
+                hint=f"Pass the model's folder `{self.folder.parent}`",
             )
         looks_like_path = name_or_path.startswith((".", "/", "~")) or name_or_path.count("/") > 1
         if not self.is_local and looks_like_path:
@@ -73,11 +73,11 @@ class RepoFiles:
             )
 
     def file(self, name: str) -> Path:
-        """Path of the file called `name`.
+        """Return the path of the file `name`.
 
         Raises:
-            SpeculatorsError: The model lacks it.
-            MachineError: The hub cannot give it.
+            SpeculatorsError: The model does not have it.
+            MachineError: The download fails.
         """
         found = self.find(name)
         if found is None:
@@ -87,13 +87,13 @@ class RepoFiles:
         return found
 
     def find(self, name: str) -> Path | None:
-        """Path of the file called `name`, or None if the model has none.
+        """Return the path of the file `name`, or None if the model has none.
 
-        What lies there in a folder may be no file, such as a link to nothing: reading tells.
+        In a folder, the path may not be a regular file, such as a broken link: reading it checks.
 
         Raises:
             SettingsError: Neither a folder nor a hub id.
-            MachineError: The hub cannot give it.
+            MachineError: The download fails.
         """
         if self.is_local:
             file = self.folder / name
@@ -108,11 +108,11 @@ class RepoFiles:
             raise self._hub_error(error) from None
 
     def read_json(self, name: str) -> dict[str, Any]:
-        """The object in the JSON file called `name`.
+        """Return the object in the JSON file `name`.
 
         Raises:
-            SpeculatorsError: The model lacks it, or it cannot be read.
-            MachineError: The hub cannot give it.
+            SpeculatorsError: The model does not have it, or it cannot be read.
+            MachineError: The download fails.
         """
         file = self.file(name)
         with self._refusing():
@@ -120,11 +120,11 @@ class RepoFiles:
 
     @cached_property
     def weight_map(self) -> dict[str, str]:
-        """Which file holds each tensor, from the index or the single weights file.
+        """Return the file of each tensor, from the index or the single weights file.
 
         Raises:
             SpeculatorsError: There are no weights, or they cannot be read.
-            MachineError: The hub cannot give them.
+            MachineError: The download fails.
         """
         index = self._index
         if index is not None:
@@ -134,11 +134,11 @@ class RepoFiles:
 
     @contextmanager
     def open(self, name: str) -> Iterator[Tensors]:
-        """Open the file that holds the tensor `name`, which must be one of `weight_map`.
+        """Open the file of the tensor `name`, which must be in `weight_map`.
 
         Raises:
-            SpeculatorsError: The file is missing or damaged, or does not hold the tensor.
-            MachineError: The hub cannot give it.
+            SpeculatorsError: The file is missing or damaged, or lacks the tensor.
+            MachineError: The download fails.
         """
         with self._refusing():
             file = self._find_listed(self.weight_map[name], name)
@@ -148,11 +148,11 @@ class RepoFiles:
                 yield tensors
 
     def read_tensors(self) -> dict[str, Tensor]:
-        """Every tensor of every weights file.
+        """Read every tensor of every weights file.
 
         Raises:
-            SpeculatorsError: A file is missing or damaged, or two hold the same tensor.
-            MachineError: The hub cannot give them.
+            SpeculatorsError: A file is missing or damaged, or two files have the same tensor.
+            MachineError: The download fails.
         """
         names = sorted(set(self.weight_map.values()))
         tensors: dict[str, Tensor] = {}
@@ -170,10 +170,10 @@ class RepoFiles:
         return tensors
 
     def check_unlisted(self, ending: str) -> None:
-        """Check that no file of a folder holds a tensor that the index should list but does not.
+        """Check that no file of a folder has a tensor that is missing in the index.
 
         Raises:
-            SpeculatorsError: One does, whose name ends so.
+            SpeculatorsError: A file has one whose name ends with `ending`.
         """
         if not self.is_local or self._index is None:
             return
@@ -186,14 +186,14 @@ class RepoFiles:
 
     @cached_property
     def _index(self) -> Path | None:
-        """The index that says which file holds each tensor; None: a single file does."""
+        """Path of the index of the weights files; None if there is a single file."""
         if (index := self.find(INDEX_NAME)) is not None or self.find(WEIGHTS_NAME) is not None:
             return index
         return self.find(PICKLE_INDEX_NAME)
 
     @cached_property
     def _single_name(self) -> str:
-        """The file that holds all tensors where there is no index."""
+        """Return the name of the single weights file, where there is no index."""
         for name in (WEIGHTS_NAME, PICKLE_NAME):
             if self.find(name) is not None:
                 return name
@@ -220,13 +220,13 @@ class RepoFiles:
                 if not _is_inside(file_name):
                     raise UnreadableError(
                         index,
-                        f"lists `{name}` in `{file_name}`, which is no file of its own folder",
-                        hint="Download it again from a source that you trust",
+                        f"lists `{name}` in `{file_name}`, which is outside of its folder",
+                        hint="Download the model from a trusted source",
                     )
             return weight_map
 
     def _find_listed(self, file_name: str, tensor: str | None) -> Path:
-        """A weights file that the index lists."""
+        """Return the path of a weights file listed in the index."""
         found = self.find(file_name)
         if found is None:
             what = f"lists `{tensor}` in `{file_name}`" if tensor else f"lists `{file_name}`"
@@ -236,7 +236,7 @@ class RepoFiles:
     def _stale(self, reason: str, file_name: str) -> UnreadableError:
         assert self._index is not None, "a single file is not listed"
         if self.is_local and (self.folder / WEIGHTS_NAME).is_file():
-            hint = f"Remove the index if `{WEIGHTS_NAME}` holds all weights, or download both again"
+            hint = f"Remove the index if `{WEIGHTS_NAME}` has all weights, or download both again"
         else:
             hint = f"Download `{file_name}` and the index again"
         return UnreadableError(self._index, reason, hint=hint)
@@ -252,12 +252,12 @@ class RepoFiles:
             )
         if isinstance(error, GatedRepoError):
             return MachineError(
-                f"The hub does not let you read `{name}`: access is gated",
+                f"Access to `{name}` on the hub is gated",
                 hint=f"Request access at https://huggingface.co/{name}, then run `hf auth login`",
             )
         if isinstance(error, RepositoryNotFoundError):
             return MachineError(
-                f"The hub has no `{name}`, or you may not see it",
+                f"`{name}` does not exist on the hub, or is private",
                 hint="Check the spelling, run `hf auth login`, or pass a local folder",
             )
         if isinstance(error, OSError) and error.errno in CANNOT_STORE:
@@ -267,12 +267,12 @@ class RepoFiles:
             )
         if constants.HF_HUB_OFFLINE:
             return MachineError(
-                f"`{name}` is no local folder, and the hub cannot be reached: `HF_HUB_OFFLINE` is "
-                "set, and the cache lacks a file of it",
+                f"`{name}` is not a local folder, and the hub cannot be reached: `HF_HUB_OFFLINE` "
+                "is set, and the cache is incomplete",
                 hint="Unset `HF_HUB_OFFLINE`, or pass a local folder",
             )
         return MachineError(
-            f"`{name}` is no local folder, and the hub cannot be reached",
+            f"`{name}` is not a local folder, and the hub cannot be reached",
             hint="Check the spelling and the network, or pass a local folder",
         )
 
@@ -280,12 +280,12 @@ class RepoFiles:
 def _exists(folder: Path) -> bool:
     try:
         return folder.exists()
-    except OSError:  # a name too long for a path, or a folder above that may not be entered
+    except OSError:  # a name too long for a path, or a parent folder without permission
         return False
 
 
 def _is_inside(file_name: object) -> bool:
-    """Whether an index may list a file of this name: one in its folder or below it."""
+    """Whether an index may list this file name: a path in its folder or below it."""
     if not isinstance(file_name, str) or "\0" in file_name or "\\" in file_name:
         return False
     path = PurePosixPath(file_name)

@@ -1,4 +1,4 @@
-"""RoPE of a draft: what it takes of the verifier's, what is computed of it, the frequencies."""
+"""RoPE of a draft: parameters adopted from the verifier, support checks, and frequencies."""
 
 import math
 from collections.abc import Mapping
@@ -15,8 +15,8 @@ from speculators_cli.core.models.decoder_config import DecoderConfig
 DEFAULT_THETA = 10000.0
 SMALLEST, LARGEST = 1e-9, 1e15
 _LENGTH = "original_max_position_embeddings"
-# What the frequencies of each kind are computed from, beside `rope_theta`: the keys that engines
-# read of it in a llama or qwen3 layer.
+# The keys that the frequencies of each type depend on, beside `rope_theta`, in the llama and qwen3
+# layers of serving engines.
 _REQUIRED = {
     "default": (),
     "linear": ("factor",),
@@ -33,11 +33,11 @@ _OPTIONAL = {
     "longrope": ("factor", "attention_factor", "short_mscale", "long_mscale"),
 }
 ROPE_TYPES = tuple(_REQUIRED)
-# What an engine applies and this package does not, with the value that changes nothing.
+# Keys that engines apply and this package does not, with the value that has no effect.
 _NOT_COMPUTED: Mapping[str, float | None] = {
     "partial_rotary_factor": 1.0,
-    "rope_dim": None,  # neutral is the size of a head
-    "max_trained_positions": None,  # neutral is the longest position
+    "rope_dim": None,  # no effect: the head size
+    "max_trained_positions": None,  # no effect: the longest position
     "mrope_section": None,
     "use_fope": 0.0,
     "attn_factor": 1.0,
@@ -51,7 +51,7 @@ _AT_THE_TOP = {
 
 
 class RopeError(ValueError):
-    """Why a RoPE is not computed; the end of a sentence about it."""
+    """Why a RoPE is not supported; completes a sentence about it."""
 
 
 @dataclass(frozen=True)
@@ -59,16 +59,16 @@ class ChosenRope:
     """RoPE of a draft for a verifier."""
 
     parameters: Mapping[str, Any]
-    left_out: str | None  # what a draft layer does not compute of the verifier's
+    left_out: str | None  # what the draft layer does not adopt of the verifier's RoPE
 
 
 def choose_rope(
     text: PreTrainedConfig, *, head_dim: int, max_position_embeddings: int
 ) -> ChosenRope:
-    """RoPE of the verifier's full-attention layers, as a llama layer of an engine computes it.
+    """Choose the RoPE of the verifier's full-attention layers, as in the llama layer of an engine.
 
-    A draft may have another: it must be the same in training and serving only. So where a layer
-    cannot have the verifier's, it has plain RoPE with the verifier's theta.
+    A draft may have another RoPE, as long as it is the same in training and serving. So where a
+    layer does not support the verifier's, it has plain RoPE with the verifier's theta.
     """
     found = getattr(text, "rope_parameters", None) or {}
     given = _full_attention(found) if isinstance(found, Mapping) else {}
@@ -80,8 +80,8 @@ def choose_rope(
         left_out = str(error)
     partial = given.get("partial_rotary_factor")
     if partial not in (None, 1.0):
-        left_out = f"turns {partial} of each head (`partial_rotary_factor`), not all of it"
-    # On text, the sections of a multimodal RoPE all turn by the same position.
+        left_out = f"rotates only {partial} of each head (`partial_rotary_factor`)"
+    # For text, all sections of a multimodal RoPE rotate by the same position.
     dropped = ("partial_rotary_factor", "mrope_section", "mrope_interleaved", "type")
     kept = {key: value for key, value in given.items() if key not in dropped}
     kind = given.get("rope_type", given.get("type", "default"))
@@ -99,10 +99,10 @@ def choose_rope(
 def read_rope(
     layers: Mapping[str, Any], *, head_dim: int, max_position_embeddings: int
 ) -> dict[str, Any]:
-    """RoPE of the decoder layers of a trained draft, from their part of its config.json.
+    """Read the RoPE of a trained draft's decoder layers from its config.json.
 
     Raises:
-        RopeError: It is not one that this package computes.
+        RopeError: It is not supported.
     """
     rope = gather_rope(layers)
     if not isinstance(rope, Mapping):
@@ -111,16 +111,16 @@ def read_rope(
 
 
 def gather_rope(layers: Mapping[str, Any]) -> Any:
-    """RoPE in a config.json, from both of its keys and from the top, as transformers reads it.
+    """Collect the RoPE parameters in a config.json, from all their keys, as transformers does.
 
     Returns:
-        An object; something else where the config has that.
+        A JSON object; another value where the config has one.
     """
     found = layers.get("rope_scaling") or layers.get("rope_parameters") or {}
     if not isinstance(found, Mapping):
         return found
     own = {key: value for key, value in found.items() if value is not None}
-    # Names of the same value at the top of the config, as engines look for them.
+    # Other names of the same value at the top level of the config, as engines look them up.
     for key, names in _AT_THE_TOP.items():
         values = [layers[name] for name in names if layers.get(name) is not None]
         if values and (key not in own or key == _LENGTH):
@@ -132,17 +132,17 @@ def gather_rope(layers: Mapping[str, Any]) -> Any:
 def check_rope(
     rope: Mapping[str, Any], *, head_dim: int, max_position_embeddings: int
 ) -> dict[str, Any]:
-    """What the frequencies are computed from, with its types checked, and no other key.
+    """Return the parameters of the frequencies, with their types checked, and no other key.
 
     Raises:
-        RopeError: An engine would apply what this package does not compute.
+        RopeError: An engine would apply a parameter that is not supported.
     """
     given = {key: value for key, value in rope.items() if value is not None}
     given.setdefault("rope_theta", DEFAULT_THETA)
     kind = _find_kind(given)
     _refuse_not_computed(given, head_dim, max_position_embeddings)
     if kind == "dynamic" and "alpha" in given:
-        # A constant change of theta, under a name of its own.
+        # A constant factor of theta, under another name.
         stretch = _number(given, "alpha") ** (head_dim / max(head_dim - 2, 1))
         return {"rope_type": "default", "rope_theta": _number(given, "rope_theta") * stretch}
     if _LENGTH in _REQUIRED[kind]:
@@ -161,7 +161,7 @@ def check_rope(
 
 
 def _full_attention(given: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The RoPE of full-attention layers, where each kind of layer has its own."""
+    """Return the RoPE of full-attention layers, where each layer type has its own."""
     nested = {key: value for key, value in given.items() if isinstance(value, Mapping)}
     if not nested and "full_attention" not in given:
         return given
@@ -173,7 +173,7 @@ def _find_kind(given: Mapping[str, Any]) -> str:
     kind = given.get("rope_type", given.get("type", "default"))
     legacy = given.get("type", kind)
     if legacy != kind and (legacy, kind) not in (("su", "longrope"), ("mrope", "default")):
-        raise RopeError(f"is of `rope_type` `{kind}` and of `type` `{legacy}`")
+        raise RopeError(f"has conflicting `rope_type` `{kind}` and `type` `{legacy}`")
     kind = "longrope" if kind == "su" else kind
     if not isinstance(kind, str) or kind not in _REQUIRED:
         raise RopeError(f"is of type `{kind}`")
@@ -184,14 +184,14 @@ def _refuse_not_computed(
     given: Mapping[str, Any], head_dim: int, max_position_embeddings: int
 ) -> None:
     if head_dim % 2:
-        raise RopeError(f"turns pairs, and a head has {head_dim} values")
+        raise RopeError(f"needs an even head size, got {head_dim}")
     neutral = dict(_NOT_COMPUTED) | {
         "rope_dim": float(head_dim),
         "max_trained_positions": float(max_position_embeddings),
     }
     for key, value in given.items():
         if isinstance(value, Mapping):
-            raise RopeError(f"has values of its own for `{key}`")
+            raise RopeError(f"has separate values for `{key}`")
         if key in neutral and not _is_number(value, neutral[key]):
             raise RopeError(f"has `{key}` `{value}`")
 
@@ -216,7 +216,7 @@ def _value(given: Mapping[str, Any], key: str) -> Any:
 
 
 def _number(given: Mapping[str, Any], key: str) -> float:
-    """A positive number within float32's reach, which may stand as text."""
+    """Return a positive number within the range of float32; it may be a string."""
     value: float | str = given[key]
     try:
         if isinstance(value, str):
@@ -231,10 +231,10 @@ def _number(given: Mapping[str, Any], key: str) -> float:
 
 
 def _check_kind(read: dict[str, Any], head_dim: int, max_position_embeddings: int) -> None:
-    """Refuse values that do not fit each other, or that engines read in different ways."""
+    """Reject inconsistent values, and those that engines interpret in different ways."""
     kind = read["rope_type"]
     if kind == "linear":
-        read["factor"] = float(read["factor"])  # An engine takes a whole number for a list.
+        read["factor"] = float(read["factor"])  # Engines parse an integer as a list.
     if _LENGTH in read and (read[_LENGTH] != int(read[_LENGTH]) or read[_LENGTH] < 2):
         raise RopeError(f"has `{_LENGTH}` `{read[_LENGTH]}`, expected a whole number")
     if kind == "llama3" and read["low_freq_factor"] >= read["high_freq_factor"]:
@@ -250,14 +250,14 @@ def _check_longrope(read: dict[str, Any], head_dim: int, max_position_embeddings
         if len(read[key]) != head_dim // 2:
             raise RopeError(f"has {len(read[key])} values in `{key}`, expected {head_dim // 2}")
     ratio = max_position_embeddings / read[_LENGTH]
-    # Some engines look at these two, others only at the lengths.
+    # Some engines use these two, others only the lengths.
     if not math.isclose(read.get("factor", ratio), ratio, rel_tol=1e-6):
-        raise RopeError(f"has `factor` {read['factor']}, and its lengths a ratio of {ratio:g}")
+        raise RopeError(f"has `factor` {read['factor']}, but its lengths have the ratio {ratio:g}")
     usual = math.sqrt(1 + math.log(ratio) / math.log(read[_LENGTH])) if ratio > 1 else 1.0
     applied = read.get(_chosen_mscale(read, max_position_embeddings), usual)
     if not math.isclose(read.get("attention_factor", applied), applied, rel_tol=1e-6):
         raise RopeError(
-            f"has `attention_factor` {read['attention_factor']}, and engines apply {applied:g}"
+            f"has `attention_factor` {read['attention_factor']}, but engines apply {applied:g}"
         )
 
 
@@ -266,7 +266,7 @@ def _chosen_mscale(rope: Mapping[str, Any], max_position_embeddings: int) -> str
 
 
 def find_frequencies(config: DecoderConfig) -> tuple[Tensor, float]:
-    """Radians a position for each pair, and what cosine and sine are multiplied by."""
+    """Return radians per position for each pair, and the factor of cosine and sine."""
     rope = dict(config.rope_parameters)
     kind = rope["rope_type"]
     if kind == "default":

@@ -1,4 +1,4 @@
-"""Tokens of a verifier that a draft must be able to propose, however rare they are."""
+"""Special tokens of a verifier, which a draft vocabulary must include, however rare they are."""
 
 from contextlib import suppress
 from typing import Any
@@ -15,10 +15,10 @@ GENERATION_CONFIG_NAME = "generation_config.json"
 def find_special_ids(
     files: RepoFiles, *, trust_remote_code: bool = False
 ) -> tuple[frozenset[int], SpeculatorsError | None]:
-    """End tokens, and the control tokens that the chat template writes.
+    """Find the end tokens, and the control tokens in the chat template.
 
     Returns:
-        Their ids; why the tokenizer was not read, if it was not: then only the configs were.
+        Their ids; the error if the tokenizer cannot be read, then from the configs only.
 
     Raises:
         SettingsError: A config cannot be read.
@@ -40,10 +40,10 @@ def _read_end_ids(files: RepoFiles, *, trust_remote_code: bool) -> set[int]:
         config = AutoConfig.from_pretrained(files.name_or_path, trust_remote_code=trust_remote_code)
         end: Any = getattr(config.get_text_config(decoder=True), "eos_token_id", None)
     except (OSError, ValueError, LookupError, TypeError, AttributeError, ImportError):
-        # Of a family that transformers lacks, or that has code of its own.
+        # The family is not supported by transformers, or requires custom code.
         end = content.get("eos_token_id")
     ids = _as_set(end, CONFIG_NAME)
-    with suppress(MachineError):  # not every verifier has one, and offline nobody knows
+    with suppress(MachineError):  # not every verifier has one, and it may not be available offline
         if files.find(GENERATION_CONFIG_NAME) is not None:
             generation = files.read_json(GENERATION_CONFIG_NAME)
             ids |= _as_set(generation.get("eos_token_id"), GENERATION_CONFIG_NAME)
@@ -55,6 +55,6 @@ def _as_set(ids: object, where: str) -> set[int]:
     if not all(isinstance(i, int) and not isinstance(i, bool) for i in found):
         raise SettingsError(
             f"`eos_token_id` in `{where}` of the verifier is `{ids}`, expected whole numbers",
-            hint="Correct it, or download the verifier again",
+            hint="Correct `eos_token_id`, or download the verifier again",
         )
     return set(found)

@@ -1,4 +1,4 @@
-"""load_tokenizer(): a model's tokenizer, or one clear reason why there is none."""
+"""Load a model's tokenizer, with one clear error if it cannot be loaded."""
 
 import re
 from typing import Any
@@ -11,19 +11,19 @@ from speculators_cli.core.models.repo_files import RepoFiles
 from speculators_cli.core.reading import read_json_object, refusing
 
 CONFIG_NAME = "tokenizer_config.json"
-# Those of a folder are checked; those of the hub have been, when they were fetched.
+# Those of a folder are checked here; those of the hub were checked on download.
 JSON_NAMES = ("tokenizer.json", CONFIG_NAME, "special_tokens_map.json", "added_tokens.json")
 FOUND = re.compile(r"tokenizer|tokenization|vocab|merges|.*\.tiktoken$")
 
 
 def load_tokenizer(files: RepoFiles, *, trust_remote_code: bool) -> Any:
-    """The tokenizer of a model, as transformers loads it.
+    """Load the tokenizer of a model with transformers.
 
     Raises:
-        SpeculatorsError: The error of `files`: there is none, or it cannot be read.
-        MachineError: The hub cannot give it.
+        SpeculatorsError: There is none, or it cannot be read; the class is `files.error`.
+        MachineError: The download fails.
     """
-    files.find(CONFIG_NAME)  # What is wrong with the hub or the name is met here.
+    files.find(CONFIG_NAME)  # Raises for an invalid name or an unreachable hub.
     if files.is_local:
         _check_local(files)
     level = logging.get_verbosity()
@@ -32,7 +32,7 @@ def load_tokenizer(files: RepoFiles, *, trust_remote_code: bool) -> Any:
         return AutoTokenizer.from_pretrained(
             files.name_or_path, trust_remote_code=trust_remote_code
         )
-    # The tokenizers library raises plain `Exception`, and a tokenizer's own code anything.
+    # The tokenizers library raises plain `Exception`, and custom code anything.
     except Exception as error:
         raise _explain(files, error) from error
     finally:
@@ -56,8 +56,8 @@ def _explain(files: RepoFiles, error: Exception) -> SpeculatorsError:
     reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
     package = re.search(r"pip install ['`\"]?([A-Za-z][\w.\-]*)", str(error))
     if "custom code" in str(error) or "trust_remote_code" in str(error):
-        reason = "it has code of its own"
-        hint = "Pass `--trust-remote-code` to run that code, if you trust it"
+        reason = "it requires custom code"
+        hint = "Pass `--trust-remote-code` if you trust the code"
     elif package is not None:
         hint = f"Run `pip install {package[1]}`"
     else:

@@ -1,4 +1,4 @@
-"""TrainState: everything of a run's state but tensors, and what is read of it from disk."""
+"""TrainState: the state of a run except for its tensors, and its validation on reading."""
 
 import re
 from collections.abc import Mapping
@@ -9,13 +9,13 @@ from pydantic import AfterValidator, ConfigDict, Field, FiniteFloat, ValidationE
 from pydantic.dataclasses import dataclass
 
 CHECKPOINT_NAME = re.compile(r"\d+|step-\d+")  # an epoch, or a step within one
-MOST = 10**12  # of anything that is counted
+MOST = 10**12  # largest value of any counter
 
 Count = Annotated[int, Field(ge=0, le=MOST)]
 
 
 def is_checkpoint_name(name: str) -> bool:
-    """Whether `train` gives a checkpoint this name."""
+    """Whether a folder name is that of a checkpoint of `train`."""
     return CHECKPOINT_NAME.fullmatch(name) is not None
 
 
@@ -32,14 +32,14 @@ def _check_best(best: dict[str, Any] | None) -> dict[str, Any] | None:
 
 @dataclass(frozen=True, config=ConfigDict(strict=True))
 class TrainState:
-    """Everything of a run's state but tensors."""
+    """The state of a run except for its tensors."""
 
     step: Count  # optimizer steps done
-    epoch: Count  # the epoch the next step belongs to
+    epoch: Count  # the epoch of the next step
     step_in_epoch: Count
     run_id: str
     started_at: FiniteFloat  # seconds since 1970
-    global_batch: Annotated[int, Field(ge=1, le=MOST)]  # packed sequences a step, over all ranks
+    global_batch: Annotated[int, Field(ge=1, le=MOST)]  # packed sequences per step, over all ranks
     num_ranks: Annotated[int, Field(ge=1, le=MOST)]
     data_hash: str
     vocab_map_hash: str
@@ -48,18 +48,20 @@ class TrainState:
     best: Annotated[dict[str, Any] | None, AfterValidator(_check_best)]
     num_skipped_steps: Count
     metrics: dict[str, float]  # of the last validation
-    # States saved by earlier versions have none of the following.
-    generation: Count = 0  # runs before this one in its save path, itself counted
+    # Missing in states saved by earlier versions.
+    generation: Count = (
+        0  # number of earlier runs in the same save path, each of which counted them
+    )
     content_hash: str | None = None  # of the samples
     verifier_hash: str | None = None  # of the verifier's frozen weights
-    has_same_data: bool = False  # whether the samples were the same ones from the first step on
+    has_same_data: bool = False  # whether the samples were the same from the first step on
 
     @classmethod
     def from_json(cls, content: Mapping[str, Any]) -> Self:
-        """The state saved in a checkpoint; keys of newer versions are left out.
+        """Parse the state saved in a checkpoint; unknown keys of newer versions are ignored.
 
         Raises:
-            ValueError: A value is missing, or cannot be one that a run has saved.
+            ValueError: A value is missing or invalid.
         """
         known = {field.name for field in fields(cls)}
         try:

@@ -1,4 +1,4 @@
-"""The verifier's frozen parts that training needs: embedding, final norm and head."""
+"""The verifier's frozen parts that training needs: embedding, final norm and LM head."""
 
 from dataclasses import dataclass
 from functools import cached_property
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from speculators_cli.core.errors import SettingsError
 from speculators_cli.core.models.readout import (
-    UnlikeError,
+    UnsupportedReadoutError,
     apply_logit_options,
     apply_norm,
     measure_readout,
@@ -26,17 +26,17 @@ from speculators_cli.core.models.verifier_shape import (
 from speculators_cli.core.models.verifier_weights import read_weight
 from speculators_cli.core.progress import Progress, SilentProgress
 
-BITS_AT_ONCE = 2**22  # values, in a sum over all of a tensor
+BITS_AT_ONCE = 2**22  # values per chunk of a sum over a tensor
 
 
 @dataclass(frozen=True, kw_only=True)
 class VerifierConfig(VerifierShape):
-    """Sizes of the verifier, and how its final norm and LM head make logits.
+    """Sizes of the verifier, and how its final norm and LM head compute logits.
 
-    `rms_norm_eps` is that of the final norm, of whatever kind it is.
+    `rms_norm_eps` is that of the final norm, of whatever type.
     """
 
-    norm_offset: float  # what the final norm adds to its stored weight: 1 in the Gemma family
+    norm_offset: float  # added by the final norm to its stored weights: 1 in the Gemma family
     logit_softcap: float | None  # logits are squashed to (-softcap, softcap)
     logit_scale: float  # logits are multiplied by this
     is_norm_centred: bool = False  # LayerNorm, which subtracts the mean; else RMSNorm
@@ -44,18 +44,18 @@ class VerifierConfig(VerifierShape):
 
 
 def read_verifier_config(files: VerifierFiles, *, trust_remote_code: bool) -> VerifierConfig:
-    """Read the verifier's config.json, and measure how its family makes logits.
+    """Read the verifier's config.json, and measure how its family computes logits.
 
     Raises:
         SettingsError: The folder or its config.json cannot be used, or the family's logits are not
             those of a norm and an LM head.
-        MachineError: The hub cannot be reached, or refuses.
+        MachineError: The hub is unreachable or denies access.
     """
     family = open_family(files, trust_remote_code=trust_remote_code)
     sizes = read_sizes(family)
     try:
         readout = measure_readout(family)
-    except UnlikeError as error:
+    except UnsupportedReadoutError as error:
         kind = family.content.get("model_type")
         raise SettingsError(
             f"Verifier `{files.name_or_path}` (`{kind}`) {error}", hint=hint_of(family)
@@ -64,7 +64,7 @@ def read_verifier_config(files: VerifierFiles, *, trust_remote_code: bool) -> Ve
     given = given_tie(family)
     is_tied = readout.is_tied and given is not False
     if given and not is_tied:
-        # Its own code has a head all the same, unless none was saved.
+        # Its own code may have an LM head all the same, but the files may not.
         is_tied = files.find_head(modules) is None
     return VerifierConfig(
         **sizes
@@ -81,9 +81,9 @@ def read_verifier_config(files: VerifierFiles, *, trust_remote_code: bool) -> Ve
 
 
 def _sum_bits(tensor: Tensor) -> int:
-    """A sum over the bits of all values that depends on their places, modulo 2^64.
+    """Return a position-dependent sum over the bits of all values, modulo 2^64.
 
-    Whole numbers add up to the same in any order, so it is quick and exact where the tensor is.
+    Integer addition is independent of the order, so the sum is fast and exact on any device.
     """
     whole = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()]
     total = torch.zeros((), dtype=torch.int64, device=tensor.device)
@@ -96,11 +96,11 @@ def _sum_bits(tensor: Tensor) -> int:
 
 
 class FrozenVerifier:
-    """The verifier's embedding, final norm and LM head: no gradient, never sharded.
+    """The verifier's embedding, final norm and LM head: without gradients, never sharded.
 
     Args:
         embedding: [vocab, hidden], in the verifier's dtype.
-        norm_gain: [hidden], float32: the norm weights themselves, `1 + w` already added up.
+        norm_weight: [hidden], float32: weights of the final norm, `1 + w` where the family adds 1.
         head: [vocab, hidden], in the verifier's dtype.
         config: How the final norm and the logits are computed.
         norm_bias: [hidden], float32.
@@ -110,7 +110,7 @@ class FrozenVerifier:
     def __init__(
         self,
         embedding: Tensor,
-        norm_gain: Tensor,
+        norm_weight: Tensor,
         head: Tensor,
         config: VerifierConfig,
         *,
@@ -118,7 +118,7 @@ class FrozenVerifier:
         head_bias: Tensor | None = None,
     ) -> None:
         self.embedding = embedding
-        self.norm_gain = norm_gain
+        self.norm_weight = norm_weight
         self.head = head
         self.config = config
         self.norm_bias = norm_bias
@@ -126,7 +126,7 @@ class FrozenVerifier:
 
     @property
     def vocab_size(self) -> int:
-        """Rows of the embedding."""
+        """Number of rows of the embedding."""
         return self.embedding.shape[0]
 
     @property
@@ -135,12 +135,12 @@ class FrozenVerifier:
         return not self.config.is_norm_centred and self.norm_bias is None
 
     def to(self, device: torch.device) -> "FrozenVerifier":
-        """The same on `device`; a head tied to the embedding stays one tensor."""
+        """Return a copy on `device`; a tied LM head shares the tensor of the embedding."""
         embedding = self.embedding.to(device)
         is_tied = self.head is self.embedding
         return FrozenVerifier(
             embedding,
-            self.norm_gain.to(device),
+            self.norm_weight.to(device),
             embedding if is_tied else self.head.to(device),
             self.config,
             norm_bias=None if self.norm_bias is None else self.norm_bias.to(device),
@@ -148,13 +148,13 @@ class FrozenVerifier:
         )
 
     def bias_of(self, ids: Tensor) -> Tensor | None:
-        """The LM head's bias of these tokens, if it has one."""
+        """Return the LM head's bias of these tokens, if it has one."""
         return None if self.head_bias is None else self.head_bias[ids]
 
     @cached_property
     def fingerprint(self) -> str:
-        """Changes with any value of the tensors; the same on every device."""
-        parts = [self.embedding, self.norm_gain]
+        """Return a hash that depends on every value of the tensors, and not on the device."""
+        parts = [self.embedding, self.norm_weight]
         if self.head is not self.embedding:
             parts.append(self.head)
         parts += [bias for bias in (self.norm_bias, self.head_bias) if bias is not None]
@@ -167,11 +167,11 @@ class FrozenVerifier:
         last_hidden_states: Tensor,  # [seq_len, hidden]
         is_normed: Tensor,  # [seq_len], bool
     ) -> Tensor:
-        """Last hidden states after the final norm, which is applied where it was not yet."""
+        """Apply the final norm to last hidden states, except where `is_normed`."""
         x = last_hidden_states.float()
         normed = apply_norm(
             x,
-            self.norm_gain,
+            self.norm_weight,
             self.norm_bias,
             self.config.rms_norm_eps,
             is_centred=self.config.is_norm_centred,
@@ -182,10 +182,10 @@ class FrozenVerifier:
     def logits(
         self,
         normed: Tensor,  # [seq_len, hidden]
-        head: Tensor,  # [rows, hidden]: the head, or some of its rows
-        bias: Tensor | None = None,  # [rows]: of these rows; known where they are the whole head
+        head: Tensor,  # the LM head, or some of its rows
+        bias: Tensor | None = None,  # of these rows; may be omitted for the whole LM head
     ) -> Tensor:
-        """The verifier's logits of these rows; [seq_len, rows], float32."""
+        """Compute the verifier's logits for these rows; [seq_len, rows], float32."""
         bias = self.head_bias if head is self.head else bias
         bias = None if bias is None else bias.to(normed.dtype)
         logits = F.linear(normed, head.to(normed.dtype), bias).float()
@@ -200,7 +200,7 @@ class FrozenVerifier:
         *,
         rows_at_once: int = 1024,
     ) -> Tensor:
-        """The verifier's own next tokens, over its whole vocabulary; [seq_len], int64."""
+        """Return the verifier's top-1 next tokens, over its whole vocabulary; [seq_len], int64."""
         parts = normed.split(rows_at_once)
         return torch.cat([self.logits(part, self.head).argmax(-1) for part in parts])
 
@@ -208,17 +208,17 @@ class FrozenVerifier:
 def load_frozen_verifier(
     files: VerifierFiles, config: VerifierConfig, *, progress: Progress | None = None
 ) -> FrozenVerifier:
-    """Read embedding, final norm and LM head on the CPU; nothing else of the verifier is read.
+    """Read embedding, final norm and LM head on the CPU; no other weights are read.
 
     Args:
-        files: The verifier's.
-        config: How its logits are made.
-        progress: Receives a warning about an LM head that is not used.
+        files: Files of the verifier.
+        config: How its logits are computed.
+        progress: Receives a warning if an LM head in the files is not used.
 
     Raises:
-        SettingsError: They are missing, damaged, quantised in a format that is not read, or of
-            sizes that contradict the config.
-        MachineError: A file of the hub cannot be fetched.
+        SettingsError: They are missing, damaged, quantised in an unsupported format, or contradict
+            the sizes in the config.
+        MachineError: A download from the hub fails.
     """
     names = files.find_parts(is_tied=config.is_tied, modules=config.modules)
     embedding = read_weight(files, names.embedding)
@@ -239,8 +239,8 @@ def load_frozen_verifier(
             raise SettingsError(
                 f"`{name}` of verifier `{files.name_or_path}` is {tuple(tensor.shape)}, "
                 f"expected {expected}",
-                hint="Pass a verifier whose embedding and LM head have the same rows; if this one "
-                "should, download it again",
+                hint="Pass a verifier whose embedding and LM head have equal sizes, or download it "
+                "again",
             )
     if is_tied and head_name in files.weight_map:
         _compare_tied(files, head_name, embedding, progress or SilentProgress())
@@ -255,32 +255,32 @@ def load_frozen_verifier(
 
 
 def _compare_tied(files: VerifierFiles, name: str, embedding: Tensor, progress: Progress) -> None:
-    """Warn of an LM head that serving engines do not read either."""
+    """Warn if an LM head is not used, as in serving engines."""
     head = read_weight(files, name)
     if not torch.equal(head.to(embedding.dtype), embedding):
         progress.warn(
             f"`{name}` of verifier `{files.name_or_path}` differs from its embedding and is not "
             "used: the config sets `tie_word_embeddings`, so serving engines use the embedding",
-            hint="Set `tie_word_embeddings` to false in its config.json if it should be used",
+            hint="Set `tie_word_embeddings` to false in its config.json to use it",
         )
 
 
 def load_embedding(files: VerifierFiles) -> Tensor:
-    """The verifier's embedding; [vocab, hidden], in its dtype.
+    """Load the verifier's embedding; [vocab, hidden], in its dtype.
 
     Raises:
-        SettingsError: The verifier has no such tensor, or a quantised one.
-        MachineError: A file of the hub cannot be fetched.
+        SettingsError: The verifier has no embedding, or it is quantised in an unsupported format.
+        MachineError: A download from the hub fails.
     """
     return read_weight(files, files.find_embedding())
 
 
 def load_final_norm(files: VerifierFiles, config: VerifierConfig) -> tuple[Tensor, Tensor | None]:
-    """Weights of the final norm, `1 + w` already added up, and its bias; [hidden], float32.
+    """Load weights and bias of the final norm, `1 + w` where the family adds 1; [hidden], float32.
 
     Raises:
-        SettingsError: The verifier has no such tensor.
-        MachineError: A file of the hub cannot be fetched.
+        SettingsError: The verifier has no final norm.
+        MachineError: A download from the hub fails.
     """
     name = files.find_parts(is_tied=config.is_tied, modules=config.modules).norm
     if name is None:

@@ -1,4 +1,4 @@
-"""Which files hold a verifier's embedding, final norm and head, in a folder or on the hub."""
+"""Files and names of a verifier's embedding, final norm and LM head, in a folder or on the hub."""
 
 import re
 from collections.abc import Iterable
@@ -22,13 +22,13 @@ _NORMS = (
     "norm", "final_layernorm", "norm_f", "ln_f", "embedding_norm", "final_layer_norm", "final_norm"
 )  # fmt: skip
 _HEADS = ("lm_head", "embed_out", "output_projection", "output", "unembed", "head")
-# What a tensor's name ends with where it is quantised.
+# Suffixes of the tensors of a quantised weight.
 QUANTISED_ENDINGS = (".weight_packed", ".qweight", ".weight_blocks", ".blocks")
 
 
 @dataclass(frozen=True)
 class PartNames:
-    """Names of modules, or of their weights in files; a tied head has the embedding's name."""
+    """Names of modules, or of their weights in files; a tied LM head has the embedding's name."""
 
     embedding: str
     norm: str | None  # None: the norm has no weights
@@ -36,7 +36,7 @@ class PartNames:
 
 
 class VerifierFiles(RepoFiles):
-    """Files of one verifier; those of the hub are fetched when first asked for.
+    """Files of one verifier; those on the hub are downloaded on first use.
 
     Args:
         name_or_path: A folder, or a hub id.
@@ -46,10 +46,10 @@ class VerifierFiles(RepoFiles):
         super().__init__(name_or_path, flag="--verifier-name-or-path")
 
     def read_vocab_size(self, modules: PartNames | None = None) -> int:
-        """Rows of the embedding, from the header of its file.
+        """Read the number of rows of the embedding from the header of its file.
 
         Args:
-            modules: What the family's own model calls its parts.
+            modules: Names of the parts in the family's own model.
 
         Raises:
             SettingsError: There is no embedding.
@@ -60,14 +60,14 @@ class VerifierFiles(RepoFiles):
         return rows
 
     def find_parts(self, *, is_tied: bool, modules: PartNames | None = None) -> PartNames:
-        """Find embedding, final norm and head among the verifier's tensors, under any prefix.
+        """Find embedding, final norm and LM head among the verifier's tensors, under any prefix.
 
         Args:
-            is_tied: Whether the head is the embedding, whatever else the files hold.
-            modules: What the family's own model calls them.
+            is_tied: Whether the LM head is the embedding, even if the files have another.
+            modules: Names of the parts in the family's own model.
 
         Raises:
-            SettingsError: One is missing.
+            SettingsError: A part is missing.
         """
         embedding = self.find_embedding(modules)
         head = None if is_tied else self.find_head(modules)
@@ -76,7 +76,7 @@ class VerifierFiles(RepoFiles):
         return PartNames(embedding, self._find_norm(embedding, modules), head or embedding)
 
     def find_embedding(self, modules: PartNames | None = None) -> str:
-        """The name of the embedding's weight.
+        """Return the name of the embedding's weight.
 
         Raises:
             SettingsError: There is none.
@@ -88,18 +88,18 @@ class VerifierFiles(RepoFiles):
         return found
 
     def find_head(self, modules: PartNames | None = None) -> str | None:
-        """The name of the LM head's weight, if the files hold one."""
+        """Return the name of the LM head's weight, or None if the files have none."""
         own = () if modules is None else (modules.head,)
         return self._find((*own, *_HEADS))
 
     def find_stored(self, name: str) -> str:
-        """The name under which a weight is stored, as it is or quantised."""
+        """Return the stored name of a weight, which may be quantised."""
         stem = name.removesuffix(".weight")
         stored = (stem + ending for ending in (".weight", *QUANTISED_ENDINGS))
         return next((x for x in stored if x in self.weight_map), name)
 
     def _find(self, modules: Iterable[str]) -> str | None:
-        """The weight of the first of these modules that the text model has."""
+        """Return the weight of the first of these modules that the text model has."""
         stems = {
             name.removesuffix(ending)
             for name in self.weight_map
@@ -128,7 +128,7 @@ class VerifierFiles(RepoFiles):
 
     @staticmethod
     def _beside(stored: str, embedding: str, norm: str) -> str:
-        """The norm's name under the prefix that the stored embedding has."""
+        """Return the norm's name under the prefix of the stored embedding."""
         parts, norm_parts = embedding.split("."), norm.split(".")
         pairs = zip(parts, norm_parts, strict=False)
         num_shared = len(list(takewhile(lambda pair: pair[0] == pair[1], pairs)))
@@ -140,5 +140,5 @@ class VerifierFiles(RepoFiles):
         self.check_unlisted(name)
         return SettingsError(
             f"Verifier `{self.name_or_path}` has no tensor `{name}`",
-            hint="Pass a causal language model with all of its weights",
+            hint="Pass a causal language model with complete weights",
         )

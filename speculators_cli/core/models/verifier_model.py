@@ -17,7 +17,7 @@ from speculators_cli.core.models.verifier_files import VerifierFiles
 
 @dataclass(frozen=True)
 class VerifierOutput:
-    """What one forward over new tokens of one sequence gives."""
+    """Output of one forward pass over new tokens of one sequence."""
 
     logits: Tensor  # [new, vocab], float32
     aux_hidden_states: tuple[Tensor, ...]  # [new, hidden] for each layer id
@@ -25,13 +25,13 @@ class VerifierOutput:
 
 
 class VerifierModel:
-    """A verifier that answers greedily and shows the hidden states a draft reads.
+    """A verifier with greedy decoding that returns the hidden states a draft reads.
 
     Args:
         name_or_path: A folder or hub id.
         layer_ids: Aux layers; id k is the output after k layers.
-        dtype: Of its weights and of what it computes.
-        trust_remote_code: Whether code that comes with it may run.
+        dtype: Of its weights and computations.
+        trust_remote_code: Whether custom code from the verifier's repository may run.
 
     Raises:
         SettingsError: It cannot be loaded.
@@ -68,24 +68,24 @@ class VerifierModel:
 
     @property
     def end_ids(self) -> frozenset[int]:
-        """Ids that end an answer, from the generation config and the tokenizer."""
+        """Ids of the end tokens, from the generation config and the tokenizer."""
         given = self.model.generation_config.eos_token_id
         ids = given if isinstance(given, list) else [given, self.tokenizer.eos_token_id]
         return frozenset(i for i in ids if i is not None)
 
     @property
     def vocab_size(self) -> int:
-        """Rows of the embedding."""
+        """Number of rows of the embedding."""
         return int(self.model.get_input_embeddings().weight.shape[0])
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of a text, after the begin token where the verifier has one."""
+        """Encode a text as token ids, after the begin token if the verifier has one."""
         ids: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
         begin = self.tokenizer.bos_token_id
         return ids if begin is None else [begin, *ids]
 
     def new_cache(self) -> DynamicCache:
-        """An empty KV cache of one sequence."""
+        """Return an empty KV cache for one sequence."""
         return DynamicCache(config=self.model.config)
 
     @torch.inference_mode()
@@ -94,7 +94,7 @@ class VerifierModel:
         tokens: Tensor,  # [new], int64
         cache: DynamicCache | None = None,
     ) -> VerifierOutput:
-        """Run over new tokens, which follow those in the cache and join them."""
+        """Run a forward pass over new tokens, appended to those in the cache."""
         out = self.model(
             input_ids=tokens[None],
             use_cache=cache is not None,
@@ -103,7 +103,7 @@ class VerifierModel:
         )
         last = self._before_norm
         assert last is not None, "the hook has run"
-        # transformers puts the final norm into its last entry: that one comes from the hook.
+        # transformers applies the final norm to its last entry: that one comes from the hook.
         layers = [*out.hidden_states[:-1], last]
         return VerifierOutput(
             logits=out.logits[0].float(),
@@ -113,7 +113,7 @@ class VerifierModel:
 
     @torch.inference_mode()
     def answer(self, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> list[list[int]]:
-        """Greedy answers to a few prompts at once, up to an end token, which is kept."""
+        """Generate greedy answers to a batch of prompts, up to and including an end token."""
         longest = max(len(prompt) for prompt in prompts)
         pad = next(iter(self.end_ids), 0)
         ids = torch.tensor([[pad] * (longest - len(p)) + list(p) for p in prompts])

@@ -1,4 +1,4 @@
-"""Sizes of a verifier, from its config.json alone: what fixes a draft's shape."""
+"""Sizes of a verifier, from its config.json only, which determine a draft's shape."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -10,14 +10,14 @@ from speculators_cli.core.models.repo_files import CONFIG_NAME
 from speculators_cli.core.models.rope import choose_rope
 from speculators_cli.core.models.verifier_files import VerifierFiles
 
-# Where a family has no attention, or no limit of positions.
+# Defaults for families without attention, or without a limit of positions.
 DEFAULT_HEAD_DIM = 64
 DEFAULT_MAX_POSITIONS = 131072
 
 
 @dataclass(frozen=True, kw_only=True)
 class VerifierShape:
-    """Sizes of the verifier, from its config.json: what fixes a draft's shape."""
+    """Sizes of the verifier, from its config.json, which determine a draft's shape."""
 
     name_or_path: str
     architectures: tuple[str, ...]
@@ -28,10 +28,10 @@ class VerifierShape:
     num_kv_heads: int
     head_dim: int
     rms_norm_eps: float
-    rope_parameters: Mapping[str, Any]  # as a draft can have it
+    rope_parameters: Mapping[str, Any]  # as supported by a draft
     max_position_embeddings: int
     is_tied: bool  # whether the LM head is the embedding
-    rope_left_out: str | None = None  # what a draft cannot have of its RoPE
+    rope_left_out: str | None = None  # what a draft does not support of its RoPE
 
 
 def read_verifier_shape(files: VerifierFiles, *, trust_remote_code: bool) -> VerifierShape:
@@ -39,17 +39,17 @@ def read_verifier_shape(files: VerifierFiles, *, trust_remote_code: bool) -> Ver
 
     Raises:
         SettingsError: The folder or its config.json cannot be used.
-        MachineError: The hub cannot be reached, or refuses.
+        MachineError: The hub is unreachable or denies access.
     """
     return VerifierShape(**read_sizes(open_family(files, trust_remote_code=trust_remote_code)))
 
 
 def hint_of(family: Family) -> str:
-    """What to do about a family that cannot be used; starts with a verb."""
+    """Return the hint for an unsupported family; starts with a verb."""
     if "auto_map" in family.content and not family.trust_remote_code:
-        return "Pass `--trust-remote-code` if you trust it"
+        return "Pass `--trust-remote-code` if you trust the code"
     if family.config is None:
-        return "Run `pip install -U transformers`, or choose a verifier that it supports"
+        return "Run `pip install -U transformers`, or choose a supported verifier"
     return "Choose a verifier of a family in `docs/reference/verifiers.md`"
 
 
@@ -57,15 +57,15 @@ def open_family(files: VerifierFiles, *, trust_remote_code: bool) -> Family:
     """Read config.json.
 
     Raises:
-        SettingsError: There is none, or it cannot be read.
-        MachineError: The hub cannot be reached, or refuses.
+        SettingsError: It is missing, or cannot be read.
+        MachineError: The hub is unreachable or denies access.
     """
     content = files.read_json(CONFIG_NAME)
     return read_family(files.name_or_path, content, trust_remote_code=trust_remote_code)
 
 
 def given_tie(family: Family) -> bool | None:
-    """Whether config.json ties the LM head; None where it does not tell, or in two ways."""
+    """Whether config.json ties the LM head; None where it is missing or contradictory."""
     parts = (family.content, family.text_content)
     given = {tie for part in parts if (tie := part.get("tie_word_embeddings")) is not None}
     return bool(given.pop()) if len(given) == 1 else None
@@ -73,16 +73,16 @@ def given_tie(family: Family) -> bool | None:
 
 def _count(family: Family, *keys: str) -> int | None:
     value = family.value(*keys)
-    # Some families give one size per layer.
+    # Some families have one size per layer.
     counts = value if isinstance(value, list | tuple) else [value]
     return next((x for x in counts if isinstance(x, int) and x > 0), None)
 
 
 def read_sizes(family: Family) -> dict[str, Any]:
-    """Fields of `VerifierShape`; those that a family leaves out have a usual value.
+    """Return the fields of `VerifierShape`, with common values for missing ones.
 
     Raises:
-        SettingsError: The config has no width or no layers.
+        SettingsError: The config has no hidden size or no number of layers.
     """
     hidden = _count(family, "hidden_size", "d_model", "n_embd", "model_dim", "dim")
     num_layers = _count(

@@ -1,4 +1,4 @@
-"""Read a weight of a verifier; one quantised in a documented format is dequantised."""
+"""Read a weight of a verifier; documented quantisation formats are dequantised."""
 
 from collections.abc import Callable, Mapping
 
@@ -10,9 +10,9 @@ from speculators_cli.core.models.verifier_files import VerifierFiles
 
 # Values of the 16 codes of a 4-bit float (E2M1); the highest bit is the sign.
 FP4_VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
-FP4_GROUP = 16  # values that share a scale in NVFP4
+FP4_GROUP = 16  # values per scale in NVFP4
 FP8_BLOCK = 128
-# Tensors that tell a format this package does not read.
+# Tensors that identify unsupported formats.
 _OTHER_FORMATS = {
     "g_idx": "GPTQ",
     "qzeros": "AWQ",
@@ -24,16 +24,16 @@ _OTHER_FORMATS = {
     "weight_blocks": "MXFP4",
     "blocks": "MXFP4",
 }
-# Scales of activations, which no weight needs.
+# Scales of activations, not needed for weights.
 _UNUSED = {"input_scale", "input_global_scale", "bias", "k_scale", "v_scale"}
 
 
 def read_weight(files: VerifierFiles, name: str) -> Tensor:
-    """Read a weight, in its dtype; in bfloat16 where it was quantised.
+    """Read a weight, in its dtype, or in bfloat16 if it is quantised.
 
     Raises:
-        SettingsError: It is quantised in a format that is not read here, or damaged.
-        MachineError: A file of the hub cannot be fetched.
+        SettingsError: It is quantised in an unsupported format, or damaged.
+        MachineError: A download from the hub fails.
     """
     stem = name.removesuffix("weight")
     parts = {
@@ -59,7 +59,7 @@ def read_weight(files: VerifierFiles, name: str) -> Tensor:
             except (ValueError, RuntimeError) as error:
                 raise _refuse(files, name, f"and its scales do not fit: {error}") from None
     kinds = ", ".join(f"`{part}` {tensor.dtype}" for part, tensor in tensors.items())
-    raise _refuse(files, name, f"in a format that is not known: it has {kinds}")
+    raise _refuse(files, name, f"in an unknown format: it has {kinds}")
 
 
 def _is_plain(tensor: Tensor) -> bool:
@@ -69,12 +69,12 @@ def _is_plain(tensor: Tensor) -> bool:
 def _refuse(files: VerifierFiles, name: str, why: str) -> SettingsError:
     return SettingsError(
         f"`{name}` of verifier `{files.name_or_path}` is quantised {why}",
-        hint="Pass the verifier before quantisation: its head gives the training targets",
+        hint="Pass the unquantised verifier: its LM head computes the training targets",
     )
 
 
 def _scaled(parts: Mapping[str, Tensor]) -> Tensor:
-    """FP8 or int8 with a scale of all, of each row, or of each block of 128 x 128."""
+    """Dequantise FP8 or int8 with one scale, one per row, or one per block of 128 x 128."""
     weight = parts["weight"]
     if weight.element_size() != 1:
         raise ValueError(f"the weight is {weight.dtype}")
@@ -95,7 +95,7 @@ def _scaled(parts: Mapping[str, Tensor]) -> Tensor:
 
 
 def _nvfp4(packed: Tensor, scale: Tensor) -> Tensor:
-    """Two 4-bit floats a byte, the lower bits first, with a scale for each 16 of a row."""
+    """Dequantise two 4-bit floats per byte, the lower bits first, with a scale per 16 of a row."""
     if packed.dtype is not torch.uint8:
         raise ValueError(f"the weight is {packed.dtype}")
     codes = torch.stack((packed & 15, packed >> 4), dim=-1).flatten(-2).long()

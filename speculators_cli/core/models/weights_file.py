@@ -1,4 +1,4 @@
-"""Open a file of weights: safetensors, or a pickled state dict, which is read as data."""
+"""Open a file of weights: safetensors, or a pickled state dict, whose code is not run."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,10 +17,10 @@ CONVERT = "Convert the model to safetensors with `save_pretrained` of transforme
 
 @contextmanager
 def open_weights(file: Path) -> Iterator[Tensors]:
-    """Open a file of weights by its name; only its header is read.
+    """Open a file of weights, by its suffix; only its header is read.
 
     Raises:
-        UnreadableError: It is no whole file of weights, or a pickle that would run code.
+        UnreadableError: It is not a valid file of weights, or its pickle would run code.
     """
     if file.suffix == ".safetensors":
         with open_safetensors(file) as tensors:
@@ -36,7 +36,7 @@ def open_weights(file: Path) -> Iterator[Tensors]:
 
 @dataclass(frozen=True)
 class _Slice:
-    """A tensor that is not read."""
+    """A tensor that has not been read."""
 
     spec: TensorSpec
 
@@ -45,11 +45,11 @@ class _Slice:
 
 
 class _StateDict:
-    """Tensors of a pickle; nothing in it runs."""
+    """Tensors of a pickled state dict; its code is not run."""
 
     def __init__(self, archive: Archive) -> None:
         if not isinstance(archive.content, dict):
-            raise TorchFileError("holds no state dict")
+            raise TorchFileError("has no state dict")
         self._archive = archive
         self._specs = {
             str(key): value

@@ -625,7 +625,7 @@ def test_the_table_of_shapes_is_that_of_the_model(changes: dict[str, Any]) -> No
         config,
         embedding=rows,
         head=rows,
-        norm_gain=None,
+        norm_weight=None,
         kept_ids=torch.arange(0, 37, 2),
         loss_decay=1.0,
     )

@@ -22,7 +22,7 @@ def make_verifier(
     verifier = draft.verifier
     return FrozenVerifier(
         verifier.embedding,
-        verifier.norm_gain,
+        verifier.norm_weight,
         verifier.head,
         replace(verifier.config, **changes),
         head_bias=torch.randn(37, generator=rng) if has_bias else None,

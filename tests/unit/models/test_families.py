@@ -11,7 +11,12 @@ from torch import Tensor
 
 from speculators_cli.core.errors import SpeculatorsError
 from speculators_cli.core.models.family import Family, build_small, model_classes
-from speculators_cli.core.models.readout import NUM_ROWS, Readout, UnlikeError, measure_readout
+from speculators_cli.core.models.readout import (
+    NUM_ROWS,
+    Readout,
+    UnsupportedReadoutError,
+    measure_readout,
+)
 from speculators_cli.core.models.verifier import load_frozen_verifier, read_verifier_config
 from speculators_cli.core.models.verifier_files import VerifierFiles
 
@@ -36,7 +41,7 @@ def test_logits_of_every_trained_family_are_its_own(tmp_path: Path) -> None:
     for family in script["families"]():
         try:
             readout = measure_readout(family)
-        except UnlikeError:
+        except UnsupportedReadoutError:
             continue
         folder = tmp_path / family.name
         expected = save_small(family, readout, folder)

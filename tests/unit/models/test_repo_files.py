@@ -68,7 +68,7 @@ def read_index(folder: Path) -> dict[str, str]:
         ("{}", "has no `weight_map` that lists tensors"),
         ('{"weight_map": {}}', "has no `weight_map` that lists tensors"),
         ('{"weight_map": ["a"]}', "has no `weight_map` that lists tensors"),
-        ('{"weight_map": {"a": 1}}', "lists `a` in `1`, which is no file of its own folder"),
+        ('{"weight_map": {"a": 1}}', "lists `a` in `1`, which is outside of its folder"),
     ],
 )
 @pytest.mark.parametrize("error", [SettingsError, CheckpointError])
@@ -91,7 +91,7 @@ def test_an_index_that_cannot_be_used_is_named(
 def test_an_index_opens_no_file_outside_its_folder(name: str, sharded: Path) -> None:
     write_index(sharded, read_index(sharded) | {HEAD: name})
 
-    with pytest.raises(SettingsError, match="which is no file of its own folder"):
+    with pytest.raises(SettingsError, match="which is outside of its folder"):
         load(sharded)
 
 
@@ -145,7 +145,7 @@ def test_an_old_index_beside_a_whole_file_can_be_removed(folder: Path) -> None:
         load(folder)
 
     assert caught.value.hint == (
-        f"Remove the index if `{WEIGHTS}` holds all weights, or download both again"
+        f"Remove the index if `{WEIGHTS}` has all weights, or download both again"
     )
 
 
@@ -208,7 +208,7 @@ def test_a_file_in_the_place_of_a_folder_is_refused(folder: Path) -> None:
         VerifierFiles(str(folder / "config.json"))
 
     assert caught.value.message.endswith("config.json` is not a folder")
-    assert caught.value.hint == f"Pass the folder of the model: `{folder}`"
+    assert caught.value.hint == f"Pass the model's folder `{folder}`"
 
 
 @pytest.mark.parametrize("name", ["", "a" * 5000, "two\0words"])

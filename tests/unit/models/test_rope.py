@@ -211,7 +211,7 @@ def test_rope_is_read_from_a_config_that_transformers_cannot_build(
     ("content", "left_out"),
     [
         ({"rope_theta": "much"}, "has `rope_theta` `much`"),
-        ({"rope_theta": 1e4, "partial_rotary_factor": 0.25}, "turns 0.25 of each head"),
+        ({"rope_theta": 1e4, "partial_rotary_factor": 0.25}, "rotates only 0.25 of each head"),
         ({"rope_theta": {"a": 1}}, "has `rope_theta`"),
     ],
 )
@@ -232,18 +232,18 @@ LEFT_OUT: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     "half of each head": (
         {"rope_type": "default", "partial_rotary_factor": 0.5},
         PLAIN,
-        "turns 0.5 of each head",
+        "rotates only 0.5 of each head",
     ),
     "YaRN on half of each head": (
         {"rope_type": "yarn", **YARN, "partial_rotary_factor": 0.5},
         {"rope_type": "yarn", **YARN, "rope_theta": 70000.0},
-        "turns 0.5 of each head",
+        "rotates only 0.5 of each head",
     ),
     "LongRoPE on 3/4 of each head": (
         {"rope_type": "longrope", **LENGTH, "partial_rotary_factor": 0.75}
         | {"short_factor": SHORT[:6], "long_factor": LONG[:6]},
         PLAIN,
-        "turns 0.75 of each head",
+        "rotates only 0.75 of each head",
     ),
     "lists of another length": (
         {"rope_type": "longrope", **LONGROPE, "long_factor": LONG[:5]},
@@ -253,17 +253,17 @@ LEFT_OUT: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     "two readings of one factor": (
         {"rope_type": "longrope", **LONGROPE, "factor": 4.0},
         PLAIN,
-        "has `factor` 4.0, and its lengths a ratio of 8",
+        "has `factor` 4.0, but its lengths have the ratio 8",
     ),
     "a scale that engines do not read": (
         {"rope_type": "longrope", **LONGROPE, "attention_factor": 1.5},
         PLAIN,
-        "has `attention_factor` 1.5, and engines apply 1.22474",
+        "has `attention_factor` 1.5, but engines apply 1.22474",
     ),
     "Gemma 4": (
         {"rope_type": "proportional", "partial_rotary_factor": 0.25},
         PLAIN,
-        "turns 0.25 of each head",
+        "rotates only 0.25 of each head",
     ),
     "another kind": ({"rope_type": "ntk", "factor": 2.0}, PLAIN, "is of type `ntk`"),
     "a factor of no number": (
@@ -324,7 +324,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         {"rope_scaling": {"type": "yarn", **YARN, "attn_factor": 0.5}},
         "`attn_factor` `0.5`",
     ),
-    "two kinds": ({"rope_scaling": {"type": "yarn", "rope_type": "default"}}, "of `type` `yarn`"),
+    "two kinds": ({"rope_scaling": {"type": "yarn", "rope_type": "default"}}, "and `type` `yarn`"),
     "no factor": ({"rope_scaling": {"type": "linear"}}, "lacks `factor`"),
     "a factor of nothing": ({"rope_scaling": {"type": "linear", "factor": 0}}, "`factor` `0`"),
     "a switch": ({"rope_scaling": {"type": "linear", "factor": True}}, "`factor` `True`"),
@@ -339,7 +339,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "a kind of layer": (
         {"rope_parameters": {"full_attention": PLAIN}},
-        "values of its own for `full_attention`",
+        "separate values for `full_attention`",
     ),
     "a theta of nothing": ({"rope_theta": 0}, "`rope_theta` `0`"),
     "a theta beyond numbers": ({"rope_theta": 10**30}, "`rope_theta` `1000000"),

@@ -51,8 +51,8 @@ BROKEN: dict[str, tuple[str, str, str, str]] = {
     "own code": (
         "tokenizer_config.json",
         json.dumps(OF_ITS_OWN),
-        "cannot be read: it has code of its own",
-        "Pass `--trust-remote-code` to run that code, if you trust it",
+        "cannot be read: it requires custom code",
+        "Pass `--trust-remote-code` if you trust the code",
     ),
     "template": (
         "tokenizer_config.json",

@@ -150,7 +150,7 @@ def test_states_that_are_normed_already_are_not_normed_again(tmp_path: Path) -> 
 
     assert torch.equal(out[0::2], states[0::2])
     rms = states[1::2].pow(2).mean(-1, keepdim=True).add(1e-4).rsqrt()
-    torch.testing.assert_close(out[1::2], states[1::2] * rms * verifier.norm_gain)
+    torch.testing.assert_close(out[1::2], states[1::2] * rms * verifier.norm_weight)
 
 
 def test_rope_and_head_size_come_from_the_verifier(tmp_path: Path) -> None:
@@ -369,7 +369,7 @@ def test_the_embedding_of_another_tower_is_not_the_text_models(tmp_path: Path) -
     _, verifier = load(tmp_path)
 
     assert torch.equal(verifier.embedding, text)
-    assert torch.equal(verifier.norm_gain, tensors["thinker.model.norm.weight"])
+    assert torch.equal(verifier.norm_weight, tensors["thinker.model.norm.weight"])
 
 
 def test_a_damaged_weights_file_is_named(tmp_path: Path) -> None:
@@ -442,5 +442,5 @@ def test_files_under_a_familys_original_names_are_read(
     _, verifier = load(tmp_path)
 
     assert torch.equal(verifier.embedding, tensors["model.embed_tokens.weight"])
-    assert torch.equal(verifier.norm_gain, tensors["model.norm.weight"])
+    assert torch.equal(verifier.norm_weight, tensors["model.norm.weight"])
     assert torch.equal(verifier.head, tensors["lm_head.weight"])

@@ -208,7 +208,7 @@ def find_targets(
     """What the draft is scored against, with the verifier's tokens over the chosen vocabulary."""
     last_hidden = batch.last_hidden_states
     if verifier.has_rms_norm:
-        normed, _ = rms_norm(last_hidden, verifier.norm_gain, verifier.config.rms_norm_eps)
+        normed, _ = rms_norm(last_hidden, verifier.norm_weight, verifier.config.rms_norm_eps)
         last_hidden = torch.where(batch.is_normed[:, None], last_hidden, normed)
     else:
         last_hidden = verifier.normed(last_hidden, batch.is_normed)

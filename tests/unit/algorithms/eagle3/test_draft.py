@@ -97,7 +97,7 @@ class Reference:
         ids, mask = sample.input_ids[1:], sample.loss_mask[1:]
         aux = torch.cat([layer[:-1].double() for layer in sample.aux_hidden_states], dim=-1)
         last = sample.last_hidden_states[1:].double()
-        last = last if sample.is_normed else rms(last, verifier.norm_gain.double())
+        last = last if sample.is_normed else rms(last, verifier.norm_weight.double())
         log_target = (last @ verifier.head[KEPT_IDS].double().T).log_softmax(-1)
         if config.norm_before_fc:
             aux = rms(aux, self.w["input_norm.weight"])
@@ -173,7 +173,7 @@ def test_targets_of_a_verifier_with_a_layernorm_and_biases(
     head_bias, norm_bias = torch.randn(37, generator=rng), torch.randn(24, generator=rng)
     config = replace(own.config, is_norm_centred=True, rms_norm_eps=1e-2, logit_scale=0.5)
     draft.verifier = FrozenVerifier(
-        own.embedding, own.norm_gain, own.head, config, norm_bias=norm_bias, head_bias=head_bias
+        own.embedding, own.norm_weight, own.head, config, norm_bias=norm_bias, head_bias=head_bias
     )
     draft.use_fast_kernels = kernels == "fast"
     batch = pack(make_sample(9, make_config(), rng))
@@ -182,7 +182,7 @@ def test_targets_of_a_verifier_with_a_layernorm_and_biases(
 
     x = batch.last_hidden_states.double()
     centred = x - x.mean(-1, keepdim=True)
-    normed = rms(centred, own.norm_gain.double(), eps=1e-2) + norm_bias
+    normed = rms(centred, own.norm_weight.double(), eps=1e-2) + norm_bias
     log_p = ((normed @ own.head.double().T + head_bias) / 2)[:, KEPT_IDS].log_softmax(-1)
     log_p = batch.at_positions(log_p)
     memories = [TTTMemory(batch.lengths)]
@@ -208,7 +208,7 @@ def test_a_document_gives_the_same_wherever_it_is_packed(rng: torch.Generator) -
 
 def test_the_verifier_gets_no_gradient(rng: torch.Generator) -> None:
     draft = filled_draft(make_config(), rng, kept_ids=KEPT_IDS)
-    frozen = (draft.verifier.head, draft.verifier.norm_gain)
+    frozen = (draft.verifier.head, draft.verifier.norm_weight)
     for tensor in frozen:
         tensor.requires_grad_()
 
@@ -228,7 +228,7 @@ def test_validation_counts_a_token_outside_the_draft_vocabulary_as_a_miss(
         embedding=torch.randn(37, 24, generator=rng),
         # Last state `i` points at verifier token `i`; odd ones are not in the draft.
         head=torch.cat([torch.eye(24), torch.zeros(13, 24)]) * 9,
-        norm_gain=torch.ones(24),
+        norm_weight=torch.ones(24),
         kept_ids=KEPT_IDS,
         loss_decay=DECAY,
     )

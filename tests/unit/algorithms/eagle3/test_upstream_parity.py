@@ -59,7 +59,7 @@ class Parity:
             make_config(**({"head_dim": 16, "rope_parameters": rope} | flags[variant])),
             embedding=weights["embed_tokens.weight"],
             head=head,
-            norm_gain=weights.get("verifier_norm.weight"),
+            norm_weight=weights.get("verifier_norm.weight"),
             kept_ids=kept,
             loss_decay=decay,
         )
