@@ -100,7 +100,7 @@ def test_train_accepts_the_maps(tiny: TinyInputs, capsys: Capture) -> None:
 
     assert code == 0
     assert f"--d2t-path {out_dir / 'd2t.npy'}" in err
-    assert "special tokens are not known" in err
+    assert "Special tokens are unknown" in err
 
 
 def test_end_tokens_and_control_tokens_of_the_chat_template_are_kept(
@@ -186,5 +186,5 @@ def test_samples_without_a_supervised_token_are_refused(tiny: TinyInputs, capsys
     code = build(*flags, "--output-dir", tiny.folder / "maps")
 
     assert code == 3
-    assert "nothing in the samples is supervised" in capsys.readouterr().err
+    assert "the samples have no supervised tokens" in capsys.readouterr().err
     assert build(*flags, "--all-tokens", "--output-dir", tiny.folder / "maps") == 0

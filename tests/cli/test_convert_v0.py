@@ -208,7 +208,7 @@ def test_a_norm_with_a_gain_near_zero_is_not_undone(
     )
 
     assert code == 2
-    assert "its smallest gain is 1.0e-06" in capsys.readouterr().err
+    assert "its smallest weight is 1.0e-06" in capsys.readouterr().err
     assert not (tiny.folder / "v1").exists()
 
 
@@ -419,7 +419,7 @@ def test_a_source_stays_if_its_copy_reads_back_otherwise(
     report = json.loads(capsys.readouterr().out)
     assert code == 1
     assert len(report["problems"]) == 24
-    assert {"is not what was read back" in p["problem"] for p in report["problems"]} == {True}
+    assert {"differs from its copy" in p["problem"] for p in report["problems"]} == {True}
     assert len([f for f in v0_dir.rglob("*") if f.is_file()]) == 24
 
 

@@ -78,7 +78,7 @@ def test_the_page_for_people_has_the_same(tiny: TinyInputs, capsys: Capture) -> 
 EDITS: dict[str, tuple[Callable[[Content], object], str]] = {
     "nan": (
         lambda x: x["hidden_states"][1][4, 2:4].fill_(float("nan")),
-        "has 2 values that are not finite in layer 1",
+        "has 2 non-finite values in layer 1",
     ),
     "zeros": (lambda x: x["hidden_states"][0].zero_(), "has only zeros in layer 0"),
     "constant": (
@@ -91,7 +91,7 @@ EDITS: dict[str, tuple[Callable[[Content], object], str]] = {
     ),
     "scale": (lambda x: x["hidden_states"][3].mul_(100), "has layer 3 at"),
     "unsupervised": (lambda x: x["loss_mask"].zero_(), "has no supervised token"),
-    "full-mask": (lambda x: x["loss_mask"].fill_(1), "has every token supervised"),
+    "full-mask": (lambda x: x["loss_mask"].fill_(1), "has all tokens supervised"),
     "no-mask": (lambda x: x.pop("loss_mask"), "has no `loss_mask`"),
     "unequal": (
         lambda x: x.update(input_ids=x["input_ids"][:-1], loss_mask=x["loss_mask"][:-1]),

@@ -188,7 +188,7 @@ def test_states_that_are_not_finite_are_named_and_not_learnt(
 
     (problem,) = found["problems"]
     assert code == 1
-    assert problem["problem"] == "has 2 values that are not finite in layer 2"
+    assert problem["problem"] == "has 2 non-finite values in layer 2"
     assert (train_code, report["num_bad_samples"], report["num_skipped_steps"]) == (0, 1, 0)
     assert f"{SICK}`: its hidden states are not all finite" in " ".join(err.split())
 
@@ -203,7 +203,7 @@ def test_states_that_are_not_finite_are_named_and_not_learnt(
                 loss_mask=torch.zeros(0),
                 hidden_states=[torch.zeros(0, HIDDEN)] * 4,
             ),
-            "has 0 tokens: nothing can be learnt",
+            "has 0 tokens, too few for training",
         ),
     ],
     ids=["unsupervised", "empty"],

@@ -27,24 +27,24 @@ class Changes:
     """What conversion changes of hidden states; without any their bytes are copied as they lie."""
 
     dtype: str | None  # of the written hidden states; None: as read
-    gain: "Tensor | None"  # [hidden], float32: of the verifier's final norm, to undo it
+    norm_weight: "Tensor | None"  # [hidden], float32: of the verifier's final norm, to undo it
 
     def header(self, source: SampleHeader) -> SampleHeader:
         """The header of the v1 sample that a v0 sample becomes."""
-        return replace(source, dtype=self.dtype or source.dtype, is_normed=self.gain is None)
+        return replace(source, dtype=self.dtype or source.dtype, is_normed=self.norm_weight is None)
 
     def origin(self, source: Archive) -> str | None:
-        """What changed states are computed from: checksums of the source, and the gain.
+        """What changed states are computed from: checksums of the source, and the norm weights.
 
         None where all states are copied: their own checksums are the source's.
         """
         layers = v0.FORMAT.read_layout(source).hidden_states
-        if self.gain is None and all(self.dtype in (None, spec.dtype) for spec in layers):
+        if self.norm_weight is None and all(self.dtype in (None, spec.dtype) for spec in layers):
             return None
         storages = {spec.storage_key: spec for spec in layers}
         parts = [f"{source.checksum(spec):08x}" for spec in storages.values()]
-        if self.gain is not None:
-            parts.append(sha256(self.gain.numpy().tobytes()).hexdigest())
+        if self.norm_weight is not None:
+            parts.append(sha256(self.norm_weight.numpy().tobytes()).hexdigest())
         return " ".join(parts)
 
 
@@ -53,7 +53,7 @@ def convert_file(source: Path, target: Path, changes: Changes) -> float:
     """Write the v1 sample of a v0 file; it appears whole, on disk, or not at all.
 
     The aux layers are columns of the one matrix that v0 holds. Last hidden states are kept and
-    marked as normed, or divided by the norm's gain.
+    marked as normed, or divided by the norm weights.
 
     Args:
         source: Read in part at a time where its values change, else copied by the system.
@@ -70,9 +70,9 @@ def convert_file(source: Path, target: Path, changes: Changes) -> float:
     """
     tokens = v0.FORMAT.read_tokens(source)
     header = changes.header(tokens.header())
-    if changes.gain is not None and len(changes.gain) != header.hidden_size:
+    if changes.norm_weight is not None and len(changes.norm_weight) != header.hidden_size:
         raise BadSampleError(
-            f"has hidden size {header.hidden_size:,}, the verifier {len(changes.gain):,}"
+            f"has hidden size {header.hidden_size:,}, the verifier {len(changes.norm_weight):,}"
         )
     target.parent.mkdir(parents=True, exist_ok=True)
     with (
@@ -83,7 +83,11 @@ def convert_file(source: Path, target: Path, changes: Changes) -> float:
         writer = ArchiveWriter(stream, origin=changes.origin(archive))
         layers, error = _write_states(writer, archive, changes)
         v1.finish(
-            writer, layers, tokens.input_ids, tokens.loss_mask, is_normed=changes.gain is None
+            writer,
+            layers,
+            tokens.input_ids,
+            tokens.loss_mask,
+            is_normed=changes.norm_weight is None,
         )
         os.fsync(stream.fileno())
     return error
@@ -96,52 +100,56 @@ def _write_states(
     *aux, last = v0.FORMAT.read_layout(source).hidden_states
     errors = [0.0]
 
-    def write(spec: TensorSpec, gain: "Tensor | None") -> TensorSpec:
+    def write(spec: TensorSpec, norm_weight: "Tensor | None") -> TensorSpec:
         dtype = changes.dtype or spec.dtype
-        if gain is None and spec.dtype == dtype:
+        if norm_weight is None and spec.dtype == dtype:
             return writer.copy(source, spec)
         # What is computed gets a checksum of its own, which would hide that its source is damaged.
         source.verify(spec)
         states = StoredStates.of(source, spec)
 
         def rows() -> Iterator["Tensor"]:
-            for changed, error in change(states, dtype, gain):
+            for changed, error in change(states, dtype, norm_weight):
                 errors.append(error)
                 yield changed
 
         return v1.write_rows(writer, rows(), dtype, spec.shape)
 
     layers = [write(spec, None) for spec in aux]
-    return [*layers, write(last, changes.gain)], max(errors)
+    return [*layers, write(last, changes.norm_weight)], max(errors)
 
 
 def change(
     states: States,  # [seq_len, hidden]
     dtype: str | None,  # of what is written; None: as read
-    gain: "Tensor | None",  # [hidden], float32
+    norm_weight: "Tensor | None",  # [hidden], float32
 ) -> Iterator[tuple["Tensor", float]]:
     """The states a v1 sample gets, some tokens at a time, each with its round-trip error."""
     import torch
 
     wanted: torch.dtype = states.dtype if dtype is None else getattr(torch, dtype)
     for rows in states.split(v1.ROWS_AT_ONCE):
-        yield (rows.to(wanted), 0.0) if gain is None else undo_norm(rows, gain, wanted)
+        yield (
+            (rows.to(wanted), 0.0) if norm_weight is None else undo_norm(rows, norm_weight, wanted)
+        )
 
 
-def undo_norm(last: "Tensor", gain: "Tensor", dtype: "torch.dtype") -> tuple["Tensor", float]:
-    """States whose RMSNorm with this gain is `last`, and how far it is off.
+def undo_norm(
+    last: "Tensor", norm_weight: "Tensor", dtype: "torch.dtype"
+) -> tuple["Tensor", float]:
+    """Return states whose RMSNorm with these weights is `last`, and the error.
 
-    A normed state is a unit-RMS state times the gain, so dividing by the gain leaves one whose norm
-    it is again, whatever its scale was before.
+    A normed state is a unit-RMS state times the norm weights. Divided by them, it has the same norm
+    again, whatever its scale was before.
 
     Returns:
         [seq_len, hidden] in `dtype`; the largest error of any element, relative to the largest
         element of its token.
     """
     normed = last.float()
-    undone = (normed / gain).to(dtype)
+    undone = (normed / norm_weight).to(dtype)
     scale = undone.float().pow(2).mean(-1, keepdim=True).add(EPS).rsqrt()
-    again = undone.float() * scale * gain
+    again = undone.float() * scale * norm_weight
     largest = normed.abs().amax(-1, keepdim=True).clamp(min=EPS)
     error = ((again - normed).abs() / largest).max().item() if normed.numel() else 0.0
     return undone, error
@@ -195,12 +203,12 @@ def is_same(source: Path, target: Path, changes: Changes) -> bool:
     old, new = v0.FORMAT.read_sample(source), v1.FORMAT.read_sample(target)
     pairs = [
         *((a, b, None) for a, b in zip(old.aux_hidden_states, new.aux_hidden_states, strict=True)),
-        (old.last_hidden_states, new.last_hidden_states, changes.gain),
+        (old.last_hidden_states, new.last_hidden_states, changes.norm_weight),
     ]
     return all(
         torch.equal(given.contiguous().view(torch.uint8), read.contiguous().view(torch.uint8))
-        for before, after, gain in pairs
+        for before, after, norm_weight in pairs
         for (given, _), read in zip(
-            change(before, changes.dtype, gain), after.split(v1.ROWS_AT_ONCE), strict=True
+            change(before, changes.dtype, norm_weight), after.split(v1.ROWS_AT_ONCE), strict=True
         )
     )

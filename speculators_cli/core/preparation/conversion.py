@@ -1,4 +1,4 @@
-"""convert_v0(): rewrite a folder of v0 samples as v1 samples, each whole or not at all."""
+"""Rewrite a folder of v0 samples as v1 samples; each file is written completely or not at all."""
 
 import errno
 import os
@@ -42,11 +42,12 @@ if TYPE_CHECKING:
     from speculators_cli.core.models.verifier_files import VerifierFiles
     from speculators_cli.core.models.verifier_shape import VerifierShape
 
-MIN_GAIN = 1e-3  # of the final norm: below it, division magnifies rounding a thousandfold
+# Of the final norm: division by a smaller one amplifies rounding errors a thousandfold.
+MIN_NORM_WEIGHT = 1e-3
 MAX_WORKERS = 4
 LEFTOVER = re.compile(rf"{re.escape(TEMPORARY)}.+\.pt\.\d+(-\d+)?")
-FIRST_BYTES = b"PK\3\4\0\0\0\x08" + bytes(6)  # of a file that `ArchiveWriter` writes: no date
-DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)  # the next file fails as well
+FIRST_BYTES = b"PK\3\4\0\0\0\x08" + bytes(6)  # of a file by `ArchiveWriter`, which has no date
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)  # later files would fail as well
 
 
 @dataclass(frozen=True)
@@ -65,38 +66,40 @@ class ConversionReport:
     """What was converted."""
 
     num_files: int
-    num_converted: int  # in this run; of a dry run, that would be
+    num_converted: int  # in this run; in a dry run, the number that would be
     num_already_converted: int
     num_sources_removed: int
     num_bytes: int  # of the sources converted in this run
     duration_seconds: float
-    layer_ids: tuple[int, ...] | None  # of the aux hidden states; None is unknown
+    layer_ids: tuple[int, ...] | None  # of the aux hidden states; None if unknown
     are_layer_ids_assumed: bool
     last_hidden_states_are_normed: bool
-    largest_round_trip_error: float | None  # relative; None where the norm was not undone
+    largest_round_trip_error: float | None  # relative; None if the norm was not undone
     problems: tuple[Problem, ...]
     is_dry_run: bool
 
     def to_json(self) -> dict[str, Any]:
-        """The fields, paths as text."""
+        """Return the fields, with paths as strings."""
         problems = [{"file": str(p.file), "problem": p.problem} for p in self.problems]
         return {**asdict(self), "problems": problems}
 
 
 def convert_v0(settings: ConvertV0Settings, *, progress: Progress = SILENT) -> ConversionReport:
-    """Convert what is not converted yet.
+    """Convert all samples that are not converted yet.
 
     Raises:
         SettingsError: A folder or the verifier cannot be used; nothing was written.
-        DataError: The folder holds no samples, or its layer ids cannot be right.
-        MachineError: The disk is or becomes full; what was converted stays.
+        DataError: The folder has no samples, or its layer ids are invalid.
+        MachineError: The disk is full or fills up; samples converted so far are kept.
     """
     started_at = time.perf_counter()
     files = settings.files
     check_output_dir(files.output_dir, flag="--output-dir")
-    # Read once; torch and transformers take longer to start than copying some gigabytes does.
+    # Read once: importing torch and transformers takes longer than copying some gigabytes.
     verifier = read_verifier(settings)
-    changes = Changes(files.dtype, load_gain(verifier) if settings.verifier.undo_norm else None)
+    changes = Changes(
+        files.dtype, load_norm_weight(verifier) if settings.verifier.undo_norm else None
+    )
     found = list(find_files(files.v0_path))
     sources = [(name, f) for name, f in found if is_sample_name(f.name, "v0")]
     if not sources:
@@ -109,7 +112,7 @@ def convert_v0(settings: ConvertV0Settings, *, progress: Progress = SILENT) -> C
         raise DataError(
             f"None of the {len(sources):,} files in `{files.v0_path}` can be converted; the first, "
             f"`{problems[0].file}`, {problems[0].problem}",
-            hint="Pass a folder of v0 samples; `speculators train` reads others as they are",
+            hint="Pass a folder of v0 samples; `speculators train` reads other formats directly",
         )
     layer_ids = find_layer_ids(settings, [f for _, f in found], jobs, verifier)
     if layer_ids is not None:
@@ -122,7 +125,7 @@ def convert_v0(settings: ConvertV0Settings, *, progress: Progress = SILENT) -> C
         check_space(to_do, files)
         files.output_dir.mkdir(parents=True, exist_ok=True)
         remove_leftovers(files.output_dir)
-        # A source that a stopped run left beside its copy is still to be removed.
+        # A stopped run may have left sources of finished copies, which are still to be removed.
         to_handle = jobs if files.delete_source else to_do
         for job, result in convert_all(to_handle, files, changes, progress):
             if isinstance(result, Problem):
@@ -146,15 +149,15 @@ def convert_v0(settings: ConvertV0Settings, *, progress: Progress = SILENT) -> C
         duration_seconds=time.perf_counter() - started_at,
         layer_ids=layer_ids.ids if layer_ids else None,
         are_layer_ids_assumed=bool(layer_ids and layer_ids.is_assumed),
-        last_hidden_states_are_normed=changes.gain is None,
-        largest_round_trip_error=None if changes.gain is None else max(errors, default=0.0),
+        last_hidden_states_are_normed=changes.norm_weight is None,
+        largest_round_trip_error=None if changes.norm_weight is None else max(errors, default=0.0),
         problems=tuple(problems),
         is_dry_run=files.dry_run,
     )
 
 
 def read_verifier(settings: ConvertV0Settings) -> "tuple[VerifierFiles, VerifierShape] | None":
-    """Files and sizes of the verifier, if the settings name one."""
+    """Read files and sizes of the verifier, if the settings have one."""
     name = settings.verifier.verifier_name_or_path
     if name is None:
         return None
@@ -162,7 +165,7 @@ def read_verifier(settings: ConvertV0Settings) -> "tuple[VerifierFiles, Verifier
     from speculators_cli.core.models.verifier_files import VerifierFiles
 
     files = VerifierFiles(name)
-    # How its norm is computed is of interest only where it is undone.
+    # How its norm is computed is needed only to undo it.
     read = (
         verifier.read_verifier_config
         if settings.verifier.undo_norm
@@ -171,34 +174,34 @@ def read_verifier(settings: ConvertV0Settings) -> "tuple[VerifierFiles, Verifier
     return files, read(files, trust_remote_code=settings.verifier.trust_remote_code)
 
 
-def load_gain(verifier: "tuple[VerifierFiles, VerifierShape] | None") -> "Tensor":
-    """Gain of the verifier's final norm; [hidden], float32."""
+def load_norm_weight(verifier: "tuple[VerifierFiles, VerifierShape] | None") -> "Tensor":
+    """Load the weights of the verifier's final norm; [hidden], float32."""
     from speculators_cli.core.models.verifier import VerifierConfig, load_final_norm
 
-    assert verifier is not None, "the settings ask for it where it is needed"
+    assert verifier is not None, "the settings require it where it is needed"
     files, config = verifier
-    assert isinstance(config, VerifierConfig), "read where it is undone"
-    gain, bias = load_final_norm(files, config)
+    assert isinstance(config, VerifierConfig), "read in full to undo the norm"
+    weight, bias = load_final_norm(files, config)
     if config.is_norm_centred or bias is not None:
         kind = "a LayerNorm, which subtracts the mean" if config.is_norm_centred else "biased"
         raise SettingsError(
             f"The final norm of `{config.name_or_path}` cannot be undone: it is {kind}",
-            hint="Leave `--undo-norm` out: `speculators train` reads normed states as they are",
+            hint="Omit `--undo-norm`: `speculators train` reads normed states directly",
         )
-    smallest = gain.abs().min().item()
-    if smallest < MIN_GAIN:
+    smallest = weight.abs().min().item()
+    if smallest < MIN_NORM_WEIGHT:
         raise SettingsError(
-            f"The final norm of `{config.name_or_path}` cannot be undone: its smallest gain is "
+            f"The final norm of `{config.name_or_path}` cannot be undone: its smallest weight is "
             f"{smallest:.1e}",
-            hint="Leave `--undo-norm` out: `speculators train` reads normed states as they are",
+            hint="Omit `--undo-norm`: `speculators train` reads normed states directly",
         )
-    return gain
+    return weight
 
 
 def plan(
     sources: Sequence[tuple[str, Path]], output_dir: Path, changes: Changes
 ) -> tuple[list[Job], list[Problem]]:
-    """Where each file goes, and which cannot be read or would take another's place."""
+    """Map each file to its output, and list those that are unreadable or would collide."""
     jobs: list[Job] = []
     problems: list[Problem] = []
     taken: set[Path] = set()
@@ -223,7 +226,7 @@ def plan(
 
 
 def folders_below(output_dir: Path, target: Path) -> Iterator[Path]:
-    """The folders between the output folder and a file in it."""
+    """Yield the folders between the output folder and a file in it."""
     yield from (f for f in target.parents if output_dir in f.parents)
 
 
@@ -233,7 +236,7 @@ def find_layer_ids(
     jobs: Sequence[Job],
     verifier: "tuple[VerifierFiles, VerifierShape] | None",
 ) -> LayerIds | None:
-    """Layer ids that were given or that the data says; None where the verifier must be known."""
+    """Return the layer ids passed or in the data; None if they depend on an unknown verifier."""
     given = settings.verifier.target_layer_ids
     configs = [read_data_config(f) for f in found if f.name == data_config.FILE_NAME]
     num_aux_layers = FORMATS["v0"].read_tokens(jobs[0].source).num_aux_layers
@@ -253,37 +256,37 @@ def find_layer_ids(
 
 
 def check_space(jobs: Sequence[Job], files: FilesSettings) -> None:
-    """Refuse to begin what cannot end."""
+    """Check that the disk has room for all samples."""
     bytes_per_value = ITEM_BYTES[files.dtype] if files.dtype else None
     sizes = [
         job.num_bytes * (bytes_per_value or job.bytes_per_value) // job.bytes_per_value
         for job in jobs
     ]
     if files.delete_source:
-        # Each source makes room for the next copy.
+        # Each removed source makes room for the next copy.
         sizes = sorted(sizes)[-count_workers(files) :]
     free = shutil.disk_usage(find_existing(files.output_dir)).free
     if sum(sizes) > free:
         raise MachineError(
-            f"`{files.output_dir}` has {format_bytes(free)} free, the samples take "
+            f"`{files.output_dir}` has {format_bytes(free)} free, the samples need "
             f"{format_bytes(sum(sizes))}",
-            hint="Make room, or pass `--delete-source`, or `--dtype bfloat16` for float32 samples",
+            hint="Free disk space, or pass `--delete-source` or `--dtype bfloat16`",
         )
 
 
 def count_workers(files: FilesSettings) -> int:
-    """Files converted at once."""
+    """Return the number of files to convert in parallel."""
     return files.workers or min(MAX_WORKERS, os.cpu_count() or 1)
 
 
 def remove_leftovers(output_dir: Path) -> None:
-    """Remove files that a killed run had not finished, as their contents prove."""
+    """Remove incomplete files of a killed run, as identified by their contents."""
     for file in output_dir.rglob(f"{TEMPORARY}*"):
         is_named = LEFTOVER.fullmatch(file.name) is not None
         if is_named and file.is_file() and not file.is_symlink():
             with file.open("rb") as stream:
                 start = stream.read(len(FIRST_BYTES))
-            # Bytes of a record are written before its header: until then, a file begins with zeros.
+            # A record's data is written before its header: until then, the file begins with zeros.
             if start == FIRST_BYTES or not start.strip(b"\0"):
                 file.unlink()
 
@@ -291,7 +294,7 @@ def remove_leftovers(output_dir: Path) -> None:
 def convert_all(
     jobs: Sequence[Job], files: FilesSettings, changes: Changes, progress: Progress
 ) -> Iterator[tuple[Job, float | Problem]]:
-    """Round-trip error of each file, or why it was not converted."""
+    """Convert all files; return each one's round-trip error, or why it was not converted."""
 
     def convert(job: Job) -> float | Problem:
         return convert_job(job, changes, delete_source=files.delete_source)
@@ -312,12 +315,12 @@ def convert_all(
             pool.shutdown(cancel_futures=True)
             raise MachineError(
                 f"`{files.output_dir}` cannot be written: {error.strerror}",
-                hint="Make room on the disk, then run the same command again: it goes on",
+                hint="Free disk space, then rerun the same command to resume",
             ) from None
 
 
 def convert_job(job: Job, changes: Changes, *, delete_source: bool) -> float | Problem:
-    """Convert one file if it is not yet, then remove its source if that is wanted.
+    """Convert one file if needed, then remove its source if requested.
 
     Raises:
         OSError: The disk is full or fails.
@@ -332,7 +335,7 @@ def convert_job(job: Job, changes: Changes, *, delete_source: bool) -> float | P
             error = convert_file(job.source, job.target, changes)
         if delete_source:
             if not is_checked and not is_same(job.source, job.target, changes):
-                return Problem(job.source, f"is not what was read back from `{job.target}`")
+                return Problem(job.source, f"differs from its copy `{job.target}`")
             sync(job.target.parent)
             job.source.unlink()
     except BadSampleError as bad:

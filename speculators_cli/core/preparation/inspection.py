@@ -1,4 +1,4 @@
-"""inspect_data(): describe a folder of samples, and find what is wrong with it."""
+"""Describe a folder of samples, and find problems in it."""
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -47,7 +47,7 @@ from speculators_cli.core.models.verifier import (
 from speculators_cli.core.models.verifier_files import VerifierFiles
 from speculators_cli.core.preparation.inspection_page import write_page
 from speculators_cli.core.preparation.inspection_report import Distribution, InspectionReport
-from speculators_cli.core.preparation.states import StatesReport, look_at_states
+from speculators_cli.core.preparation.states import StatesReport, check_states
 from speculators_cli.core.progress import SILENT, Progress
 from speculators_cli.core.torch_file.archive import Archive
 from speculators_cli.core.torch_file.errors import TorchFileError
@@ -59,13 +59,13 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Scan:
-    """What one sample says without its hidden states."""
+    """Properties of one sample that do not need its hidden states."""
 
     file: Path
     format: str
     header: SampleHeader
     num_bytes: int
-    tokens_hash: bytes  # the same in samples of the same ids
+    tokens_hash: bytes  # equal for samples with the same ids
     is_mask_full: bool  # every token is supervised
 
 
@@ -74,8 +74,8 @@ def inspect_data(settings: InspectDataSettings, *, progress: Progress = SILENT) 
 
     Raises:
         SettingsError: The verifier cannot be used.
-        DataError: The folder holds no samples, or none that can be read.
-        MachineError: The hub cannot be reached.
+        DataError: The folder has no samples, or no readable ones.
+        MachineError: The hub is unreachable.
     """
     wanted = settings.inspect
     if wanted.html is not None:
@@ -102,22 +102,22 @@ def inspect_data(settings: InspectDataSettings, *, progress: Progress = SILENT) 
             f"`{problems[0].file}`, {problems[0].problem}",
             hint="Capture them again, or pass a folder of samples",
         )
-    usual, more = find_odd(scans)
+    usual, more = find_outliers(scans)
     problems += [*more, *check_tokens(scans, wanted.total_seq_len)]
     drawn = draw(usual, wanted.samples)
-    states = look_at_states(drawn_samples(drawn), progress)
+    states = check_states(drawn_samples(drawn), progress)
     problems += [Problem(drawn[i].file, text) for i, text in states.problems]
     agreement = verifier = None
     if wanted.verifier_name_or_path is not None:
         verifier_files = VerifierFiles(wanted.verifier_name_or_path)
         verifier = read_verifier_config(verifier_files, trust_remote_code=wanted.trust_remote_code)
-        vocab_size, agreement, more = ask_verifier(verifier_files, verifier, drawn, progress)
+        vocab_size, agreement, more = measure_verifier(verifier_files, verifier, drawn, progress)
         problems += more
         problems += check_verifier(usual, vocab_size, agreement, wanted.data_path)
     if wanted.verify:
         problems += verify_checksums(files, progress)
     configs = [read_data_config(f) for f in found if f.name == FILE_NAME]
-    warn_of_guesses(configs, progress)
+    warn_of_assumed_ids(configs, progress)
     problems += check_layer_ids(wanted.data_path, configs, usual[0], verifier)
     report = make_report(wanted, scans, usual, counts.total(), problems, states, agreement, configs)
     if wanted.html is not None:
@@ -128,7 +128,7 @@ def inspect_data(settings: InspectDataSettings, *, progress: Progress = SILENT) 
 def scan_files(
     files: Sequence[Path], counts: TokenCounts, progress: Progress
 ) -> tuple[list[Scan], list[Problem]]:
-    """Every file as a sample, or what is wrong with it; supervised tokens are counted."""
+    """Read every file as a sample, or report its problem; count supervised tokens."""
     scans: list[Scan] = []
     problems: list[Problem] = []
     for file, result in in_threads(scan, files, "Reading samples", progress):
@@ -141,7 +141,7 @@ def scan_files(
 
 
 def scan(file: Path) -> tuple[Scan, SampleTokens] | str:
-    """Read a file without its hidden states, or say what is wrong with it."""
+    """Read a file without its hidden states, or return its problem."""
     try:
         name, tokens = detect(file)
         found = Scan(
@@ -159,8 +159,8 @@ def scan(file: Path) -> tuple[Scan, SampleTokens] | str:
         return f"cannot be read: {error.strerror}"
 
 
-def find_odd(scans: Sequence[Scan]) -> tuple[list[Scan], list[Problem]]:
-    """Part from the samples those of another format or of other sizes than most."""
+def find_outliers(scans: Sequence[Scan]) -> tuple[list[Scan], list[Problem]]:
+    """Separate outliers, with another format or other sizes than most samples."""
 
     def kind(scan: Scan) -> tuple[str, int, int]:
         return scan.format, scan.header.hidden_size, scan.header.num_aux_layers
@@ -180,11 +180,11 @@ def find_odd(scans: Sequence[Scan]) -> tuple[list[Scan], list[Problem]]:
 
 
 def check_tokens(scans: Sequence[Scan], total_seq_len: int) -> Iterator[Problem]:
-    """What ids and masks alone give away."""
+    """Find problems in ids and masks."""
     first: dict[bytes, Path] = {}
     for s in scans:
         if s.header.num_tokens < 2:
-            yield Problem(s.file, f"has {s.header.num_tokens} tokens: nothing can be learnt")
+            yield Problem(s.file, f"has {s.header.num_tokens} tokens, too few for training")
         elif s.header.num_supervised_tokens == 0:
             yield Problem(s.file, "has no supervised token")
         elif not NEXT_TOKEN.has_target(s.header.first_target, total_seq_len):
@@ -194,20 +194,20 @@ def check_tokens(scans: Sequence[Scan], total_seq_len: int) -> Iterator[Problem]
                 f"the {total_seq_len:,} of `--total-seq-len`",
             )
         elif s.is_mask_full:
-            yield Problem(s.file, "has every token supervised, the prompt too: no chat template?")
+            yield Problem(s.file, "has all tokens supervised, including the prompt")
         other = first.setdefault(s.tokens_hash, s.file)
         if other is not s.file and s.header.num_tokens:
             yield Problem(s.file, f"has the same tokens as `{other}`")
 
 
 def draw(scans: Sequence[Scan], num_samples: int) -> list[Scan]:
-    """Some of the samples that have tokens, evenly spread; always the same ones."""
+    """Select samples that have tokens, evenly spaced and deterministically."""
     usable = [s for s in scans if s.header.num_tokens > 1]
     return [usable[i] for i in spread_evenly(len(usable), num_samples)]
 
 
 def drawn_samples(scans: Sequence[Scan]) -> list[Callable[[], Sample]]:
-    """Readers of samples, so that one at a time is in memory."""
+    """Return readers of samples, to keep only one at a time in memory."""
 
     def reader(s: Scan) -> Callable[[], Sample]:
         return lambda: read_again(s.file, s.format)
@@ -215,10 +215,10 @@ def drawn_samples(scans: Sequence[Scan]) -> list[Callable[[], Sample]]:
     return [reader(s) for s in scans]
 
 
-def ask_verifier(
+def measure_verifier(
     files: VerifierFiles, config: VerifierConfig, drawn: Sequence[Scan], progress: Progress
 ) -> tuple[int, Agreement | None, list[Problem]]:
-    """Tokens of the verifier, how well its head predicts the samples, and which it contradicts."""
+    """Return the verifier's vocabulary size, the agreement, and samples that contradict it."""
     vocab_size = files.read_vocab_size(config.modules)
     fitting = [
         s
@@ -229,7 +229,7 @@ def ask_verifier(
         return vocab_size, None, []
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     verifier = load_frozen_verifier(files, config, progress=progress).to(device)
-    with progress.task("Asking the verifier", len(fitting)) as task:
+    with progress.task("Measuring LM-head accuracy", len(fitting)) as task:
 
         def read_all() -> Iterator[Sample]:
             for read in drawn_samples(fitting):
@@ -245,12 +245,13 @@ def ask_verifier(
 def check_verifier(
     scans: Sequence[Scan], vocab_size: int, agreement: Agreement | None, folder: Path
 ) -> Iterator[Problem]:
-    """What contradicts the verifier that was named."""
+    """Find contradictions between the samples and the verifier."""
     for s in scans:
         if s.header.max_token_id >= vocab_size:
             yield Problem(
                 s.file,
-                f"has token id {s.header.max_token_id:,}, the verifier {vocab_size:,} tokens",
+                f"has token id {s.header.max_token_id:,}, beyond the verifier's vocabulary of "
+                f"{vocab_size:,}",
             )
     if agreement is None:
         yield Problem(folder, "has another hidden size than the verifier")
@@ -258,7 +259,7 @@ def check_verifier(
         yield Problem(folder, problem)
 
 
-def warn_of_guesses(configs: Sequence[DataConfig], progress: Progress) -> None:
+def warn_of_assumed_ids(configs: Sequence[DataConfig], progress: Progress) -> None:
     """Warn of layer ids that `data_config.json` marks as assumed."""
     for config in configs:
         if config.layer_ids is not None and config.is_assumed:
@@ -275,7 +276,7 @@ def check_layer_ids(
     usual: Scan,
     verifier: VerifierConfig | None,
 ) -> list[Problem]:
-    """What `data_config.json` says of the layers, where it contradicts samples or verifier."""
+    """Find contradictions of `data_config.json` with the samples or the verifier."""
     num_layers = guess_num_layers(configs)
     if num_layers is None:
         return []
@@ -288,35 +289,35 @@ def check_layer_ids(
             given=None,
         )
     except DataError as error:
-        return [Problem(folder, f"has layer ids that cannot be right: {error.message}")]
+        return [Problem(folder, f"has invalid layer ids: {error.message}")]
     return []
 
 
 def verify_checksums(files: Sequence[Path], progress: Progress) -> Iterator[Problem]:
-    """Read every byte of every archive."""
+    """Verify the checksums of every archive."""
     for file, problem in in_threads(find_damage, files, "Verifying", progress):
         if problem is not None:
             yield Problem(file, problem)
 
 
 def find_damage(file: Path) -> str | None:
-    """What is wrong with the bytes of a file that can be read."""
+    """Return what is wrong with the bytes of a readable file."""
     if file.suffix == ".safetensors":
-        return None  # has no checksums
+        return None  # the format has no checksums
     try:
         with Archive(file) as archive:
             archive.verify()
     except TorchFileError as error:
         return error.reason
     except OSError:
-        pass  # said by the scan
+        pass  # reported by the scan
     return None
 
 
 def in_threads(
     work: Callable[[Path], T], files: Sequence[Path], description: str, progress: Progress
 ) -> Iterator[tuple[Path, T]]:
-    """Each file with what came of it, in order."""
+    """Yield each file with its result, in order."""
     with progress.task(description, len(files)) as task, ThreadPoolExecutor(READERS) as pool:
         for file, result in zip(files, pool.map(work, files), strict=True):
             task.advance()
@@ -333,7 +334,7 @@ def make_report(
     agreement: Agreement | None,
     configs: Sequence[DataConfig],
 ) -> InspectionReport:
-    """Everything that was found."""
+    """Assemble the report."""
     formats = {s.format for s in scans}
     lengths = np.array([s.header.num_tokens for s in usual], dtype=np.int64)
     supervised = np.array([s.header.num_supervised_tokens for s in usual], dtype=np.int64)
@@ -377,13 +378,13 @@ def make_report(
 
 
 def spread_fractions(supervised: NDArray[np.int64], lengths: NDArray[np.int64]) -> tuple[int, ...]:
-    """Samples by their share of supervised tokens, in ten bins from none to all."""
+    """Count samples by their fraction of supervised tokens, in ten bins from none to all."""
     shares = supervised / np.maximum(lengths, 1)
     return tuple(np.histogram(shares, bins=10, range=(0, 1))[0].tolist())
 
 
 def cover(counts: NDArray[np.int64]) -> dict[int, float]:
-    """Share of the supervised tokens that so many most frequent ones are; powers of two."""
+    """Return the fraction of supervised tokens covered by the top 1, 2, 4, ... token ids."""
     shares = np.sort(counts)[::-1].cumsum() / max(int(counts.sum()), 1)
     num_seen = int(np.count_nonzero(counts))
     sizes = [2**k for k in range(20) if 2**k < num_seen] + ([num_seen] if num_seen else [])
@@ -391,7 +392,7 @@ def cover(counts: NDArray[np.int64]) -> dict[int, float]:
 
 
 def describe(values: NDArray[np.int64]) -> Distribution:
-    """Minimum, median and so on, and a histogram of ten bins from the least to the most."""
+    """Return minimum, median and so on, and a histogram of ten bins from minimum to maximum."""
     histogram, _ = np.histogram(values, bins=10)
     return Distribution(
         min=int(values.min()),

@@ -1,4 +1,4 @@
-"""The report of an inspection as one HTML file with plots, to send to somebody."""
+"""The report of an inspection as one self-contained HTML file with plots."""
 
 from collections.abc import Sequence
 from html import escape as escape_html
@@ -9,7 +9,7 @@ from speculators_cli.core.files import format_bytes, replacing
 from speculators_cli.core.preparation.inspection_report import Distribution, InspectionReport
 
 WIDTH, HEIGHT, MARGIN = 520, 200, 28  # of a plot, in pixels
-MAX_BARS = 12  # whose labels do not run into each other
+MAX_BARS = 12  # more labels would overlap
 MAX_NAMED = 200
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 1120px; margin: 2em auto; padding: 0 1em;
@@ -25,26 +25,26 @@ figure { margin: 0; } rect { fill: #2b6cb0; } code { font-size: .9em; }
 
 
 def write_page(report: InspectionReport, file: Path, *, name: str) -> None:
-    """Write the page, whole or not at all; `name` is that of the folder."""
+    """Write the page atomically; `name` is that of the folder."""
     file.parent.mkdir(parents=True, exist_ok=True)
     with replacing(file) as temporary:
         temporary.write_text(build_page(report, name), "utf-8")
 
 
 def build_page(report: InspectionReport, name: str) -> str:
-    """The page, which needs nothing from elsewhere."""
+    """Build the page, which has no external resources."""
     coverage = list(report.coverage_by_size.items())[-MAX_BARS:]
     plots = [
-        plot("Tokens a sample", *bins(report.tokens), "samples"),
-        plot("Supervised tokens a sample", *bins(report.supervised_tokens), "samples"),
+        plot("Tokens per sample", *bins(report.tokens), "samples"),
+        plot("Supervised tokens per sample", *bins(report.supervised_tokens), "samples"),
         plot(
-            "Share of supervised tokens",
+            "Fraction of supervised tokens",
             [f"{10 * i}%" for i in range(10)],
             report.supervised_fractions,
             "samples",
         ),
         plot(
-            "Supervised tokens covered by the most frequent ones",
+            "Supervised tokens covered by the most frequent token ids",
             [f"{size:,}" for size, _ in coverage],
             [100 * share for _, share in coverage],
             "%",
@@ -69,7 +69,7 @@ def build_page(report: InspectionReport, name: str) -> str:
 
 
 def facts(report: InspectionReport) -> list[tuple[str, str]]:
-    """What is said in words."""
+    """Return the rows of the summary table."""
     ids = ", ".join(map(str, report.layer_ids)) if report.layer_ids else "unknown"
     ids += " (assumed)" if report.are_layer_ids_assumed else ""
     rows = [
@@ -85,7 +85,7 @@ def facts(report: InspectionReport) -> list[tuple[str, str]]:
             f"{report.fill:.1%} filled",
         ),
         (
-            "an epoch",
+            "time per epoch",
             f"{report.epoch_seconds:,.0f} s at {report.tokens_per_second:,.0f} tokens/s, "
             f"{format_bytes(int(report.disk_bytes_per_second))}/s from disk",
         ),
@@ -93,7 +93,7 @@ def facts(report: InspectionReport) -> list[tuple[str, str]]:
     if report.agreement is not None:
         rows.append(
             (
-                "head agreement",
+                "LM-head top-1 accuracy",
                 f"{report.agreement.with_norm:.1%} with the final norm, "
                 f"{report.agreement.without_norm:.1%} without, of "
                 f"{report.agreement.num_positions:,} positions",
@@ -103,14 +103,14 @@ def facts(report: InspectionReport) -> list[tuple[str, str]]:
 
 
 def bins(counts: Distribution) -> tuple[list[str], Sequence[float]]:
-    """Where each bin begins, and what it holds."""
+    """Return the start and the count of each bin."""
     width = (counts.max - counts.min) / len(counts.histogram)
     starts = [counts.min + i * width for i in range(len(counts.histogram))]
     return [f"{start:,.0f}" for start in starts], counts.histogram
 
 
 def plot(title: str, labels: Sequence[str], values: Sequence[float], unit: str) -> str:
-    """Bars, each with its label below and its value above."""
+    """Draw bars, each with its label below and its value above."""
     most = max(values, default=0) or 1
     step = (WIDTH - 2 * MARGIN) / max(len(values), 1)
     parts = []
@@ -131,25 +131,25 @@ def plot(title: str, labels: Sequence[str], values: Sequence[float], unit: str) 
 
 
 def escape(text: str) -> str:
-    """Text of any origin, for an element or an attribute: neither markup nor hidden characters."""
+    """Escape untrusted text for an element or an attribute, including hidden characters."""
     return escape_html(escape_line(text))
 
 
 def show(value: float) -> str:
-    """A number in three digits, or whole."""
+    """Format a number with three digits, or as an integer."""
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def table(rows: Sequence[tuple[str, str]]) -> str:
-    """Names and values."""
+    """Build a table of names and values."""
     lines = [f"<tr><th>{escape(a)}</th><td>{escape(b)}</td></tr>" for a, b in rows]
     return f"<table>{''.join(lines)}</table>"
 
 
 def problems(report: InspectionReport) -> str:
-    """What was found, by file."""
+    """Build the table of problems, by file."""
     if not report.problems:
-        return "<p>Found no problem.</p>"
+        return "<p>No problems found.</p>"
     lines = [
         f"<tr><td><code>{escape(str(p.file))}</code></td><td>{escape(p.problem)}</td></tr>"
         for p in report.problems[:MAX_NAMED]

@@ -1,4 +1,4 @@
-"""What hidden states give away of themselves: values that are not finite, and odd scales."""
+"""Checks of hidden states: values that are not finite, and outliers in scale."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -16,27 +16,27 @@ ROWS_AT_ONCE = 64
 
 @dataclass(frozen=True)
 class StatesReport:
-    """Hidden states of some samples."""
+    """Scales and problems of the hidden states of some samples."""
 
     num_samples: int
     layer_rms: tuple[float, ...]  # median over the samples; the last layer last
-    problems: tuple[tuple[int, str], ...]  # index of the sample, what is wrong
+    problems: tuple[tuple[int, str], ...]  # index of the sample, description
 
 
-def look_at_states(samples: Sequence[Callable[[], Sample]], progress: Progress) -> StatesReport:
-    """Read the hidden states of samples, one at a time."""
+def check_states(samples: Sequence[Callable[[], Sample]], progress: Progress) -> StatesReport:
+    """Read and check the hidden states of samples, one at a time."""
     problems: list[tuple[int, str]] = []
     scales: dict[int, Tensor] = {}
-    with progress.task("Looking at hidden states", len(samples)) as task:
+    with progress.task("Checking hidden states", len(samples)) as task:
         for index, read in enumerate(samples):
             task.advance()
             try:
-                found, rms = look_at(read())
+                found, rms = check_sample(read())
             except ChangedSampleError as error:
                 found, rms = [f"can no longer be read: {error.reason}"], []
             problems += [(index, problem) for problem in found]
             if not found:
-                # The median, since the first token carries thousands in many verifiers.
+                # The median, since the first token has a scale of thousands in many verifiers.
                 scales[index] = torch.stack([r.median() for r in rms])
     if not scales:
         return StatesReport(len(samples), (), tuple(problems))
@@ -50,8 +50,8 @@ def look_at_states(samples: Sequence[Callable[[], Sample]], progress: Progress) 
     return StatesReport(len(samples), tuple(usual.tolist()), tuple(problems))
 
 
-def look_at(sample: Sample) -> tuple[list[str], list[Tensor]]:
-    """What is wrong with the states of a sample, and the scale of each token in each layer."""
+def check_sample(sample: Sample) -> tuple[list[str], list[Tensor]]:
+    """Return the problems of a sample's states, and the scale of each token in each layer."""
     layers = (*sample.aux_hidden_states, sample.last_hidden_states)
     rms = [root_mean_square(x) for x in layers]
     pairs = zip(layers, rms, strict=True)
@@ -61,11 +61,11 @@ def look_at(sample: Sample) -> tuple[list[str], list[Tensor]]:
 
 
 def find_equal_layers(layers: Sequence[States]) -> list[str]:
-    """Neighbours that hold the same states: one layer captured twice, under two ids."""
+    """Find neighbouring layers with equal states, such as one layer captured under two ids."""
     return [
         f"has the same states in layers {i} and {i + 1}"
         for i, (low, high) in enumerate(pairwise(layers))
-        # The first rows differ nearly always, and the rest stays on disk.
+        # Comparing the first rows suffices nearly always, and avoids reading the rest.
         if low.dtype == high.dtype
         and all(map(torch.equal, low.split(ROWS_AT_ONCE), high.split(ROWS_AT_ONCE)))
     ]
@@ -74,7 +74,7 @@ def find_equal_layers(layers: Sequence[States]) -> list[str]:
 def root_mean_square(
     states: States,  # [seq_len, hidden]
 ) -> Tensor:
-    """Of each token; [seq_len], float32. Rows are taken a few at a time: each is cast in memory."""
+    """Compute the RMS of each token; [seq_len], float32. Rows are cast to float32 in chunks."""
     parts = [torch.linalg.vector_norm(x.float(), dim=-1) for x in states.split(ROWS_AT_ONCE)]
     rms: Tensor = torch.cat(parts) / states.shape[-1] ** 0.5
     return rms
@@ -85,11 +85,11 @@ def check_layer(
     rms: Tensor,  # [seq_len]
     layer: int,
 ) -> str | None:
-    """What is wrong with a layer, as the end of a sentence."""
-    # Only where the mean of the squares is not finite can a value be.
+    """Return the problem of a layer, which completes a sentence, or None."""
+    # A value can be non-finite only if the mean of the squares is.
     num_broken = int((~states[~rms.isfinite()].isfinite()).sum())
     if num_broken:
-        return f"has {num_broken:,} values that are not finite in layer {layer}"
+        return f"has {num_broken:,} non-finite values in layer {layer}"
     if not rms.any():
         return f"has only zeros in layer {layer}"
     first = states[:1]

@@ -1,4 +1,4 @@
-"""The text of one sample, its supervised tokens marked."""
+"""The text of one sample, with its supervised tokens marked."""
 
 from itertools import groupby
 
@@ -12,17 +12,17 @@ from speculators_cli.settings.inspect_data import InspectSettings
 
 
 def read_text(settings: InspectSettings) -> list[tuple[str, bool]]:
-    """Runs of text of a sample, and whether each is supervised.
+    """Return the text of a sample as spans, and whether each is supervised.
 
     Raises:
-        SettingsError: There is no such sample, or the verifier's tokenizer cannot be read.
-        DataError: The file is not a sample, or not one of this tokenizer.
-        MachineError: The hub cannot be reached.
+        SettingsError: The sample does not exist, or the verifier's tokenizer cannot be read.
+        DataError: The file is not a sample, or does not match this tokenizer.
+        MachineError: The hub is unreachable.
     """
     found = list(find_files(settings.data_path))
     files = [file for _, file in found if is_sample_name(file.name)]
     index = settings.show
-    assert index is not None, "asked only with `--show`"
+    assert index is not None, "called only with `--show`"
     if not files:
         raise DataError(
             f"`{settings.data_path}` holds no samples",

@@ -1,4 +1,4 @@
-"""build_vocab_map(): choose the draft vocabulary by how often tokens are to be predicted."""
+"""Choose the draft vocabulary by the frequency of target tokens."""
 
 from collections.abc import Collection
 from dataclasses import asdict, dataclass
@@ -30,21 +30,21 @@ COMPARED_SIZES = (8_000, 16_000, 32_000, 64_000)
 
 @dataclass(frozen=True)
 class VocabMapReport:
-    """What was kept, and how much of what is to be predicted it covers."""
+    """The draft vocabulary chosen, and its coverage of the target tokens."""
 
     draft_vocab_size: int
     vocab_size: int
     num_counted_tokens: int
-    num_special_tokens: int  # kept whatever their count
-    coverage: float  # share of the counted tokens that the draft vocabulary holds
-    coverage_by_size: dict[int, float]  # the same for other sizes
+    num_special_tokens: int  # kept regardless of their count
+    coverage: float  # fraction of the counted tokens within the draft vocabulary
+    coverage_by_size: dict[int, float]  # coverage at other sizes
     probability_mass: float | None  # of the verifier, within the draft vocabulary
     d2t_path: Path
     t2d_path: Path
-    token_freq_path: Path | None  # None where the counts came from such files
+    token_freq_path: Path | None  # None if the counts were read from files
 
     def to_json(self) -> dict[str, Any]:
-        """The fields, paths as text."""
+        """Return the fields, with paths as strings."""
         return {
             key: str(value) if isinstance(value, Path) else value
             for key, value in asdict(self).items()
@@ -57,9 +57,9 @@ def build_vocab_map(
     """Count tokens, choose the draft vocabulary, write both maps.
 
     Raises:
-        SettingsError: The verifier, the sizes or a file of counts cannot be used.
-        DataError: The samples cannot be used, or nothing in them is supervised.
-        MachineError: The hub cannot be reached.
+        SettingsError: The verifier, a size or a file of counts cannot be used.
+        DataError: The samples cannot be used, or have no supervised tokens.
+        MachineError: The hub is unreachable.
     """
     vocabulary, output_dir = settings.vocabulary, settings.files.output_dir
     check_output_dir(output_dir, flag="--output-dir")
@@ -70,10 +70,10 @@ def build_vocab_map(
         if samples is None:
             raise SettingsError(
                 "`--token-freq-path`: every count is zero",
-                hint="Count the tokens of samples that are supervised: pass their `--data-path`",
+                hint="Pass `--data-path` with samples that have supervised tokens",
             )
         raise DataError(
-            "No token is counted: nothing in the samples is supervised",
+            "No token was counted: the samples have no supervised tokens",
             hint="Set `loss_mask` to 1 at the answers' tokens, or count all with `--all-tokens`",
         )
     vocab_map = VocabMap.choose(counts, vocabulary.draft_vocab_size, always=always)
@@ -102,11 +102,11 @@ def build_vocab_map(
 
 
 def read_vocab_size(settings: VocabularySettings) -> int:
-    """Rows of the verifier's embedding, unless the settings say how many."""
+    """Return the number of rows of the verifier's embedding, or the size in the settings."""
     if settings.target_vocab_size is not None:
         return settings.target_vocab_size
-    assert settings.verifier_name_or_path is not None, "the settings name one of the two"
-    # Where no verifier is asked, nothing waits for transformers: it takes a second to start.
+    assert settings.verifier_name_or_path is not None, "the settings require one of the two"
+    # Without a verifier, transformers is not imported: it takes a second to start.
     from speculators_cli.core.models.verifier_files import VerifierFiles
 
     return VerifierFiles(settings.verifier_name_or_path).read_vocab_size()
@@ -115,14 +115,14 @@ def read_vocab_size(settings: VocabularySettings) -> int:
 def choose_special_ids(
     settings: VocabularySettings, vocab_size: int, progress: Progress
 ) -> frozenset[int]:
-    """Tokens that are kept whatever their count."""
+    """Find the tokens to keep regardless of their count."""
     name = settings.verifier_name_or_path
     if not settings.keep_special:
         return frozenset()
     if name is None:
         progress.warn(
-            "Without the verifier its special tokens are not known: they are kept by count alone",
-            hint="Pass `--verifier-name-or-path` in place of `--target-vocab-size`",
+            "Special tokens are unknown without a verifier: they are kept by count only",
+            hint="Pass `--verifier-name-or-path` instead of `--target-vocab-size`",
         )
         return frozenset()
     from speculators_cli.core.models.special_tokens import find_special_ids
@@ -141,7 +141,7 @@ def choose_special_ids(
 def count(
     settings: BuildVocabMapSettings, vocab_size: int, progress: Progress
 ) -> tuple[SampleFolder | None, NDArray[np.int64]]:
-    """Counts of all tokens, [vocab], and the samples they come from, unless from files."""
+    """Count all tokens, [vocab], and open the samples, unless counts are read from files."""
     source = settings.counts
     if source.token_freq_path:
         return None, read_token_freq(source.token_freq_path, vocab_size)
@@ -159,14 +159,14 @@ def count(
 
 
 def covered(counts: NDArray[np.int64], vocab_map: VocabMap) -> float:
-    """Share of the counted tokens that a draft vocabulary holds."""
+    """Return the fraction of the counted tokens within a draft vocabulary."""
     return float(counts[vocab_map.t2d.numpy()].sum() / counts.sum())
 
 
 def compare_sizes(
     counts: NDArray[np.int64], always: Collection[int], chosen_size: int
 ) -> dict[int, float]:
-    """Coverage of the usual sizes below the verifier's, and of the chosen one, ascending."""
+    """Return the coverage of common sizes below the verifier's, and of the chosen one."""
     sizes = {size for size in COMPARED_SIZES if len(always) <= size < len(counts)} | {chosen_size}
     return {
         size: covered(counts, VocabMap.choose(counts, size, always=always))
@@ -177,17 +177,17 @@ def compare_sizes(
 def measure_mass(
     samples: SampleFolder, settings: VocabularySettings, vocab_map: VocabMap, progress: Progress
 ) -> float | None:
-    """The verifier's mean probability within the draft vocabulary, where it is supervised.
+    """Measure the verifier's mean probability within the draft vocabulary at supervised tokens.
 
     A draft token is accepted with probability sum(min(p, q)) (Leviathan et al., arXiv 2211.17192),
-    so no draft over this vocabulary can be accepted more often when sampling. Measured on a few
-    samples, drawn with a seed; None if they hold nothing supervised.
+    so this bounds the acceptance of any draft over this vocabulary when sampling. Measured on a few
+    samples, drawn with a seed; None if they have no supervised tokens.
     """
     from speculators_cli.core.models.verifier import load_frozen_verifier, read_verifier_config
     from speculators_cli.core.models.verifier_files import VerifierFiles
 
     name = settings.verifier_name_or_path
-    assert name is not None, "asked only with a verifier"
+    assert name is not None, "called only with a verifier"
     files = VerifierFiles(name)
     config = read_verifier_config(files, trust_remote_code=settings.trust_remote_code)
     if samples.hidden_size != config.hidden_size:
@@ -212,11 +212,11 @@ def measure_mass(
 def sample_mass(
     samples: SampleFolder, sample_id: int, verifier: "FrozenVerifier", vocab_map: VocabMap
 ) -> torch.Tensor:
-    """Probability within the draft vocabulary at some supervised positions; [positions]."""
+    """Return the probability within the draft vocabulary at some positions; [positions]."""
     from speculators_cli.core.models.agreement import spread
 
     sample = samples.read(sample_id)
-    # The distribution of position i is over the token after it.
+    # The distribution at position i is over the token after it.
     positions = spread(sample.loss_mask[1:].nonzero().flatten())
     states = sample.last_hidden_states[positions].float().to(verifier.head.device)
     is_normed = torch.full((len(states),), sample.is_normed, device=states.device)

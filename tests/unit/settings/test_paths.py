@@ -74,7 +74,7 @@ COUNT = ["build-vocab-map", "--target-vocab-size", "37", "--draft-vocab-size", "
         ),
         (
             ["convert-v0", "data", "--output-dir", "v1"],
-            *(3, "is a v1 sample, read as v0", "`speculators train` reads others as they are"),
+            *(3, "is a v1 sample, read as v0", "`speculators train` reads other formats directly"),
         ),
         (
             [*COUNT, "--token-freq-path", "empty"],
@@ -88,7 +88,7 @@ COUNT = ["build-vocab-map", "--target-vocab-size", "37", "--draft-vocab-size", "
         ),
         (
             [*COUNT, "--token-freq-path", "zero.pt"],
-            *(2, "`--token-freq-path`: every count is zero", "pass their `--data-path`"),
+            *(2, "`--token-freq-path`: every count is zero", "Pass `--data-path` with samples"),
         ),
     ],
 )
