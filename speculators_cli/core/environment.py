@@ -1,4 +1,4 @@
-"""Versions of everything that a bug report should name."""
+"""Versions to include in a bug report."""
 
 import os
 import platform
@@ -13,7 +13,7 @@ PACKAGES = (
 
 
 def describe_environment() -> dict[str, str | None]:
-    """Names and versions, in the order to show them; None is what is not installed."""
+    """Return names and versions in display order; None if not installed."""
     import torch
 
     gpus = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]

@@ -1,4 +1,4 @@
-"""What can go wrong that a user can act on, and the exit code of each."""
+"""Errors that a user can act on, and their exit codes."""
 
 
 class SpeculatorsError(Exception):
@@ -6,7 +6,7 @@ class SpeculatorsError(Exception):
 
     Args:
         message: What is wrong, with the value and where it came from.
-        hint: What to do about it; starts with a verb.
+        hint: How to fix it; starts with a verb.
     """
 
     exit_code: int = 1
@@ -18,7 +18,7 @@ class SpeculatorsError(Exception):
 
 
 class SettingsError(SpeculatorsError):
-    """Flags, settings or the paths they name cannot be used; nothing was started or written."""
+    """Flags, settings or paths cannot be used; nothing was started or written."""
 
     exit_code = 2
 
@@ -36,13 +36,13 @@ class CheckpointError(SpeculatorsError):
 
 
 class ExportError(SpeculatorsError):
-    """A draft cannot be exported, or its export is not what was trained."""
+    """A draft cannot be exported, or its export differs from the trained draft."""
 
     exit_code = 4
 
 
 class MachineError(SpeculatorsError):
-    """The environment is in the way: disk, memory, device, hub, a missing package."""
+    """The environment prevents the command: disk, memory, device, hub, a missing package."""
 
     exit_code = 5
 
@@ -54,12 +54,12 @@ class DivergedError(SpeculatorsError):
 
 
 class StoppedError(SpeculatorsError):
-    """A signal ended the command, a run after its state was saved.
+    """A signal stopped the command; a training run saved its state first.
 
     Args:
         message: What was saved, and where.
         signal_number: The signal that was received.
-        hint: How to go on.
+        hint: How to resume.
     """
 
     def __init__(self, message: str, *, signal_number: int, hint: str | None = None) -> None:
@@ -69,8 +69,8 @@ class StoppedError(SpeculatorsError):
 
 
 def unexpected(error: Exception) -> SpeculatorsError:
-    """A bug, as a user is told of it."""
+    """Wrap a bug as an error for the user."""
     return SpeculatorsError(
         f"Unexpected {type(error).__name__}: {error}",
-        hint="Run again with `--verbose` and report the traceback",
+        hint="Rerun with `--verbose` and report the traceback",
     )

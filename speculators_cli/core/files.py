@@ -1,4 +1,4 @@
-"""Files that are opened without waiting, or appear whole or not at all; locks; output folders."""
+"""Opening files without blocking, atomic writes of files, locks, and output folders."""
 
 import errno
 import fcntl
@@ -15,12 +15,12 @@ from typing import Any, BinaryIO
 
 from speculators_cli.core.errors import MachineError, SettingsError, SpeculatorsError
 
-TEMPORARY = ".tmp-"  # begins the name of a file that is not whole yet
-BUFFER_BYTES = 2**20  # read at once
-NUM_PARTS, PART_BYTES = 8, 4096  # of a file too large to be read whole
-# The next write fails as well. EFBIG is a limit on files that the system was given.
+TEMPORARY = ".tmp-"  # prefix of incomplete files
+BUFFER_BYTES = 2**20  # per read
+NUM_PARTS, PART_BYTES = 8, 4096  # sampled parts of a file too large to be read completely
+# Errors after which the next write fails as well. EFBIG is a file size limit of the system.
 DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EFBIG}
-# What a kernel or a file system says that does not copy by itself.
+# Errors of a kernel or a file system without a copy of its own.
 CANNOT_COPY = {errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM}
 KINDS = (
     (stat.S_ISDIR, "a folder"),
@@ -32,19 +32,19 @@ KINDS = (
 
 
 class NotAFileError(OSError):
-    """A path leads to a folder, a FIFO or the like where a file is expected."""
+    """A path is a folder, a FIFO or the like where a file is expected."""
 
 
 def open_regular(file: Path) -> BinaryIO:
     """Open a file to read its bytes, unbuffered; links are followed.
 
-    A FIFO or a terminal in its place would make any reader wait, a device might never end.
+    Opening a FIFO or a terminal would block, and reading a device might never end.
 
     Raises:
         OSError: It is not a regular file, or cannot be opened; `strerror` has the reason.
     """
     check_regular(file)
-    # It may have been replaced since: opening must not wait either.
+    # It may have been replaced since the check: opening must not block either.
     descriptor = os.open(file, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY)
     try:
         _check_mode(os.fstat(descriptor).st_mode, file)
@@ -55,10 +55,10 @@ def open_regular(file: Path) -> BinaryIO:
 
 
 def check_regular(file: Path) -> None:
-    """Check that a path leads to a regular file, for libraries that open it by themselves.
+    """Check that a path is a regular file, for libraries that open paths themselves.
 
     Raises:
-        OSError: It does not; `strerror` has the reason.
+        OSError: It is not; `strerror` has the reason.
     """
     _check_mode(file.stat().st_mode, file)
 
@@ -73,11 +73,11 @@ def _check_mode(mode: int, file: Path) -> None:
 
 @contextmanager
 def replacing(file: Path, *, within: Path | None = None) -> Iterator[Path]:
-    """A path to write to; it takes the place of `file` once the block is done, never half.
+    """Yield a path to write to, which replaces `file` atomically after the block.
 
     Args:
         file: May exist.
-        within: Folder on the same disk for what is not whole yet; None: beside the file.
+        within: Folder on the same disk for the incomplete file; None: the folder of the file.
 
     Raises:
         MachineError: The disk is full or fails.
@@ -92,7 +92,7 @@ def replacing(file: Path, *, within: Path | None = None) -> Iterator[Path]:
 
 
 def _create_new(folder: Path, name: str) -> Path:
-    """An empty file in a folder, under a name that nothing had."""
+    """Create an empty file with an unused name in a folder."""
     for number in count():
         path = folder / f"{TEMPORARY}{name}.{os.getpid()}{f'-{number}' if number else ''}"
         try:
@@ -100,16 +100,16 @@ def _create_new(folder: Path, name: str) -> Path:
         except FileExistsError:
             continue
         return path
-    raise AssertionError("there is always another number")
+    raise AssertionError("numbers do not run out")
 
 
 @contextmanager
 def disk_errors(folder: Path, *, num_bytes: int | None = None) -> Iterator[None]:
-    """Turn the system's errors of a disk into one that names the folder and its free bytes.
+    """Convert disk errors of the system to one with the folder and its free bytes.
 
     Args:
-        folder: What is written to; may be missing.
-        num_bytes: How many were about to be written, if that is known.
+        folder: The folder being written to; may be missing.
+        num_bytes: Number of bytes about to be written, if known.
     """
     try:
         yield
@@ -120,19 +120,19 @@ def disk_errors(folder: Path, *, num_bytes: int | None = None) -> Iterator[None]
 
 
 def disk_error(folder: Path, reason: str, *, num_bytes: int | None = None) -> MachineError:
-    """The error for a disk that takes no more."""
-    reason = reason.rpartition("I/O error: ")[2]  # of the safetensors library
+    """Build the error for a disk that cannot be written to."""
+    reason = reason.rpartition("I/O error: ")[2]  # prefix added by the safetensors library
     room = f"{format_bytes(shutil.disk_usage(find_existing(folder)).free)} free"
     if num_bytes is not None:
         room = f"{format_bytes(num_bytes)} needed, {room}"
     return MachineError(
         f"`{folder}` cannot be written: {reason} ({room})",
-        hint="Make room on the disk, then run the same command again",
+        hint="Free disk space, then rerun the same command",
     )
 
 
 def format_bytes(num_bytes: int) -> str:
-    """Such as `12.3 GiB`, in the largest unit that leaves a digit before the point."""
+    """Format as `12.3 GiB`, in the largest unit with a value of at least 1."""
     for unit, size in (("TiB", 2**40), ("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
         if num_bytes >= size:
             return f"{num_bytes / size:,.1f} {unit}"
@@ -140,11 +140,11 @@ def format_bytes(num_bytes: int) -> str:
 
 
 def check_output_dir(folder: Path, *, flag: str) -> None:
-    """Check that a folder can be written or made, without writing.
+    """Check that a folder can be written or created, without writing.
 
     Args:
         folder: May be missing, with any of its parents.
-        flag: The flag that named it.
+        flag: The flag it was passed with.
 
     Raises:
         SettingsError: It cannot.
@@ -161,13 +161,13 @@ def check_output_dir(folder: Path, *, flag: str) -> None:
 
 
 def find_existing(path: Path) -> Path:
-    """The path itself, or the nearest folder above it that exists."""
+    """Return the path itself, or its nearest existing parent."""
     path = path.absolute()
     return next(p for p in (path, *path.parents) if p.exists())
 
 
 class Lock:
-    """A lock that is held, and what its last holder wrote into it."""
+    """A held lock, and the content that its last holder wrote."""
 
     def __init__(self, descriptor: int, folder: Path) -> None:
         self.descriptor = descriptor
@@ -175,7 +175,7 @@ class Lock:
         self.last = _read_holder(descriptor)
 
     def write(self, **more: str) -> None:
-        """Say who holds it."""
+        """Record the holder."""
         holder = {"pid": os.getpid(), "host": socket.gethostname(), **more}
         with disk_errors(self.folder):
             os.ftruncate(self.descriptor, 0)
@@ -184,11 +184,11 @@ class Lock:
 
 @contextmanager
 def locking(file: Path, *, in_use: Callable[[str], SpeculatorsError]) -> Iterator[Lock]:
-    """Hold a lock that the system frees when the process ends, however it ends.
+    """Hold a lock that the system releases when the process ends for any reason.
 
     Args:
-        file: Made if missing. Only who holds the lock may remove it.
-        in_use: The error to raise where another process holds it, from the name of that.
+        file: Created if missing. Only the holder of the lock may remove it.
+        in_use: Builds the error if another process holds it, from a description of that process.
     """
     with disk_errors(file.parent):
         descriptor = os.open(file, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
@@ -214,7 +214,7 @@ def _read_holder(descriptor: int) -> dict[str, Any]:
 
 
 def sync(path: Path) -> None:
-    """Wait until a file or folder is on the disk."""
+    """Flush a file or folder to disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -223,19 +223,19 @@ def sync(path: Path) -> None:
 
 
 def read_parts(file: int) -> bytes:
-    """Some evenly spaced parts of an open file, its start and end among them."""
+    """Read evenly spaced parts of an open file, including its start and end."""
     last = max(os.fstat(file).st_size - PART_BYTES, 0)
     places = [last * part // (NUM_PARTS - 1) for part in range(NUM_PARTS)]
     return b"".join(os.pread(file, PART_BYTES, place) for place in places)
 
 
 def write_at(file: int, data: bytes | memoryview, at: int) -> None:
-    """Write all of some bytes at a place of an open file; the system may take them piece by piece.
+    """Write all bytes at an offset of an open file, repeating partial writes.
 
     Args:
-        file: Descriptor.
+        file: File descriptor.
         data: Bytes; a memory view must be of single bytes.
-        at: Where they begin.
+        at: Offset.
     """
     view = memoryview(data)
     while len(view):
@@ -244,17 +244,17 @@ def write_at(file: int, data: bytes | memoryview, at: int) -> None:
 
 
 def copy_range(source: int, start: int, target: int, at: int, num_bytes: int) -> None:
-    """Copy bytes from one open file into another; in the kernel where it can.
+    """Copy bytes from one open file to another; in the kernel where supported.
 
     Args:
         source: Descriptor of the file to read.
-        start: Where the bytes begin in it.
+        start: Offset in the source.
         target: Descriptor of the file to write.
-        at: Where they begin in it.
-        num_bytes: How many.
+        at: Offset in the target.
+        num_bytes: Number of bytes.
 
     Raises:
-        EOFError: The source ends before them.
+        EOFError: The source ends before the range does.
     """
     num_copied = _copy_in_kernel(source, start, target, at, num_bytes)
     while num_copied < num_bytes:
@@ -267,7 +267,7 @@ def copy_range(source: int, start: int, target: int, at: int, num_bytes: int) ->
 
 
 def _copy_in_kernel(source: int, start: int, target: int, at: int, num_bytes: int) -> int:
-    """Copy as many of the bytes as the kernel does; returns how many."""
+    """Copy bytes in the kernel as far as supported; return their number."""
     num_copied = 0
     if not hasattr(os, "copy_file_range"):  # macOS
         return 0
@@ -276,7 +276,7 @@ def _copy_in_kernel(source: int, start: int, target: int, at: int, num_bytes: in
             taken = os.copy_file_range(
                 *(source, target, num_bytes - num_copied, start + num_copied, at + num_copied)
             )
-            if taken == 0:  # the end, or a file system that only says so
+            if taken == 0:  # the end, or a file system that reports it too early
                 break
             num_copied += taken
     except OSError as error:
@@ -286,25 +286,25 @@ def _copy_in_kernel(source: int, start: int, target: int, at: int, num_bytes: in
 
 
 def write_json(content: Mapping[str, Any], file: Path) -> None:
-    """Write an object as JSON that people can read."""
+    """Write an object as indented JSON."""
     file.write_text(json.dumps(content, indent=2) + "\n", "utf-8")
 
 
 def check_free_space(folder: Path, num_bytes: int, *, what: str, hint: str) -> None:
-    """Check that a disk has room for what is about to be written.
+    """Check that a disk has enough free space for a write.
 
     Args:
-        folder: On the disk.
-        num_bytes: Needed; a little more is asked for, for what lies beside it.
-        what: Takes that room, as the middle of a sentence.
-        hint: What to do where there is too little.
+        folder: A folder on the disk.
+        num_bytes: Bytes needed; a small margin is added for other files.
+        what: What needs the space, as the middle of a sentence.
+        hint: How to fix too little space.
 
     Raises:
-        MachineError: There is too little.
+        MachineError: There is too little space.
     """
     free = shutil.disk_usage(folder).free
     if free < num_bytes + 2**20:
         raise MachineError(
-            f"`{folder}` has {format_bytes(free)} free, {what} takes {format_bytes(num_bytes)}",
+            f"`{folder}` has {format_bytes(free)} free, {what} needs {format_bytes(num_bytes)}",
             hint=hint,
         )

@@ -1,4 +1,4 @@
-"""How long work tells its caller where it is; the core itself never prints."""
+"""Progress reports of long work to its caller; the core itself never prints."""
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -14,9 +14,9 @@ class StepReport:
 
     step: int  # optimizer steps done, from 1
     total_steps: int
-    epoch: int  # from 0, as the checkpoint folders are named
+    epoch: int  # from 0, as in the names of checkpoint folders
     num_epochs: int
-    loss: float | None  # None where no position was scored
+    loss: float | None  # None if no position was scored
     acceptance_length: float | None  # simulated
     lr: float
     tokens_per_second: float  # over all ranks
@@ -25,7 +25,7 @@ class StepReport:
 
 @dataclass(frozen=True)
 class ValidationReport:
-    """The validation at the end of an epoch."""
+    """Validation results at the end of an epoch."""
 
     epoch: int
     num_epochs: int
@@ -35,34 +35,34 @@ class ValidationReport:
 
 
 class Task(Protocol):
-    """A piece of work with a known number of parts."""
+    """A unit of work with a known number of parts."""
 
     def advance(self, num_done: int = 1) -> None:
-        """Say that `num_done` more parts are done."""
+        """Report `num_done` more completed parts."""
 
 
 class Progress(Protocol):
-    """Receives what long work has to say while it runs."""
+    """Receives progress reports of long work."""
 
     def info(self, message: str) -> None:
-        """Tell a fact worth a line."""
+        """Report one line of information."""
 
     def warn(self, message: str, *, hint: str | None = None) -> None:
-        """Tell of something that does not stop the work but that the user should know."""
+        """Report a warning; the work continues."""
 
     def error(self, error: SpeculatorsError) -> None:
-        """Tell of what ends the process, where nobody can catch it."""
+        """Report the error that ends the process, where no caller can catch it."""
 
     def task(
         self, description: str, total: int, *, is_bytes: bool = False
     ) -> AbstractContextManager[Task]:
-        """Open a piece of work of `total` parts, such as files, or bytes."""
+        """Start a task of `total` parts, such as files or bytes."""
 
     def trained(self, report: StepReport) -> None:
-        """Show a log step of training."""
+        """Report a log step of training."""
 
     def validated(self, report: ValidationReport) -> None:
-        """Show the validation at the end of an epoch."""
+        """Report the validation at the end of an epoch."""
 
 
 class _SilentTask:
@@ -71,16 +71,16 @@ class _SilentTask:
 
 
 class SilentProgress:
-    """Says nothing: for ranks other than the first, and for use as a library."""
+    """No output: for ranks other than the first, and for use as a library."""
 
     def info(self, message: str) -> None:
-        """Ignore the fact."""
+        """Ignore the information."""
 
     def warn(self, message: str, *, hint: str | None = None) -> None:
         """Ignore the warning."""
 
     def error(self, error: SpeculatorsError) -> None:
-        """Ignore the error: the exit code is left."""
+        """Ignore the error: the exit code remains."""
 
     @contextmanager
     def task(
@@ -90,7 +90,7 @@ class SilentProgress:
         *,
         is_bytes: bool = False,  # noqa: ARG002
     ) -> Iterator[Task]:
-        """Open a piece of work that nobody watches."""
+        """Start a task without output."""
         yield _SilentTask()
 
     def trained(self, report: StepReport) -> None:

@@ -1,7 +1,7 @@
-"""Files from outside: every JSON, NPY and safetensors file is read through these functions.
+"""Reading external files: every JSON, NPY and safetensors file is read with these functions.
 
-Each checks what can be wrong with any file (missing, empty, a FIFO, a Git LFS pointer, a web page,
-truncated, too large), so that the error has the file, the reason and the fix wherever it is read.
+Each checks for common problems (missing, empty, a FIFO, a Git LFS pointer, a web page, truncated,
+too large), so that the error has the file, the reason and the fix wherever the file is read.
 """
 
 import json
@@ -22,17 +22,17 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 MAX_JSON_BYTES = 64 * 2**20  # the largest index.json and tokenizer.json have a few dozen MB
-MAX_HEADER_BYTES = 100_000_000  # of a safetensors file, as its library allows
+MAX_HEADER_BYTES = 100_000_000  # of a safetensors file, as in its library
 DOWNLOAD_AGAIN = "Download it again"
 
 
 class UnreadableError(ValueError):
-    """Why a file cannot be read, and what to do about it.
+    """A file cannot be read: the reason and the fix.
 
     Args:
         file: The file.
-        reason: The rest of a sentence that begins with the file.
-        hint: What fixes it; starts with a verb.
+        reason: Completes a sentence that begins with the file.
+        hint: How to fix it; starts with a verb.
     """
 
     def __init__(self, file: Path, reason: str, *, hint: str) -> None:
@@ -44,12 +44,12 @@ class UnreadableError(ValueError):
 
 @contextmanager
 def refusing(error: type[SpeculatorsError], *, flag: str | None = None) -> Iterator[None]:
-    """Turn what cannot be read in the block into the error of its role, and so its exit code.
+    """Convert an `UnreadableError` of the block to `error`, which sets the exit code.
 
     Args:
-        error: SettingsError for what a flag points at, DataError for what lies beside samples,
-            CheckpointError for a draft.
-        flag: Begins the message.
+        error: SettingsError for a path of a flag, DataError for a file of samples, CheckpointError
+            for a draft.
+        flag: Prefix of the message.
     """
     try:
         yield
@@ -63,11 +63,11 @@ def read_json(file: Path, *, fix: str = DOWNLOAD_AGAIN, max_bytes: int = MAX_JSO
 
     Args:
         file: Any path.
-        fix: The hint where the content is damaged.
-        max_bytes: A larger file is refused.
+        fix: The hint if the content is damaged.
+        max_bytes: Maximum size.
 
     Raises:
-        UnreadableError: It is no whole JSON file.
+        UnreadableError: It is not a complete JSON file.
     """
     return parse_json(read_text(file, fix=fix, max_bytes=max_bytes), file, fix=fix)
 
@@ -75,10 +75,10 @@ def read_json(file: Path, *, fix: str = DOWNLOAD_AGAIN, max_bytes: int = MAX_JSO
 def read_json_object(
     file: Path, *, fix: str = DOWNLOAD_AGAIN, max_bytes: int = MAX_JSON_BYTES
 ) -> dict[str, Any]:
-    """Read a JSON file that holds an object, as `read_json` does.
+    """Read a JSON file whose content is an object, like `read_json`.
 
     Raises:
-        UnreadableError: It is no whole JSON file, or holds something else.
+        UnreadableError: It is not a complete JSON file, or its content is not an object.
     """
     content = read_json(file, fix=fix, max_bytes=max_bytes)
     if not isinstance(content, dict):
@@ -87,10 +87,10 @@ def read_json_object(
 
 
 def parse_json(text: str, file: Path, *, fix: str, **how: Any) -> Any:
-    """Parse the text of a JSON file; `how` reaches `json.loads`.
+    """Parse the text of a JSON file; `how` is passed to `json.loads`.
 
     Raises:
-        UnreadableError: It is no whole JSON.
+        UnreadableError: It is not complete JSON.
     """
     try:
         return json.loads(text, **how)
@@ -101,7 +101,7 @@ def parse_json(text: str, file: Path, *, fix: str, **how: Any) -> Any:
         raise UnreadableError(file, f"{reason} {place}", hint=fix) from None
     except RecursionError:
         raise UnreadableError(file, "is nested too deeply", hint=fix) from None
-    except ValueError as error:  # a number of thousands of digits, or what `how` refuses
+    except ValueError as error:  # a number of thousands of digits, or a value rejected by `how`
         raise UnreadableError(file, f"cannot be used: {error}", hint=fix) from None
 
 
@@ -109,7 +109,7 @@ def read_text(file: Path, *, fix: str = DOWNLOAD_AGAIN, max_bytes: int = MAX_JSO
     """Read a text file in UTF-8, with or without a byte order mark.
 
     Raises:
-        UnreadableError: It is no such file, or empty.
+        UnreadableError: It is not a text file, or empty.
     """
     with opening(file) as descriptor:
         num_bytes = os.fstat(descriptor).st_size
@@ -129,10 +129,10 @@ def read_text(file: Path, *, fix: str = DOWNLOAD_AGAIN, max_bytes: int = MAX_JSO
 
 @contextmanager
 def opening(file: Path) -> Iterator[int]:
-    """The descriptor of a regular file that is open for reading; never waits for a FIFO.
+    """Open a regular file for reading, without blocking on a FIFO, and yield its descriptor.
 
     Raises:
-        UnreadableError: It is missing, not a regular file, or may not be read.
+        UnreadableError: It is missing, not a regular file, or not readable.
     """
     try:
         with open_regular(file) as stream:
@@ -152,14 +152,14 @@ def _open_error(file: Path, error: OSError | ValueError) -> UnreadableError:
         return UnreadableError(file, reason, hint="Correct the path")
     if isinstance(error, PermissionError):
         return UnreadableError(
-            file, "may not be read: permission denied", hint=f"Run `chmod u+r {file}` as its owner"
+            file, "cannot be read: permission denied", hint=f"Run `chmod u+r {file}` as its owner"
         )
     reason = (error.strerror if isinstance(error, OSError) else None) or str(error)
     return UnreadableError(file, f"cannot be read: {reason}", hint="Check the path and the disk")
 
 
 def check_content(file: Path, *, fix: str = DOWNLOAD_AGAIN) -> None:
-    """Check that a file is regular and holds data rather than what often stands in its place.
+    """Check that a file is regular and has data, not one of the common placeholders.
 
     Raises:
         UnreadableError: It is missing, empty, filled with zeros, an LFS pointer or a web page.
@@ -189,9 +189,9 @@ class Tensors:
     """An open safetensors file.
 
     Args:
-        file: Its path, for messages.
-        content: What the safetensors library opened.
-        fix: The hint where the content is damaged.
+        file: Its path, for error messages.
+        content: The file as opened by the safetensors library.
+        fix: The hint if the content is damaged.
     """
 
     def __init__(self, file: Path, content: Any, fix: str) -> None:
@@ -201,7 +201,7 @@ class Tensors:
         self._names = frozenset(content.keys())
 
     def names(self) -> list[str]:
-        """Names of all tensors, sorted."""
+        """Return the sorted names of all tensors."""
         return sorted(self._names)
 
     def __contains__(self, name: str) -> bool:
@@ -211,13 +211,13 @@ class Tensors:
         """Read a tensor.
 
         Raises:
-            UnreadableError: The file lacks it, or it has a type that torch lacks.
+            UnreadableError: The file lacks it, or torch does not support its dtype.
         """
         tensor: torch.Tensor = self._get(self._content.get_tensor, name)
         return tensor
 
     def get_slice(self, name: str) -> Any:
-        """A tensor that is not read yet, with `get_shape()`, `get_dtype()` and an index.
+        """Return a lazy tensor with `get_shape()`, `get_dtype()` and indexing.
 
         Raises:
             UnreadableError: The file lacks it.
@@ -241,7 +241,7 @@ def open_safetensors(file: Path, *, fix: str = DOWNLOAD_AGAIN) -> Iterator[Tenso
     """Open a safetensors file; only its header is read.
 
     Raises:
-        UnreadableError: It is no whole safetensors file.
+        UnreadableError: It is not a complete safetensors file.
     """
     from safetensors import SafetensorError, safe_open
 
@@ -252,7 +252,7 @@ def open_safetensors(file: Path, *, fix: str = DOWNLOAD_AGAIN) -> Iterator[Tenso
     if len(length) < 8 or header_bytes > MAX_HEADER_BYTES:
         raise UnreadableError(file, "is not a safetensors file: it has no header", hint=fix)
     if 8 + header_bytes > num_bytes:
-        reason = f"is truncated: it has {num_bytes:,} bytes, its header alone more"
+        reason = f"is truncated: it has {num_bytes:,} bytes, fewer than its header"
         raise UnreadableError(file, reason, hint=fix)
     try:
         with opening(file) as descriptor:
@@ -260,7 +260,7 @@ def open_safetensors(file: Path, *, fix: str = DOWNLOAD_AGAIN) -> Iterator[Tenso
     except (SafetensorError, OSError) as error:
         reason = _first_line(error)
         if "not fully covered" in reason:
-            reason = f"is truncated or damaged: its header is not one for {num_bytes:,} bytes"
+            reason = f"is truncated or damaged: its header does not match {num_bytes:,} bytes"
         else:
             reason = f"is damaged: {reason.removeprefix('Error while deserializing header: ')}"
         raise UnreadableError(file, reason, hint=fix) from None
@@ -269,7 +269,7 @@ def open_safetensors(file: Path, *, fix: str = DOWNLOAD_AGAIN) -> Iterator[Tenso
 
 
 def _utf8_name(file: Path, descriptor: int) -> str:
-    """A name for the library, which takes only UTF-8; the file is open as `descriptor`."""
+    """Return a UTF-8 path for the library; the file is open as `descriptor`."""
     try:
         os.fspath(file).encode()
     except UnicodeEncodeError:
@@ -278,22 +278,22 @@ def _utf8_name(file: Path, descriptor: int) -> str:
 
 
 def read_npy(file: Path, *, fix: str = DOWNLOAD_AGAIN) -> "NDArray[np.generic]":
-    """Read an array from a `.npy` file; nothing is allocated that the file does not hold.
+    """Read an array from a `.npy` file; no more memory is allocated than the file has bytes.
 
     Raises:
-        UnreadableError: It is no whole `.npy` file, or one of Python objects.
+        UnreadableError: It is not a complete `.npy` file, or has Python objects.
     """
     import numpy as np
 
     check_content(file, fix=fix)
     try:
-        with warnings.catch_warnings(action="ignore"):  # of NumPy, about a header it cannot read
-            # Mapped first: a header that claims more than the file holds is refused.
+        with warnings.catch_warnings(action="ignore"):  # NumPy's warning about an unreadable header
+            # Mapped first: fails if the header claims more data than the file has.
             return np.array(np.lib.format.open_memmap(file, mode="r"))
     except (ValueError, ArithmeticError, OSError, SyntaxError, TokenError, TypeError) as error:
         reason = _first_line(error)
         if "mmap length" in reason:
-            reason = "is truncated: it holds less than its header says"
+            reason = "is truncated: it has less data than its header claims"
         else:
             reason = f"is not an array in NumPy's format: {reason}"
         raise UnreadableError(file, reason, hint=fix) from None

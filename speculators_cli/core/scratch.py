@@ -1,7 +1,7 @@
-"""Folders of our own for what is not whole yet: a file in them proves whose they are.
+"""Scratch folders for incomplete files, identified by a marker file.
 
-A name proves nothing: what a killed process left is removed only from a folder that holds the mark,
-which is written before anything else and removed after everything else.
+A name identifies nothing: leftovers of a killed process are removed only from a folder with the
+marker, which is written before everything else and removed last.
 """
 
 import os
@@ -19,19 +19,19 @@ LOCK_NAME = "lock"
 
 
 class Scratch:
-    """A folder for what is not whole yet; made when it is needed, removed when it is empty."""
+    """A folder for incomplete files; created when needed, removed when empty."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
     @property
     def exists(self) -> bool:
-        """Whether there is anything of this name."""
+        """Whether there is a file or folder of this name."""
         return os.path.lexists(self.folder)
 
     @property
     def is_own(self) -> bool:
-        """Whether the folder holds our mark, or nothing at all."""
+        """Whether the folder has the marker, or is empty."""
         if self.folder.is_symlink() or not self.folder.is_dir():
             return False
         names = [path.name for path in self.folder.iterdir()]
@@ -39,16 +39,16 @@ class Scratch:
         if MARK_NAME not in names or mark.is_symlink() or not mark.is_file():
             return not names
         content = mark.read_bytes()
-        # A kill while the mark was written leaves a part of it, and nothing beside it.
+        # A kill during the write of the marker leaves a part of it, and no other file.
         return content == MARK or (len(names) == 1 and MARK.startswith(content))
 
     def check(self, make_error: Callable[[Path], SpeculatorsError]) -> None:
-        """Refuse a folder of this name that is not ours."""
+        """Raise an error for a folder of this name without the marker."""
         if self.exists and not self.is_own:
             raise make_error(self.folder)
 
     def open(self) -> Path:
-        """The folder, made and marked; `check` has allowed it."""
+        """Create and mark the folder; `check` has passed."""
         self.folder.mkdir(exist_ok=True)
         mark = self.folder / MARK_NAME
         if not mark.exists() or mark.read_bytes() != MARK:
@@ -56,7 +56,7 @@ class Scratch:
         return self.folder
 
     def clear(self) -> None:
-        """Remove everything in the folder, then its mark, then the folder."""
+        """Remove everything in the folder, then its marker, then the folder."""
         if not self.exists or not self.is_own:
             return
         for path in self.folder.iterdir():
@@ -64,12 +64,12 @@ class Scratch:
                 remove(path)
         if {path.name for path in self.folder.iterdir()} <= {MARK_NAME}:
             (self.folder / MARK_NAME).unlink(missing_ok=True)
-            with suppress(OSError):  # another process waits in it
+            with suppress(OSError):  # another process is waiting to use it
                 self.folder.rmdir()
 
 
 def remove(path: Path) -> None:
-    """Remove a file, a link, or a folder with all that is in it, as far as the system lets us."""
+    """Remove a file, a link, or a folder with its content, as far as permissions allow."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
     else:
@@ -78,24 +78,24 @@ def remove(path: Path) -> None:
 
 @contextmanager
 def replacing_folder(folder: Path, *, flag: str) -> Iterator[Path]:
-    """A folder to fill; it takes the place of `folder` once the block is done, never half.
+    """Yield a folder to fill, which replaces `folder` atomically after the block.
 
-    What a killed process left of an earlier try is removed; what it had moved away comes back.
+    Leftovers of a killed process are removed, and a folder that it had moved away is restored.
 
     Args:
-        folder: May be missing, with any of its parents. What is in it goes: the caller has made
-            sure that it may.
-        flag: The flag that named it.
+        folder: May be missing, with any of its parents. Its content is removed: the caller has
+            checked that it may be.
+        flag: The flag it was passed with.
 
     Raises:
-        SettingsError: Another process is filling it, or the place for what is not whole is taken.
+        SettingsError: Another process is writing it, or the path for incomplete files is in use.
         MachineError: The disk is full.
     """
     folder = folder.absolute()
     scratch = Scratch(folder.with_name(f".speculators-{folder.name}"))
     scratch.check(
         lambda path: SettingsError(
-            f"`{flag}`: `{path}` is needed while `{folder}` is written, and holds other files",
+            f"`{flag}`: `{path}` is needed to write `{folder}`, but has other files",
             hint=f"Move `{path}` elsewhere, or choose another folder",
         )
     )
@@ -111,7 +111,7 @@ def replacing_folder(folder: Path, *, flag: str) -> Iterator[Path]:
         scratch.open()
         try:
             with locking(scratch.folder / LOCK_NAME, in_use=in_use) as lock:
-                scratch.open()  # again: the last holder may have removed the mark since
+                scratch.open()  # again: the last holder may have removed the marker in the meantime
                 lock.write()
                 try:
                     with _swapping(folder, scratch) as new:
@@ -119,7 +119,7 @@ def replacing_folder(folder: Path, *, flag: str) -> Iterator[Path]:
                 finally:
                     scratch.clear()
         except FileNotFoundError as error:
-            # Its last holder removed the folder in this very moment.
+            # Its last holder has just removed the folder.
             if Path(str(error.filename)).name != LOCK_NAME:
                 raise
             raise in_use("a process that ended just now") from None

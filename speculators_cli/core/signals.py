@@ -1,4 +1,4 @@
-"""Signals that ask a process to end."""
+"""Handling of stop signals."""
 
 import os
 import signal
@@ -10,12 +10,12 @@ from types import FrameType
 from typing import Self
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
-# A launcher passes a Ctrl-C on to processes that the terminal has sent it to already.
+# A launcher may pass on a Ctrl-C that the terminal has already sent to the processes.
 SAME_PRESS_SECONDS = 0.5
 
 
 class Interrupted(BaseException):
-    """A stop signal has come; raised where the work may be left at any line.
+    """A stop signal was received; raised where the work can be interrupted at any line.
 
     Args:
         signal_number: The signal.
@@ -27,11 +27,11 @@ class Interrupted(BaseException):
 
 
 class StopSignals:
-    """Leaves the work at the first stop signal while it is open; a second Ctrl-C exits at once.
+    """Interrupts the work at the first stop signal while entered; a second Ctrl-C exits at once.
 
-    After `defer` the signal is only remembered, for whoever asks at the next safe place. A SIGHUP
-    that was ignored, as `nohup` does, stays ignored. Signals reach only the main thread: in another
-    one there is nothing to do.
+    After `defer` the signal is only recorded, to be checked at the next safe point. An ignored
+    SIGHUP, as with `nohup`, stays ignored. Signals are delivered to the main thread only: in other
+    threads this does nothing.
     """
 
     def __init__(self) -> None:
@@ -51,22 +51,22 @@ class StopSignals:
             signal.signal(number, handler)
 
     def request(self, number: signal.Signals) -> None:
-        """Act as if a signal had come; from any thread."""
+        """Act as if a signal was received; callable from any thread."""
         if self._old:
             os.kill(os.getpid(), number)
         elif not self.received:
             self.received = number
 
     def defer(self) -> None:
-        """Remember a signal from here on, and go on."""
+        """Record signals from here on instead of interrupting."""
         self._is_deferred = True
 
     @contextmanager
     def interruptible(self) -> Iterator[None]:
-        """Leave the block at a signal, also one that has come before, after `defer` too.
+        """Interrupt the block at a signal, including an earlier one, even after `defer`.
 
         Raises:
-            Interrupted: A signal has come.
+            Interrupted: A signal was received.
         """
         before, self._is_deferred = self._is_deferred, False
         try:

@@ -138,8 +138,8 @@ def test_a_json_file_that_is_too_large_is_not_read(tmp_path: Path) -> None:
     ("content", "reason"),
     [
         (b"abc", "is not a safetensors file: it has no header"),
-        (WEIGHTS[:20], "is truncated: it has 20 bytes, its header alone more"),
-        (WEIGHTS[:-5], f"is truncated or damaged: its header is not one for {len(WEIGHTS) - 5}"),
+        (WEIGHTS[:20], "is truncated: it has 20 bytes, fewer than its header"),
+        (WEIGHTS[:-5], f"is truncated or damaged: its header does not match {len(WEIGHTS) - 5}"),
         (struct.pack("<Q", 2**60) + WEIGHTS[8:], "is not a safetensors file: it has no header"),
         (header(dtype="XX"), "is damaged: invalid JSON in header: unknown variant `XX`"),
         (header(dtype="BOOL"), "is damaged: invalid shape, data type, or offset for tensor"),

@@ -1,4 +1,4 @@
-"""capture(): the verifier answers prompts; its hidden states become v1 samples."""
+"""Capture v1 samples: a verifier's answers to prompts, with its hidden states."""
 
 import time
 from collections.abc import Sequence
@@ -13,12 +13,12 @@ from speculators_cli.core.data.sample import Sample
 from speculators_cli.core.models.verifier_model import VerifierModel
 from speculators_cli.core.progress import Progress
 
-BATCH = 64  # prompts answered at once
+BATCH = 64  # prompts per batch
 
 
 @dataclass(frozen=True)
 class CaptureReport:
-    """What was captured."""
+    """Counts of a capture."""
 
     num_samples: int
     num_tokens: int
@@ -38,17 +38,17 @@ def capture(
     """Answer prompts greedily and write one v1 sample each, with the answer supervised.
 
     Args:
-        verifier: Answers, and gives the hidden states.
+        verifier: Generates the answers and computes the hidden states.
         prompts: Token ids of each prompt.
-        output_dir: Gets `data_{i}.pt` and `data_config.json`.
-        verifier_name: Written beside the samples.
-        max_new_tokens: Longest answer.
-        progress: Who hears of it.
+        output_dir: `data_{i}.pt` and `data_config.json` are written here.
+        verifier_name: Recorded in `data_config.json`.
+        max_new_tokens: Maximum length of an answer.
+        progress: Reports progress.
     """
     started_at = time.perf_counter()
     output_dir.mkdir(parents=True, exist_ok=True)
     write_data_config(output_dir, verifier=verifier_name, layer_ids=verifier.layer_ids)
-    # Answered by length: less padding. Named by their place in `prompts`.
+    # Batches are sorted by length for less padding; files are numbered by position in `prompts`.
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     num_tokens = num_supervised = 0
     with progress.task("Capturing", len(prompts)) as task:
@@ -65,7 +65,7 @@ def capture(
 
 
 def capture_sample(verifier: VerifierModel, prompt: Sequence[int], answer: Sequence[int]) -> Sample:
-    """The sample of one conversation: one forward over all of it, without padding."""
+    """Build the sample of one conversation with one forward pass, without padding."""
     input_ids = torch.tensor([*prompt, *answer])
     out = verifier.run(input_ids.to(verifier.model.device))
     return Sample(

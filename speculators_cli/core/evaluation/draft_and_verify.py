@@ -1,8 +1,8 @@
-"""Draft and verify: what a serving engine does, counted.
+"""Draft and verify as in a serving engine, with counts of accepted tokens.
 
-The draft proposes a chain; one verifier pass checks it; the longest prefix that the verifier would
-have chosen itself is accepted, and the verifier adds one token of its own. Greedy, one prompt at a
-time. Counts are vLLM's: a pass counts with all it accepted, also where the answer ends before.
+The draft proposes a chain; one verifier pass checks it; the longest prefix equal to the verifier's
+own choices is accepted, and the verifier adds one bonus token. Greedy, one prompt at a time. Counts
+follow vLLM: all accepted tokens of a pass count, even beyond the end of the answer.
 """
 
 import time
@@ -19,37 +19,37 @@ from speculators_cli.core.progress import Progress
 
 @dataclass(frozen=True)
 class Answer:
-    """One answer, with how it came about."""
+    """One answer, with its accepted tokens."""
 
     tokens: tuple[int, ...]
-    is_accepted: tuple[bool, ...]  # of each token: drafted and accepted, or the verifier's own
-    num_accepted: tuple[int, ...]  # draft tokens accepted in each pass
+    is_accepted: tuple[bool, ...]  # of each token: accepted draft token, or the verifier's own
+    num_accepted: tuple[int, ...]  # draft tokens accepted per pass
 
 
 @dataclass(frozen=True)
 class EvaluationReport:
     """Counts over all prompts."""
 
-    num_draft_tokens: int  # in a chain
+    num_draft_tokens: int  # per chain
     num_passes: int  # verifier passes that checked a chain
-    num_accepted: tuple[int, ...]  # passes that accepted draft token k, all before it included
+    num_accepted: tuple[int, ...]  # passes that accepted draft token k and all before it
     answers: tuple[Answer, ...]
-    num_different: int  # answers that are not the verifier's own
+    num_different: int  # answers that differ from the verifier's own
     duration_seconds: float
 
     @property
     def acceptance_rates(self) -> tuple[float, ...]:
-        """Share of passes that accepted token k."""
+        """Fraction of passes that accepted token k."""
         return tuple(count / max(self.num_passes, 1) for count in self.num_accepted)
 
     @property
     def acceptance_length(self) -> float:
-        """Mean tokens per verifier pass, bonus included."""
+        """Mean tokens per verifier pass, including the bonus token."""
         return 1.0 + sum(self.num_accepted) / max(self.num_passes, 1)
 
     @property
     def is_lossless(self) -> bool:
-        """Whether every answer is, token by token, what the verifier writes alone."""
+        """Whether every answer equals the verifier's own, token by token."""
         return self.num_different == 0
 
 
@@ -67,7 +67,7 @@ def evaluate(
     with progress.task("Drafting and verifying", len(prompts)) as task:
         for prompt in prompts:
             answer = draft_and_verify(verifier, drafter, prompt, max_new_tokens)
-            num_different += answer.tokens != answer_alone(verifier, prompt, max_new_tokens)
+            num_different += answer.tokens != answer_without_draft(verifier, prompt, max_new_tokens)
             answers.append(answer)
             task.advance()
     passes = [count for answer in answers for count in answer.num_accepted]
@@ -86,7 +86,7 @@ def evaluate(
 def draft_and_verify(
     verifier: VerifierModel, drafter: Drafter, prompt: Sequence[int], max_new_tokens: int
 ) -> Answer:
-    """One greedy answer, up to an end token or `max_new_tokens`."""
+    """Generate one greedy answer, up to an end token or `max_new_tokens`."""
     device = verifier.model.device
     cache = verifier.new_cache()
     drafter.start()
@@ -105,17 +105,17 @@ def draft_and_verify(
         tokens += own[: count + 1]
         is_accepted += [True] * count + [False]
         if count < len(chain):
-            cache.crop(count - len(chain))  # forgets the draft tokens that were refused
+            cache.crop(count - len(chain))  # drops the rejected draft tokens
         following = torch.tensor(own[: count + 1], device=device)
         aux = tuple(states[: count + 1] for states in out.aux_hidden_states)
     length = _length(tokens, verifier.end_ids, max_new_tokens)
     return Answer(tuple(tokens[:length]), tuple(is_accepted[:length]), tuple(num_accepted))
 
 
-def answer_alone(
+def answer_without_draft(
     verifier: VerifierModel, prompt: Sequence[int], max_new_tokens: int
 ) -> tuple[int, ...]:
-    """The verifier's own greedy answer, a token a pass."""
+    """Generate the verifier's own greedy answer, one token per pass."""
     device = verifier.model.device
     cache = verifier.new_cache()
     out = verifier.run(torch.tensor(prompt, device=device), cache)
@@ -127,7 +127,7 @@ def answer_alone(
 
 
 def _length(tokens: Sequence[int], end_ids: frozenset[int], max_new_tokens: int) -> int:
-    """Tokens of an answer: up to its first end token, which is kept."""
+    """Return the length of an answer, up to and including its first end token."""
     before_end = sum(1 for _ in takewhile(lambda token: token not in end_ids, tokens))
     return min(before_end + 1, len(tokens), max_new_tokens)
 

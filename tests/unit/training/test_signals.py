@@ -192,7 +192,7 @@ def test_handlers_are_put_back_however_training_ends(
     assert [signal.getsignal(number) for number in STOP_SIGNALS] == before
     assert end_of(tiny) == {
         "error": "Unexpected ZeroDivisionError: division by zero",
-        "hint": "Run again with `--verbose` and report the traceback",
+        "hint": "Rerun with `--verbose` and report the traceback",
         "exit_code": 1,
     }
 
