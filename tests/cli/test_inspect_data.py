@@ -188,7 +188,10 @@ def test_ids_beyond_the_vocabulary_are_named(
     )
 
     assert code == 1
-    assert "has token id 37, the verifier 37 tokens" in problems_of(report)["data_3.pt"]
+    assert (
+        "has token id 37, beyond the verifier's vocabulary of 37"
+        in problems_of(report)["data_3.pt"]
+    )
 
 
 def edited_copy(source: Path, target: Path, edit: Callable[[Content], object]) -> Path:
