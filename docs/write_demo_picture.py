@@ -1,4 +1,4 @@
-"""Run the demo and draw what it says, into `docs/images/demo.svg`."""
+"""Run the demo and draw its output, into `docs/images/demo.svg`."""
 
 import contextlib
 import io
@@ -14,7 +14,7 @@ from speculators_cli.core.demo.demo import check_report, run_demo
 from speculators_cli.settings.demo import DemoRunSettings, DemoSettings
 
 PICTURE = Path(__file__).resolve().parent / "images" / "demo.svg"
-# Rich's own format loads a font from the web.
+# The default format of Rich loads a font from the web.
 FORMAT = """\
 <svg viewBox="0 0 {width} {height}" xmlns="http://www.w3.org/2000/svg">
 <style>
@@ -43,7 +43,7 @@ FORMAT = """\
 
 
 def main() -> None:
-    """Run the demo in a folder of its own, and write the picture."""
+    """Run the demo in a temporary folder and write the picture."""
     output = Output()
     console = Console(
         record=True, width=124, file=io.StringIO(), highlight=False, markup=False, soft_wrap=True

@@ -1,31 +1,29 @@
-"""Time a whole small training run, from the start of the command to its end.
+"""Time a small training run, from the start of the command to its end.
 
     python docs/benchmarks/end_to_end.py make /tmp/e2e
     python docs/benchmarks/end_to_end.py run ours /tmp/e2e --cold
     python docs/benchmarks/end_to_end.py run upstream /tmp/e2e --cold
 
 `make` writes a verifier of SmolLM2-135M's shape, vocabulary maps, and the same random samples
-twice: as our v1 `.pt` files, and as speculators 0.9.0 keeps them (`datasets` writes its table).
-Upstream must be importable: `pip install speculators==0.9.0`, beside this project and a torch that
-both take.
+twice: as v1 `.pt` files, and as speculators 0.9.0 stores them (`datasets` writes its table).
+Upstream must be installed, `pip install speculators==0.9.0`, with a torch that both tools support.
 
-`run` starts `speculators train` of one of them as a user would, with the tool's defaults but for
-what makes the draft and the work the same: AdamW, the head frozen (upstream's command cannot train
-it), no norms that ours leaves out, full attention, log lines equally often. Upstream is told a
-mask token, which EAGLE-3 does not use, for want of a tokenizer to find one in. Ours adds noise and
-looks for broken states, upstream does neither. What follows `--` goes to the tool, after our flags.
+`run` starts `speculators train` of one tool with its defaults, except for settings that make the
+draft and the work the same: AdamW, a frozen LM head (upstream's command cannot train it), no extra
+norms, full attention, the same logging interval. Upstream gets a mask token, which EAGLE-3 does not
+use, because the verifier has no tokenizer. Ours adds noise and checks for non-finite states,
+upstream does neither. Arguments after `--` are passed to the tool, after the script's own.
 
-A phase ends where the tool says so, at the moment its line arrives: `start_up` at the line of the
-first optimizer step, `steps`, `validation` and `checkpoint` at theirs, `exit` with the process. Our
-checkpoints end when their folders take their names. Upstream does not wait for the last steps of an
-epoch before it says that they are done, so some may count as its checkpoint. `steps` has the
-waiting for samples in it; `computing` is all steps times a median step without it: from our lines
-and `data_wait_share`, from upstream's forward, backward and optimizer times.
+A phase ends when the tool prints its line: `start_up` with the first optimizer step, `steps`,
+`validation` and `checkpoint` with theirs, `exit` with the process. Our checkpoints end when their
+folders are renamed. Upstream logs the last steps of an epoch before they finish on the device, so
+some of their time may count as its checkpoint. `steps` includes waiting for data; `computing` is
+the number of steps times the median step without it, from our log lines and `data_wait_share`, and
+from upstream's forward, backward and optimizer times.
 
-On a GPU, nothing in either tool is changed. Upstream trains on accelerators only: elsewhere it is
-given a CPU where it asks for its device, SDPA for flex attention and its eager loss for Triton's,
-and both tools compute in float32. For a few cores its twelve workers are too many:
-`-- --num-workers 1`.
+On a GPU, both tools run unchanged. Upstream trains on accelerators only: on CPU, its device is
+replaced by a CPU, flex attention by SDPA and the Triton loss by its eager loss, and both tools
+compute in float32. Its twelve workers are too many for a few cores: `-- --num-workers 1`.
 """
 
 import argparse
@@ -59,8 +57,8 @@ from speculators_cli.core.models.verifier_files import VerifierFiles
 
 PHASES = ("start_up", "steps", "validation", "checkpoint", "exit")
 SPREAD = 0.7  # of the logarithm of a sample's length
-POOL_TOKENS = 4096  # tokens whose states are drawn; samples take them in an order of their own
-# Makes upstream's trainer, written for accelerators, take a CPU.
+POOL_TOKENS = 4096  # tokens with random states; each sample uses them in another order
+# Run upstream's trainer, written for accelerators, on a CPU.
 UPSTREAM_ON_CPU = """
 import sys, torch
 from speculators.cli import app
@@ -78,24 +76,24 @@ class Step:
     moment: float
     number: int  # from 1
     epoch: int
-    seconds: float | None = None  # of computing, where the line says so
+    seconds: float | None = None  # of computing, if the line has it
 
 
 @dataclass
 class Trace:
-    """What a run said, and when."""
+    """Log lines of a run, with times."""
 
     started_at: float
     ends: list[tuple[float, str]] = field(default_factory=list)  # of phases
     steps: list[Step] = field(default_factory=list)
 
     def add_step(self, step: Step) -> None:
-        """Take in a log line; the first ends the start."""
+        """Add a log line; the first ends the start-up phase."""
         self.ends.append((step.moment, "steps" if self.steps else "start_up"))
         self.steps.append(step)
 
     def seconds(self) -> dict[str, float]:
-        """Seconds of each phase: each moment ends a piece of one that began at the last moment."""
+        """Seconds of each phase; each time stamp ends the part since the one before."""
         totals = dict.fromkeys(PHASES, 0.0)
         moment = self.started_at
         for end, phase in sorted(self.ends):
@@ -116,8 +114,10 @@ def main() -> None:
     making.add_argument("--mean-tokens", type=int, default=500)
     making.add_argument("--supervised-fraction", type=float, default=0.6)
     making.add_argument("--draft-vocab-size", type=int, default=32000)
-    making.add_argument("--verifier", type=Path, help="a folder, in place of random weights")
-    making.add_argument("--only-ours", action="store_true", help="no samples in upstream's format")
+    making.add_argument("--verifier", type=Path, help="folder to use instead of random weights")
+    making.add_argument(
+        "--only-ours", action="store_true", help="skip samples in upstream's format"
+    )
     making.set_defaults(command=make)
     usage = "%(prog)s TOOL FOLDER [options] [-- FLAGS OF THE TOOL]"
     running = commands.add_parser("run", help="time a run", usage=usage)
@@ -126,8 +126,8 @@ def main() -> None:
     running.add_argument("--epochs", type=int, default=3)
     running.add_argument("--total-seq-len", type=int, default=8192)
     running.add_argument("--ttt-steps", type=int, default=3)
-    running.add_argument("--log-every", type=int, default=10, help="steps")
-    running.add_argument("--cold", action="store_true", help="empty the caches of compilers first")
+    running.add_argument("--log-every", type=int, default=10, help="steps per log line")
+    running.add_argument("--cold", action="store_true", help="clear compilation caches first")
     running.set_defaults(command=run)
     words = sys.argv[1:]
     end = words.index("--") if "--" in words else len(words)

@@ -1,13 +1,13 @@
-"""Time each part of the fast step by itself, beside what the plain path does in its place.
+"""Time each fast kernel and its plain counterpart.
 
     python docs/benchmarks/parts.py
     python docs/benchmarks/parts.py --shape qwen3-8b --draft-vocab-size 151936 --only linear_kl
 
-Each part runs forward and backward on what a step gives it: the packed sequence of
-`speculators bench`, bfloat16 on a GPU; what the TTT steps share, for all of them. One JSON line a
-part: `ms` is what its kernels take on the GPU, one after the other, `launch_ms` what the host takes
-to launch them. Without a GPU it needs Triton's interpreter, `TRITON_INTERPRET=1`, which shows that
-a part runs, in float32, not how fast.
+Each part runs forward and backward on the inputs of a training step: the packed sequence of
+`speculators bench`, bfloat16 on a GPU, and all TTT steps where they share work. Prints one line of
+JSON per part: `ms` is the time of its kernels on the GPU, `launch_ms` the host time to launch
+them. Without a GPU, Triton's interpreter (`TRITON_INTERPRET=1`) runs each part in float32, without
+meaningful times.
 """
 
 import argparse
@@ -49,7 +49,7 @@ NUM_RUNS = 10
 
 @dataclass(frozen=True)
 class Step:
-    """What the parts of a step are given."""
+    """Inputs of the parts of a step."""
 
     config: Eagle3Config
     batch: Batch  # on the device
@@ -63,11 +63,11 @@ class Step:
 
     @property
     def num_active(self) -> int:
-        """How many they are."""
+        """Number of active rows."""
         return len(self.rows.rows)
 
     def states(self, *shape: int) -> Tensor:
-        """Random activations that want a gradient."""
+        """Random activations that require a gradient."""
         states = torch.randn(shape, device=self.device, dtype=self.dtype)
         return states.requires_grad_()
 
@@ -77,7 +77,7 @@ class Step:
 
 
 def backward(compute: Callable[[], Tensor | tuple[Tensor, ...]], *leaves: Tensor) -> Run:
-    """A run of forward and backward for a gradient of ones."""
+    """Forward and backward with a gradient of ones."""
 
     def run() -> None:
         out = compute()
@@ -88,7 +88,7 @@ def backward(compute: Callable[[], Tensor | tuple[Tensor, ...]], *leaves: Tensor
 
 
 def time_rms_norm(step: Step) -> tuple[Run, Run]:
-    """A norm that takes in the residual: active rows, all rows."""
+    """RMSNorm with the residual addition: active rows, all rows."""
     size, eps = step.config.hidden_size, step.config.rms_norm_eps
     plain = layers.RMSNorm(size, eps).to(step.device)
     few, all_rows = (
@@ -107,7 +107,7 @@ def time_rms_norm(step: Step) -> tuple[Run, Run]:
 
 
 def time_rotate(step: Step) -> tuple[Run, Run]:
-    """Queries turned, and laid out by document."""
+    """RoPE of the queries, with the layout by document."""
     config, positions = step.config, step.batch.position_ids
     rotary = layers.RotaryEmbedding(config).to(step.device)
     few, all_rows = (
@@ -122,7 +122,7 @@ def time_rotate(step: Step) -> tuple[Run, Run]:
 
 
 def time_swiglu(step: Step) -> tuple[Run, Run]:
-    """The activation between the two products of the feed-forward network."""
+    """The activation between the two matmuls of the MLP."""
     inner = step.config.intermediate_size
     few, all_rows = (
         step.states(n, 2 * inner) for n in (step.num_active, len(step.batch.input_ids))
@@ -159,7 +159,7 @@ def time_joint_attention(step: Step) -> tuple[Run, Run]:
 
 
 def time_shared_weight(step: Step) -> tuple[Run, Run]:
-    """The first product of the feed-forward network, in all TTT steps."""
+    """The first matmul of the MLP, in all TTT steps."""
     size, inner = step.config.hidden_size, step.config.intermediate_size
     weights = [step.weight(inner, size) for _ in range(2)]
     steps = range(step.config.ttt_steps)
@@ -178,7 +178,7 @@ def time_shared_weight(step: Step) -> tuple[Run, Run]:
 
 
 def time_shared_rows(step: Step) -> tuple[Run, Run]:
-    """What keys and values take from the token embeddings, read in all TTT steps."""
+    """Projection of the token embeddings to keys and values, read in all TTT steps."""
     config, seq_len = step.config, len(step.batch.input_ids)
     embedded = step.states(seq_len, 2 * config.num_kv_heads * config.head_dim)
     places = step.rows.shifted_rows[1:]
@@ -203,7 +203,7 @@ def time_gather(step: Step) -> tuple[Run, Run]:
 
 
 def time_linear_kl(step: Step) -> tuple[Run, Run]:
-    """lm_head and loss of all TTT steps."""
+    """LM head and loss of all TTT steps."""
     config, batch = step.config, step.batch
     size, seq_len = config.hidden_size, len(batch.input_ids)
     head = step.weight(config.draft_vocab_size, size)
@@ -239,7 +239,7 @@ def time_linear_kl(step: Step) -> tuple[Run, Run]:
 
 
 def time_optimizer(step: Step) -> tuple[Run, Run]:
-    """Clip and AdamW over as many weights as the feed-forward network has."""
+    """Gradient clipping and AdamW over as many weights as the MLP has."""
     size, inner = step.config.hidden_size, step.config.intermediate_size
 
     def build(*, use_fast_kernels: bool) -> Run:
@@ -257,7 +257,7 @@ def time_optimizer(step: Step) -> tuple[Run, Run]:
 
 
 def time_noise(step: Step) -> tuple[Run, Run]:
-    """Broken states looked for, and noise added; the fast way changes the batch."""
+    """Check for non-finite states and noise; the fast version changes the batch in place."""
 
     def plain() -> object:
         kept, _ = drop_non_finite(step.batch)
@@ -267,7 +267,7 @@ def time_noise(step: Step) -> tuple[Run, Run]:
 
 
 def time_active_rows(step: Step) -> tuple[Run, Run]:
-    """The plan of a step, made by the host; the plain path has none."""
+    """Active rows of a step, found on the host; the plain version has none."""
     return lambda: find_active_rows(step.batch, step.config.ttt_steps), lambda: None
 
 
@@ -287,7 +287,7 @@ PARTS: dict[str, Callable[[Step], tuple[Run, Run]]] = {
 
 
 def main() -> None:
-    """Build what a step gives its parts, and time them."""
+    """Build the inputs and time each part."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -296,7 +296,7 @@ def main() -> None:
     parser.add_argument("--total-seq-len", type=int, default=8192)
     parser.add_argument("--ttt-steps", type=int, default=3)
     parser.add_argument("--draft-vocab-size", type=int, default=32000)
-    parser.add_argument("--only", choices=PARTS, help="one part")
+    parser.add_argument("--only", choices=PARTS, help="time this part only")
     options = parser.parse_args()
     if not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
         parser.error("without a GPU, set TRITON_INTERPRET=1")
@@ -310,7 +310,7 @@ def main() -> None:
 
 
 def build_step(options: argparse.Namespace) -> Step:
-    """The first batch that `speculators bench` draws, on the device."""
+    """The first batch of `speculators bench`, on the device."""
     has_gpu = torch.cuda.is_available()
     device = torch.device("cuda" if has_gpu else "cpu")
     dtype = torch.bfloat16 if has_gpu else torch.float32
@@ -328,7 +328,7 @@ def build_step(options: argparse.Namespace) -> Step:
 
 
 def measure(run: Run, device: torch.device) -> dict[str, float | int | None]:
-    """Milliseconds of a run on the GPU and on the host, and how many kernels it launches."""
+    """Milliseconds on the GPU and on the host, and the number of kernel launches."""
     for _ in range(3 if device.type == "cuda" else 1):
         run()
     times = []

@@ -1,4 +1,4 @@
-"""A verifier's folder for the benchmarks: its config, and the tensors that training reads."""
+"""A random verifier for the benchmarks: its config and the tensors that training reads."""
 
 import json
 from pathlib import Path

@@ -3,10 +3,10 @@
     python docs/benchmarks/rivals.py speculators --shape llama-3.1-8b --supervised-fraction 0.6
     python docs/benchmarks/rivals.py specforge
 
-The tool must be importable: `pip install speculators==0.9.0` or `specforge==0.2.0`, beside this
-project and a torch that both take. What is timed: the copy of a batch from pinned memory, forward,
-backward, clip and optimizer, as the tool's own trainer does them; neither adds noise here, nor
-looks for states that are not finite. One JSON line a run.
+The tool must be installed, `pip install speculators==0.9.0` or `specforge==0.2.0`, with a torch
+that both packages support. Timed are the copy of a batch from pinned memory, forward, backward,
+gradient clipping and optimizer, as in the tool's own trainer. Neither tool adds noise or checks for
+non-finite states. Prints one line of JSON per run.
 """
 
 import argparse
@@ -59,7 +59,7 @@ def main() -> None:
         pin_memory=True,
         seed=0,
     )
-    # Others read last hidden states at every position.
+    # Other tools read last hidden states at every position.
     loader.batches = [
         replace(batch, last_hidden_states=batch.at_positions(batch.last_hidden_states).pin_memory())
         for batch in loader.batches
@@ -76,7 +76,7 @@ def main() -> None:
 
 
 def time_steps(step: Step, loader: SyntheticLoader, num_steps: int) -> dict[str, float]:
-    """Median milliseconds of a step, tokens a second, peak memory; the first three are warm-up."""
+    """Median ms/step, tokens/s and peak memory; the first three steps are warmup."""
     batches = loader.epoch(0)
     for _ in range(3):
         step(next(batches)[0])
@@ -235,7 +235,7 @@ def build_speculators(config: Eagle3Config, folder: Path, options: argparse.Name
 
 
 def build_specforge(config: Eagle3Config, folder: Path, options: argparse.Namespace) -> Step:
-    """SpecForge 0.2: bfloat16 weights, flex attention; it cannot pack, so all is one document."""
+    """SpecForge 0.2: bfloat16 weights, flex attention; no packing, so one document."""
     import torch.distributed as dist
     from specforge.algorithms.eagle3.model import OnlineEagle3Model
     from specforge.modeling.draft.llama3_eagle import LlamaForCausalLMEagle3

@@ -74,9 +74,9 @@ def show(report: "InspectionReport", name: str, output: Output) -> None:
         )
     if report.agreement is not None:
         output.line(
-            f"The verifier's head has the next token first at {report.agreement.with_norm:.1%} of "
-            f"{report.agreement.num_positions:,} positions with its final norm, "
-            f"{report.agreement.without_norm:.1%} without"
+            f"LM-head top-1 accuracy: {report.agreement.with_norm:.1%} with the final norm, "
+            f"{report.agreement.without_norm:.1%} without, of "
+            f"{report.agreement.num_positions:,} positions"
         )
     if not report.problems:
         output.line("Found no problem")
