@@ -623,7 +623,7 @@ from speculators_cli.core.export import export as module
 names = ["write_weights", "write_json", "verify", "serve_command", "build_card", "sync"]
 name = names[int(sys.argv[1])]
 from speculators_cli.core import scratch
-owner = scratch if name == "sync" else module
+owner = {"sync": scratch, "serve_command": module.TARGETS["vllm"]}.get(name, module)
 real = getattr(owner, name)
 def dying(*args, **options):
     real(*args, **options)

@@ -108,3 +108,13 @@ def test_files_from_outside_are_read_by_the_guard() -> None:
 
     assert readers - UNGUARDED == set()
     assert "core/reading.py" in readers
+
+
+@pytest.mark.parametrize("folder", ["core/export", "core/drafts"])
+def test_an_algorithm_is_named_in_its_own_folder_only(folder: str) -> None:
+    sources = {f.name: f.read_text() for f in (ROOT / folder).rglob("*.py")}
+    assert sources
+
+    named = {x for x, text in sources.items() if re.search("eagle.?3|ttt", text, re.IGNORECASE)}
+
+    assert named == set()

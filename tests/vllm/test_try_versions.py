@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from speculators_cli.core.algorithms.eagle3.config import Eagle3Config
-from speculators_cli.core.export.engine_versions import NEWEST_TRIED, OLDEST_TRIED, advise
+from speculators_cli.core.export.targets.vllm import NEWEST_TRIED, OLDEST_TRIED, Vllm
 from tests.vllm.drafts import Served
 from tests.vllm.try_versions import (
     EQUAL,
@@ -129,5 +129,7 @@ def test_the_advice_is_the_oldest_version_that_the_page_calls_equal(
 
     oldest = versions[outcomes.index("equal")]
 
-    assert advise(config).oldest == oldest
+    advice = Vllm().advise(config)
+    assert advice is not None
+    assert advice.oldest == oldest
     assert (OLDEST_TRIED in versions, versions[-1]) == (True, NEWEST_TRIED)

@@ -10,6 +10,7 @@ from speculators_cli.core.algorithms.cost import CostModel
 from speculators_cli.core.algorithms.draft_config import DraftConfig
 from speculators_cli.core.algorithms.draft_model import DraftModel
 from speculators_cli.core.algorithms.drafter import Drafter
+from speculators_cli.core.algorithms.export_format import ExportFormat
 from speculators_cli.core.algorithms.overrides import Overrides
 from speculators_cli.core.data.alignment import Alignment
 from speculators_cli.core.data.vocab_map import VocabMap
@@ -27,6 +28,10 @@ class Algorithm(ABC, Generic[ConfigT, SettingsT]):
     settings_class: ClassVar[type[Settings]]  # the section of `speculators train`
     alignment: ClassVar[Alignment]  # which rows of a sample it trains on
     cost: CostModel[ConfigT, SettingsT]  # of a training step
+    title: ClassVar[str] = ""  # in model cards; empty: the name
+    # Settings of the section that a model card lists, and their names in it.
+    card_settings: ClassVar[Mapping[str, str]] = {}
+    export_formats: ClassVar[Mapping[str, ExportFormat]] = {}  # by the name of the target
 
     @abstractmethod
     def recognises(self, content: Mapping[str, Any]) -> bool:
@@ -47,6 +52,35 @@ class Algorithm(ABC, Generic[ConfigT, SettingsT]):
             CheckpointError: It is no draft of this algorithm, or one that this package does not
                 compute.
         """
+
+    def find_assumed(
+        self,
+        content: Mapping[str, Any],  # noqa: ARG002
+        config: ConfigT,  # noqa: ARG002
+    ) -> Mapping[str, Any]:
+        """Values that a config.json lacks and no tensor shows, as they are read."""
+        return {}
+
+    def ties_head(self, content: Mapping[str, Any], *, name: str) -> bool:  # noqa: ARG002
+        """Whether a config.json ties the LM head to the embedding."""
+        return False
+
+    def checkpoint_name(self, tensor: str) -> str:
+        """The name that a checkpoint of this package gives a tensor of another tool's draft."""
+        return tensor
+
+    def find_unread(self, config: ConfigT) -> frozenset[str]:  # noqa: ARG002
+        """Tensors that other tools save with a draft, under our names, and that nothing reads."""
+        return frozenset()
+
+    def fit_config(
+        self,
+        config: ConfigT,
+        content: Mapping[str, Any],  # noqa: ARG002
+        tensors: Mapping[str, Tensor],  # noqa: ARG002
+    ) -> ConfigT:
+        """The config with what the tensors, under our names, decide."""
+        return config
 
     @abstractmethod
     def build_config(self, settings: SettingsT, shape: Mapping[str, Any]) -> ConfigT:

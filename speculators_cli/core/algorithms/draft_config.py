@@ -1,6 +1,7 @@
 """DraftConfig: what is known of every draft model, whatever its algorithm."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
 from typing import Any, ClassVar, Self
@@ -74,3 +75,8 @@ class DraftConfig(DecoderConfig, ABC):
         """Keys of our own in config.json, which no engine reads."""
         mark = {LAYER_IDS_ASSUMED: True} if self.are_layer_ids_assumed else {}
         return {**mark, "producer": {"name": PRODUCER, "version": __version__}}
+
+
+def is_speculators(content: Mapping[str, Any]) -> bool:
+    """Whether a config.json is in the speculators format."""
+    return content.get("speculators_model_type") is not None

@@ -1,7 +1,7 @@
 """read_draft(): a trained draft from a folder or the hub, whoever trained it."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -11,14 +11,8 @@ from torch import Tensor
 
 from speculators_cli.core.algorithms import ALGORITHMS
 from speculators_cli.core.algorithms.algorithm import Algorithm
-from speculators_cli.core.algorithms.draft_config import DraftConfig
+from speculators_cli.core.algorithms.draft_config import DraftConfig, is_speculators
 from speculators_cli.core.algorithms.drafter import Drafter
-from speculators_cli.core.algorithms.eagle3.config_reader import (
-    find_assumed,
-    has_plain_layers,
-    is_speculators,
-    ties_head,
-)
 from speculators_cli.core.algorithms.overrides import NO_OVERRIDES, Overrides
 from speculators_cli.core.data.vocab_map import VocabMap
 from speculators_cli.core.drafts.checkpoint_reader import (
@@ -46,7 +40,7 @@ class TrainedDraft:
     """A trained draft as it lies on disk."""
 
     name: str  # the folder or hub id it was read from
-    kind: str  # `checkpoint` of this package, `speculators` or `eagle3`
+    kind: str  # `checkpoint` of this package, `speculators`, or the algorithm in its own format
     config: DraftConfig
     weights: Mapping[str, Tensor]  # those of `config.tensor_shapes()`, in the dtype of the file
     embedding: Tensor | None  # [vocab, hidden]; None: the verifier's
@@ -92,13 +86,13 @@ def read_draft(
 
     Args:
         name_or_path: A checkpoint, the save path of a run (its best, else latest checkpoint), any
-            folder or hub id with an EAGLE-3 draft.
+            folder or hub id with a draft.
         overrides: What the user states about it.
         flag: Names the argument in messages.
 
     Raises:
         SettingsError: The folder does not exist.
-        CheckpointError: It is no EAGLE-3 draft, or not a whole one.
+        CheckpointError: It is no draft of an algorithm in the table, or incomplete.
         MachineError: The hub cannot be reached.
     """
     chosen = choose_checkpoint(Path(name_or_path))
@@ -108,17 +102,17 @@ def read_draft(
     content = files.read_json(CONFIG_NAME)
     algorithm = find_algorithm(content, name)
     config: DraftConfig = algorithm.read_config(content, overrides, name=name)
-    tensors = _renamed(files.read_tensors(), name)
-    config = _fit_config(config, content, tensors, name)
+    tensors = _renamed(files.read_tensors(), algorithm, name)
+    config = algorithm.fit_config(_fit_config(config, tensors, name), content, tensors)
     d2t, t2d = tensors.pop("d2t", None), tensors.pop("t2d", None)
     embedding = tensors.pop(EMBEDDING, None)
-    if ties_head(content, name):
+    if algorithm.ties_head(content, name=name):
         tensors = _untie(tensors, embedding, config, name)
-    weights = _check_tensors(tensors, embedding, config, name)
+    weights = _check_tensors(tensors, embedding, config, algorithm.find_unread(config), name)
     vocab_map, order = _read_vocab_map(d2t, t2d, config, name)
     if order is not None:
         weights[HEAD] = weights[HEAD][order]
-    kind = "speculators" if is_speculators(content) else "eagle3"
+    kind = "speculators" if is_speculators(content) else algorithm.name
     return TrainedDraft(
         name=name,
         kind="checkpoint" if checkpoint else kind,
@@ -127,7 +121,7 @@ def read_draft(
         embedding=embedding,
         vocab_map=vocab_map,
         checkpoint=checkpoint,
-        assumed=find_assumed(content, config),
+        assumed=algorithm.find_assumed(content, config),
     )
 
 
@@ -148,7 +142,8 @@ def find_algorithm(content: Mapping[str, Any], name: str) -> Algorithm[Any, Any]
         if kind is not None
         else f"`{name}` is no draft: its config.json has neither `speculators_model_type` nor "
         f"`draft_vocab_size`, but architecture `{architecture}`",
-        hint="Pass a checkpoint of `speculators train`, a speculators or an EAGLE-3 checkpoint",
+        hint="Pass a checkpoint of `speculators train`, or a draft of one of these algorithms: "
+        f"{known}",
     )
 
 
@@ -190,11 +185,13 @@ def _read_own(folder: Path) -> Checkpoint | None:
     return checkpoint
 
 
-def _renamed(tensors: Mapping[str, Tensor], name: str) -> dict[str, Tensor]:
+def _renamed(
+    tensors: Mapping[str, Tensor], algorithm: Algorithm[Any, Any], name: str
+) -> dict[str, Tensor]:
     """Tensors under the names that a checkpoint of this package gives them."""
     renamed: dict[str, Tensor] = {}
     for key, tensor in tensors.items():
-        own = key.removeprefix("model.").replace("midlayer.", "layers.0.", 1)
+        own = algorithm.checkpoint_name(key)
         if own in renamed:
             raise CheckpointError(
                 f"`{name}` holds `{own}` twice, once as `{key}`", hint="Download it again"
@@ -203,9 +200,7 @@ def _renamed(tensors: Mapping[str, Tensor], name: str) -> dict[str, Tensor]:
     return renamed
 
 
-def _fit_config(
-    config: DraftConfig, content: Mapping[str, Any], tensors: Mapping[str, Tensor], name: str
-) -> DraftConfig:
+def _fit_config(config: DraftConfig, tensors: Mapping[str, Tensor], name: str) -> DraftConfig:
     """The config with what the tensors settle; one far from them is refused before it is used."""
     found = {int(number) for key in tensors for number in _LAYER.findall(key)}
     if config.num_layers != len(found):
@@ -223,10 +218,6 @@ def _fit_config(
             f"tokens in its config.json, expected at most {MAX_VOCAB:,}",
             hint="Download it again, or pass another checkpoint",
         )
-    has_qk_norm = any(key.endswith((".q_norm.weight", ".k_norm.weight")) for key in tensors)
-    if config.has_qk_norm and not has_qk_norm and has_plain_layers(content):
-        # The engine goes by the class that the config gives the layers, not by their type.
-        config = replace(config, arch="llama")
     return config
 
 
@@ -246,12 +237,14 @@ def _untie(
 
 
 def _check_tensors(
-    tensors: Mapping[str, Tensor], embedding: Tensor | None, config: DraftConfig, name: str
+    tensors: Mapping[str, Tensor],
+    embedding: Tensor | None,
+    config: DraftConfig,
+    unread: Set[str],
+    name: str,
 ) -> dict[str, Tensor]:
     """The draft's own tensors, all there, of the right shapes, and no others."""
     found = {key: x for key, x in tensors.items() if not key.endswith(NOT_OF_THE_DRAFT)}
-    # Upstream's first versions kept a norm gain per layer that only the first one reads.
-    unread = {f"layers.{i}.hidden_norm.weight" for i in range(1, config.num_layers)}
     found = {key: x for key, x in found.items() if key not in unread}
     shapes = config.tensor_shapes()
     problems = [f"lacks `{key}`" for key in sorted(shapes.keys() - found.keys())]

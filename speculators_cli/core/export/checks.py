@@ -10,7 +10,8 @@ from speculators_cli.core.drafts.trained_draft import TrainedDraft
 from speculators_cli.core.errors import ExportError, SettingsError, SpeculatorsError
 from speculators_cli.core.export.licence import CARD_NAME
 from speculators_cli.core.export.model_card import PROVENANCE_NAME
-from speculators_cli.core.export.targets import Target
+from speculators_cli.core.export.targets import TARGETS
+from speculators_cli.core.export.targets.target import Target
 from speculators_cli.core.export.verification import find_broken_values
 from speculators_cli.core.files import check_output_dir
 from speculators_cli.core.models.repo_files import CONFIG_NAME, INDEX_NAME
@@ -60,18 +61,19 @@ def check_can_run(source: TrainedDraft, served: DraftConfig, target: Target) -> 
     """Refuse a draft that the target's engine does not compute, or whose weights are broken.
 
     Raises:
-        ExportError: It is one.
+        ExportError: It is one, or its algorithm has no format for the target.
     """
+    formats = source.algorithm.export_formats
+    target.find_format(source.algorithm)
     obstacles = target.find_obstacles(served)
-    if not obstacles:
-        rope = target.find_rope_problem(target.build_config(served, "float32"), served)
-        obstacles = [] if rope is None else [rope]
     if obstacles:
+        others = [x for name, x in TARGETS.items() if name in formats and x is not target]
+        able = next((x for x in others if not x.find_obstacles(served)), None)
         raise ExportError(
             "\n".join(
                 [f"{target.engine} cannot run `{source.name}`", *(f"  {x}" for x in obstacles)]
             ),
-            hint="Export it for vLLM with `--target vllm`",
+            hint=f"Export it for {able.engine} with `--target {able.name}`" if able else None,
         )
     broken = find_broken_values(source)
     if broken:

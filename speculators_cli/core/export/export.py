@@ -1,6 +1,5 @@
 """export(settings): a trained draft as a folder that a serving engine reads, checked and whole."""
 
-import shlex
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -8,26 +7,19 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 
-from speculators_cli.core.algorithms.draft_config import DraftConfig
 from speculators_cli.core.algorithms.overrides import Overrides
 from speculators_cli.core.data.data_config import LayerIds, warn_of_assumed
 from speculators_cli.core.drafts.trained_draft import ASSUMED_HINT, EMBEDDING, read_draft
 from speculators_cli.core.errors import MachineError
 from speculators_cli.core.export.checks import check_can_run, check_place, check_verifier
-from speculators_cli.core.export.engine_versions import EngineAdvice, advise
 from speculators_cli.core.export.licence import CARD_NAME, read_licence
 from speculators_cli.core.export.model_card import (
     PROVENANCE_NAME,
     build_card,
     build_provenance,
-    longrope_warning,
 )
-from speculators_cli.core.export.targets import (
-    TARGETS,
-    length_option,
-    longrope_length,
-    vllm_command,
-)
+from speculators_cli.core.export.targets import TARGETS
+from speculators_cli.core.export.targets.target import EngineAdvice
 from speculators_cli.core.export.verification import Verification, has_untrained_gains, verify
 from speculators_cli.core.export.weights import cast_tensors, write_weights
 from speculators_cli.core.files import disk_error, write_json
@@ -89,7 +81,7 @@ def export(settings: ExportSettings, *, progress: Progress = SILENT) -> ExportRe
 
     Raises:
         SettingsError: The output folder or the verifier cannot be used; nothing was written.
-        CheckpointError: The checkpoint is no whole EAGLE-3 draft.
+        CheckpointError: The checkpoint is no complete draft.
         ExportError: The target cannot run this draft, or what was written is not it.
         MachineError: Disk or hub are in the way.
     """
@@ -122,11 +114,11 @@ def export(settings: ExportSettings, *, progress: Progress = SILENT) -> ExportRe
             f"All norm gains of `{source.name}` are exactly 1.0, as before training: its training "
             "may have been lost to rounding"
         )
-    length = longrope_length(served)
-    if length is not None and chosen.target != "sglang":
-        progress.warn(longrope_warning(length))
+    risk = target.find_serving_risk(served)
+    if risk is not None:
+        progress.warn(risk)
     tensors = cast_tensors(source, DTYPES[chosen.dtype], with_embedding=chosen.embeddings)
-    advice = None if chosen.target == "sglang" else advise(served)
+    form, advice = target.format_of(served), target.advise(served)
     verification = None
     provenance = build_provenance(source, settings)
     licence = (
@@ -140,14 +132,14 @@ def export(settings: ExportSettings, *, progress: Progress = SILENT) -> ExportRe
             check_place(chosen.output_dir, Path(given.checkpoint), overwrite=chosen.overwrite)
             config_file = folder / CONFIG_NAME
             write_json(target.build_config(served, chosen.dtype), config_file)
-            num_bytes = write_weights(tensors, config_file, target, chosen.max_shard_size)
+            num_bytes = write_weights(tensors, config_file, form, chosen.max_shard_size)
             write_json(provenance, folder / PROVENANCE_NAME)
             if chosen.verify:
                 verification = verify(
                     folder, source, served, target=chosen.target, dtype=DTYPES[chosen.dtype]
                 )
-            command = serve_command(served, chosen.output_dir, chosen.target)
-            card = build_card(source, served, settings, command, advice, licence)
+            command = target.serve_command(served, chosen.output_dir)
+            card = build_card(source, served, settings, target, advice, licence)
             (folder / CARD_NAME).write_text(card, "utf-8")
     except (OSError, SafetensorError) as error:
         reason = error.strerror if isinstance(error, OSError) else error
@@ -175,16 +167,6 @@ def export(settings: ExportSettings, *, progress: Progress = SILENT) -> ExportRe
 def absolute(verifier: str) -> str:
     """A folder by its whole path, so that a server finds it from anywhere; a hub id as it is."""
     return str(Path(verifier).absolute()) if Path(verifier).is_dir() else verifier
-
-
-def serve_command(served: DraftConfig, output_dir: Path, target: str) -> str | None:
-    """The command that serves the verifier with this draft."""
-    verifier = served.verifier_name_or_path
-    if target == "sglang":
-        return None
-    if target == "vllm" and not Path(verifier).exists():
-        return f"vllm serve {shlex.quote(str(output_dir))}{length_option(served)}"
-    return vllm_command(verifier, str(output_dir), served)
 
 
 def push(folder: Path, repo_id: str) -> None:

@@ -8,12 +8,12 @@ from typing import Any
 from huggingface_hub import ModelCardData
 
 from speculators_cli import __version__
+from speculators_cli.core.algorithms.algorithm import Algorithm
 from speculators_cli.core.algorithms.draft_config import PRODUCER, DraftConfig
 from speculators_cli.core.drafts.trained_draft import TrainedDraft
 from speculators_cli.core.escaping import escape
 from speculators_cli.core.export import markdown
-from speculators_cli.core.export.engine_versions import EngineAdvice
-from speculators_cli.core.export.targets import longrope_length, vllm_command
+from speculators_cli.core.export.targets.target import EngineAdvice, Target
 from speculators_cli.core.models.repo_files import WEIGHTS_NAME
 from speculators_cli.core.models.train_state import TrainState
 from speculators_cli.settings.export import ExportSettings
@@ -24,8 +24,8 @@ PROVENANCE_NAME = "provenance.json"
 SHOWN = (
     ("run", "epochs", "epochs"),
     ("optimizer", "lr", "peak learning rate"),
-    ("eagle3", "ttt_steps", "TTT steps"),
-    ("eagle3", "ttt_step_loss_decay", "loss decay a TTT step"),
+)
+SHOWN_AFTER = (  # those of the algorithm
     ("data", "total_seq_len", "tokens a packed sequence"),
     ("data", "noise_std", "noise on aux hidden states"),
 )
@@ -62,12 +62,12 @@ def build_card(
     source: TrainedDraft,
     served: DraftConfig,
     settings: ExportSettings,
-    command: str | None,
+    target: Target,
     advice: EngineAdvice | None,
     licence: Mapping[str, Any],  # `license` and what goes with it; may be empty
 ) -> str:
     """README.md of an export, with the metadata that the hub reads."""
-    verifier = served.verifier_name_or_path
+    algorithm, verifier = source.algorithm, served.verifier_name_or_path
     is_on_hub = not Path(verifier).exists()
     # A folder of this machine tells nobody else anything but its name.
     shown = verifier if is_on_hub else Path(verifier).name
@@ -75,47 +75,25 @@ def build_card(
         **{"license": "unknown", **licence},
         base_model=verifier if is_on_hub and HUB_ID.fullmatch(verifier) else None,
         pipeline_tag="text-generation",
-        tags=["speculative-decoding", "eagle3", "speculators", settings.export.target],
+        tags=["speculative-decoding", algorithm.name, "speculators", target.name],
     )
     parts = [
-        f"# EAGLE-3 draft for {markdown.text(shown)}",
+        f"# {algorithm.title or algorithm.name} draft for {markdown.text(shown)}",
         "A draft model for speculative decoding: it proposes tokens that the verifier checks, so "
         "the output is the verifier's own, sooner.",
         "## Serve it",
-        _how_to_serve(command, served, is_on_hub=is_on_hub),
+        target.card_text(served, settings.export.output_dir),
         *([advice.sentence] if advice else []),
         "## What it is",
         markdown.table(_facts(source, served, shown, settings)),
     ]
     if source.checkpoint is not None:
         state = source.checkpoint.state
-        parts += ["## How it was trained", markdown.table(_training_facts(state))]
+        parts += ["## How it was trained", markdown.table(_training_facts(state, algorithm))]
         if state.metrics.get("acceptance_length"):
             parts += ["## Acceptance", _acceptance(state.metrics)]
     parts.append(f"Written by {PRODUCER} {__version__}; `provenance.json` has the rest.")
     return f"---\n{escape(data.to_yaml())}\n---\n\n" + "\n\n".join(parts) + "\n"
-
-
-def _how_to_serve(command: str | None, served: DraftConfig, *, is_on_hub: bool) -> str:
-    if command is None:
-        return (
-            "With SGLang: `--speculative-algorithm EAGLE3 --speculative-draft-model-path` and this "
-            "folder."
-        )
-    if not is_on_hub:
-        command = vllm_command("VERIFIER", "THIS_FOLDER", served)
-    block = markdown.block(command)
-    length = longrope_length(served)
-    return block if length is None else f"{block}\n\n{longrope_warning(length)}"
-
-
-def longrope_warning(length: int) -> str:
-    """What to heed in serving a draft with LongRoPE, trained with its long factors."""
-    return (
-        f"Its RoPE is LongRoPE with the long factors. vLLM applies them only with "
-        f"`--max-model-len` above {length:,}: with less, which can be its default, it applies the "
-        "short factors, and accepts fewer tokens silently."
-    )
 
 
 def _facts(
@@ -135,9 +113,10 @@ def _facts(
     ]
 
 
-def _training_facts(state: TrainState) -> list[tuple[str, str]]:
+def _training_facts(state: TrainState, algorithm: Algorithm[Any, Any]) -> list[tuple[str, str]]:
     facts = [("optimizer steps", f"{state.step:,}")]
-    for section, name, words in SHOWN:
+    own = [(algorithm.name, *item) for item in algorithm.card_settings.items()]
+    for section, name, words in (*SHOWN, *own, *SHOWN_AFTER):
         value = state.settings.get(section, {}).get(name)
         if value is not None:
             facts.append((words, markdown.text(value)))

@@ -9,9 +9,9 @@ from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors.torch import save_file
 from torch import Tensor
 
+from speculators_cli.core.algorithms.export_format import ExportFormat
 from speculators_cli.core.drafts.trained_draft import EMBEDDING, TrainedDraft
 from speculators_cli.core.errors import ExportError
-from speculators_cli.core.export.targets import Target
 from speculators_cli.core.files import check_free_space, write_json
 from speculators_cli.core.models.repo_files import INDEX_NAME
 
@@ -45,11 +45,11 @@ def cast_tensors(
 
 
 def write_weights(
-    tensors: Mapping[str, Tensor], config_file: Path, target: Target, max_shard_size: str
+    tensors: Mapping[str, Tensor], config_file: Path, form: ExportFormat, max_shard_size: str
 ) -> int:
     """Write the weights beside their config, in several files if large; returns their bytes."""
     folder = config_file.parent
-    renamed = {target.rename(name): x.contiguous() for name, x in tensors.items()}
+    renamed = {form.rename(name): x.contiguous() for name, x in tensors.items()}
     needed = sum(x.nbytes for x in renamed.values())
     check_free_space(
         folder.parent,

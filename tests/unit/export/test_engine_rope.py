@@ -9,11 +9,11 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from speculators_cli.core.export.engine_rope import (
     Turning,
     find_rope_problem,
-    sglang_turning,
     trained_turning,
-    vllm_turning,
 )
 from speculators_cli.core.export.targets import TARGETS
+from speculators_cli.core.export.targets.sglang import sglang_turning
+from speculators_cli.core.export.targets.vllm import vllm_turning
 from tests.drafts import make_config
 from tests.unit.models.test_rope import (
     HEAD_DIM,

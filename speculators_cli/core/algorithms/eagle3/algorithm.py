@@ -2,14 +2,21 @@
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from speculators_cli.core.algorithms.algorithm import Algorithm
 from speculators_cli.core.algorithms.eagle3.config import Eagle3Config
-from speculators_cli.core.algorithms.eagle3.config_reader import is_eagle3, read_draft_config
+from speculators_cli.core.algorithms.eagle3.config_reader import (
+    find_assumed,
+    has_plain_layers,
+    is_eagle3,
+    read_draft_config,
+    ties_head,
+)
+from speculators_cli.core.algorithms.eagle3.contract import FORMATS, SWITCHES
 from speculators_cli.core.algorithms.eagle3.cost import Eagle3Cost
 from speculators_cli.core.algorithms.eagle3.draft import Eagle3Draft
 from speculators_cli.core.algorithms.eagle3.drafter import Eagle3Drafter
@@ -22,8 +29,6 @@ from speculators_cli.core.models.losses import LOSSES
 from speculators_cli.core.models.verifier import FrozenVerifier
 from speculators_cli.settings.algorithms.eagle3 import Eagle3Settings
 
-# Switches of the draft's mathematics, named alike in settings and config.
-SWITCHES = ("norm_before_residual", "norm_before_fc", "fc_norm", "norm_output")
 NUM_PROBE_TOKENS = 32
 
 
@@ -34,6 +39,12 @@ class Eagle3(Algorithm[Eagle3Config, Eagle3Settings]):
     settings_class = Eagle3Settings
     alignment = NEXT_TOKEN
     cost = Eagle3Cost()
+    title = "EAGLE-3"
+    card_settings: ClassVar = {
+        "ttt_steps": "TTT steps",
+        "ttt_step_loss_decay": "loss decay a TTT step",
+    }
+    export_formats = FORMATS
 
     def recognises(self, content: Mapping[str, Any]) -> bool:
         """Whether the content of a config.json is of an EAGLE-3 draft, speculators or plain."""
@@ -44,6 +55,31 @@ class Eagle3(Algorithm[Eagle3Config, Eagle3Settings]):
     ) -> Eagle3Config:
         """The config of a trained draft, whoever wrote it."""
         return read_draft_config(content, overrides, name=name)
+
+    def find_assumed(self, content: Mapping[str, Any], config: Eagle3Config) -> Mapping[str, Any]:
+        """Values that a config.json lacks and no tensor shows, as they are read."""
+        return find_assumed(content, config)
+
+    def ties_head(self, content: Mapping[str, Any], *, name: str) -> bool:
+        """Whether a config.json ties the LM head to the embedding."""
+        return ties_head(content, name)
+
+    def checkpoint_name(self, tensor: str) -> str:
+        """The name in a checkpoint; plain drafts call the first layer `midlayer`."""
+        return tensor.removeprefix("model.").replace("midlayer.", "layers.0.", 1)
+
+    def find_unread(self, config: Eagle3Config) -> frozenset[str]:
+        """Norm weights per layer, of upstream's first versions, that only the first layer reads."""
+        return frozenset(f"layers.{i}.hidden_norm.weight" for i in range(1, config.num_layers))
+
+    def fit_config(
+        self, config: Eagle3Config, content: Mapping[str, Any], tensors: Mapping[str, Tensor]
+    ) -> Eagle3Config:
+        """The config with the layers that an engine builds, where config.json gives their class."""
+        has_qk_norm = any(key.endswith((".q_norm.weight", ".k_norm.weight")) for key in tensors)
+        if config.has_qk_norm and not has_qk_norm and has_plain_layers(content):
+            return replace(config, arch="llama")
+        return config
 
     def build_config(self, settings: Eagle3Settings, shape: Mapping[str, Any]) -> Eagle3Config:
         """The config of a fresh draft."""

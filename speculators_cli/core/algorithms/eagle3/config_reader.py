@@ -9,6 +9,7 @@ from speculators_cli.core.algorithms.draft_config import (
     LAYER_IDS_ASSUMED,
     PRODUCER,
     DraftConfig,
+    is_speculators,
 )
 from speculators_cli.core.algorithms.eagle3.config import Eagle3Config
 from speculators_cli.core.algorithms.overrides import Overrides
@@ -54,11 +55,6 @@ def read_draft_config(
     if is_speculators(content):
         return _from_speculators(values, overrides)
     return _from_plain(values, overrides)
-
-
-def is_speculators(content: Mapping[str, Any]) -> bool:
-    """Whether a config.json is in the speculators format."""
-    return content.get("speculators_model_type") is not None
 
 
 def has_plain_layers(content: Mapping[str, Any]) -> bool:
