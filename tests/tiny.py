@@ -64,7 +64,9 @@ class TinyInputs:
                 flags += [flag, str(value)]
         return flags
 
-    def settings(self, **changes: Any) -> TrainSettings:
+    def settings(
+        self, settings_class: type[TrainSettings] = TrainSettings, /, **changes: Any
+    ) -> TrainSettings:
         """The settings of a short run; `changes` are `section={field: value}`."""
         sections: dict[str, dict[str, Any]] = {
             "draft": {
@@ -84,7 +86,7 @@ class TinyInputs:
         }
         for section, fields in changes.items():
             sections[section] = sections.get(section, {}) | fields
-        return TrainSettings.model_validate(sections)
+        return settings_class.model_validate(sections)
 
 
 def write_inputs(folder: Path, *, num_samples: int = 24, seed: int = 0) -> TinyInputs:

@@ -96,8 +96,9 @@ def _rows(report: Any) -> list[tuple[str, str]]:
         if report.best_validation_loss is not None:
             loss += f", {report.best_validation_loss:.3f} in the best epoch {report.best_epoch}"
         rows.append(("validation loss", loss))
+    if report.acceptance_length is not None:
         rates = "  ".join(f"{rate:.2f}" for rate in report.acceptance_rates)
-        length = f"{report.acceptance_length:.2f}  ({rates} at each TTT step)"
+        length = f"{report.acceptance_length:.2f}  ({rates} at each position)"
         rows.append(("simulated acceptance length", length))
     if report.num_skipped_steps:
         rows.append(("skipped steps", f"{report.num_skipped_steps:,}"))

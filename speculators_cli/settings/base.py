@@ -62,6 +62,19 @@ class ListOf:
 
 
 @dataclass(frozen=True)
+class KeyOf:
+    """The text is a key of a table, which may grow."""
+
+    table: Mapping[str, object]
+
+    def check(self, value: str) -> str:
+        """The value, if the table has it."""
+        if value not in self.table:
+            raise not_a_choice(value, tuple(self.table))
+        return value
+
+
+@dataclass(frozen=True)
 class Positional:
     """The value stands in the command line without a flag, under this name."""
 
@@ -158,7 +171,8 @@ def _expand(value: object) -> object:
 def choices_of(info: FieldInfo) -> tuple[str, ...]:
     """The values that a setting may have, where they are few."""
     listed = next((m.choices for m in info.metadata if isinstance(m, ListOf)), None)
-    return listed or tuple(map(str, _choices(info.annotation)))
+    table = next((m.table for m in info.metadata if isinstance(m, KeyOf)), None)
+    return listed or tuple(table or ()) or tuple(map(str, _choices(info.annotation)))
 
 
 def _choices(annotation: Any) -> Iterator[object]:

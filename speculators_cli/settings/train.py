@@ -4,8 +4,9 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field, field_validator
+from pydantic import AfterValidator, Field, field_validator
 
+from speculators_cli.settings.algorithms import ALGORITHM_SETTINGS
 from speculators_cli.settings.algorithms.eagle3 import Eagle3Settings
 from speculators_cli.settings.base import (
     MODEL_NAME,
@@ -17,6 +18,7 @@ from speculators_cli.settings.base import (
     Folders,
     FormatVersion,
     Kernels,
+    KeyOf,
     LayerIdsSetting,
     ListOf,
     Settings,
@@ -25,7 +27,7 @@ from speculators_cli.settings.base import (
     path_error,
 )
 
-AlgorithmName = Literal["eagle3"]
+ALGORITHM_NAME = KeyOf(ALGORITHM_SETTINGS)
 LOGGER_NAMES = ("trackio", "wandb", "tensorboard")
 
 
@@ -174,9 +176,9 @@ class DraftSettings(Settings):
         validate_default=True,
         description="Target-to-draft map: which verifier tokens are in the draft vocabulary",
     )
-    algorithm: Annotated[AlgorithmName, REFUSED_ON_RESUME] = Field(
-        "eagle3", description="Speculative decoding algorithm"
-    )
+    algorithm: Annotated[
+        str, ALGORITHM_NAME, AfterValidator(ALGORITHM_NAME.check), REFUSED_ON_RESUME
+    ] = Field("eagle3", description="Speculative decoding algorithm")
     draft_arch: Annotated[DraftArch, REFUSED_ON_RESUME] = Field(
         DraftArch.LLAMA, description="Architecture of the draft model's decoder layers"
     )
@@ -283,6 +285,6 @@ class TrainSettings(Settings):
 
     @property
     def algorithm_settings(self) -> Settings:
-        """The section of the algorithm."""
+        """The section that has the name of the algorithm."""
         section: Settings = getattr(self, self.draft.algorithm)
         return section

@@ -91,17 +91,25 @@ class Algorithm(ABC, Generic[ConfigT, SettingsT]):
             shape: The fields that every `DraftConfig` has.
         """
 
-    @abstractmethod
     def adapt_config(self, config: ConfigT, settings: SettingsT) -> ConfigT:
         """The config of a trained draft that is trained further with these settings."""
+        del settings
+        return config
 
-    @abstractmethod
     def fixed_settings(self, config: ConfigT) -> dict[str, Any]:
         """Settings of the section that a trained draft fixes."""
+        del config
+        return {}
 
-    @abstractmethod
+    def frozen_weights(self, settings: SettingsT) -> frozenset[str]:
+        """Names of the draft's own weights that are not trained."""
+        del settings
+        return frozenset()
+
     def has_fast_kernels(self, settings: SettingsT) -> bool:
-        """Whether the kernels of a GPU compute all that these settings ask for."""
+        """Whether fast kernels compute everything that these settings require."""
+        del settings
+        return False
 
     @abstractmethod
     def build(

@@ -18,6 +18,7 @@ class DraftConfig(DecoderConfig, ABC):
     """Everything that fixes the shape and the mathematics of a draft model."""
 
     algorithm: ClassVar[str]  # its name in the table of algorithms, and in config.json
+    layer_ids_key: ClassVar[str]  # of `target_layer_ids` in config.json
 
     target_hidden_size: int  # the verifier's; a draft trained here has the same
     vocab_size: int  # the verifier's embedding rows

@@ -44,7 +44,8 @@ class DraftModel(nn.Module, ABC):
 
     config: DraftConfig
     counters: ClassVar[tuple[str, ...]]  # names in `StepSums.counters`, in order
-    # Metrics of each prediction; `loss` and `acceptance_rate` are among them.
+    # Metrics of each prediction. `loss` is among them; of `acceptance_rate`, where it is, the
+    # simulated acceptance length is computed.
     ratios: ClassVar[tuple[Ratio, ...]]
     use_fast_kernels: bool  # whether a step computes with the kernels of a GPU
 

@@ -3,7 +3,7 @@
 Checksums tell damage; these tell a state that another program, or a person, has written.
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,6 @@ from speculators_cli.core.models.train_state import TrainState
 from speculators_cli.core.reading import open_safetensors, refusing
 from speculators_cli.core.training.snapshot import MOMENTS, STEP
 
-HEAD = "lm_head.weight"
 MOST_MORE = 64  # times as many packed sequences a step as the flags ask for
 START_OVER = "Choose another checkpoint, or start over with `--no-resume-from-checkpoint`"
 
@@ -55,14 +54,19 @@ def _object(content: Mapping[str, Any], key: str) -> Mapping[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
-def check_tensors(checkpoint: Checkpoint, config: DraftConfig, *, train_head: bool) -> None:
+def check_tensors(checkpoint: Checkpoint, config: DraftConfig, *, frozen: Collection[str]) -> None:
     """Check names, shapes and types of weights and optimizer state; only headers are read.
+
+    Args:
+        checkpoint: What is resumed.
+        config: Of the draft.
+        frozen: Weights without optimizer state.
 
     Raises:
         CheckpointError: They are not those of the draft.
     """
     shapes = config.tensor_shapes()
-    trained = {name: x for name, x in shapes.items() if train_head or name != HEAD}
+    trained = {name: x for name, x in shapes.items() if name not in frozen}
     moments = {f"{name}.{kind}": shape for name, shape in trained.items() for kind in MOMENTS}
     moments |= {f"{name}.{STEP}": () for name in trained}
     _check_file(checkpoint.folder / WEIGHTS_NAME, shapes)

@@ -65,12 +65,14 @@ class MetricSums:
             ]
             for ratio in self.ratios
         }
-        losses, rates = ratios["loss"], ratios["acceptance_rate"]
+        losses, rates = ratios["loss"], ratios.get("acceptance_rate")
         weighted = [w * (x or 0.0) for w, x in zip(self.loss_weights, losses, strict=True)]
         metrics: Metrics = {"loss": sum(weighted) if losses[0] is not None else None}
         for k in range(num_predictions):
             metrics |= {f"{name}_{k}": values[k] for name, values in ratios.items()}
-        length = 1.0 + sum(rate or 0.0 for rate in rates) if rates[0] is not None else None
+        length = None
+        if rates is not None and rates[0] is not None:
+            length = 1.0 + sum(rate or 0.0 for rate in rates)
         return metrics | {
             "acceptance_length": length,
             "tokens": num_tokens,

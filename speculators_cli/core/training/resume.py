@@ -4,6 +4,7 @@ import json
 import time
 from dataclasses import asdict, dataclass, replace
 
+from speculators_cli.core.algorithms import ALGORITHMS
 from speculators_cli.core.drafts.checkpoint_reader import Checkpoint
 from speculators_cli.core.errors import CheckpointError, DataError
 from speculators_cli.core.models.train_state import TrainState
@@ -100,7 +101,8 @@ def resumed_state(
     """
     saved = checkpoint.state
     _check_settings(saved, settings, checkpoint, progress)
-    ids = checkpoint.config.get("eagle_aux_hidden_state_layer_ids")
+    config = inputs.draft_config(settings)
+    ids = checkpoint.config.get(config.layer_ids_key)
     if ids != list(inputs.layer_ids.ids):
         raise CheckpointError(
             f"`{checkpoint.folder}` was trained on the verifier layers {ids}, this run would be on "
@@ -125,9 +127,9 @@ def resumed_state(
         accumulation_steps=settings.optimizer.gradient_accumulation_steps,
         num_samples=len(inputs.samples),
     )
-    config = inputs.draft_config(settings)
     check_layers(checkpoint, config)
-    check_tensors(checkpoint, config, train_head=settings.eagle3.train_head)
+    frozen = ALGORITHMS[config.algorithm].frozen_weights(settings.algorithm_settings)
+    check_tensors(checkpoint, config, frozen=frozen)
     accumulation = settings.optimizer.gradient_accumulation_steps
     if accumulation * ranks.num_ranks != saved.global_batch:
         progress.warn(

@@ -1,10 +1,10 @@
 """Trainer: the loop."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from math import isfinite
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch
 
@@ -196,17 +196,11 @@ class Trainer:
     def is_better(self, metrics: Metrics) -> bool:
         """Whether a validation beats the best one so far.
 
-        By simulated acceptance length; of equal ones, as at the start of a run, by the loss. One
-        without a loss, or whose loss is not finite, never does.
+        By simulated acceptance length, if the algorithm has one; of equal ones, as at the start of
+        a run, by the loss. One without a loss, or whose loss is not finite, never does.
         """
-        length, loss = metrics["acceptance_length"], metrics["loss"]
-        if length is None or loss is None or not are_finite(length, loss):
-            return False
-        best = self.state.best or {}
-        best_length, best_loss = best.get("acceptance_length"), best.get("loss")
-        if best_length is None or best_loss is None or not are_finite(best_length, best_loss):
-            return True
-        return (length, -loss) > (best_length, -best_loss)
+        rank, best_rank = _rank(metrics), _rank(self.state.best or {})
+        return rank is not None and (best_rank is None or rank > best_rank)
 
     def save(self, name: str) -> None:
         """Save a checkpoint; every rank waits until it is committed."""
@@ -281,3 +275,11 @@ class Trainer:
 
 
 BEST_KEYS = ("acceptance_length", "loss")
+
+
+def _rank(metrics: Mapping[str, Any]) -> tuple[float, float] | None:
+    """What validations are compared by; None: it measures nothing, or something not finite."""
+    length, loss = metrics.get("acceptance_length"), metrics.get("loss")
+    if loss is None or not are_finite(loss, 0.0 if length is None else length):
+        return None
+    return (0.0 if length is None else length, -loss)

@@ -26,7 +26,7 @@ def read_warm_start(settings: TrainSettings) -> tuple[TrainSettings, TrainedDraf
 
     Raises:
         SettingsError: A setting that was given contradicts the draft.
-        CheckpointError: It is no whole EAGLE-3 draft.
+        CheckpointError: It is no complete draft.
         MachineError: The hub cannot be reached.
     """
     draft = settings.draft
@@ -65,7 +65,7 @@ def read_warm_start(settings: TrainSettings) -> tuple[TrainSettings, TrainedDraf
                     hint=f"Leave it out: `{FLAG}` fixes the shape of the draft",
                 )
         content[section] = content.get(section, {}) | values
-    return TrainSettings.model_validate(content), source
+    return type(settings).model_validate(content), source
 
 
 def check_fit(source: TrainedDraft, verifier: VerifierShape, vocab_size: int) -> None:

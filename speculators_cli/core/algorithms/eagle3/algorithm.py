@@ -94,6 +94,10 @@ class Eagle3(Algorithm[Eagle3Config, Eagle3Settings]):
         """Settings of the section that a trained draft fixes."""
         return {name: getattr(config, name) for name in SWITCHES}
 
+    def frozen_weights(self, settings: Eagle3Settings) -> frozenset[str]:
+        """The LM head, if it stays the verifier's."""
+        return frozenset() if settings.train_head else frozenset({"lm_head.weight"})
+
     def has_fast_kernels(self, settings: Eagle3Settings) -> bool:
         """Whether the loss has a fused kernel; every other part has one."""
         return LOSSES[settings.loss].has_fused_kernel

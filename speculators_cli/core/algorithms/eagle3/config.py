@@ -11,6 +11,7 @@ class Eagle3Config(DraftConfig):
     """Everything that fixes the shape and the mathematics of an EAGLE-3 draft."""
 
     algorithm: ClassVar[str] = "eagle3"
+    layer_ids_key: ClassVar[str] = "eagle_aux_hidden_state_layer_ids"
 
     norm_before_residual: bool
     norm_before_fc: bool
@@ -37,7 +38,7 @@ class Eagle3Config(DraftConfig):
             "transformer_layer_config": layers,
             "draft_vocab_size": self.draft_vocab_size,
             "target_hidden_size": self.target_hidden_size,
-            "eagle_aux_hidden_state_layer_ids": list(self.target_layer_ids),
+            self.layer_ids_key: list(self.target_layer_ids),
             "norm_before_residual": self.norm_before_residual,
             "norm_before_fc": self.norm_before_fc,
             "fc_norm": self.fc_norm,
