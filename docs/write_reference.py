@@ -1,4 +1,4 @@
-"""Write `docs/reference/`: one page a command, from the flags themselves.
+"""Write `docs/reference/`: one page per command, from its flags.
 
 Run `python docs/write_reference.py` after a setting was added or changed; a test compares.
 """
@@ -79,7 +79,7 @@ def page(command: Command) -> str:
     if CONFIG in flags:
         field = next(iter(setting_fields(function.settings_class)))
         lines += [
-            "In a `--config` file a setting stands in its section, under its flag's name with "
+            "In a `--config` file, settings are grouped in sections and named as their flags, with "
             f"underscores: `{field.name}` in `[{field.section}]`.",
             "",
         ]
