@@ -157,7 +157,7 @@ class DraftSettings(Settings):
     num_layers: Annotated[int, REFUSED_ON_RESUME] = Field(
         1, ge=1, description="Number of decoder layers of the draft model"
     )
-    from_checkpoint: Annotated[str | None, MODEL_NAME, WARNED_ON_RESUME] = Field(
+    from_checkpoint: Annotated[str | None, WARNED_ON_RESUME] = Field(
         None,
         min_length=1,
         description="Initialize from a trained draft model: a checkpoint, or a folder or hub id of "
