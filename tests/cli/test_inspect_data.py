@@ -299,9 +299,9 @@ def write_layer_ids(folder: Path, ids: list[int], **content: object) -> None:
 @pytest.mark.parametrize(
     ("ids", "expected"),
     [
-        ([3, 5], "The samples hold 3 aux layers, the layer ids are `3,5`"),
+        ([3, 5], "The samples have 3 aux layers, but the layer ids are `3,5`"),
         ([3, 3, 7], "Layer ids `3,3,7` are not strictly ascending"),
-        ([3, 5, 10], "within 0 and the verifier's 9 layers"),
+        ([3, 5, 10], "between 0 and the verifier's 9 layers"),
     ],
 )
 def test_layer_ids_that_contradict_the_samples_are_found(

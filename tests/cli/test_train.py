@@ -202,7 +202,7 @@ def test_the_wrong_format_version_names_both(tiny: TinyInputs, capsys: Capture) 
     code, err = fails(tiny.flags(data_format_version=0), capsys)
 
     assert code == 3
-    assert "holds v1 samples, they were read as v0" in err
+    assert "holds v1 samples, which were read as v0" in err
     assert "Pass `--data-format-version 1`" in err
 
 
@@ -219,7 +219,7 @@ def test_a_few_broken_files_are_left_out_and_named(tiny: TinyInputs, capsys: Cap
 
     err = capsys.readouterr().err
     assert code == 0
-    assert "Left out 1 sample that" in err
+    assert "Skipped 1 sample that" in err
     assert "empty.pt` is empty (0 bytes)" in err
 
 
@@ -372,7 +372,7 @@ def test_v0_samples_read_as_specforges_are_refused(tiny: TinyInputs, capsys: Cap
     code, err = fails(tiny.flags(data_path=v0, data_format="specforge"), capsys)
 
     assert code == 3
-    assert "holds v0 samples, they were read as specforge" in err
+    assert "holds v0 samples, which were read as specforge" in err
     assert "`--data-format pt --data-format-version 0`" in err
 
 

@@ -128,7 +128,7 @@ def test_a_draft_without_ids_is_exported_with_a_warning(
 ) -> None:
     report, err = export(without_ids, tiny.folder / "served", capsys)
 
-    assert f"states no verifier layer ids that are known: assumed `{OF_THE_ENGINE}`" in err
+    assert f"has no known verifier layer ids: assumed `{OF_THE_ENGINE}`" in err
     assert report["are_layer_ids_assumed"] is True
     assert read(tiny.folder / "served/config.json")["layer_ids_assumed"] is True
 
@@ -169,7 +169,7 @@ def test_a_draft_trained_further_has_the_layers_of_who_knows_them(
     config = read(tiny.folder / "further/0/config.json")
     assert config["eagle_aux_hidden_state_layer_ids"] == expected
     assert config.get("layer_ids_assumed", False) is is_assumed
-    assert ("no verifier layer ids that are known: assumed" in err) is is_assumed
+    assert ("no known verifier layer ids: assumed" in err) is is_assumed
     is_draft_asked = known in ([], ["samples"])
     assert ("were assumed; it is trained on the samples'" in err) is is_draft_asked
 
@@ -229,5 +229,5 @@ def test_layers_that_contradict_the_data_are_warned_of(
 
     _, err = train(tiny, capsys, "--dry-run", *flag, data_path=data_dir)
 
-    message = "states the verifier layers `2,5,8`: `--target-layer-ids` `3,5,7` is used"
+    message = "has the verifier layers `2,5,8`: `--target-layer-ids` `3,5,7` is used"
     assert (message in err) is is_warned

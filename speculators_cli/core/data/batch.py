@@ -19,13 +19,13 @@ INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 @dataclass(frozen=True)
 class Batch:
-    """One packed sequence, `seq_len` tokens long, padded at its end.
+    """One packed sequence of `seq_len` tokens, padded at its end.
 
-    Position `i` of a document holds token `x[i+1]` of its sample, the aux hidden states `g[i]` of
-    the token before it, and the last hidden states `y[i+1]`, whose distribution predicts `x[i+2]`
-    (EAGLE-3's alignment). Padding has document id -1, loss mask False and zeros elsewhere.
+    Position `i` of a document consists of token `x[i+1]` of its sample, the aux hidden states
+    `g[i]` of the previous token, and the last hidden states `y[i+1]`, whose distribution predicts
+    `x[i+2]` (EAGLE-3's alignment). Padding has document id -1, loss mask False and zeros elsewhere.
 
-    Last hidden states are there for supervised positions alone, the targets: no other is read.
+    Last hidden states are included for supervised positions only, the targets.
     """
 
     input_ids: Tensor  # [seq_len], int64
@@ -33,19 +33,19 @@ class Batch:
     loss_mask: Tensor  # [seq_len], bool
     document_ids: Tensor  # [seq_len], int64: from 0 in order, -1 is padding
     position_ids: Tensor  # [seq_len], int64: from 1 in each document, 0 is padding
-    targets: Tensor  # [targets], int64: positions where the loss mask was read as True
+    targets: Tensor  # positions where the loss mask is True on the host
     last_hidden_states: Tensor  # [targets, hidden], float
     is_normed: Tensor  # [targets], bool: last hidden states are after the final norm
-    host_mask: Tensor  # [seq_len], bool: the loss mask as read, and on the CPU wherever the rest is
+    host_mask: Tensor  # [seq_len], bool: the loss mask as read, always on the CPU
     lengths: tuple[int, ...]  # tokens of each document, in order
     sample_ids: tuple[int, ...]  # the sample of each document: its index in the dataset
 
     def to(self, device: torch.device) -> Self:
-        """The same on a device, but for the host mask; from pinned memory nothing waits for it."""
+        """Copy to a device, except for the host mask; asynchronous from pinned memory."""
         return self._map(lambda tensor: tensor.to(device, non_blocking=True))
 
     def cast(self, dtype: torch.dtype) -> Self:
-        """The same with hidden states of another dtype."""
+        """Cast the hidden states to another dtype."""
         return replace(
             self,
             aux_hidden_states=self.aux_hidden_states.to(dtype),
@@ -53,7 +53,7 @@ class Batch:
         )
 
     def record_stream(self, stream: torch.cuda.Stream) -> None:
-        """Say that `stream` uses the tensors, so that their memory is not given away too soon."""
+        """Record the use of the tensors on `stream`, so that their memory is not reused early."""
 
         def record(tensor: Tensor) -> Tensor:
             tensor.record_stream(stream)
@@ -62,7 +62,7 @@ class Batch:
         self._map(record)
 
     def _map(self, change: Callable[[Tensor], Tensor]) -> Self:
-        """Change every tensor that lives on the device."""
+        """Apply `change` to every tensor on the device."""
         return replace(
             self,
             input_ids=change(self.input_ids),
@@ -79,7 +79,7 @@ class Batch:
         self,
         values: Tensor,  # [targets, ...]
     ) -> Tensor:
-        """What is known of targets at their positions, zeros at the others; [seq_len, ...]."""
+        """Scatter values of targets to their positions, zeros elsewhere; [seq_len, ...]."""
         empty = values.new_zeros(len(self.input_ids), *values.shape[1:])
         return empty.index_copy_(0, self.targets, values)
 
@@ -97,12 +97,12 @@ def collate(
 ) -> Batch:
     """Pack samples end to end; each hidden state is read once, from its file into the batch.
 
-    `alignment` decides which rows of a sample are positions. What does not fit into `total_seq_len`
-    is cut. Last hidden states are read at supervised positions only. Samples are taken one at a
+    `alignment` decides which rows of a sample are positions. Positions beyond `total_seq_len` are
+    truncated. Last hidden states are read at supervised positions only. Samples are read one at a
     time.
 
     Raises:
-        ChangedSampleError: The file of a sample is no longer as it was.
+        ChangedSampleError: The file of a sample has changed.
     """
 
     def make(*shape: int, of: torch.dtype) -> Tensor:
@@ -111,7 +111,7 @@ def collate(
     input_ids, position_ids, targets = (make(total_seq_len, of=torch.int64) for _ in range(3))
     document_ids = make(total_seq_len, of=torch.int64).fill_(-1)
     loss_mask, is_normed = (make(total_seq_len, of=torch.bool) for _ in range(2))
-    # Left unset where a sample follows: filling them first would write every byte twice.
+    # Not initialized where a sample follows: filling first would write every byte twice.
     aux = torch.empty(
         (total_seq_len, num_aux_layers * hidden_size), dtype=dtype, pin_memory=pin_memory
     )
@@ -155,7 +155,7 @@ def collate(
 
 
 def side_by_side(layers: Sequence[States]) -> list[States]:
-    """Layers, those as one whose rows lie behind each other in a file: they are read together."""
+    """Merge layers whose rows are adjacent in a file: they are read together."""
     blocks: list[States] = []
     for layer in layers:
         before = blocks[-1] if blocks else None
@@ -174,7 +174,7 @@ def copy_rows(
     rows: slice | Tensor,  # [rows], int64, ascending
     into: Tensor,  # [rows, hidden], any float dtype
 ) -> None:
-    """Write some rows, cast where the type differs; of a file no other is read."""
+    """Copy some rows, with a cast if the dtype differs; no other rows of a file are read."""
     bits = _bits(into)
     if states.dtype != into.dtype:
         wanted = torch.from_numpy(find_rows(rows, len(states)))
@@ -184,31 +184,31 @@ def copy_rows(
     elif isinstance(states, StoredStates):
         states.read_into(bits.view(np.uint8), find_rows(rows, len(states)))
     else:
-        # Not `np.take`, which copies all of a source that is not contiguous.
+        # Not `np.take`, which copies a non-contiguous source completely.
         bits[:] = _bits(states[:])[rows if isinstance(rows, slice) else rows.numpy()]
 
 
 def _bits(tensor: Tensor) -> NDArray[np.generic]:
-    """The tensor's memory as NumPy sees it, whose copies stay on the thread that makes them.
+    """View the tensor's memory in NumPy, whose copies stay on the calling thread.
 
-    torch's own copies would start a team of threads for each reader, and slow down training's.
+    torch's own copies would start a thread pool per reader, and slow down training.
     """
     bits: NDArray[np.generic] = tensor.view(INTEGERS[tensor.element_size()]).numpy()
     return bits
 
 
 def drop_non_finite(batch: Batch) -> tuple[Batch, Tensor]:
-    """Take documents with NaN or Inf in their hidden states out of the loss; nothing moves.
+    """Exclude documents with NaN or Inf in their hidden states from the loss, in place.
 
     Returns:
-        The batch, with such documents' states zeroed and unsupervised; which they are,
-        [documents], bool, on the batch's device.
+        The batch, with the states of such documents zeroed and unsupervised; a mask of these
+        documents, [documents], bool, on the batch's device.
     """
-    # A sum is finite only if all its parts are, or a part overflows float32, which is as broken.
+    # A sum is finite only if all its parts are; an overflow of float32 is treated the same.
     sums = batch.aux_hidden_states.sum(-1, dtype=torch.float32)
     sums = sums + batch.at_positions(batch.last_hidden_states.sum(-1, dtype=torch.float32))
     is_bad = ~sums.isfinite() & (batch.document_ids >= 0)
-    # One slot more, for padding.
+    # One more element, for padding.
     bad_counts = torch.zeros(len(batch.lengths) + 1, dtype=torch.int64, device=is_bad.device)
     bad_counts.index_add_(0, batch.document_ids + 1, is_bad.long())
     is_broken = bad_counts[1:] > 0
@@ -226,5 +226,5 @@ def rows_of(
     documents: Tensor,  # [documents], bool
     batch: Batch,
 ) -> Tensor:
-    """The rows of these documents; [seq_len], bool."""
+    """Return a mask of the rows of these documents; [seq_len], bool."""
     return torch.cat([documents.new_zeros(1), documents])[batch.document_ids + 1]

@@ -19,22 +19,22 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-EPS = 1e-12  # keeps tokens of zeros from dividing by zero
+EPS = 1e-12  # avoids division by zero for tokens of zeros
 
 
 @dataclass(frozen=True, eq=False)
 class Changes:
-    """What conversion changes of hidden states; without any their bytes are copied as they lie."""
+    """Changes of hidden states in a conversion; without any, their bytes are copied unchanged."""
 
-    dtype: str | None  # of the written hidden states; None: as read
+    dtype: str | None  # of the written hidden states; None: unchanged
     norm_weight: "Tensor | None"  # [hidden], float32: of the verifier's final norm, to undo it
 
     def header(self, source: SampleHeader) -> SampleHeader:
-        """The header of the v1 sample that a v0 sample becomes."""
+        """Return the header of the v1 sample for a v0 sample."""
         return replace(source, dtype=self.dtype or source.dtype, is_normed=self.norm_weight is None)
 
     def origin(self, source: Archive) -> str | None:
-        """What changed states are computed from: checksums of the source, and the norm weights.
+        """Return the inputs of changed states: checksums of the source, and a hash of the weights.
 
         None where all states are copied: their own checksums are the source's.
         """
@@ -50,29 +50,30 @@ class Changes:
 
 @refusing_sample()
 def convert_file(source: Path, target: Path, changes: Changes) -> float:
-    """Write the v1 sample of a v0 file; it appears whole, on disk, or not at all.
+    """Write the v1 sample of a v0 file, atomically and flushed to disk.
 
     The aux layers are columns of the one matrix that v0 holds. Last hidden states are kept and
     marked as normed, or divided by the norm weights.
 
     Args:
-        source: Read in part at a time where its values change, else copied by the system.
+        source: Read in chunks where values change, otherwise copied by the system.
         target: Replaced if it exists.
-        changes: Of the hidden states.
+        changes: Changes of the hidden states.
 
     Returns:
-        The largest error of any element, once the norm is applied again, relative to the largest
-        of its token; 0 where the norm is kept.
+        The largest error of any element, after the norm is applied again, relative to the largest
+        element of its token; 0 if the norm is not undone.
 
     Raises:
-        BadSampleError: The source is not a v0 sample, or values that change are damaged.
+        BadSampleError: The source is not a v0 sample, or changed values are damaged.
         OSError: A file cannot be read or written.
     """
     tokens = v0.FORMAT.read_tokens(source)
     header = changes.header(tokens.header())
     if changes.norm_weight is not None and len(changes.norm_weight) != header.hidden_size:
         raise BadSampleError(
-            f"has hidden size {header.hidden_size:,}, the verifier {len(changes.norm_weight):,}"
+            f"has hidden size {header.hidden_size:,}, but the verifier has "
+            f"{len(changes.norm_weight):,}"
         )
     target.parent.mkdir(parents=True, exist_ok=True)
     with (
@@ -96,7 +97,7 @@ def convert_file(source: Path, target: Path, changes: Changes) -> float:
 def _write_states(
     writer: ArchiveWriter, source: Archive, changes: Changes
 ) -> tuple[list[TensorSpec], float]:
-    """Write all layers; returns where they are, and the round-trip error of the last."""
+    """Write all layers; return their specs, and the round-trip error of the last."""
     *aux, last = v0.FORMAT.read_layout(source).hidden_states
     errors = [0.0]
 
@@ -104,7 +105,7 @@ def _write_states(
         dtype = changes.dtype or spec.dtype
         if norm_weight is None and spec.dtype == dtype:
             return writer.copy(source, spec)
-        # What is computed gets a checksum of its own, which would hide that its source is damaged.
+        # Changed values get a new checksum, which would hide damage of the source.
         source.verify(spec)
         states = StoredStates.of(source, spec)
 
@@ -121,10 +122,10 @@ def _write_states(
 
 def change(
     states: States,  # [seq_len, hidden]
-    dtype: str | None,  # of what is written; None: as read
+    dtype: str | None,  # of the written values; None: unchanged
     norm_weight: "Tensor | None",  # [hidden], float32
 ) -> Iterator[tuple["Tensor", float]]:
-    """The states a v1 sample gets, some tokens at a time, each with its round-trip error."""
+    """Yield the states of a v1 sample in chunks of tokens, each with its round-trip error."""
     import torch
 
     wanted: torch.dtype = states.dtype if dtype is None else getattr(torch, dtype)
@@ -158,7 +159,7 @@ def undo_norm(
 def is_converted(source: Path, target: Path, changes: Changes) -> bool:
     """Whether a file is the v1 sample that `convert_file` would write.
 
-    Tokens and types are compared, and checksums of hidden states: no state is read.
+    Tokens, dtypes and the checksums of hidden states are compared; no states are read.
     """
     if not target.exists():
         return False
@@ -176,7 +177,7 @@ def is_converted(source: Path, target: Path, changes: Changes) -> bool:
 
 @refusing_sample()
 def _has_same_states(source: Path, target: Path, changes: Changes) -> bool:
-    """Whether states that are copied have the source's checksums, and others come from it."""
+    """Whether copied states have the source's checksums, and changed ones are derived from it."""
     with Archive(source) as old, Archive(target) as new:
         origin = changes.origin(old)
         if origin is not None or new.origin is not None:
@@ -190,12 +191,12 @@ def _has_same_states(source: Path, target: Path, changes: Changes) -> bool:
 
 
 def _describe(archive: Archive, spec: TensorSpec) -> tuple[object, ...]:
-    """All that tells of a tensor without reading it."""
+    """Return everything that is known of a tensor without reading it."""
     return archive.checksum(spec), spec.dtype, spec.offset, spec.shape, spec.stride
 
 
 def is_same(source: Path, target: Path, changes: Changes) -> bool:
-    """Whether a v1 file, read back, holds every value that the v0 file gives."""
+    """Whether a written v1 file has all values of the v0 file."""
     import torch
 
     if not is_converted(source, target, changes):

@@ -1,4 +1,4 @@
-"""data_config.json beside the samples: which verifier and which of its layers they hold."""
+"""data_config.json of a folder of samples: their verifier and the layers captured from it."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -22,27 +22,27 @@ OUR_CONVENTION = "vllm"  # id k is the output after k decoder layers
 
 @dataclass(frozen=True)
 class DataConfig:
-    """What one data_config.json says."""
+    """Content of one data_config.json."""
 
     file: Path
     verifier: str | None  # name or path of the verifier the samples come from
-    layer_ids: tuple[int, ...] | None  # as written: the convention is another field's matter
-    convention: str | None  # `vllm` in files of our own
-    is_assumed: bool  # the file itself says that its layer ids were assumed
-    version: str | None  # "2.0" in the files of the generator of December 2025
+    layer_ids: tuple[int, ...] | None  # as written, in the file's own convention
+    convention: str | None  # `vllm` in files of this package
+    is_assumed: bool  # whether the file marks its layer ids as assumed
+    version: str | None  # "2.0" for the generator of December 2025
 
     @property
     def has_known_convention(self) -> bool:
-        """Whether it is known how the file counts layers."""
+        """Whether the file's convention for layer ids is known."""
         return self.convention == OUR_CONVENTION or self.version == "2.0"
 
 
 @dataclass(frozen=True)
 class LayerIds:
-    """The verifier layers that the aux hidden states come from: id k is the output after k."""
+    """Layer ids of the aux hidden states in the verifier: id k is the output after k layers."""
 
     ids: tuple[int, ...]
-    is_assumed: bool  # neither the user nor the data said so
+    is_assumed: bool  # given neither by the user nor by the data
 
     def __str__(self) -> str:
         return _show(self.ids)
@@ -52,7 +52,7 @@ def read_data_config(file: Path) -> DataConfig:
     """Read a data_config.json.
 
     Raises:
-        DataError: It is no JSON object, or has values of other types.
+        DataError: It is not a JSON object, or has values of other types.
     """
     with refusing(DataError):
         content = read_json_object(file, fix=FIX, max_bytes=MAX_BYTES)
@@ -79,12 +79,12 @@ def _object(content: Mapping[str, Any], key: str, file: Path) -> Mapping[str, An
 def _text(content: Mapping[str, Any], key: str, file: Path) -> str | None:
     value = content.get(key)
     if value is not None and not isinstance(value, str):
-        raise _unexpected(file, key, value, "a text")
+        raise _unexpected(file, key, value, "a string")
     return value
 
 
 def _layer_ids(value: object, file: Path) -> tuple[int, ...] | None:
-    """Layer ids as a list of numbers; as texts, or one text with commas, they are read too."""
+    """Parse layer ids from a list of numbers or strings, or from a string with commas."""
     items = value.split(",") if isinstance(value, str) else value
     if items is None:
         return None
@@ -114,7 +114,7 @@ def write_data_config(
     layer_ids: Sequence[int] | None,
     is_assumed: bool = False,
 ) -> None:
-    """Write a data_config.json beside v1 samples; None is unknown."""
+    """Write a data_config.json for v1 samples; None means unknown."""
     content = {
         "model": {"target_model_path": verifier},
         "hidden_states": {
@@ -129,33 +129,33 @@ def write_data_config(
 
 
 def default_layer_ids(num_verifier_layers: int) -> tuple[int, ...]:
-    """The aux layers that vLLM captures unless told otherwise: early, middle and late."""
+    """Return the default aux layers of vLLM: early, middle and late."""
     n = num_verifier_layers
     return (2, n // 2, n - 3)
 
 
 def guess_num_layers(configs: Sequence[DataConfig]) -> int | None:
-    """Layers of a verifier that is not at hand; None where no layer is known.
+    """Infer the number of layers of a verifier that is not available; None if unknown.
 
-    A file of version 2.0 ends its ids with the verifier's last layer.
+    In a file of version 2.0, the last id is the verifier's last layer.
     """
     known = [c for c in configs if c.layer_ids and c.has_known_convention]
     return max((max(c.layer_ids or ()) + 1 for c in known), default=None)
 
 
 def warn_of_assumed(layer_ids: LayerIds, progress: Progress, *, whose: str) -> None:
-    """Warn of layer ids that are a guess, and stay marked as one until they are confirmed.
+    """Warn of assumed layer ids, which stay marked as assumed until they are confirmed.
 
     Args:
-        layer_ids: Of the aux hidden states.
-        progress: Who hears of it.
-        whose: What states no layer ids, as the beginning of a sentence.
+        layer_ids: Layer ids of the aux hidden states.
+        progress: Receives the warning.
+        whose: Beginning of the sentence: the data without layer ids, and a verb.
     """
     if layer_ids.is_assumed:
         progress.warn(
-            f"{whose} no verifier layer ids that are known: assumed `{layer_ids}`",
-            hint=f"Pass `--target-layer-ids {layer_ids}` to confirm them, or the right ones: a "
-            "draft that is served with other layers than it was trained on is hardly ever accepted",
+            f"{whose} no known verifier layer ids: assumed `{layer_ids}`",
+            hint=f"Pass `--target-layer-ids {layer_ids}` to confirm them, or the correct ones: a "
+            "draft served with other layers than in training has a very low acceptance rate",
         )
 
 
@@ -166,11 +166,11 @@ def warn_of_contradiction(
     given: tuple[int, ...] | None,
     progress: Progress,
 ) -> None:
-    """Warn where the data states other layers than `--target-layer-ids`, which win."""
+    """Warn if the layer ids in the data differ from `--target-layer-ids`, which is used."""
     if given is None:
         return
     for config in configs:
-        # A file that the flag was passed for, since it cannot be right, is no news.
+        # The flag may have been passed because of an invalid file: no warning for that.
         if config.is_assumed or not config.layer_ids or not config.has_known_convention:
             continue
         if config.version == "2.0" and config.layer_ids[-1] != num_verifier_layers - 1:
@@ -178,8 +178,8 @@ def warn_of_contradiction(
         ids = _read_ids(config, num_verifier_layers)
         if ids is not None and ids != given:
             progress.warn(
-                f"`{config.file}` states the verifier layers `{_show(ids)}`: `--target-layer-ids` "
-                f"`{_show(given)}` is used in their place"
+                f"`{config.file}` has the verifier layers `{_show(ids)}`: `--target-layer-ids` "
+                f"`{_show(given)}` is used instead"
             )
 
 
@@ -191,17 +191,17 @@ def resolve_layer_ids(
     data_format: str,
     given: tuple[int, ...] | None,
 ) -> LayerIds:
-    """Choose the layer ids: the user's, else the data's, else those its generators captured.
+    """Determine the layer ids: the user's, else the data's, else the default of its generator.
 
     Args:
         configs: Every data_config.json among the samples.
         num_verifier_layers: Decoder layers of the verifier.
-        num_aux_layers: Aux layers in each sample.
-        data_format: Of the samples; its generators' layers are assumed where nothing is said.
-        given: The value of `--target-layer-ids`.
+        num_aux_layers: Aux layers per sample.
+        data_format: Format of the samples, which decides the default.
+        given: Value of `--target-layer-ids`.
 
     Raises:
-        DataError: Folders disagree, or the ids do not fit the samples or the verifier.
+        DataError: Folders disagree, or the ids do not match the samples or the verifier.
     """
     if given is not None:
         return LayerIds(_checked(given, num_verifier_layers, num_aux_layers), is_assumed=False)
@@ -210,8 +210,8 @@ def resolve_layer_ids(
     if len(found) > 1:
         lines = [f"  `{config.file}`: {_show(ids)}" for config, ids in said if ids is not None]
         raise DataError(
-            "\n".join(["The folders of samples hold different verifier layers", *lines]),
-            hint="Train on one of them at a time, or pass `--target-layer-ids` that all hold",
+            "\n".join(["The folders of samples have different verifier layers", *lines]),
+            hint="Train on one of them at a time, or pass `--target-layer-ids` for all of them",
         )
     n = num_verifier_layers
     usual = (3, n // 2 + 1, n - 2) if data_format in ("v0", "v1") else default_layer_ids(n)
@@ -221,13 +221,13 @@ def resolve_layer_ids(
 
 
 def _read_ids(config: DataConfig, num_verifier_layers: int) -> tuple[int, ...] | None:
-    """The ids of one file in our convention; None if it says nothing."""
+    """Convert the ids of one file to this package's convention; None if it has none."""
     if config.layer_ids is None:
         return None
     if config.convention == OUR_CONVENTION:
         return config.layer_ids
     if config.version == "2.0":
-        # That generator counted the layer captured, not the layers passed, and listed the last.
+        # That generator used ids of the layers themselves, and included the last layer.
         *aux, last = config.layer_ids or (-1,)
         if last != num_verifier_layers - 1:
             raise DataError(
@@ -243,14 +243,14 @@ def _checked(ids: tuple[int, ...], num_layers: int, num_aux_layers: int) -> tupl
     hint = "Pass `--target-layer-ids` with the layers of the aux hidden states, ascending"
     if len(ids) != num_aux_layers:
         raise DataError(
-            f"The samples hold {num_aux_layers} aux layers, the layer ids are `{_show(ids)}`",
+            f"The samples have {num_aux_layers} aux layers, but the layer ids are `{_show(ids)}`",
             hint=hint,
         )
     if any(low >= high for low, high in pairwise(ids)):
         raise DataError(f"Layer ids `{_show(ids)}` are not strictly ascending", hint=hint)
     if ids[0] < 0 or ids[-1] > num_layers:
         raise DataError(
-            f"Layer ids `{_show(ids)}` are not within 0 and the verifier's {num_layers} layers",
+            f"Layer ids `{_show(ids)}` are not between 0 and the verifier's {num_layers} layers",
             hint=hint,
         )
     return ids

@@ -1,4 +1,4 @@
-"""SampleFolder: samples on disk, in folders that are scanned by their headers."""
+"""SampleFolder: samples on disk, in folders whose files are scanned by their headers."""
 
 import math
 import os
@@ -31,10 +31,10 @@ from speculators_cli.core.progress import Progress
 
 NOT_SAMPLES = {"token_freq.pt"}
 PACKED = {".bz2", ".gz", ".tar", ".tgz", ".xz", ".zip", ".zst"}
-BAD_SHARE = 0.01  # of the folder, unless the settings say how many
+BAD_SHARE = 0.01  # of the folder, unless `--max-bad-samples` is passed
 MAX_NAMED = 10
-SCANNED_AT_ONCE = 16  # files, by one thread
-FLAGS = {  # that read samples of a format
+SCANNED_AT_ONCE = 16  # files per task of a thread
+FLAGS = {  # flags to read samples of each format
     "v0": "--data-format-version 0",
     "v1": "--data-format-version 1",
     "speculators": "--data-format speculators",
@@ -54,7 +54,7 @@ class SampleFolder(SampleSource):
 
     @cached_property
     def headers(self) -> Sequence[SampleHeader]:
-        """What the scan found in each file."""
+        """Headers of the samples, from the scan."""
         return [entry.header for entry in self.entries]
 
     @property
@@ -64,13 +64,13 @@ class SampleFolder(SampleSource):
 
     @cached_property
     def data_hash(self) -> str:
-        """Changes with the name or size of any sample, and with nothing else."""
+        """Return a hash of the names and sizes of all samples."""
         lines = [f"{entry.name}\0{entry.stamp.num_bytes}\n" for entry in self.entries]
         return sha256("".join(lines).encode(errors="surrogateescape")).hexdigest()
 
     @cached_property
     def content_hash(self) -> str:
-        """Changes with the name, size or contents of any sample."""
+        """Return a hash of the names, sizes and contents of all samples."""
         lines = [f"{x.name}\0{x.stamp.num_bytes}\0{x.fingerprint}\n" for x in self.entries]
         return sha256("".join(lines).encode(errors="surrogateescape")).hexdigest()
 
@@ -79,14 +79,14 @@ class SampleFolder(SampleSource):
         write_index(self.entries, file, data_format=self.format, alignment=self.alignment)
 
     def path(self, sample_id: int) -> Path:
-        """The file of a sample."""
+        """Return the file of a sample."""
         return self.entries[sample_id].file
 
     def read(self, sample_id: int) -> Sample:
-        """Read a sample; its hidden states come from disk when they are used.
+        """Read a sample; its hidden states are read from disk on use.
 
         Raises:
-            ChangedSampleError: The file is not the one that was scanned.
+            ChangedSampleError: The file has changed since the scan.
         """
         entry = self.entries[sample_id]
         try:
@@ -94,18 +94,22 @@ class SampleFolder(SampleSource):
         except OSError as error:
             raise ChangedSampleError(entry.file, error.strerror or str(error)) from None
         if num_bytes != entry.stamp.num_bytes:
-            raise ChangedSampleError(entry.file, "has another size than when the run began")
+            raise ChangedSampleError(
+                entry.file, "has a different size than at the start of the run"
+            )
         sample = read_again(entry.file, self.format)
         shape = (entry.header.num_tokens, entry.header.hidden_size)
         layers = (*sample.aux_hidden_states, sample.last_hidden_states)
         if {tuple(states.shape) for states in layers} != {shape} or (
             len(layers) != entry.header.num_aux_layers + 1
         ):
-            raise ChangedSampleError(entry.file, "has other shapes than when the run began")
+            raise ChangedSampleError(
+                entry.file, "has different shapes than at the start of the run"
+            )
         return sample
 
     def select(self, ids: Iterable[int]) -> "SampleFolder":
-        """Some of the samples, in the order of `ids`."""
+        """Select some of the samples, in the order of `ids`."""
         return replace(self, entries=tuple(self.entries[i] for i in ids))
 
 
@@ -120,21 +124,21 @@ def read_folders(
     alignment: Alignment = NEXT_TOKEN,
     on_tokens: Callable[[SampleTokens], None] | None = None,
 ) -> SampleFolder:
-    """Scan folders for samples, reading headers only, and leave out broken files.
+    """Scan folders for samples, reading headers only, and skip invalid files.
 
     Args:
         folders: Searched recursively.
-        data_format: `pt`, `speculators`, `specforge`, or `auto`: by what the folders hold.
-        version: Of the format of `.pt` samples.
-        index_file: Headers of an earlier scan, used for files that are as they were.
-        max_bad_samples: Most files left out; None: 1 % of the folder.
-        progress: Who hears of the scan and of files left out.
+        data_format: `pt`, `speculators`, `specforge`, or `auto`: detected from the files.
+        version: Format version of `.pt` samples.
+        index_file: Headers of an earlier scan, used for unchanged files.
+        max_bad_samples: Maximum number of files skipped; None: 1 % of the folder.
+        progress: Reports progress and skipped files.
         alignment: Which tokens of a sample are targets.
-        on_tokens: Is shown ids and mask of every sample that can be read, in order, also of those
-            that are then left out for their sizes; not to be used with an index.
+        on_tokens: Called with ids and mask of every readable sample, in order, including those
+            skipped later for their sizes; requires `index_file` None.
 
     Raises:
-        DataError: No samples, samples of another format, or too many broken files.
+        DataError: No samples, samples of another format, or too many invalid files.
     """
     found = [(name, file) for folder in folders for name, file in find_files(folder)]
     configs = tuple(read_data_config(f) for _, f in found if f.name == FILE_NAME)
@@ -147,11 +151,11 @@ def read_folders(
             hint=hint_of_no_samples(found),
         )
     known = read_index(index_file, name, alignment) if index_file is not None else {}
-    stamp_beside = lru_cache(maxsize=None)(FORMATS[name].stamp_beside)  # once a folder
+    stamp_beside = lru_cache(maxsize=None)(FORMATS[name].stamp_beside)  # cached per folder
     entries: list[Entry] = []
     broken: list[tuple[Path, BadSampleError]] = []
     with progress.task("Reading samples", len(files)) as task, ThreadPoolExecutor(8) as pool:
-        # Some at a time: handing over one file takes as long as half its scan.
+        # Several files per task: handing over one file takes half as long as its scan.
         chunks = [files[i : i + SCANNED_AT_ONCE] for i in range(0, len(files), SCANNED_AT_ONCE)]
         scans = chain.from_iterable(
             pool.map(
@@ -169,8 +173,8 @@ def read_folders(
                     on_tokens(tokens)
             task.advance()
     _refuse_other_format(broken, len(files), name, shown)
-    entries, odd = _split_off_odd(entries)
-    bad = (*(Problem(file, error.reason) for file, error in broken), *odd)
+    entries, outliers = _split_off_outliers(entries)
+    bad = (*(Problem(file, error.reason) for file, error in broken), *outliers)
     _judge_bad(bad, len(files), max_bad_samples, progress)
     _warn_of_short(entries, progress)
     samples = SampleFolder(tuple(entries), name, bad, configs, alignment)
@@ -182,10 +186,10 @@ def read_folders(
 
 
 def choose_format(found: Sequence[tuple[str, Path]], data_format: str, version: int) -> str:
-    """The format that files are read as: the one asked for, else by what they are.
+    """Choose the format to read files as: `data_format`, or as detected for `auto`.
 
-    `.pt` files are of the version that was asked for. Where there is none, the first `.ckpt` file
-    tells whose it is: SpecForge and the first generators of v0 named their files alike.
+    `.pt` files have the version `version`. Without any, the first `.ckpt` file decides: SpecForge
+    and the first generators of v0 use the same file names.
     """
     if data_format != "auto":
         return data_format if data_format in FORMATS else f"v{version}"
@@ -217,10 +221,10 @@ def is_sample_name(name: str, data_format: str | None = None) -> bool:
 
 
 def find_files(folder: Path) -> Iterator[tuple[str, Path]]:
-    """Files below a folder, in sorted order, links followed; each with its relative name.
+    """Find files below a folder, in sorted order, following links; each with its relative name.
 
     Folders that contain themselves through a link are entered once. FIFOs, sockets and devices are
-    left out. Links that lead nowhere are among what is found: they stand for samples that are lost.
+    skipped. Broken links are included: each is a lost sample.
 
     Raises:
         DataError: A folder cannot be listed.
@@ -238,7 +242,7 @@ def find_files(folder: Path) -> Iterator[tuple[str, Path]]:
         except OSError as error:
             raise DataError(
                 f"`{current}` cannot be listed: {error.strerror}",
-                hint="Make every folder of the samples readable, or name another one",
+                hint="Make every folder of the samples readable, or pass another folder",
             ) from None
         for child in children:
             mode = _find_mode(child)
@@ -259,7 +263,7 @@ def _scan(
     known: dict[str, Entry],
     stamp_beside: Callable[[Path], str],
 ) -> tuple[Entry, SampleTokens | None] | BadSampleError:
-    """Read a file, or find it in the index, which holds no tokens."""
+    """Read a file, or find it in the index, which does not have tokens."""
     try:
         status = file.stat()
         beside = stamp_beside(file.parent)
@@ -286,17 +290,17 @@ def _refuse_other_format(
     if others[0] == "v0":
         hint += ", or rewrite them with `speculators convert-v0`"
     raise DataError(
-        f"{shown} holds {others[0]} samples, they were read as {data_format}", hint=hint
+        f"{shown} holds {others[0]} samples, which were read as {data_format}", hint=hint
     )
 
 
-def _split_off_odd(entries: list[Entry]) -> tuple[list[Entry], list[Problem]]:
-    """Part from the samples those whose sizes are not the usual ones."""
+def _split_off_outliers(entries: list[Entry]) -> tuple[list[Entry], list[Problem]]:
+    """Separate outliers, whose sizes differ from most samples."""
     if not entries:
         return [], []
     sizes = Counter((e.header.hidden_size, e.header.num_aux_layers) for e in entries)
     usual = sizes.most_common(1)[0][0]
-    kept, odd = [], []
+    kept, outliers = [], []
     for entry in entries:
         size = (entry.header.hidden_size, entry.header.num_aux_layers)
         if size == usual:
@@ -306,28 +310,28 @@ def _split_off_odd(entries: list[Entry]) -> tuple[list[Entry], list[Problem]]:
                 f"has hidden size {size[0]:,} and {size[1]} aux layers, "
                 f"the others {usual[0]:,} and {usual[1]}"
             )
-            odd.append(Problem(entry.file, reason))
-    return kept, odd
+            outliers.append(Problem(entry.file, reason))
+    return kept, outliers
 
 
 def hint_of_no_samples(found: Sequence[tuple[str, Path]]) -> str:
-    """What to do where no file is a sample, by what was found instead."""
+    """Return the hint for a folder without samples, based on its files."""
     packed = next((name for name, file in found if file.suffix in PACKED), None)
     if packed is not None:
         return f"Unpack the files, such as `{packed}`"
     sample = next((name for name, file in found if is_sample_name(file.name)), None)
     if sample is not None:
-        return f"Pass the `--data-format` of the samples it holds, such as `{sample}`"
+        return f"Pass the `--data-format` of its samples, such as `{sample}`"
     if found:
         return (
             f"Correct the path: it holds other files, such as `{found[0][0]}`, and no `*.pt`, "
             "`*.ckpt` or `hs_*.safetensors`"
         )
-    return "Correct the path, or capture samples into it: it holds no file"
+    return "Correct the path, or capture samples into it: it has no files"
 
 
 def _find_mode(child: "os.DirEntry[str]") -> int:
-    """Its kind, or that of what it leads to; of a link that leads nowhere its own."""
+    """Return the mode of a file or of its link target; of a broken link, its own."""
     try:
         return child.stat().st_mode
     except OSError:
@@ -335,20 +339,20 @@ def _find_mode(child: "os.DirEntry[str]") -> int:
 
 
 def _warn_of_short(entries: Sequence[Entry], progress: Progress) -> None:
-    """Warn of samples that are whole, but leave nothing to predict."""
+    """Warn of valid samples without tokens to predict."""
     short = [entry for entry in entries if entry.header.num_tokens < 2]
     if short:
         lines = [f"  `{entry.file}` has {entry.header.num_tokens}" for entry in short[:MAX_NAMED]]
         if len(short) > MAX_NAMED:
             lines.append(f"  and {len(short) - MAX_NAMED:,} more")
         text = f"{len(short):,} of {len(entries):,} samples have fewer than two tokens"
-        progress.warn("\n".join([f"{text}: nothing in them can be predicted", *lines]))
+        progress.warn("\n".join([f"{text}, and are not used", *lines]))
 
 
 def _judge_bad(
     bad: tuple[Problem, ...], num_files: int, max_bad_samples: int | None, progress: Progress
 ) -> None:
-    """Warn of a few files left out; refuse many."""
+    """Warn if a few files are skipped; raise an error for many."""
     if not bad:
         return
     limit = math.ceil(BAD_SHARE * num_files) if max_bad_samples is None else max_bad_samples
@@ -363,4 +367,4 @@ def _judge_bad(
             else "Capture them again: `speculators inspect-data` lists what is wrong with each",
         )
     noun = "sample" if len(bad) == 1 else "samples"
-    progress.warn("\n".join([f"Left out {len(bad):,} {noun} that cannot be used", *lines]))
+    progress.warn("\n".join([f"Skipped {len(bad):,} {noun} that cannot be used", *lines]))

@@ -1,4 +1,4 @@
-"""The index of a folder of samples: headers of an earlier scan, for files that are as they were."""
+"""The index of a folder of samples: headers of an earlier scan, for unchanged files."""
 
 import json
 from collections.abc import Iterable
@@ -18,12 +18,12 @@ INDEX_VERSION = 6
 
 @dataclass(frozen=True)
 class FileStamp:
-    """What tells that a file is still the one that was scanned."""
+    """Identifies the version of a file that was scanned."""
 
     num_bytes: int
     mtime_ns: int
-    ctime_ns: int  # unlike the moment above, nobody can set it back
-    beside: str  # the same of other files that the sample is read from
+    ctime_ns: int  # unlike the mtime, it cannot be set back
+    beside: str  # stamps of other files that the sample is read from
 
 
 @dataclass(frozen=True)
@@ -31,14 +31,14 @@ class Entry:
     """One sample on disk."""
 
     file: Path
-    name: str  # path below the folder the user named
+    name: str  # path relative to the folder passed by the user
     stamp: FileStamp
     header: SampleHeader
     fingerprint: str  # of its contents
 
 
 def read_index(file: Path, data_format: str, alignment: Alignment) -> dict[str, Entry]:
-    """Entries of an earlier scan by path; empty if there is none that can be used."""
+    """Read the entries of an earlier scan by path; empty if there are no usable ones."""
     try:
         content = read_json_object(file, max_bytes=MAX_INDEX_BYTES)
         kind = (content["index_version"], content["format"], content["shift"])

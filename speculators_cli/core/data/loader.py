@@ -1,4 +1,4 @@
-"""BatchLoader: one rank's slice of the packed sequences, from any step on."""
+"""BatchLoader: one rank's share of the packed sequences, starting from any step."""
 
 from collections import deque
 from collections.abc import Iterator
@@ -14,53 +14,53 @@ from speculators_cli.core.data.batch import Batch, collate
 from speculators_cli.core.data.packing import Packed, PackingPlan, plan_epoch
 from speculators_cli.core.data.source import SampleSource
 
-Place = tuple[int, int]  # an epoch, and which of this rank's packed sequences in it
+Place = tuple[int, int]  # epoch, and index among this rank's packed sequences in it
 
 
 @dataclass(frozen=True)
 class Pending:
-    """A batch that was read ahead, or will be."""
+    """A batch that has been or will be prefetched."""
 
     place: Place
     batch: Future[Batch]
 
 
 class BatchSource(Protocol):
-    """Where a training loop gets its batches from."""
+    """Source of the batches of a training loop."""
 
     def steps_in(self, epoch: int) -> int:
-        """Optimizer steps of an epoch."""
+        """Return the number of optimizer steps of an epoch."""
 
     def epoch(self, epoch: int, start_step: int = 0) -> Iterator[tuple[Batch, ...]]:
-        """Batches of each optimizer step of an epoch, from `start_step` on."""
+        """Yield the batches of each optimizer step of an epoch, from `start_step` on."""
 
     def close(self) -> None:
-        """Stop reading; nothing is asked for afterwards."""
+        """Stop reading; no batches are requested afterwards."""
 
 
 class BatchLoader:
-    """Reads packed sequences ahead, in threads: reading and copying leave the interpreter free.
+    """Prefetches packed sequences in threads: reading and copying release the interpreter lock.
 
-    What is read ahead follows the packed sequence asked for last, over an epoch's end too, up to
-    the run's. It is kept until it is asked for; asking for another one first drops all of it.
+    Prefetching continues after the last requested packed sequence, across epochs, to the end of the
+    run. Prefetched batches are kept until they are requested; a request out of order drops them.
 
-    What is kept takes memory, so at first there are as many sequences as threads. Each time the
-    next one is asked for and still being read, there may be one more.
+    Prefetched batches use memory, so initially there is one per thread. Each time the next one is
+    still being read when it is requested, their number may grow by one.
 
     Args:
-        samples: What is read.
-        total_seq_len: Tokens in one packed sequence.
+        samples: Samples to read.
+        total_seq_len: Tokens per packed sequence.
         seed: Seed of the order.
-        global_batch: Packed sequences an optimizer step takes over all ranks.
+        global_batch: Packed sequences per optimizer step over all ranks.
         rank: This rank.
-        num_ranks: Ranks that share a step; divides `global_batch`.
-        num_epochs: Epochs of the run; nothing is read ahead beyond the last.
+        num_ranks: Number of ranks; divides `global_batch`.
+        num_epochs: Epochs of the run; nothing is prefetched beyond the last.
         max_steps: Optimizer steps of the run, if it ends before its last epoch does.
-        num_workers: Reading threads; 0 reads when a batch is asked for.
-        prefetch_factor: Packed sequences read ahead for each thread, at most.
-        pin_memory: Whether batches are in memory a GPU can copy from by itself.
-        pads: Whether every packed sequence is as long as the longest may be: a GPU's memory then
-            serves the same sizes again. A CPU would compute the padding, too.
+        num_workers: Number of reading threads; 0 reads each batch when requested.
+        prefetch_factor: Maximum number of prefetched packed sequences per thread.
+        pin_memory: Whether batches are in pinned memory.
+        pads: Whether every packed sequence is padded to the maximum length, so that a GPU's memory
+            is reused for the same sizes. On a CPU, padding would cost time.
     """
 
     def __init__(
@@ -79,7 +79,7 @@ class BatchLoader:
         pin_memory: bool,
         pads: bool,
     ) -> None:
-        assert global_batch % num_ranks == 0, "ranks share a step evenly"
+        assert global_batch % num_ranks == 0, "each rank has the same number of sequences per step"
         self.samples = samples
         self.total_seq_len = total_seq_len
         self.seed = seed
@@ -95,12 +95,12 @@ class BatchLoader:
         self._num_steps: dict[int, int] = {}
         self._latest: tuple[int, PackingPlan] | None = None
         self._pool = ThreadPoolExecutor(num_workers, "reader") if num_workers else None
-        self._num_ahead = num_workers  # as many as may be ahead now
+        self._num_ahead = num_workers  # current limit of prefetched batches
         self._ahead: deque[Pending] = deque()
-        self._coming: Iterator[Place] = iter(())  # what comes after those
+        self._coming: Iterator[Place] = iter(())  # places after those
 
     def plan(self, epoch: int) -> PackingPlan:
-        """The packed sequences of an epoch, over all ranks."""
+        """Return the packed sequences of an epoch, over all ranks."""
         if self._latest is None or self._latest[0] != epoch:
             plan = plan_epoch(
                 self.samples.lengths,
@@ -114,25 +114,25 @@ class BatchLoader:
         return self._latest[1]
 
     def steps_in(self, epoch: int) -> int:
-        """Optimizer steps of an epoch."""
+        """Return the number of optimizer steps of an epoch."""
         if epoch not in self._num_steps:
             self.plan(epoch)
         return self._num_steps[epoch]
 
     def epoch(self, epoch: int, start_step: int = 0) -> Iterator[tuple[Batch, ...]]:
-        """This rank's batches of each optimizer step of an epoch, from `start_step` on."""
+        """Yield this rank's batches of each optimizer step of an epoch, from `start_step` on."""
         for step in range(start_step, self.steps_in(epoch)):
             first = step * self._per_step
             yield tuple(self._take((epoch, first + i)) for i in range(self._per_step))
 
     def close(self) -> None:
-        """Stop reading at once: what a thread is reading it finishes by itself, for nobody."""
+        """Stop reading; in-flight reads are discarded."""
         self._ahead.clear()
         if self._pool is not None:
             self._pool.shutdown(wait=False, cancel_futures=True)
 
     def _take(self, place: Place) -> Batch:
-        """The batch of a place, once reading goes on behind it."""
+        """Return the batch of a place, after scheduling reads of the next ones."""
         if self._pool is None:
             return self._collate(self._sequence(place))
         if not self._ahead or self._ahead[0].place != place:
@@ -151,7 +151,7 @@ class BatchLoader:
         self._ahead.clear()
 
     def _places_from(self, place: Place) -> Iterator[Place]:
-        """A place, wherever the run ends, and all that come after it before that."""
+        """Yield a place, and all that follow it in the run."""
         epoch, index = place
         yield place
         while True:
@@ -164,7 +164,7 @@ class BatchLoader:
 
     @cached_property
     def _end(self) -> Place:
-        """The first place after the run's last step."""
+        """Return the first place after the run's last step."""
         if self.max_steps is not None:
             steps_left = self.max_steps
             for epoch in range(self.num_epochs):

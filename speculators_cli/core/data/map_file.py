@@ -1,4 +1,4 @@
-"""One map of a draft vocabulary from a file: `.npy`, `.pt` or `.safetensors`, whoever wrote it."""
+"""Read a map of a draft vocabulary from `.npy`, `.pt` or `.safetensors`."""
 
 import os
 from pathlib import Path
@@ -17,23 +17,23 @@ from speculators_cli.core.torch_file.archive import Archive
 from speculators_cli.core.torch_file.errors import TorchFileError
 from speculators_cli.core.torch_file.structure import TensorSpec
 
-HINT = "Make both maps again with `speculators build-vocab-map`, or pass `--full-vocab`"
-MAX_WHOLE = 2**53  # up to here a float64 holds every whole number
+HINT = "Rebuild both maps with `speculators build-vocab-map`, or pass `--full-vocab`"
+MAX_WHOLE = 2**53  # the largest range of exact integers in a float64
 
 
 def read_map(file: Path, key: str) -> NDArray[np.int64]:
-    """Read a vector of whole numbers.
+    """Read a vector of integers.
 
     Args:
-        file: A `.npy` file, or one of `torch.save` or safetensors: with the vector alone or, as
-            drafts and other tools have it, among others under its key.
+        file: A `.npy` file, or one of `torch.save` or safetensors: with the vector only or, as in
+            drafts and other tools, among others under its key.
         key: `d2t` or `t2d`.
 
     Returns:
-        [length], int64, whatever type it has in the file; True is 1.
+        [length], int64, whatever dtype it has in the file; True is 1.
 
     Raises:
-        UnreadableError: It cannot be read, or is no such vector.
+        UnreadableError: It cannot be read, or is not such a vector.
     """
     check_content(file, fix=HINT)
     with opening(file) as descriptor:
@@ -48,12 +48,12 @@ def read_map(file: Path, key: str) -> NDArray[np.int64]:
 
 
 def _read_archive(file: Path, key: str) -> NDArray[np.generic]:
-    """A tensor of `torch.save`; nothing in the file runs."""
+    """Read a tensor of `torch.save`; no code of the file is run."""
     if file.suffix == ".npz":
         raise UnreadableError(
             file,
             "is an archive of several arrays",
-            hint=f'Save `{key}` by itself: `np.save("{key}.npy", np.load("{file.name}")["{key}"])`',
+            hint=f'Save only `{key}`: `np.save("{key}.npy", np.load("{file.name}")["{key}"])`',
         )
     try:
         with Archive(file) as archive:

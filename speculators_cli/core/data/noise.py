@@ -1,4 +1,4 @@
-"""Noise on aux hidden states: a function of seed, epoch and sample, wherever it is computed."""
+"""Noise on aux hidden states, a function of seed, epoch and sample only."""
 
 from dataclasses import replace
 from hashlib import sha256
@@ -12,7 +12,7 @@ from speculators_cli.core.kernels.device import move
 
 
 def drop_and_add_noise(batch: Batch, std: float, *, seed: int, epoch: int) -> tuple[Batch, Tensor]:
-    """`drop_non_finite`, then `add_noise`; on a GPU within the batch's own states."""
+    """`drop_non_finite`, then `add_noise`; in place for a batch on a GPU."""
     if not (batch.aux_hidden_states.is_cuda and find_spec("triton")):
         kept, is_broken = drop_non_finite(batch)
         return add_noise(kept, std, seed=seed, epoch=epoch), is_broken
@@ -38,10 +38,10 @@ def drop_and_add_noise(batch: Batch, std: float, *, seed: int, epoch: int) -> tu
 
 
 def add_noise(batch: Batch, std: float, *, seed: int, epoch: int) -> Batch:
-    """Add noise, uniform in [-std, std], to the aux hidden states; last hidden states stay.
+    """Add uniform noise in [-std, std] to the aux hidden states, not to the last hidden states.
 
-    Each document draws from a generator of its own, so its noise does not depend on what it is
-    packed with, nor on ranks or resuming. Devices draw different numbers.
+    Each document has its own random generator, so its noise does not depend on packing, ranks or
+    resuming. The numbers differ between devices.
     """
     if std == 0 or not batch.lengths:
         return batch
@@ -57,6 +57,6 @@ def add_noise(batch: Batch, std: float, *, seed: int, epoch: int) -> Batch:
 
 
 def _key(seed: int, epoch: int, sample_id: int) -> int:
-    """The seed of a document's noise."""
+    """Return the seed of a document's noise."""
     digest = sha256(f"{seed}/{epoch}/{sample_id}".encode()).digest()
     return int.from_bytes(digest[:7], "little")

@@ -1,7 +1,7 @@
-"""Packing: which samples share a packed sequence. Token counts only, no tensors.
+"""Packing: assigns samples to packed sequences, from token counts only.
 
-A plan is a pure function of lengths, seed, epoch and global batch, so every rank makes the same
-one, and the order of samples does not depend on the number of ranks.
+A plan is a pure function of lengths, seed, epoch and global batch, so it is the same on every rank,
+and the order of samples does not depend on the number of ranks.
 """
 
 from bisect import bisect_right
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-# Samples packed among themselves: enough to fill sequences, few enough to stay random.
+# Samples per packing window: enough to fill sequences, few enough for a random order.
 WINDOW = 4096
 
 Packed = tuple[int, ...]  # sample ids of one packed sequence
@@ -19,30 +19,30 @@ Packed = tuple[int, ...]  # sample ids of one packed sequence
 
 @dataclass(frozen=True)
 class PackingPlan:
-    """The packed sequences of an epoch in the order they are trained on."""
+    """The packed sequences of an epoch in training order."""
 
-    sequences: tuple[Packed, ...]  # global_batch of them an optimizer step
+    sequences: tuple[Packed, ...]  # `global_batch` of them per optimizer step
     global_batch: int
-    fill: float  # share of positions that hold a token
+    fill: float  # fraction of positions that are tokens
 
     @property
     def num_steps(self) -> int:
-        """Optimizer steps of the epoch."""
+        """Number of optimizer steps of the epoch."""
         return len(self.sequences) // self.global_batch
 
 
 def plan_epoch(
-    lengths: NDArray[np.int64],  # [samples]: positions of each; longer ones count as cut
+    lengths: NDArray[np.int64],  # positions of each; longer ones are truncated
     *,
     total_seq_len: int,
     seed: int,
     epoch: int,
     global_batch: int,
 ) -> PackingPlan:
-    """Pack all samples that have a position, in an order of their own for each epoch.
+    """Pack all samples that have positions, in a different order in each epoch.
 
     Samples are shuffled, packed longest first within windows, and the sequences shuffled. The last
-    optimizer step is filled up by parting its sequences, so no sample is dropped or used twice.
+    optimizer step is completed by splitting its sequences, so no sample is dropped or used twice.
     """
     rng = np.random.default_rng((seed, epoch))
     sizes = np.minimum(lengths, total_seq_len)
@@ -53,7 +53,7 @@ def plan_epoch(
         window = [*carried, *order[start : start + WINDOW].tolist()]
         full = _pack(window, sizes, total_seq_len)
         is_last = start + WINDOW >= len(order)
-        # The worst filled sequences of a window find better company in the next.
+        # The least filled sequences of a window are packed again in the next.
         keep = len(full) if is_last else max(len(full) * 31 // 32, 1)
         packed += full[:keep]
         carried = [i for sequence in full[keep:] for i in sequence]
@@ -67,12 +67,12 @@ def plan_epoch(
 
 
 def _pack(ids: Sequence[int], sizes: NDArray[np.int64], capacity: int) -> list[Packed]:
-    """Open each sequence with the longest sample left, then add the longest that fits.
+    """Start each sequence with the longest remaining sample, then add the longest that fits.
 
     Returns:
-        Sequences, the fullest first.
+        Sequences, the most filled first.
     """
-    # Ties by position in the shuffled order, which makes the sort total.
+    # Ties are broken by position in the shuffled order, for a total order.
     by_size = sorted(range(len(ids)), key=lambda k: (sizes[ids[k]], k))
     left_ids = [ids[k] for k in by_size]
     left_sizes = [int(sizes[i]) for i in left_ids]
@@ -88,7 +88,7 @@ def _pack(ids: Sequence[int], sizes: NDArray[np.int64], capacity: int) -> list[P
 
 
 def _part(packed: list[Packed], sizes: NDArray[np.int64], num_wanted: int) -> list[Packed]:
-    """Part sequences in two, the fullest first, until there are `num_wanted`; some may be empty."""
+    """Split sequences, the most filled first, until there are `num_wanted`; some may be empty."""
     packed = list(packed)
     while len(packed) < num_wanted:
         fullest = max(packed, key=lambda ids: (len(ids) > 1, int(sum(sizes[i] for i in ids))))

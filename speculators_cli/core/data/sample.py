@@ -1,4 +1,4 @@
-"""Sample: the tensors of one conversation, and what makes it valid."""
+"""Sample: the tensors of one conversation, and their validation."""
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -17,21 +17,21 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-MAX_TOKEN_ID = 2**24 - 1  # far beyond any vocabulary: counts and maps are as large as the highest
+MAX_TOKEN_ID = 2**24 - 1  # beyond any vocabulary: counts and maps have the size of the highest id
 
 
 @dataclass(frozen=True)
 class SampleHeader:
-    """What is known of a sample without reading its hidden states."""
+    """Properties of a sample that do not need its hidden states."""
 
     num_tokens: int
-    num_supervised_tokens: int  # those that are targets
+    num_supervised_tokens: int  # number of targets
     hidden_size: int
     num_aux_layers: int
-    dtype: str  # of the hidden states on disk, or one that holds all of theirs: `bfloat16`, ...
+    dtype: str  # of the hidden states on disk, or their common supertype: `bfloat16`, ...
     is_normed: bool  # whether the last hidden states are after the verifier's final norm
     max_token_id: int  # -1 in an empty sample
-    first_target: int  # index of the first token that is a target; -1: none
+    first_target: int  # index of the first token that is a target; -1 if there is none
 
 
 @dataclass(frozen=True)
@@ -44,20 +44,20 @@ class SampleTokens:
     num_aux_layers: int
     dtype: str  # as in `SampleHeader`
     is_normed: bool
-    fingerprint: str  # changes with the contents of the file, which was not read whole
+    fingerprint: str  # changes with the contents of the file, of which parts are read
 
     @property
     def num_tokens(self) -> int:
-        """Tokens of the conversation."""
+        """Number of tokens of the conversation."""
         return len(self.input_ids)
 
     @property
     def max_token_id(self) -> int:
-        """The highest id; -1 in an empty sample."""
+        """Return the highest id; -1 in an empty sample."""
         return int(self.input_ids.max()) if len(self.input_ids) else -1
 
     def header(self, alignment: Alignment = NEXT_TOKEN) -> SampleHeader:
-        """The header of the sample."""
+        """Return the header of the sample."""
         targets = alignment.find_targets(self.loss_mask)
         return SampleHeader(
             num_tokens=self.num_tokens,
@@ -72,9 +72,9 @@ class SampleTokens:
 
 
 class States(Protocol):
-    """Hidden states [seq_len, hidden]: a tensor, or what reads rows of a file when they are taken.
+    """Hidden states [seq_len, hidden]: a tensor, or rows of a file that are read when indexed.
 
-    Taking rows of a file raises `ChangedSampleError` where it is no longer as it was.
+    Reading rows of a file raises `ChangedSampleError` if it has changed.
     """
 
     @property
@@ -83,21 +83,21 @@ class States(Protocol):
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Tokens and hidden size."""
+        """Number of tokens, and hidden size."""
 
     def __len__(self) -> int:
         """Tokens."""
 
     def __getitem__(self, rows: "slice | Tensor", /) -> "Tensor":
-        """Rows: a slice of them, those of ascending indices, or those where a mask is True."""
+        """Return rows: by a slice, by ascending indices, or by a mask."""
 
     def split(self, num_rows: int, /) -> Iterable["Tensor"]:
-        """All rows, so many at a time."""
+        """Yield all rows, `num_rows` at a time."""
 
 
 @dataclass(frozen=True)
 class Sample:
-    """One conversation. Hidden states of one that is read stay in its file, which it keeps open."""
+    """One conversation. Hidden states on disk are read on use from a file that is kept open."""
 
     input_ids: "Tensor"  # [seq_len], int64
     loss_mask: "Tensor"  # [seq_len], bool: True where the token is supervised
@@ -107,13 +107,13 @@ class Sample:
 
     @property
     def num_tokens(self) -> int:
-        """Tokens of the conversation."""
+        """Number of tokens of the conversation."""
         return len(self.input_ids)
 
 
 @dataclass(frozen=True)
 class Problem:
-    """What is wrong with a file, as the end of a sentence that begins with its name."""
+    """What is wrong with a file; completes a sentence that begins with its name."""
 
     file: Path
     problem: str
@@ -123,10 +123,10 @@ class BadSampleError(DataError):
     """One file that is not a usable sample.
 
     Args:
-        reason: What is wrong with it, as the end of a sentence that begins with its name.
-        other_format: The data format it is a sample of, if not of the one it was read as.
-        message: Of the error, where it names the file.
-        hint: What to do about it.
+        reason: What is wrong; completes a sentence that begins with the file's name.
+        other_format: The data format it has, if not the expected one.
+        message: Replaces the default message.
+        hint: How to fix it.
     """
 
     def __init__(
@@ -143,19 +143,19 @@ class BadSampleError(DataError):
 
 
 class ChangedSampleError(BadSampleError):
-    """A file that was a sample when it was found, and is no longer."""
+    """A sample's file has changed since it was found."""
 
     def __init__(self, file: Path, reason: str) -> None:
         super().__init__(
             reason,
             message=f"`{file}` can no longer be read: {reason}",
-            hint="Leave the samples as they are while they are read, then run the command again",
+            hint="Rerun the command, and do not change the samples while it runs",
         )
 
 
 @contextmanager
 def refusing_sample() -> Iterator[None]:
-    """Turn what is wrong with a file of tensors into what is wrong with a sample."""
+    """Convert errors of a file of tensors to those of a sample."""
     try:
         yield
     except ChangedFileError as error:
@@ -168,14 +168,14 @@ def check_ids(
     input_ids: NDArray[np.int64],  # [seq_len]
     key: str,
 ) -> None:
-    """Check that ids can be those of a vocabulary.
+    """Check that ids are valid vocabulary ids.
 
     Raises:
-        BadSampleError: One is negative, or so high that it is damage.
+        BadSampleError: An id is negative or implausibly high.
     """
     if not len(input_ids):
         return
     if input_ids.min() < 0:
         raise BadSampleError(f"has negative ids in `{key}`")
     if input_ids.max() > MAX_TOKEN_ID:
-        raise BadSampleError(f"has token id {input_ids.max():,} in `{key}`: no vocabulary has it")
+        raise BadSampleError(f"has token id {input_ids.max():,} in `{key}`, beyond any vocabulary")

@@ -1,4 +1,4 @@
-"""SampleSource: samples by their ids, wherever they come from."""
+"""SampleSource: samples by their ids, from any origin."""
 
 from abc import ABC, abstractmethod
 from collections import Counter
@@ -21,13 +21,13 @@ SPLIT_SEED = 0  # the split is the same in every run on the same samples
 
 
 class SampleSource(ABC):
-    """Samples of one hidden size and number of aux layers; ids count from 0.
+    """Samples with the same hidden size and number of aux layers; ids start at 0.
 
     Attributes:
         alignment: Which rows of a sample are positions.
         format: The name of their data format.
-        bad: What was left out as broken.
-        configs: What is stated about where they come from.
+        bad: Skipped invalid samples.
+        configs: Recorded origins of the samples.
     """
 
     alignment: Alignment
@@ -38,70 +38,70 @@ class SampleSource(ABC):
     @property
     @abstractmethod
     def headers(self) -> Sequence[SampleHeader]:
-        """What is known of each sample before it is read."""
+        """Return the properties of each sample that do not need its hidden states."""
 
     @property
     @abstractmethod
     def num_bytes(self) -> int:
-        """Bytes that are read in an epoch."""
+        """Return the number of bytes read in an epoch."""
 
     @property
     @abstractmethod
     def data_hash(self) -> str:
-        """Changes with the name or size of any sample, and with nothing else."""
+        """Return a hash of the names and sizes of all samples."""
 
     @property
     @abstractmethod
     def content_hash(self) -> str:
-        """Changes with the name, size or contents of any sample."""
+        """Return a hash of the names, sizes and contents of all samples."""
 
     @abstractmethod
     def path(self, sample_id: int) -> Path:
-        """Where a sample lies, for messages; samples of one parent were captured together."""
+        """Return the path of a sample, for messages; samples captured together share the parent."""
 
     @abstractmethod
     def read(self, sample_id: int) -> Sample:
-        """Read a sample; its hidden states may be read when they are used.
+        """Read a sample; its hidden states may be read on use.
 
         Raises:
-            ChangedSampleError: It is not as it was when the source was opened.
+            ChangedSampleError: It has changed since the source was opened.
         """
 
     @abstractmethod
     def select(self, ids: Iterable[int]) -> Self:
-        """Some of the samples, in the order of `ids`."""
+        """Select some of the samples, in the order of `ids`."""
 
     def write_index(self, file: Path) -> None:  # noqa: B027 - most have nothing to cache
-        """Cache what was read of the samples, where reading it again takes time."""
+        """Cache the properties of the samples, if reading them again is slow."""
 
     def __len__(self) -> int:
         return len(self.headers)
 
     @property
     def hidden_size(self) -> int:
-        """Hidden size of the verifier the samples come from."""
+        """Hidden size of the samples' verifier."""
         return self.headers[0].hidden_size
 
     @property
     def num_aux_layers(self) -> int:
-        """Aux layers in each sample."""
+        """Number of aux layers per sample."""
         return self.headers[0].num_aux_layers
 
     @property
     def max_token_id(self) -> int:
-        """The highest input id of all samples."""
+        """Return the highest input id of all samples."""
         return max(header.max_token_id for header in self.headers)
 
     @cached_property
     def dtype(self) -> str:
-        """The most common type of the hidden states; others are cast to it once."""
+        """Return the most common dtype of the hidden states; others are cast to it once."""
         common = Counter(header.dtype for header in self.headers).most_common(1)[0][0]
-        # One byte alone is no value: its scale is another tensor's.
+        # float8 values are meaningless without their scales, which are other tensors.
         return "bfloat16" if ITEM_BYTES[common] == 1 else common
 
     @cached_property
     def lengths(self) -> NDArray[np.int64]:
-        """Positions of each sample; [samples]."""
+        """Return the number of positions of each sample; [samples]."""
         return np.array(
             [self.alignment.count_positions(header.num_tokens) for header in self.headers],
             dtype=np.int64,
@@ -109,19 +109,19 @@ class SampleSource(ABC):
 
     @property
     def num_tokens(self) -> int:
-        """Tokens of all samples."""
+        """Return the number of tokens of all samples."""
         return sum(header.num_tokens for header in self.headers)
 
     @property
     def num_supervised_tokens(self) -> int:
-        """Targets of all samples."""
+        """Return the number of targets of all samples."""
         return sum(header.num_supervised_tokens for header in self.headers)
 
     def most_targets(self, total_seq_len: int) -> NDArray[np.int64]:
-        """Targets of each sample at most, once it is cut to so many positions; [samples].
+        """Return an upper bound of each sample's targets in `total_seq_len` positions; [samples].
 
-        Headers count targets and place the first one: of a sample that is cut, at most what follows
-        that one.
+        Headers have the number of targets and the first one: a truncated sample has at most the
+        positions from the first one on.
         """
         counts = np.array([header.num_supervised_tokens for header in self.headers], dtype=np.int64)
         first = np.array([self.alignment.place(header.first_target) for header in self.headers])
@@ -129,11 +129,11 @@ class SampleSource(ABC):
         return np.where(counts > 0, np.minimum(counts, room).clip(min=0), 0)
 
     def count_without_target(self, total_seq_len: int) -> int:
-        """Samples without a target, once they are cut to so many positions."""
+        """Return the number of samples without targets in the first `total_seq_len` positions."""
         return int((self.most_targets(total_seq_len) == 0).sum())
 
     def count_sequences(self, total_seq_len: int) -> int:
-        """Packed sequences of `total_seq_len` positions that the samples make."""
+        """Return the number of packed sequences of `total_seq_len` positions for the samples."""
         plan = plan_epoch(
             self.lengths, total_seq_len=total_seq_len, seed=0, epoch=0, global_batch=1
         )
@@ -141,9 +141,9 @@ class SampleSource(ABC):
 
 
 def split(samples: SourceT, train_ratio: float) -> tuple[SourceT, SourceT]:
-    """Split at random, by a generator of its own, into train and validation.
+    """Split into train and validation at random, with a separate generator.
 
-    One sample at least stays for training; at least one validates, unless the ratio is 1.
+    At least one sample is for training, and at least one for validation, unless the ratio is 1.
     """
     num_samples = len(samples)
     num_train = round(train_ratio * num_samples)
@@ -155,6 +155,6 @@ def split(samples: SourceT, train_ratio: float) -> tuple[SourceT, SourceT]:
 
 
 def spread_evenly(num_items: int, most: int) -> list[int]:
-    """Indices of `most` items or all of them, evenly spread; always the same ones."""
+    """Return `most` or all indices, evenly spaced and deterministic."""
     indices: list[int] = np.linspace(0, num_items - 1, min(most, num_items)).astype(int).tolist()
     return indices

@@ -1,4 +1,4 @@
-"""The kinds of sample source: what folders hold decides which one reads them."""
+"""The kinds of sample sources, one of which is chosen by the contents of the folders."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -12,13 +12,13 @@ from speculators_cli.core.progress import Progress
 
 @dataclass(frozen=True)
 class Request:
-    """Which samples are wanted, and how they are read."""
+    """The samples to open, and how to read them."""
 
     folders: tuple[Path, ...]
     data_format: str  # `auto`, `pt`, `speculators` or `specforge`
-    version: int  # of the format of `.pt` samples
+    version: int  # format version of `.pt` samples
     index_file: Path | None  # headers of an earlier scan
-    max_bad_samples: int | None  # most files left out; None: 1 % of the folder
+    max_bad_samples: int | None  # maximum number of files skipped; None: 1 % of the folder
     alignment: Alignment
 
 
@@ -27,12 +27,12 @@ class SourceKind:
     """One kind of sample source."""
 
     name: str
-    is_in: Callable[[Sequence[Path]], bool]  # whether folders hold samples of this kind
+    is_in: Callable[[Sequence[Path]], bool]  # whether folders have samples of this kind
     open: Callable[[Request, Progress], SampleSource]
 
 
 def open_samples(request: Request, progress: Progress) -> SampleSource:
-    """Open the samples in folders, by the first kind of source that reads them.
+    """Open the samples in folders, with the first kind of source that supports them.
 
     Raises:
         DataError: They cannot be used.
@@ -53,5 +53,5 @@ def _open_folders(request: Request, progress: Progress) -> SampleFolder:
     )
 
 
-# Files of hidden states come last: they are looked for in any folder.
+# Files of hidden states are last: any folder may have them.
 SOURCES: list[SourceKind] = [SourceKind("files", lambda _: True, _open_folders)]

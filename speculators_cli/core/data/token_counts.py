@@ -1,4 +1,4 @@
-"""How often each verifier token is to be predicted: counted in samples, or read from a file."""
+"""Frequencies of verifier tokens among the targets, counted in samples or read from a file."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,15 +15,15 @@ from speculators_cli.core.torch_file.archive import Archive
 from speculators_cli.core.torch_file.errors import TorchFileError
 
 FILE_NAME = "token_freq.pt"
-MAX_TOTAL = 2**63 - 1  # what an int64 holds; ranking and shares add all counts up
-HELD_BACK_TOKENS = 2**20  # counted at once: a count costs a pass over the vocabulary
+MAX_TOTAL = 2**63 - 1  # maximum of an int64; counts are added up
+HELD_BACK_TOKENS = 2**20  # per update: each costs a pass over the vocabulary
 
 
 class TokenCounts:
-    """Counts the tokens of samples as they are shown to it.
+    """Counts the tokens of samples.
 
     Args:
-        vocab_size: Tokens of the verifier; None: as many as are seen.
+        vocab_size: Vocabulary size of the verifier; None: derived from the highest id.
         all_tokens: Count every token, not only supervised ones.
         alignment: Which tokens are targets.
     """
@@ -46,7 +46,7 @@ class TokenCounts:
         """Count the tokens of a sample, or its targets.
 
         Raises:
-            DataError: The verifier has no such token.
+            DataError: A token is beyond the verifier's vocabulary.
         """
         vocab_size = self.vocab_size
         if vocab_size is not None and tokens.max_token_id >= vocab_size:
@@ -63,7 +63,7 @@ class TokenCounts:
             self._count()
 
     def total(self) -> NDArray[np.int64]:
-        """The counts so far; [vocab]."""
+        """Return the counts so far; [vocab]."""
         self._count()
         return self._counts
 
@@ -77,21 +77,21 @@ class TokenCounts:
 
 
 def write_token_freq(counts: NDArray[np.int64], file: Path) -> None:
-    """Write a `token_freq.pt`: a dict of the ids that occur and how often."""
+    """Write a `token_freq.pt`: a dict of token id to count, without zeros."""
     ids = np.flatnonzero(counts).tolist()
     with replacing(file) as temporary:
         torch.save(dict(zip(ids, counts[ids].tolist(), strict=True)), temporary)
 
 
 def read_token_freq(files: Sequence[Path], vocab_size: int) -> NDArray[np.int64]:
-    """Read and add up `token_freq.pt` files; nothing in them runs.
+    """Read and add up `token_freq.pt` files; no code of them is run.
 
     Returns:
         [vocab], int64.
 
     Raises:
-        SettingsError: One is no such file, or counts tokens that the verifier does not have; or
-            the counts are too large to be added up.
+        SettingsError: A file is invalid, or has tokens beyond the verifier's vocabulary; or the
+            counts are too large to be added up.
     """
     counts = np.zeros(vocab_size, dtype=np.int64)
     total = 0
@@ -106,9 +106,9 @@ def read_token_freq(files: Sequence[Path], vocab_size: int) -> NDArray[np.int64]
             total += count
             if total > MAX_TOTAL:
                 raise SettingsError(
-                    f"`--token-freq-path`: the counts add up to more than {MAX_TOTAL:,} with "
+                    f"`--token-freq-path`: the sum of the counts exceeds {MAX_TOTAL:,} with "
                     f"`{file}`, which counts token {token_id:,} {count:,} times",
-                    hint="Count the tokens again: no data set has as many",
+                    hint="Count the tokens again, since the counts are implausibly high",
                 )
             counts[token_id] += count
     return counts
@@ -128,6 +128,6 @@ def _read_table(file: Path) -> dict[int, int]:
     ):
         raise SettingsError(
             f"`--token-freq-path`: `{file}` {reason}",
-            hint="Pass a file that holds a dict of token id to count, as `torch.save` writes it",
+            hint="Pass a file with a dict of token id to count, written by `torch.save`",
         )
     return content

@@ -1,4 +1,4 @@
-"""VocabMap: which verifier tokens the draft can propose."""
+"""VocabMap: the verifier tokens in the draft vocabulary."""
 
 from collections.abc import Collection
 from dataclasses import dataclass
@@ -22,16 +22,16 @@ class VocabMap:
     """The draft vocabulary, as the two maps that vLLM reads."""
 
     d2t: Tensor  # [draft_vocab], int64: verifier id = draft id + d2t[draft id]
-    t2d: Tensor  # [vocab], bool: whether the draft has this verifier token
+    t2d: Tensor  # whether the draft has this verifier token
 
     @property
     def vocab_size(self) -> int:
-        """Tokens of the verifier."""
+        """Vocabulary size of the verifier."""
         return len(self.t2d)
 
     @property
     def draft_vocab_size(self) -> int:
-        """Tokens of the draft."""
+        """Vocabulary size of the draft."""
         return len(self.d2t)
 
     @property
@@ -41,17 +41,17 @@ class VocabMap:
 
     @cached_property
     def kept_ids(self) -> Tensor:
-        """Verifier id of each draft token; [draft_vocab], int64, ascending."""
+        """Return the verifier id of each draft token; [draft_vocab], int64, ascending."""
         return self.d2t + torch.arange(self.draft_vocab_size, device=self.d2t.device)
 
     @cached_property
     def hash(self) -> str:
-        """Tells two vocabularies apart."""
+        """Return a hash of the vocabulary."""
         return sha256(self.t2d.numpy().tobytes()).hexdigest()
 
     @classmethod
     def full(cls, vocab_size: int) -> "VocabMap":
-        """The verifier's whole vocabulary."""
+        """Build the map of the verifier's whole vocabulary."""
         return cls(torch.zeros(vocab_size, dtype=torch.int64), torch.ones(vocab_size).bool())
 
     @classmethod
@@ -62,37 +62,37 @@ class VocabMap:
         *,
         always: Collection[int] = (),
     ) -> "VocabMap":
-        """Keep the most frequent tokens, ties to the lower id, and those of `always`.
+        """Keep the most frequent tokens, ties to the lower id, and those in `always`.
 
         Raises:
-            SettingsError: There are fewer tokens than that, or more that are always kept.
+            SettingsError: There are fewer tokens than that, or more in `always`.
         """
         if not len(always) <= draft_vocab_size <= len(counts):
             raise SettingsError(
                 f"`--draft-vocab-size` must be from {len(always):,}, the tokens that are always "
                 f"kept, to {len(counts):,}, those of the verifier, got `{draft_vocab_size}`",
-                hint="Choose a size between, such as a quarter of the verifier's",
+                hint="Choose a size in that range, such as a quarter of the verifier's",
             )
         ranking = counts.astype(np.int64)  # as float64, large counts would tie
         ranking[list(always)] = np.iinfo(np.int64).max
-        # Stable: equal counts, zeros among them, stay in the order of their ids.
+        # Stable: equal counts, including zeros, stay in the order of their ids.
         kept = np.sort(np.argsort(-ranking, kind="stable")[:draft_vocab_size])
         t2d = np.zeros(len(counts), dtype=np.bool_)
         t2d[kept] = True
         return cls(torch.from_numpy(kept - np.arange(len(kept))), torch.from_numpy(t2d))
 
     def save(self, d2t_file: Path, t2d_file: Path) -> None:
-        """Write both maps, each whole or not at all."""
+        """Write both maps, each atomically."""
         for tensor, file in ((self.d2t, d2t_file), (self.t2d, t2d_file)):
             with replacing(file) as temporary, temporary.open("wb") as stream:
                 np.save(stream, tensor.numpy())
 
     @classmethod
     def load(cls, d2t_file: Path, t2d_file: Path) -> "VocabMap":
-        """Read both maps and check that they agree.
+        """Read both maps and check that they are consistent.
 
         Raises:
-            SettingsError: One cannot be read, or they do not belong together.
+            SettingsError: A map cannot be read, or they are inconsistent.
         """
         with refusing(SettingsError):
             d2t, t2d = read_map(d2t_file, "d2t"), read_map(t2d_file, "t2d")
@@ -118,10 +118,10 @@ def find_kept(
     d2t: NDArray[np.int64],  # [draft_vocab]: offsets
     t2d: NDArray[np.int64],  # [vocab]: 1 where the draft vocabulary has the token
 ) -> NDArray[np.int64] | None:
-    """The verifier ids that both maps keep, ascending; None where they do not agree.
+    """Return the verifier ids that both maps keep, ascending; None if they are inconsistent.
 
-    Other tools order draft tokens by frequency. A fresh draft has no weights that would depend on
-    the order, so it gets the ascending one.
+    Other tools order draft tokens by frequency. A fresh draft has no weights that depend on the
+    order, so its ids are in ascending order.
     """
     kept = np.sort(d2t + np.arange(len(d2t)))
     is_mask = bool(np.isin(t2d, (0, 1)).all())
@@ -131,27 +131,27 @@ def find_kept(
 def _describe_misfit(
     d2t: NDArray[np.int64], t2d: NDArray[np.int64], d2t_file: Path, t2d_file: Path
 ) -> str:
-    """What is wrong with two maps that do not agree, by the likeliest mistake."""
+    """Describe why two maps are inconsistent, by the most likely mistake."""
     if find_kept(t2d, d2t) is not None:
         return f"`{d2t_file}` is the target-to-draft map and `{t2d_file}` the other: swap them"
     if find_kept(d2t - np.arange(len(d2t)), t2d) is not None:
         return (
-            f"`{d2t_file}` holds verifier ids, expected offsets: the verifier id of draft token i, "
+            f"`{d2t_file}` has verifier ids, expected offsets: the verifier id of draft token i, "
             "minus i"
         )
     if not np.isin(t2d, (0, 1)).all():
-        return f"`{t2d_file}` holds values other than 0 and 1"
+        return f"`{t2d_file}` has values other than 0 and 1"
     if not len(d2t):
-        return f"`{d2t_file}` holds no token"
+        return f"`{d2t_file}` has no tokens"
     kept = d2t + np.arange(len(d2t))
     if kept.min() < 0 or kept.max() >= len(t2d):
         return (
-            f"`{d2t_file}` gives verifier ids from {kept.min():,} to {kept.max():,}, expected ones "
+            f"`{d2t_file}` has verifier ids from {kept.min():,} to {kept.max():,}, expected ones "
             f"below the {len(t2d):,} of `{t2d_file}`"
         )
     ids, counts = np.unique(kept, return_counts=True)
     if (counts > 1).any():
-        return f"`{d2t_file}` gives the verifier id {ids[counts > 1][0]:,} more than once"
+        return f"`{d2t_file}` has the verifier id {ids[counts > 1][0]:,} more than once"
     return (
         f"`{d2t_file}` ({len(d2t):,} tokens) and `{t2d_file}` ({int(t2d.sum()):,} of "
         f"{len(t2d):,} tokens) do not keep the same tokens"

@@ -1,10 +1,10 @@
 """Train the embedded verifier: `python -m speculators_cli.core.demo.make_verifier OUTPUT_DIR`.
 
-The corpus is every function of Python's standard library, tests included, up to 3,000 characters
-long: a document is one function, dedented, between the begin and the end token. Files whose path
-hashes to 0 modulo 20 are held out, less the functions whose head (signature and docstring) occurs
-outside them too. Prompts are first halves of held-out functions. Seeded; two machines agree up to
-rounding.
+The corpus is every function of Python's standard library, tests included, of up to 3,000
+characters: a document is one function, dedented, between the begin and the end token. Files whose
+path hashes to 0 modulo 20 are held out, except for functions whose head (signature and docstring)
+also occurs elsewhere. Prompts are first halves of held-out functions. Seeded; two machines agree up
+to rounding.
 """
 
 import argparse
@@ -30,16 +30,16 @@ VOCAB_SIZE = 2048
 MAX_FUNCTION_CHARACTERS = 3000
 HELD_OUT_MODULUS = 20
 NUM_PROMPTS = 1024
-PROMPT_TOKENS = (16, 96)  # the fewest and the most
+PROMPT_TOKENS = (16, 96)  # minimum and maximum
 WINDOW = 256  # tokens
-BATCH = 128  # windows an optimizer step
+BATCH = 128  # windows per optimizer step
 PEAK_LR, WEIGHT_DECAY = 4e-3, 0.1
 
 Function = tuple[str, str]  # head: signature and docstring; body
 
 
 def read_functions(corpus: Path) -> tuple[list[Function], list[Function]]:
-    """All functions to train on, and those held out; sorted by path and place."""
+    """Read all training functions and held-out functions; sorted by path and position."""
     training: list[Function] = []
     held_out: list[Function] = []
     for file in sorted(corpus.rglob("*.py")):
@@ -49,7 +49,9 @@ def read_functions(corpus: Path) -> tuple[list[Function], list[Function]]:
         try:
             text = file.read_text("utf-8")
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # old escapes, which a filter could make errors
+                warnings.simplefilter(
+                    "ignore"
+                )  # old escapes, which a filter could turn into errors
                 tree = ast.parse(text)
         except (SyntaxError, ValueError):
             continue
@@ -61,7 +63,7 @@ def read_functions(corpus: Path) -> tuple[list[Function], list[Function]]:
 
 
 def functions_of(text: str, tree: ast.Module) -> Iterator[Function]:
-    """The functions of a file, split after signature and docstring."""
+    """Yield the functions of a file, split after signature and docstring."""
     lines = text.splitlines(keepends=True)
     for node in ast.walk(tree):
         if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) or len(node.body) < 1:
@@ -80,7 +82,7 @@ def functions_of(text: str, tree: ast.Module) -> Iterator[Function]:
 
 
 def train_tokenizer(functions: list[Function]) -> PreTrainedTokenizerFast:
-    """A byte-level BPE of `VOCAB_SIZE` entries."""
+    """Train a byte-level BPE tokenizer with `VOCAB_SIZE` entries."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -97,7 +99,7 @@ def train_tokenizer(functions: list[Function]) -> PreTrainedTokenizerFast:
 
 
 def encode(tokenizer: PreTrainedTokenizerFast, functions: list[Function]) -> Tensor:
-    """The functions in a random order, end to end; [tokens], int16."""
+    """Encode the functions in a random order, end to end; [tokens], int16."""
     texts = [f"{BEGIN}{head}{body}{END}" for head, body in functions]
     random.Random(0).shuffle(texts)  # noqa: S311 - an order, not a secret
     ids = [i for batch in tokenizer(texts, add_special_tokens=False)["input_ids"] for i in batch]
@@ -105,7 +107,7 @@ def encode(tokenizer: PreTrainedTokenizerFast, functions: list[Function]) -> Ten
 
 
 def build_model() -> LlamaForCausalLM:
-    """A Llama of 1.8 million parameters, its weights random."""
+    """Build a Llama with 1.8 million random parameters."""
     torch.manual_seed(0)
     return LlamaForCausalLM(
         LlamaConfig(
@@ -126,7 +128,7 @@ def build_model() -> LlamaForCausalLM:
 
 
 def train_model(model: LlamaForCausalLM, ids: Tensor, num_steps: int) -> None:
-    """Train on random windows with AdamW and a cosine, in bfloat16 where there is a GPU."""
+    """Train on random windows with AdamW and a cosine schedule, in bfloat16 on a GPU."""
     device = model.device
     ids = ids.to(device)
     generator = torch.Generator().manual_seed(0)
@@ -159,7 +161,7 @@ def train_model(model: LlamaForCausalLM, ids: Tensor, num_steps: int) -> None:
 
 @torch.no_grad()
 def held_out_loss(model: LlamaForCausalLM, ids: Tensor) -> float:
-    """Mean loss over the held-out functions in windows, in nats per token."""
+    """Return the mean loss over windows of the held-out functions, in nats per token."""
     windows = ids[: len(ids) // WINDOW * WINDOW].view(-1, WINDOW).long().to(model.device)
     total = 0.0
     for part in windows.split(64):
@@ -171,11 +173,11 @@ def held_out_loss(model: LlamaForCausalLM, ids: Tensor) -> float:
 
 
 def choose_prompts(tokenizer: PreTrainedTokenizerFast, functions: list[Function]) -> list[str]:
-    """Held-out functions up to the middle of their body, one each, in a random order."""
+    """Return held-out functions up to the middle of their body, in a random order."""
     halves = set()
     for head, body in functions:
         lines = body.splitlines(keepends=True)
-        # Without the line's end: the tokenizer joins it with the indentation that follows.
+        # Without the line break: the tokenizer merges it with the following indentation.
         half = (head + "".join(lines[: len(lines) // 2])).rstrip()
         fewest, most = PROMPT_TOKENS
         if len(lines) > 1 and fewest <= len(tokenizer(half)["input_ids"]) <= most:
@@ -186,7 +188,7 @@ def choose_prompts(tokenizer: PreTrainedTokenizerFast, functions: list[Function]
 
 
 def main() -> None:
-    """Train tokenizer and model, write them and the prompts."""
+    """Train tokenizer and model, and write them with the prompts."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("output_dir", type=Path)
     parser.add_argument("--corpus", type=Path, default=Path(sysconfig.get_path("stdlib")))

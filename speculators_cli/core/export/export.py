@@ -98,7 +98,7 @@ def export(settings: ExportSettings, *, progress: Progress = SILENT) -> ExportRe
     layer_ids = LayerIds(
         source.config.target_layer_ids, is_assumed=source.config.are_layer_ids_assumed
     )
-    warn_of_assumed(layer_ids, progress, whose=f"`{source.name}` states")
+    warn_of_assumed(layer_ids, progress, whose=f"`{source.name}` has")
     if source.assumption is not None:
         progress.warn(source.assumption, hint=ASSUMED_HINT)
     num_tokens = chosen.num_speculative_tokens or source.config.num_draft_tokens

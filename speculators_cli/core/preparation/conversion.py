@@ -116,7 +116,7 @@ def convert_v0(settings: ConvertV0Settings, *, progress: Progress = SILENT) -> C
         )
     layer_ids = find_layer_ids(settings, [f for _, f in found], jobs, verifier)
     if layer_ids is not None:
-        warn_of_assumed(layer_ids, progress, whose=f"`{files.v0_path}` states")
+        warn_of_assumed(layer_ids, progress, whose=f"`{files.v0_path}` has")
     to_do = [job for job in jobs if not job.is_converted]
     num_bytes = sum(job.num_bytes for job in to_do)
     errors: list[float] = []

@@ -130,7 +130,7 @@ def read_inputs(
     if source is not None:
         is_given = draft.target_layer_ids is not None
         layer_ids = choose_layer_ids(source, layer_ids, is_given=is_given, progress=progress)
-    warn_of_assumed(layer_ids, progress, whose="The samples state")
+    warn_of_assumed(layer_ids, progress, whose="The samples have")
     warn_of_contradiction(
         samples.configs,
         num_verifier_layers=verifier.num_layers,

@@ -112,7 +112,7 @@ def test_layer_ids_are_read_as_numbers_and_as_texts(tmp_path: Path, ids: str) ->
         ('{"hidden_states": {"layer_ids": 3}}', "`3`, expected a list of whole numbers"),
         (
             '{"hidden_states": {"layer_ids": [Infinity], "layer_ids_convention": 3}}',
-            "has `layer_ids_convention` `3`, expected a text",
+            "has `layer_ids_convention` `3`, expected a string",
         ),
         ('{"hidden_states": ', "is truncated"),
         ("", "is empty"),

@@ -389,7 +389,7 @@ def test_a_file_that_changes_during_the_run_is_a_clear_error(tmp_path: Path) -> 
     dataset = read(tmp_path)
     write(tmp_path / "data_0.pt", num_tokens=5)
 
-    with pytest.raises(DataError, match="has another size than when the run began"):
+    with pytest.raises(DataError, match="has a different size than at the start of the run"):
         dataset.read(0)
 
 

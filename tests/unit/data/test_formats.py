@@ -270,7 +270,7 @@ def test_a_token_id_beyond_any_vocabulary_is_refused(tmp_path: Path, token_id: i
 
     reason = refused(saved(tmp_path, v1_content(input_ids=ids)))
 
-    assert reason == f"has token id {token_id:,} in `input_ids`: no vocabulary has it"
+    assert reason == f"has token id {token_id:,} in `input_ids`, beyond any vocabulary"
 
 
 def packed(folder: Path, data: bytes) -> Path:

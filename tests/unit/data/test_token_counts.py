@@ -108,7 +108,7 @@ def test_counts_that_an_int64_cannot_hold_are_refused(tmp_path: Path) -> None:
     torch.save({1: 1}, files[1])
 
     assert read_token_freq(files[:1], 5).tolist() == [0, 2**62, 2**62 - 1, 0, 0]
-    with pytest.raises(SettingsError, match=r"more than 9,223,372,036,854,775,807 .*b.pt"):
+    with pytest.raises(SettingsError, match=r"exceeds 9,223,372,036,854,775,807 .*b.pt"):
         read_token_freq(files, 5)
 
 
@@ -116,7 +116,7 @@ def test_counts_that_an_int64_cannot_hold_are_refused(tmp_path: Path) -> None:
 def test_one_count_that_an_int64_cannot_hold_is_refused(tmp_path: Path, count: int) -> None:
     torch.save({1: count}, tmp_path / "a.pt")
 
-    with pytest.raises(SettingsError, match="add up to more than"):
+    with pytest.raises(SettingsError, match="the sum of the counts exceeds"):
         read_token_freq([tmp_path / "a.pt"], 5)
 
 

@@ -329,7 +329,7 @@ def test_a_broken_sample_is_counted_and_named_once(data_dir: Path, tiny: TinyInp
     report = train(settings, progress=messages)
 
     assert report.num_bad_samples == 1
-    assert sum("Left out" in warning for warning in messages.warnings) == 1
+    assert sum("Skipped" in warning for warning in messages.warnings) == 1
 
 
 def break_gradients(monkeypatch: pytest.MonkeyPatch, *, steps: set[int]) -> None:
