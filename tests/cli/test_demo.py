@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,16 +17,19 @@ from speculators_cli.core.demo.demo import (
     MAX_NEW_TOKENS,
     NUM_DRAFT_TOKENS,
     NUM_EVALUATION_PROMPTS,
-    RESULT_NAME,
     VERIFIER_DIR,
     DemoReport,
     check_report,
     read_prompts,
 )
-from speculators_cli.core.errors import SpeculatorsError
+from speculators_cli.core.demo.demo_folder import RESULT_NAME, DemoFolder
+from speculators_cli.core.errors import SettingsError, SpeculatorsError
 from speculators_cli.core.evaluation.draft_and_verify import EvaluationReport
+from speculators_cli.core.progress import SilentProgress
 from speculators_cli.core.training.report import TrainReport
+from speculators_cli.core.training.run import train
 from tests.cache_free import CacheFreeDraft, draft_and_verify, load_verifier
+from tests.tiny import TinyInputs
 
 Capture = pytest.CaptureFixture[str]
 
@@ -108,6 +112,81 @@ def test_a_folder_that_the_demo_did_not_make_is_left_alone(
     assert [file.name for file in tmp_path.iterdir()] == [name]
 
 
+def make_demo(folder: Path) -> None:
+    """What an earlier demo has left, without its checkpoints."""
+    demo = DemoFolder(folder)
+    with demo.placing("verifier", "data", "d2t.npy") as place:
+        for name in ("verifier", "data"):
+            (place / name).mkdir()
+        (place / "verifier" / "config.json").write_text("{}")
+        (place / "data" / "data_0.pt").write_text("states")
+        (place / "d2t.npy").write_text("map")
+    demo.write_result({"acceptance_length": 2.0})
+
+
+def tree(folder: Path) -> dict[str, bytes]:
+    return {str(f.relative_to(folder)): f.read_bytes() for f in folder.rglob("*") if f.is_file()}
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["data/mine.pt", "data/deep/er/mine.pt", "data/data_0.pt", "verifier/config.json", "t2d.npy"],
+)
+def test_what_a_demo_did_not_write_stays(tmp_path: Path, name: str) -> None:
+    make_demo(tmp_path)
+    (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / name).write_text("weeks of capture")
+    before = tree(tmp_path)
+
+    with pytest.raises(SettingsError, match="would be removed") as error:
+        DemoFolder(tmp_path)
+
+    assert f"`{tmp_path / name}`" in error.value.message
+    assert tree(tmp_path) == before
+
+
+def test_a_link_in_a_demo_is_not_followed(tmp_path: Path) -> None:
+    make_demo(tmp_path / "demo")
+    shutil.move(tmp_path / "demo" / "data", tmp_path / "data")
+    (tmp_path / "demo" / "data").symlink_to(tmp_path / "data")
+
+    with pytest.raises(SettingsError, match="would be removed"):
+        DemoFolder(tmp_path / "demo")
+
+    assert (tmp_path / "data" / "data_0.pt").exists()
+
+
+def test_a_demo_stopped_half_way_makes_room_for_the_next(tmp_path: Path) -> None:
+    make_demo(tmp_path)
+    (tmp_path / "notes.txt").touch()
+    demo = DemoFolder(tmp_path)
+    (demo.scratch.open() / "data").mkdir()
+    (demo.scratch.folder / "data" / "data_0.pt").write_text("half a sam")
+
+    DemoFolder(tmp_path)
+
+    assert sorted(path.name for path in tmp_path.iterdir()) == [RESULT_NAME, "notes.txt"]
+
+
+def test_only_checkpoints_of_the_demo_go(tmp_path: Path, shared_inputs: TinyInputs) -> None:
+    def go_on(name: str, *, epochs: int) -> None:
+        run = {"save_path": tmp_path / name / "checkpoints", "epochs": epochs}
+        train(shared_inputs.settings(run=run), progress=SilentProgress())
+
+    demo = DemoFolder(tmp_path / "demo")
+    go_on("demo", epochs=1)
+    demo.add_checkpoints()
+    shutil.copytree(tmp_path / "demo", tmp_path / "other", symlinks=True)
+    go_on("other", epochs=2)
+
+    DemoFolder(tmp_path / "demo")
+    with pytest.raises(SettingsError, match="checkpoints/1` is not as a demo wrote it"):
+        DemoFolder(tmp_path / "other")
+
+    assert [path.name for path in (tmp_path / "demo").iterdir()] == [RESULT_NAME]
+    assert (tmp_path / "other" / "checkpoints" / "1" / "model.safetensors").exists()
+
+
 def test_an_output_folder_below_a_file_is_refused(tmp_path: Path, capsys: Capture) -> None:
     (tmp_path / "file").touch()
 
@@ -121,9 +200,9 @@ def test_an_output_folder_below_a_file_is_refused(tmp_path: Path, capsys: Captur
 def test_the_whole_demo_holds_what_it_reports(tmp_path: Path) -> None:
     folder = tmp_path / "demo"
     command = [sys.executable, "-m", "speculators_cli", "demo", "--output-dir", str(folder)]
-    (folder / "data").mkdir(parents=True)
-    (folder / "data" / "of-an-earlier-demo.pt").touch()
-    (folder / "demo.json").write_text('{"made_by": "speculators demo"}')
+    with DemoFolder(folder).placing("data") as place:
+        (place / "data").mkdir()
+        (place / "data" / "of-an-earlier-demo.pt").touch()
     (folder / "notes.txt").touch()
 
     done = subprocess.run([*command, "--json"], capture_output=True, text=True, check=False)
@@ -138,9 +217,12 @@ def test_the_whole_demo_holds_what_it_reports(tmp_path: Path) -> None:
     assert (folder / "notes.txt").exists()
     saved = json.loads((folder / "demo.json").read_text())
     assert saved.pop("made_by") == "speculators demo"
+    assert {"verifier/config.json", "data/data_24.pt", "d2t.npy"} <= saved.pop("files").keys()
     assert saved == {name: report[name] for name in saved}
     assert "acceptance_length" in saved
     check_acceptance(Path(report["checkpoint"]), report)
+    DemoFolder(folder)  # as the next demo begins
+    assert sorted(path.name for path in folder.iterdir()) == ["demo.json", "notes.txt"]
 
 
 def check_acceptance(checkpoint_dir: Path, report: dict[str, object]) -> None:

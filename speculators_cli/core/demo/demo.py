@@ -6,7 +6,7 @@ Each stage is the package's ordinary code; only the inputs are the demo's own.
 import json
 import shutil
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
 from pathlib import Path
@@ -22,14 +22,13 @@ from speculators_cli.core.data.folder import read_folders
 from speculators_cli.core.data.token_counts import TokenCounts
 from speculators_cli.core.data.vocab_map import VocabMap
 from speculators_cli.core.drafts.trained_draft import read_draft
-from speculators_cli.core.errors import SettingsError, SpeculatorsError
+from speculators_cli.core.demo.demo_folder import CHECKPOINTS, DemoFolder
+from speculators_cli.core.errors import SpeculatorsError
 from speculators_cli.core.evaluation.draft_and_verify import Answer, EvaluationReport, evaluate
-from speculators_cli.core.files import check_output_dir, replacing, write_json
 from speculators_cli.core.models.verifier import load_frozen_verifier, read_verifier_config
 from speculators_cli.core.models.verifier_files import VerifierFiles
 from speculators_cli.core.models.verifier_model import VerifierModel
 from speculators_cli.core.progress import Progress
-from speculators_cli.core.reading import UnreadableError, read_json_object
 from speculators_cli.core.training.report import TrainReport
 from speculators_cli.core.training.run import train
 from speculators_cli.core.training.run_end import describe, recording_end
@@ -44,9 +43,6 @@ MAX_NEW_TOKENS = 96
 DRAFT_VOCAB_SIZE = 1024
 NUM_DRAFT_TOKENS = 3
 MIN_ACCEPTANCE_LENGTH = 2.0
-RESULT_NAME = "demo.json"
-MADE_BY = {"made_by": "speculators demo"}  # in the result: says that the folder is a demo's
-OWN_NAMES = ("verifier", "data", "checkpoints", "d2t.npy", "t2d.npy", RESULT_NAME)
 
 
 @dataclass(frozen=True)
@@ -88,43 +84,48 @@ def run_demo(settings: DemoSettings, *, progress: Progress) -> DemoReport:
     Raises:
         SettingsError: The output folder cannot be written, or holds what the demo did not make.
     """
-    prepare(settings.run.output_dir)
+    folder = DemoFolder(settings.run.output_dir)
 
     def write(error: SpeculatorsError) -> None:
-        write_result(settings.run.output_dir, describe(error))
+        folder.write_result(describe(error))
 
     with recording_end(write):
-        return _run_stages(settings, progress)
+        return _run_stages(settings, folder, progress)
 
 
-def _run_stages(settings: DemoSettings, progress: Progress) -> DemoReport:
+def _run_stages(settings: DemoSettings, folder: DemoFolder, progress: Progress) -> DemoReport:
     started_at = time.perf_counter()
     output_dir, seed = settings.run.output_dir, settings.run.seed
     # A folder like any other, so that the commands can be tried on it afterwards.
-    name = str(shutil.copytree(VERIFIER_DIR, output_dir / "verifier"))
+    with folder.placing("verifier") as place:
+        shutil.copytree(VERIFIER_DIR, place / "verifier")
+    name = str(output_dir / "verifier")
     verifier = VerifierModel(name, default_layer_ids(NUM_LAYERS), dtype=torch.float32)
     texts = read_prompts()
     prompts = [verifier.encode(text) for text in texts]
     to_evaluate, to_capture = prompts[:NUM_EVALUATION_PROMPTS], prompts[NUM_EVALUATION_PROMPTS:]
 
     progress.info(f"1/4 Capture: the verifier answers {len(to_capture):,} prompts")
-    captured = capture(
-        verifier,
-        to_capture,
-        output_dir / "data",
-        verifier_name=name,
-        max_new_tokens=MAX_NEW_TOKENS,
-        progress=progress,
-    )
+    with folder.placing("data") as place:
+        captured = capture(
+            verifier,
+            to_capture,
+            place / "data",
+            verifier_name=name,
+            max_new_tokens=MAX_NEW_TOKENS,
+            progress=progress,
+        )
     progress.info(
         f"    {captured.num_samples:,} samples, {captured.num_tokens:,} tokens, "
         f"{captured.num_supervised_tokens:,} of them supervised"
     )
     progress.info("2/4 Draft vocabulary: the tokens that the answers use most")
-    coverage = choose_vocabulary(verifier, output_dir, progress)
+    with folder.placing("d2t.npy", "t2d.npy") as place:
+        coverage = choose_vocabulary(verifier, output_dir / "data", place, progress)
     progress.info(f"    {DRAFT_VOCAB_SIZE:,} tokens cover {coverage:.1%} of the supervised ones")
     progress.info("3/4 Train an EAGLE-3 draft")
     training = train(train_settings(output_dir, seed), progress=progress)
+    folder.add_checkpoints()
     progress.info("4/4 Draft and verify on other prompts, before training and after")
     before, after = build_drafters(training, name, train_settings(output_dir, seed))
     trained = draft_and_verify_all(verifier, after, to_evaluate, progress)
@@ -140,7 +141,7 @@ def _run_stages(settings: DemoSettings, progress: Progress) -> DemoReport:
         sample=tuple(mark(verifier, trained.answers[shown])),
         duration_seconds=time.perf_counter() - started_at,
     )
-    write_result(output_dir, report.to_json())
+    folder.write_result(report.to_json())
     return report
 
 
@@ -164,54 +165,19 @@ def check_report(report: DemoReport) -> None:
         )
 
 
-def prepare(output_dir: Path) -> None:
-    """Make the output folder, or take away what an earlier demo made in it and nothing else.
-
-    Raises:
-        SettingsError: It cannot be written, or holds files but none of an earlier demo.
-    """
-    check_output_dir(output_dir, flag="--output-dir")
-    if output_dir.exists() and any(output_dir.iterdir()) and not is_own(output_dir):
-        raise SettingsError(
-            f"`--output-dir`: `{output_dir}` holds files that the demo did not make",
-            hint="Pass another folder",
-        )
-    output_dir.mkdir(parents=True, exist_ok=True)
-    for path in (output_dir / name for name in OWN_NAMES):
-        if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path)
-        else:
-            path.unlink(missing_ok=True)
-    # Before anything else, so that a demo stopped half-way can be run again.
-    write_result(output_dir, {})
-
-
-def is_own(output_dir: Path) -> bool:
-    """Whether a folder holds the result of a demo, finished or not."""
-    try:
-        content = read_json_object(output_dir / RESULT_NAME)
-    except UnreadableError:
-        return False
-    return content.items() >= MADE_BY.items()
-
-
-def write_result(output_dir: Path, result: Mapping[str, Any]) -> None:
-    """Write the figures of a demo, so far empty or complete, or the error that ended it."""
-    with replacing(output_dir / RESULT_NAME) as temporary:
-        write_json({**MADE_BY, **result}, temporary)
-
-
 def read_prompts() -> list[str]:
     """First halves of functions of the standard library that the verifier was not trained on."""
     lines = PROMPTS_FILE.read_text("utf-8").splitlines()
     return [json.loads(line)["prompt"] for line in lines]
 
 
-def choose_vocabulary(verifier: VerifierModel, output_dir: Path, progress: Progress) -> float:
+def choose_vocabulary(
+    verifier: VerifierModel, data_dir: Path, output_dir: Path, progress: Progress
+) -> float:
     """Write d2t and t2d; returns the share of supervised tokens they cover."""
     token_counts = TokenCounts(verifier.vocab_size)
     read_folders(
-        [output_dir / "data"],
+        [data_dir],
         version=1,
         index_file=None,
         max_bad_samples=0,
@@ -235,7 +201,7 @@ def train_settings(output_dir: Path, seed: int) -> TrainSettings:
             },
             "data": {"data_path": (output_dir / "data",), "total_seq_len": 512},
             "run": {
-                "save_path": output_dir / "checkpoints",
+                "save_path": output_dir / CHECKPOINTS,
                 "epochs": 3,
                 "seed": seed,
                 "log_every_steps": 50,

@@ -6,6 +6,7 @@ Nothing is removed or replaced because of its name.
 import os
 import re
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 from speculators_cli.core.drafts.checkpoint_reader import (
@@ -113,6 +114,22 @@ def _is_record(path: Path, name: str) -> bool:
     with path.open("rb") as stream:
         start = stream.read(4096)
     return not start or re.match(RECORDS[name], start) is not None
+
+
+def clear_save_path(save_path: Path) -> None:
+    """Remove what runs wrote; `check_save_path` has allowed it. Anything else stays."""
+    if not save_path.is_dir():
+        return
+    remove_leftovers(save_path)
+    scratch = scratch_of(save_path)
+    for path in list(save_path.iterdir()):
+        if path.name in RECORDS or path.name == BEST_LINK:
+            path.unlink()
+        elif is_checkpoint_name(path.name):
+            remove(scratch_move(scratch, path))
+    scratch.clear()
+    with suppress(OSError):  # it holds something else
+        save_path.rmdir()
 
 
 def remove_leftovers(save_path: Path) -> None:

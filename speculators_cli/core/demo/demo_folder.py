@@ -1,0 +1,136 @@
+"""DemoFolder: the output folder of a demo, from which only what a demo wrote is ever removed.
+
+What is not whole yet lies in a scratch folder with a mark. The checksum of each finished file is in
+demo.json before the file has its name, so that a demo stopped anywhere can be run again.
+"""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from speculators_cli.core.drafts.checkpoint_reader import MANIFEST_NAME, hash_file
+from speculators_cli.core.errors import SettingsError
+from speculators_cli.core.files import check_output_dir, replacing, write_json
+from speculators_cli.core.reading import UnreadableError, read_json_object
+from speculators_cli.core.scratch import Scratch
+from speculators_cli.core.training.save_path import check_save_path, clear_save_path
+
+FLAG = "--output-dir"
+RESULT_NAME = "demo.json"
+SCRATCH_NAME = ".speculators-demo"
+CHECKPOINTS = "checkpoints"  # what is in it proves by itself that a run wrote it
+OWN_NAMES = ("verifier", "data", "d2t.npy", "t2d.npy")
+MADE_BY = {"made_by": "speculators demo"}
+FILES = "files"  # in the result: checksums of what the demo wrote, by path
+
+
+class DemoFolder:
+    """The output folder, emptied of an earlier demo.
+
+    Args:
+        folder: May be missing.
+
+    Raises:
+        SettingsError: It cannot be written, or holds what the demo did not make.
+        CheckpointError: Its checkpoints are not those of a run.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        check_output_dir(folder, flag=FLAG)
+        self.folder = folder
+        self.scratch = Scratch(folder / SCRATCH_NAME)
+        self.files: dict[str, str] = {}
+        earlier = self._read_earlier()
+        self._check(earlier)
+        folder.mkdir(parents=True, exist_ok=True)
+        self._clear()
+        self.write_result({})
+
+    def write_result(self, result: Mapping[str, Any]) -> None:
+        """Write the figures of a demo, so far empty or complete, or the error that ended it."""
+        with replacing(self.folder / RESULT_NAME) as temporary:
+            write_json({**MADE_BY, **result, FILES: self.files}, temporary)
+
+    @contextmanager
+    def placing(self, *names: str) -> Iterator[Path]:
+        """A folder to write files or folders of these names in; then they get their place."""
+        folder = self.scratch.open()
+        yield folder
+        for name in names:
+            for file in _files_below(folder / name):
+                self.files[file.relative_to(folder).as_posix()] = hash_file(file)
+        self.write_result({})
+        for name in names:
+            (folder / name).rename(self.folder / name)
+        self.scratch.clear()
+
+    def add_checkpoints(self) -> None:
+        """Take in the checkpoints of the demo's run: beside others, none is removed."""
+        for file in self._manifests():
+            self.files[self._name(file)] = hash_file(file)
+        self.write_result({})
+
+    def _manifests(self) -> list[Path]:
+        files = (self.folder / CHECKPOINTS).glob(f"*/{MANIFEST_NAME}")
+        return sorted(file for file in files if not file.parents[1].is_symlink())
+
+    def _name(self, file: Path) -> str:
+        return file.relative_to(self.folder).as_posix()
+
+    def _read_earlier(self) -> dict[str, Any]:
+        """Checksums of the files of an earlier demo, by their path in the folder."""
+        if not self.folder.exists() or not any(self.folder.iterdir()):
+            return {}
+        try:
+            content = read_json_object(self.folder / RESULT_NAME)
+        except UnreadableError:
+            content = {}
+        if not content.items() >= MADE_BY.items():
+            raise SettingsError(
+                f"`{FLAG}`: `{self.folder}` holds files that the demo did not make",
+                hint="Pass another folder",
+            )
+        files = content.get(FILES)
+        return files if isinstance(files, dict) else {}
+
+    def _check(self, earlier: Mapping[str, Any]) -> None:
+        self.scratch.check(self._foreign)
+        for name in OWN_NAMES:
+            for file in _files_below(self.folder / name):
+                is_file = file.is_file() and not file.is_symlink()
+                if not is_file or hash_file(file) != earlier.get(self._name(file)):
+                    raise self._foreign(file)
+        check_save_path(self.folder / CHECKPOINTS, resume=False)
+        # A demo that was stopped while it trained has recorded none.
+        if any(name.startswith(f"{CHECKPOINTS}/") for name in earlier):
+            for file in self._manifests():
+                if hash_file(file) != earlier.get(self._name(file)):
+                    raise self._foreign(file.parents[1])
+
+    def _foreign(self, file: Path) -> SettingsError:
+        return SettingsError(
+            f"`{FLAG}`: `{file}` is not as a demo wrote it, and would be removed",
+            hint="Move it elsewhere, or pass another folder",
+        )
+
+    def _clear(self) -> None:
+        """Remove what `_check` has proved to be a demo's."""
+        self.scratch.clear()
+        clear_save_path(self.folder / CHECKPOINTS)
+        for name in OWN_NAMES:
+            path = self.folder / name
+            if not path.is_dir():
+                path.unlink(missing_ok=True)
+                continue
+            for file in _files_below(path):
+                file.unlink()
+            for folder in (*sorted(path.rglob("*"), reverse=True), path):
+                folder.rmdir()
+
+
+def _files_below(path: Path) -> list[Path]:
+    """A path itself, or everything in it that is no folder."""
+    if path.is_symlink() or path.is_file():
+        return [path]
+    return sorted(p for p in path.rglob("*") if p.is_symlink() or not p.is_dir())
