@@ -547,6 +547,82 @@ def test_a_folder_that_no_export_wrote_is_never_replaced(
     assert (tmp_path / "thesis.tex").read_text() == "years of work"
 
 
+def test_files_beside_an_export_are_never_replaced(
+    served: Path, checkpoints: Path, capsys: Capture
+) -> None:
+    shutil.copy(served / "model.safetensors", served / "my_adapter.safetensors")
+
+    assert export(checkpoints, "--output-dir", served, "--overwrite") == 2
+
+    assert "holds `my_adapter.safetensors`, which no export wrote" in capsys.readouterr().err
+    assert (served / "my_adapter.safetensors").exists()
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "README.md", "config.json"])
+def test_what_was_changed_in_an_export_is_not_replaced(
+    served: Path, checkpoints: Path, capsys: Capture, name: str
+) -> None:
+    with (served / name).open("ab") as stream:
+        stream.write(b" ")
+    before = (served / name).read_bytes()
+
+    assert export(checkpoints, "--output-dir", served, "--overwrite") == 2
+
+    assert f"`{served / name}` was changed since it was exported" in capsys.readouterr().err
+    assert (served / name).read_bytes() == before
+
+
+@pytest.mark.parametrize("has_shards", [False, True])
+def test_an_export_of_an_earlier_version_is_replaced_by_the_names_of_its_files(
+    checkpoints: Path, tmp_path: Path, capsys: Capture, has_shards: bool
+) -> None:
+    out = tmp_path / "served"
+    size = ("--max-shard-size", "10KB" if has_shards else "5GB")
+    assert export(checkpoints, "--output-dir", out, *size) == 0
+    provenance = json.loads((out / "provenance.json").read_text())
+    assert len(list(out.iterdir())) == 1 + len(provenance.pop("files"))
+    (out / "provenance.json").write_text(json.dumps(provenance))
+    (out / "mine.safetensors").touch()
+
+    assert export(checkpoints, "--output-dir", out, "--overwrite") == 2
+
+    assert "holds `mine.safetensors`, which no export wrote" in capsys.readouterr().err
+    (out / "mine.safetensors").unlink()
+    assert export(checkpoints, "--output-dir", out, "--overwrite") == 0
+
+
+def test_a_provenance_of_another_tool_proves_nothing(
+    served: Path, checkpoints: Path, capsys: Capture
+) -> None:
+    (served / "provenance.json").write_text('{"tool": {"name": "mine"}}')
+
+    assert export(checkpoints, "--output-dir", served, "--overwrite") == 2
+
+    assert "`README.md`, which no export wrote" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        ("{", "is truncated"),
+        ("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 7\n", "Git LFS"),
+        (None, "has no `config.json`"),
+    ],
+)
+def test_a_verifier_whose_config_is_broken_is_not_written_into_an_export(
+    checkpoints: Path, tmp_path: Path, capsys: Capture, content: str | None, reason: str
+) -> None:
+    (tmp_path / "verifier").mkdir()
+    if content is not None:
+        (tmp_path / "verifier" / "config.json").write_text(content)
+    verifier = ("--verifier-name-or-path", tmp_path / "verifier")
+
+    assert export(checkpoints, "--output-dir", tmp_path / "out", *verifier) == 2
+
+    assert reason in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_torn_checkpoint_is_refused(checkpoints: Path, tmp_path: Path, capsys: Capture) -> None:
     copy = tmp_path / "copy"
     subprocess.run(["cp", "-rL", checkpoints / "checkpoint_best", copy], check=True)
@@ -570,7 +646,7 @@ def test_a_torn_checkpoint_is_refused(checkpoints: Path, tmp_path: Path, capsys:
         (["run", "--output-dir", "out", "--dtype", "int8"], 2, "`--dtype`"),
         (["run", "--output-dir", "out", "--target", "onnx"], 2, "`--target`"),
         (["run", "--output-dir", "out", "--max-shard-size", "big"], 2, "`--max-shard-size` must"),
-        (["run", "--output-dir", "out", "--target-layer-ids", "3,5"], 4, "has `fc.weight`"),
+        (["run", "--output-dir", "out", "--target-layer-ids", "3,5"], 2, "is `3,5`, and the "),
         (["run", "--output-dir", "out", "--target-layer-ids", "3,5,70"], 4, "verifier layer 70"),
         (["run", "--output-dir", "out", "--target", "sglang"], 4, "`norm_before_residual` is on"),
         (["run", "--output-dir", "out", "--target", "eagle"], 4, "`norm_before_residual` is on"),

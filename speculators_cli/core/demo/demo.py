@@ -21,8 +21,8 @@ from speculators_cli.core.data.data_config import default_layer_ids
 from speculators_cli.core.data.folder import read_folders
 from speculators_cli.core.data.token_counts import TokenCounts
 from speculators_cli.core.data.vocab_map import VocabMap
-from speculators_cli.core.drafts.trained_draft import read_draft
 from speculators_cli.core.demo.demo_folder import CHECKPOINTS, DemoFolder
+from speculators_cli.core.drafts.trained_draft import read_draft
 from speculators_cli.core.errors import SpeculatorsError
 from speculators_cli.core.evaluation.draft_and_verify import Answer, EvaluationReport, evaluate
 from speculators_cli.core.models.verifier import load_frozen_verifier, read_verifier_config

@@ -23,11 +23,12 @@ from speculators_cli.core.drafts.checkpoint_reader import (
     inspect_checkpoint,
     list_checkpoints,
 )
-from speculators_cli.core.errors import CheckpointError
+from speculators_cli.core.errors import CheckpointError, SettingsError
 from speculators_cli.core.models.config_values import Values
 from speculators_cli.core.models.repo_files import CONFIG_NAME, RepoFiles
 
 EMBEDDING, HEAD = "embed_tokens.weight", "lm_head.weight"
+FUSION = "fc.weight"  # reads the aux hidden states of all layers side by side
 ASSUMED_HINT = "Add them to its config.json if it was trained with others"
 MAX_VOCAB = 2**24  # the largest in use have a few hundred thousand
 _LAYER = re.compile(r"^layers\.(\d{1,9})\.")
@@ -104,6 +105,7 @@ def read_draft(
     config: DraftConfig = algorithm.read_config(content, overrides, name=name)
     tensors = _renamed(files.read_tensors(), algorithm, name)
     config = algorithm.fit_config(_fit_config(config, tensors, name), content, tensors)
+    _check_num_layer_ids(config, overrides, tensors.get(FUSION), name)
     d2t, t2d = tensors.pop("d2t", None), tensors.pop("t2d", None)
     embedding = tensors.pop(EMBEDDING, None)
     if algorithm.ties_head(content, name=name):
@@ -219,6 +221,34 @@ def _fit_config(config: DraftConfig, tensors: Mapping[str, Tensor], name: str) -
             hint="Download it again, or pass another checkpoint",
         )
     return config
+
+
+def _check_num_layer_ids(
+    config: DraftConfig, overrides: Overrides, fusion: Tensor | None, name: str
+) -> None:
+    """Refuse layer ids that are not as many as the layers whose states the weights read.
+
+    Raises:
+        SettingsError: They were given by flag.
+        CheckpointError: They are the config's, or were left to a guess.
+    """
+    if fusion is None or fusion.dim() != 2 or fusion.shape[1] % config.target_hidden_size:
+        return  # the shapes of all tensors are compared later
+    num_layers = fusion.shape[1] // config.target_hidden_size
+    if num_layers == config.num_aux_layers:
+        return
+    ids = ",".join(map(str, config.target_layer_ids))
+    weights = f"the weights of `{name}` read {num_layers} verifier layers"
+    if overrides.target_layer_ids is not None:
+        raise SettingsError(
+            f"`--target-layer-ids` is `{ids}`, and {weights}",
+            hint=f"Pass the ids of the {num_layers} layers that it was trained on, or leave it out",
+        )
+    where = "assumed" if config.are_layer_ids_assumed else "in its config.json"
+    raise CheckpointError(
+        f"The layer ids `{ids}` {where} are not those of the draft: {weights}",
+        hint=f"Pass the {num_layers} layers that it was trained on with `--target-layer-ids`",
+    )
 
 
 def _untie(

@@ -5,27 +5,27 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from speculators_cli.core.algorithms.draft_config import DraftConfig
+from speculators_cli.core.algorithms.draft_config import PRODUCER, DraftConfig
+from speculators_cli.core.drafts.checkpoint_reader import hash_file
 from speculators_cli.core.drafts.trained_draft import TrainedDraft
 from speculators_cli.core.errors import ExportError, SettingsError, SpeculatorsError
 from speculators_cli.core.export.licence import CARD_NAME
-from speculators_cli.core.export.model_card import PROVENANCE_NAME
+from speculators_cli.core.export.model_card import FILES, PROVENANCE_NAME
 from speculators_cli.core.export.targets import TARGETS
 from speculators_cli.core.export.targets.target import Target
 from speculators_cli.core.export.verification import find_broken_values
 from speculators_cli.core.files import check_output_dir
-from speculators_cli.core.models.repo_files import CONFIG_NAME, INDEX_NAME
-from speculators_cli.core.models.verifier import (
-    load_embedding,
-)
+from speculators_cli.core.models.repo_files import CONFIG_NAME, INDEX_NAME, WEIGHTS_NAME
+from speculators_cli.core.models.verifier import load_embedding
 from speculators_cli.core.models.verifier_files import VerifierFiles
 from speculators_cli.core.models.verifier_shape import VerifierShape, read_verifier_shape
 from speculators_cli.core.progress import Progress
+from speculators_cli.core.reading import UnreadableError, read_json_object
 from speculators_cli.settings.export import ExportSettings
 
 
 def check_place(output_dir: Path, source: Path, *, overwrite: bool) -> None:
-    """Check that the output folder is new, empty, or an export that may go.
+    """Check that the output folder is new, empty, or an export that may go, as it was written.
 
     Raises:
         SettingsError: It is not.
@@ -41,20 +41,46 @@ def check_place(output_dir: Path, source: Path, *, overwrite: bool) -> None:
         raise SettingsError(
             f"`--output-dir`: `{output_dir}` holds the checkpoint", hint="Pass another folder"
         )
-    names = sorted(path.name for path in output_dir.iterdir()) if output_dir.exists() else []
-    own = {CONFIG_NAME, CARD_NAME, PROVENANCE_NAME, INDEX_NAME}
-    foreign = [x for x in names if x not in own and not x.endswith(".safetensors")]
-    if foreign or (names and PROVENANCE_NAME not in names):
-        name = foreign[0] if foreign else names[0]
-        raise SettingsError(
-            f"`--output-dir`: `{output_dir}` holds `{name}`, which no export wrote",
-            hint="Pass another folder",
-        )
-    if names and not overwrite:
+    paths = sorted(output_dir.iterdir()) if output_dir.exists() else []
+    own = find_own_files(output_dir) if paths else {}
+    for path in paths:
+        if path.name not in own or path.is_symlink() or not path.is_file():
+            raise SettingsError(
+                f"`--output-dir`: `{output_dir}` holds `{path.name}`, which no export wrote",
+                hint="Pass another folder",
+            )
+    if paths and not overwrite:
         raise SettingsError(
             f"`--output-dir`: `{output_dir}` is not empty",
             hint="Pass `--overwrite` to replace the export in it, or pass another folder",
         )
+    for path in paths:
+        if own[path.name] is not None and hash_file(path) != own[path.name]:
+            raise SettingsError(
+                f"`--output-dir`: `{path}` was changed since it was exported",
+                hint="Move it elsewhere to keep it, or pass another folder",
+            )
+
+
+def find_own_files(output_dir: Path) -> dict[str, str | None]:
+    """Names of the files of an export, with their checksums where its provenance has them."""
+    try:
+        content = read_json_object(output_dir / PROVENANCE_NAME)
+    except UnreadableError:
+        return {}
+    tool, files = content.get("tool"), content.get(FILES)
+    if not isinstance(tool, dict) or tool.get("name") != PRODUCER:
+        return {}
+    if isinstance(files, dict):
+        return {**files, PROVENANCE_NAME: None}
+    # Earlier versions listed no files.
+    names = (CONFIG_NAME, CARD_NAME, PROVENANCE_NAME, INDEX_NAME, WEIGHTS_NAME)
+    try:
+        weight_map = read_json_object(output_dir / INDEX_NAME).get("weight_map")
+    except UnreadableError:
+        weight_map = None
+    shards = weight_map.values() if isinstance(weight_map, dict) else ()
+    return dict.fromkeys([*names, *map(str, shards)])
 
 
 def check_can_run(source: TrainedDraft, served: DraftConfig, target: Target) -> None:
@@ -87,11 +113,14 @@ def check_verifier(settings: ExportSettings, source: TrainedDraft, progress: Pro
     """Check sizes, layers and vocabulary against the verifier, where it can be read.
 
     Raises:
+        SettingsError: Its folder is there, and its config.json cannot be read: no engine could.
         ExportError: It is another verifier, or its embedding is not the draft's but would be used.
     """
     config, name = source.config, source.config.verifier_name_or_path
     leaves_out = not settings.export.embeddings and source.embedding is not None
     embedding = None
+    if Path(name).is_dir():
+        VerifierFiles(name).read_json(CONFIG_NAME)
     try:
         files = VerifierFiles(name)
         verifier = read_verifier_shape(files, trust_remote_code=settings.source.trust_remote_code)

@@ -9,11 +9,13 @@ from safetensors import SafetensorError
 
 from speculators_cli.core.algorithms.overrides import Overrides
 from speculators_cli.core.data.data_config import LayerIds, warn_of_assumed
+from speculators_cli.core.drafts.checkpoint_reader import hash_file
 from speculators_cli.core.drafts.trained_draft import ASSUMED_HINT, EMBEDDING, read_draft
 from speculators_cli.core.errors import MachineError
 from speculators_cli.core.export.checks import check_can_run, check_place, check_verifier
 from speculators_cli.core.export.licence import CARD_NAME, read_licence
 from speculators_cli.core.export.model_card import (
+    FILES,
     PROVENANCE_NAME,
     build_card,
     build_provenance,
@@ -133,7 +135,6 @@ def export(settings: ExportSettings, *, progress: Progress = SILENT) -> ExportRe
             config_file = folder / CONFIG_NAME
             write_json(target.build_config(served, chosen.dtype), config_file)
             num_bytes = write_weights(tensors, config_file, form, chosen.max_shard_size)
-            write_json(provenance, folder / PROVENANCE_NAME)
             if chosen.verify:
                 verification = verify(
                     folder, source, served, target=chosen.target, dtype=DTYPES[chosen.dtype]
@@ -141,6 +142,8 @@ def export(settings: ExportSettings, *, progress: Progress = SILENT) -> ExportRe
             command = target.serve_command(served, chosen.output_dir)
             card = build_card(source, served, settings, target, advice, licence)
             (folder / CARD_NAME).write_text(card, "utf-8")
+            files = {path.name: hash_file(path) for path in sorted(folder.iterdir())}
+            write_json({**provenance, FILES: files}, folder / PROVENANCE_NAME)
     except (OSError, SafetensorError) as error:
         reason = error.strerror if isinstance(error, OSError) else error
         raise disk_error(chosen.output_dir, str(reason)) from None

@@ -20,6 +20,7 @@ from speculators_cli.settings.export import ExportSettings
 
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?", re.ASCII)
 PROVENANCE_NAME = "provenance.json"
+FILES = "files"  # in it: checksum of every other file of the export, by name
 # Settings worth a line in the card: section, name, words.
 SHOWN = (
     ("run", "epochs", "epochs"),
