@@ -38,6 +38,10 @@ from speculators_cli.core.training.warm_start import read_warm_start
 from speculators_cli.settings.base import write_settings
 from speculators_cli.settings.train import TrainSettings
 
+# All that tells errors without a type of their own from others is their text.
+NO_ROOM_ON_GPU = ("CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
+NO_ROOM = ("DefaultCPUAllocator",)
+
 
 def train(
     settings: TrainSettings, *, progress: Progress = SILENT, dry_run: bool = False
@@ -95,17 +99,16 @@ def train(
         with open_folder(settings, ranks, end, dry_run=dry_run) as folder:
             start = find_start(settings, inputs, ranks, folder, progress)
             ranks.connect(settings.distributed.timeout_seconds)
-            with open_logger(settings, folder, start, progress) as logger:
+            with (
+                open_logger(settings, folder, start, progress) as logger,
+                out_of_memory_explained(settings),
+            ):
                 trainer = build_trainer(
                     settings, inputs, ranks, start, folder, logger, progress, signals
                 )
                 is_finished = trainer.is_finished
                 announce(settings, inputs, trainer, start, progress)
-                with (
-                    closing(trainer),
-                    out_of_memory_explained(settings),
-                    ranks.ending_when_stuck(),
-                ):
+                with closing(trainer), ranks.ending_when_stuck():
                     if dry_run:
                         trainer.train_step(
                             next(trainer.feed.steps(trainer.loader.epoch(0))), epoch=0
@@ -366,23 +369,27 @@ def announce(
 
 @contextmanager
 def out_of_memory_explained(settings: TrainSettings) -> Iterator[None]:
-    """Turn PyTorch's out-of-memory errors into one that names what to lower."""
+    """Turn PyTorch's out-of-memory errors into one that states what to lower."""
     tokens = f"{settings.data.total_seq_len:,} tokens a packed sequence"
     try:
         yield
-    except torch.cuda.OutOfMemoryError:
-        peak = torch.cuda.max_memory_allocated()
-        raise MachineError(
-            f"The GPU is out of memory: {tokens}, peak {format_bytes(peak)}",
-            hint="Lower `--total-seq-len`, or spread the draft over more GPUs",
-        ) from None
-    except RuntimeError as error:
-        # All that tells the CPU's from other errors is its text.
-        if "DefaultCPUAllocator" not in str(error):
+    except (MemoryError, RuntimeError) as error:
+        is_gpu = isinstance(error, torch.cuda.OutOfMemoryError) or _tells(error, NO_ROOM_ON_GPU)
+        if is_gpu:
+            peak = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
+            raise MachineError(
+                f"The GPU is out of memory: {tokens}, peak {format_bytes(peak)}",
+                hint="Lower `--total-seq-len`, or spread the draft over more GPUs",
+            ) from None
+        if not isinstance(error, MemoryError) and not _tells(error, NO_ROOM):
             raise
         raise MachineError(
             f"The machine is out of memory: {tokens}", hint="Lower `--total-seq-len`"
         ) from None
+
+
+def _tells(error: Exception, texts: tuple[str, ...]) -> bool:
+    return any(text in str(error) for text in texts)
 
 
 def make_report(
