@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import subprocess
 import time
 from concurrent.futures import ThreadPoolExecutor
 from itertools import count
@@ -250,3 +251,16 @@ def test_a_second_ctrl_c_ends_the_process() -> None:
         os._exit(0)
 
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -signal.SIGINT
+
+
+def test_a_signal_from_outside_the_tests_is_not_taken_for_one_of_theirs() -> None:
+    received: list[int] = []
+    before = signal.signal(signal.SIGTERM, lambda number, _: received.append(number))
+    try:
+        with StopSignals() as signals:
+            subprocess.run(["kill", "-TERM", str(os.getpid())], check=True)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+    assert received == [signal.SIGTERM]
+    assert signals.received == 0
