@@ -7,6 +7,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from speculators_cli.core.data.formats import FORMATS
 from speculators_cli.core.errors import DataError
 from speculators_cli.core.files import replacing, write_json
 from speculators_cli.core.progress import Progress
@@ -214,8 +215,9 @@ def resolve_layer_ids(
             hint="Train on one of them at a time, or pass `--target-layer-ids` for all of them",
         )
     n = num_verifier_layers
-    usual = (3, n // 2 + 1, n - 2) if data_format in ("v0", "v1") else default_layer_ids(n)
-    ids = found.pop() if found else usual
+    form = FORMATS.get(data_format)
+    usual = (form.usual_layer_ids if form else None) or default_layer_ids
+    ids = found.pop() if found else usual(n)
     is_said = any(ids is not None and not config.is_assumed for config, ids in said)
     return LayerIds(_checked(ids, n, num_aux_layers), is_assumed=not is_said)
 

@@ -15,7 +15,8 @@ from pathlib import Path
 from speculators_cli.core.data.alignment import NEXT_TOKEN, Alignment
 from speculators_cli.core.data.data_config import FILE_NAME, DataConfig, read_data_config
 from speculators_cli.core.data.formats import FORMATS
-from speculators_cli.core.data.formats.detect import detect, is_named_as, read_again
+from speculators_cli.core.data.formats.detect import describe_names, detect, read_again
+from speculators_cli.core.data.formats.format import Format
 from speculators_cli.core.data.index import Entry, FileStamp, read_index, write_index
 from speculators_cli.core.data.sample import (
     BadSampleError,
@@ -34,12 +35,6 @@ PACKED = {".bz2", ".gz", ".tar", ".tgz", ".xz", ".zip", ".zst"}
 BAD_SHARE = 0.01  # of the folder, unless `--max-bad-samples` is passed
 MAX_NAMED = 10
 SCANNED_AT_ONCE = 16  # files per task of a thread
-FLAGS = {  # flags to read samples of each format
-    "v0": "--data-format-version 0",
-    "v1": "--data-format-version 1",
-    "speculators": "--data-format speculators",
-    "specforge": "--data-format specforge",
-}
 
 
 @dataclass(frozen=True)
@@ -188,36 +183,43 @@ def read_folders(
 def choose_format(found: Sequence[tuple[str, Path]], data_format: str, version: int) -> str:
     """Choose the format to read files as: `data_format`, or as detected for `auto`.
 
-    `.pt` files have the version `version`. Without any, the first `.ckpt` file decides: SpecForge
+    `.pt` files have the version `version`. Without any, the first readable file decides: SpecForge
     and the first generators of v0 use the same file names.
     """
+    versioned = next(form for form in FORMATS.values() if form.version == version)
     if data_format != "auto":
-        return data_format if data_format in FORMATS else f"v{version}"
+        return data_format if data_format in FORMATS else versioned.name
     files = [file for _, file in found if is_sample_name(file.name)]
-    suffixes = {file.suffix for file in files}
-    if ".safetensors" in suffixes:
-        if len(suffixes) > 1:
+    own = [form for form in FORMATS.values() if form.has_own_names]
+    named = next((form for form in own if any(form.is_named(file.name) for file in files)), None)
+    if named is not None:
+        if not all(named.is_named(file.name) for file in files):
+            suffixes = sorted({file.suffix for file in files})
             raise DataError(
-                "The samples are of several formats: "
-                + ", ".join(f"`{suffix}`" for suffix in sorted(suffixes)),
+                f"The samples are of several formats: {', '.join(f'`{x}`' for x in suffixes)}",
                 hint="Pass `--data-format` to choose one of them",
             )
-        return "speculators"
-    if files and ".pt" not in suffixes:
-        for file in files:
-            try:
-                if detect(file)[0] == "specforge":
-                    return "specforge"
-                break
-            except (BadSampleError, OSError):
-                continue
-    return f"v{version}"
+        return named.name
+    if any(file.suffix == versioned.suffixes[0] for file in files):
+        return versioned.name
+    return _detect_first(files, versioned)
+
+
+def _detect_first(files: Sequence[Path], versioned: Format) -> str:
+    """The format of the first file that can be read, unless it is another version."""
+    for file in files:
+        try:
+            name = detect(file)[0]
+        except (BadSampleError, OSError):
+            continue
+        return name if FORMATS[name].version is None else versioned.name
+    return versioned.name
 
 
 def is_sample_name(name: str, data_format: str | None = None) -> bool:
     """Whether a file of this name can be a sample, of one format or of any."""
     formats = FORMATS.values() if data_format is None else (FORMATS[data_format],)
-    return name not in NOT_SAMPLES and any(is_named_as(name, form) for form in formats)
+    return name not in NOT_SAMPLES and any(form.is_named(name) for form in formats)
 
 
 def find_files(folder: Path) -> Iterator[tuple[str, Path]]:
@@ -285,12 +287,13 @@ def _refuse_other_format(
     others = [error.other_format for _, error in broken if error.other_format is not None]
     if len(others) * 2 <= num_files:
         return
-    is_forced = data_format not in ("v0", "v1")
-    hint = f"Pass `{'--data-format pt ' * is_forced}{FLAGS[others[0]]}`"
-    if others[0] == "v0":
-        hint += ", or rewrite them with `speculators convert-v0`"
+    found = FORMATS[others[0]]
+    is_forced = found.version is not None and FORMATS[data_format].version is None
+    hint = f"Pass `{'--data-format pt ' * is_forced}{found.flag}`"
+    if found.conversion:
+        hint += f", or rewrite them with `{found.conversion}`"
     raise DataError(
-        f"{shown} holds {others[0]} samples, which were read as {data_format}", hint=hint
+        f"{shown} holds {found.name} samples, they were read as {data_format}", hint=hint
     )
 
 
@@ -324,8 +327,8 @@ def hint_of_no_samples(found: Sequence[tuple[str, Path]]) -> str:
         return f"Pass the `--data-format` of its samples, such as `{sample}`"
     if found:
         return (
-            f"Correct the path: it holds other files, such as `{found[0][0]}`, and no `*.pt`, "
-            "`*.ckpt` or `hs_*.safetensors`"
+            f"Correct the path: it holds other files, such as `{found[0][0]}`, and no "
+            f"{describe_names()}"
         )
     return "Correct the path, or capture samples into it: it has no files"
 

@@ -22,7 +22,7 @@ from speculators_cli.core.data.data_config import (
 )
 from speculators_cli.core.data.folder import find_files, hint_of_no_samples, is_sample_name
 from speculators_cli.core.data.formats import FORMATS
-from speculators_cli.core.data.sample import BadSampleError, Problem, refusing_sample
+from speculators_cli.core.data.sample import BadSampleError, Problem
 from speculators_cli.core.errors import DataError, MachineError, SettingsError
 from speculators_cli.core.files import (
     TEMPORARY,
@@ -32,7 +32,6 @@ from speculators_cli.core.files import (
     sync,
 )
 from speculators_cli.core.progress import SILENT, Progress
-from speculators_cli.core.torch_file.archive import Archive
 from speculators_cli.core.torch_file.structure import ITEM_BYTES
 from speculators_cli.settings.convert_v0 import ConvertV0Settings, FilesSettings
 
@@ -328,8 +327,7 @@ def convert_job(job: Job, changes: Changes, *, delete_source: bool) -> float | P
     error = 0.0
     try:
         if delete_source:
-            with refusing_sample(), Archive(job.source) as source:
-                source.verify()
+            FORMATS["v0"].verify(job.source)
         is_checked = job.is_converted and is_same(job.source, job.target, changes)
         if not is_checked:
             error = convert_file(job.source, job.target, changes)

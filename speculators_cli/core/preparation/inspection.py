@@ -21,7 +21,7 @@ from speculators_cli.core.data.data_config import (
     resolve_layer_ids,
 )
 from speculators_cli.core.data.folder import find_files, hint_of_no_samples, is_sample_name
-from speculators_cli.core.data.formats.detect import detect, read_again
+from speculators_cli.core.data.formats.detect import describe_names, detect, read_again, verify
 from speculators_cli.core.data.packing import plan_epoch
 from speculators_cli.core.data.sample import (
     BadSampleError,
@@ -49,8 +49,6 @@ from speculators_cli.core.preparation.inspection_page import write_page
 from speculators_cli.core.preparation.inspection_report import Distribution, InspectionReport
 from speculators_cli.core.preparation.states import StatesReport, check_states
 from speculators_cli.core.progress import SILENT, Progress
-from speculators_cli.core.torch_file.archive import Archive
-from speculators_cli.core.torch_file.errors import TorchFileError
 from speculators_cli.settings.inspect_data import InspectDataSettings, InspectSettings
 
 READERS = 8  # threads
@@ -90,8 +88,7 @@ def inspect_data(settings: InspectDataSettings, *, progress: Progress = SILENT) 
     files = [file for file in found if is_sample_name(file.name)]
     if not files:
         raise DataError(
-            f"`{wanted.data_path}` holds no samples: no `.pt`, `.ckpt` or "
-            "`hs_*.safetensors` file was found",
+            f"`{wanted.data_path}` holds no samples: no {describe_names()} file was found",
             hint=hint_of_no_samples(listing),
         )
     counts = TokenCounts(None)
@@ -302,12 +299,9 @@ def verify_checksums(files: Sequence[Path], progress: Progress) -> Iterator[Prob
 
 def find_damage(file: Path) -> str | None:
     """Return what is wrong with the bytes of a readable file."""
-    if file.suffix == ".safetensors":
-        return None  # the format has no checksums
     try:
-        with Archive(file) as archive:
-            archive.verify()
-    except TorchFileError as error:
+        verify(file)
+    except BadSampleError as error:
         return error.reason
     except OSError:
         pass  # reported by the scan

@@ -1,8 +1,11 @@
-"""The data formats, by name."""
+"""The data formats: one line each.
+
+A `.pt` file is of the first format that recognises it: the keys of v0 are also those of SpecForge.
+"""
 
 from speculators_cli.core.data.formats import specforge, speculators, v0, v1
 from speculators_cli.core.data.formats.format import Format
 
 FORMATS: dict[str, Format] = {
-    form.name: form for form in (v0.FORMAT, v1.FORMAT, speculators.FORMAT, specforge.FORMAT)
+    form.name: form for form in (specforge.FORMAT, v0.FORMAT, v1.FORMAT, speculators.FORMAT)
 }

@@ -2,19 +2,13 @@
 
 from pathlib import Path
 
-from speculators_cli.core.data.formats import FORMATS
-from speculators_cli.core.data.formats.format import Format
+from speculators_cli.core.data.formats import FORMATS, v1
 from speculators_cli.core.data.sample import (
     BadSampleError,
     ChangedSampleError,
     Sample,
     SampleTokens,
 )
-
-
-def is_named_as(name: str, form: Format) -> bool:
-    """Whether a file of this name can be a sample of a format."""
-    return name.startswith(form.prefix) and name.endswith(form.suffixes)
 
 
 def detect(file: Path) -> tuple[str, SampleTokens]:
@@ -24,10 +18,11 @@ def detect(file: Path) -> tuple[str, SampleTokens]:
         BadSampleError: It is a sample of no format.
         OSError: It cannot be opened.
     """
-    if is_named_as(file.name, FORMATS["speculators"]):
-        return "speculators", FORMATS["speculators"].read_tokens(file)
+    for form in FORMATS.values():
+        if form.has_own_names and form.is_named(file.name):
+            return form.name, form.read_tokens(file)
     try:
-        return "v1", FORMATS["v1"].read_tokens(file)
+        return v1.FORMAT.name, v1.FORMAT.read_tokens(file)
     except BadSampleError as error:
         if error.other_format is None:
             raise
@@ -46,3 +41,22 @@ def read_again(file: Path, data_format: str) -> Sample:
         raise ChangedSampleError(file, error.reason) from None
     except OSError as error:
         raise ChangedSampleError(file, error.strerror or str(error)) from None
+
+
+def verify(file: Path) -> None:
+    """Compare the bytes of a file that is named as a sample with the checksums in it.
+
+    Raises:
+        BadSampleError: A checksum does not match, or the file is damaged.
+        OSError: It cannot be opened.
+    """
+    next(form for form in FORMATS.values() if form.is_named(file.name)).verify(file)
+
+
+def describe_names() -> str:
+    """How the files of all formats are named; packed files are not listed."""
+    forms = sorted(FORMATS.values(), key=lambda form: (form.version is None, form.name))
+    suffixes = [(form.prefix, x) for form in forms for x in form.suffixes if x.count(".") == 1]
+    names = [f"`{prefix}*{suffix}`" if prefix else f"`{suffix}`" for prefix, suffix in suffixes]
+    *others, last = dict.fromkeys(names)
+    return f"{', '.join(others)} or {last}"

@@ -1,9 +1,9 @@
 """A data format: how the tensors of a sample are named and arranged in a `.pt` file."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,12 +22,6 @@ from speculators_cli.core.torch_file.structure import TensorSpec, find_common
 HIDDEN_STATE_DTYPES = ("bfloat16", "float16", "float32", "float64")
 INTEGER_DTYPES = ("uint8", "int8", "int16", "int32", "int64", "uint16", "uint32")
 MASK_DTYPES = ("bool", *INTEGER_DTYPES, *HIDDEN_STATE_DTYPES)
-# What tells a format, the first that fits: `hidden_state` means different states in v0 and there.
-SIGNS = {
-    "specforge": {"aux_hidden_state"},
-    "v0": {"hidden_state", "target"},
-    "v1": {"hidden_states"},
-}
 
 
 @dataclass(frozen=True)
@@ -40,43 +34,71 @@ class Layout:
     is_normed: bool | TensorSpec
 
 
-class Format(Protocol):
+@dataclass(frozen=True, kw_only=True)
+class Format(ABC):
     """Reads the samples of one format."""
 
-    @property
-    def name(self) -> str:
-        """What it is called in settings and messages."""
+    name: str  # in settings and messages
+    suffixes: tuple[str, ...]  # of the names of its files
+    prefix: str = ""
+    version: int | None = None  # of `--data-format-version`; None: `--data-format` has its name
+    has_own_names: bool = False  # a file's name is enough to detect it
+    # The verifier layers that its generators captured, from the number of layers; None: vLLM's.
+    usual_layer_ids: Callable[[int], tuple[int, ...]] | None = None
+    conversion: str = ""  # the command that rewrites its samples as v1
 
     @property
-    def prefix(self) -> str:
-        """How the names of its files begin."""
+    def flag(self) -> str:
+        """The flag that reads it."""
+        if self.version is None:
+            return f"--data-format {self.name}"
+        return f"--data-format-version {self.version}"
 
-    @property
-    def suffixes(self) -> tuple[str, ...]:
-        """How they may end."""
+    def is_named(self, file_name: str) -> bool:
+        """Whether a file of this name can be one of its samples."""
+        return file_name.startswith(self.prefix) and file_name.endswith(self.suffixes)
 
-    def stamp_beside(self, folder: Path) -> str:
+    def recognises(self, content: Mapping[object, object]) -> bool:  # noqa: ARG002
+        """Whether the dict that a `.pt` file holds is one of its samples."""
+        return False
+
+    def stamp_beside(self, folder: Path) -> str:  # noqa: ARG002
         """Changes with the files that samples in a folder are read from beside their own."""
+        return ""
 
+    def verify(self, file: Path) -> None:  # noqa: B027 - a format may have no checksums
+        """Read every byte of a sample and compare it with its checksum.
+
+        Raises:
+            BadSampleError: A checksum does not match, or the file is not a sample.
+            OSError: It cannot be opened.
+        """
+
+    @abstractmethod
     def read_sample(self, file: Path) -> Sample:
         """Read a sample; its hidden states are read when they are used."""
 
+    @abstractmethod
     def read_tokens(self, file: Path) -> SampleTokens:
         """Read header, ids and mask of a sample; hidden states are not touched."""
 
 
-@dataclass(frozen=True)
-class SampleFormat:
+@dataclass(frozen=True, kw_only=True)
+class SampleFormat(Format):
     """Reads samples that are one file of `torch.save` each."""
 
-    name: str
-    suffixes: tuple[str, ...]  # of the names of its files
     lay_out: Callable[[Mapping[object, object]], Layout]  # what a file holds -> where its parts are
-    prefix: str = ""
+    signs: frozenset[str]  # keys by which the format is recognised
 
-    def stamp_beside(self, folder: Path) -> str:  # noqa: ARG002
-        """There are no such files."""
-        return ""
+    def recognises(self, content: Mapping[object, object]) -> bool:
+        """Whether a dict has all of its signs."""
+        return self.signs <= content.keys()
+
+    @refusing_sample()
+    def verify(self, file: Path) -> None:
+        """Read every byte of a sample and compare it with its checksum."""
+        with Archive(file) as archive:
+            archive.verify()
 
     @refusing_sample()
     def read_sample(self, file: Path) -> Sample:
@@ -138,6 +160,12 @@ class SampleFormat:
         return layout
 
 
+def late_layer_ids(num_verifier_layers: int) -> tuple[int, ...]:
+    """The aux layers that the generators of `.pt` samples captured."""
+    n = num_verifier_layers
+    return (3, n // 2 + 1, n - 2)
+
+
 def get_tensor(content: Mapping[object, object], key: str, num_dimensions: int = 1) -> TensorSpec:
     """The tensor under a key, without leading dimensions of 1 beyond those it is to have.
 
@@ -176,7 +204,10 @@ def split_columns(
 
 def _refuse_foreign(content: Mapping[object, object], name: str) -> None:
     """Refuse, by name, samples of other formats and what other tools write."""
-    found = next((other for other, keys in SIGNS.items() if keys <= content.keys()), name)
+    # The table imports this module.
+    from speculators_cli.core.data.formats import FORMATS
+
+    found = next((form.name for form in FORMATS.values() if form.recognises(content)), name)
     if found != name:
         raise BadSampleError(f"is a {found} sample, read as {name}", other_format=found)
     if "token_ids" in content and "input_ids" not in content:

@@ -24,4 +24,9 @@ def lay_out(content: Mapping[object, object]) -> Layout:
     return Layout(input_ids, loss_mask, (*layers, last), is_normed=True)
 
 
-FORMAT = SampleFormat("specforge", (".ckpt", ".ckpt.gz"), lay_out)
+FORMAT = SampleFormat(
+    name="specforge",
+    suffixes=(".ckpt", ".ckpt.gz"),
+    signs=frozenset({"aux_hidden_state"}),
+    lay_out=lay_out,
+)

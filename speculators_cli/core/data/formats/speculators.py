@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from speculators_cli.core.data.formats.arrow_table import STATE_FILE, TokenTable, read_table
-from speculators_cli.core.data.formats.format import INTEGER_DTYPES
+from speculators_cli.core.data.formats.format import INTEGER_DTYPES, Format
 from speculators_cli.core.data.formats.safetensors_file import SafetensorsFile
 from speculators_cli.core.data.sample import (
     BadSampleError,
@@ -35,12 +35,8 @@ FLOAT8 = "float8_e4m3fn"
 STATE_DTYPES = {"bfloat16", "float16", "float32", "float64", FLOAT8}
 
 
-class SpeculatorsFormat:
-    """Reads samples whose states and masks lie in different files."""
-
-    name = "speculators"
-    prefix = "hs_"
-    suffixes = (".safetensors",)
+class SpeculatorsFormat(Format):
+    """Reads samples whose states and masks are in different files, without checksums."""
 
     def stamp_beside(self, folder: Path) -> str:
         """Sizes and moments of the files of the Arrow table."""
@@ -193,4 +189,6 @@ def _read_once(folder: Path) -> TokenTable | str:
         return error.reason
 
 
-FORMAT = SpeculatorsFormat()
+FORMAT = SpeculatorsFormat(
+    name="speculators", prefix="hs_", suffixes=(".safetensors",), has_own_names=True
+)

@@ -6,6 +6,7 @@ from speculators_cli.core.data.formats.format import (
     Layout,
     SampleFormat,
     get_tensor,
+    late_layer_ids,
     split_columns,
 )
 
@@ -22,4 +23,12 @@ def lay_out(content: Mapping[object, object]) -> Layout:
     return Layout(input_ids, loss_mask, (*layers, last), is_normed=True)
 
 
-FORMAT = SampleFormat("v0", (".pt", ".ckpt"), lay_out)
+FORMAT = SampleFormat(
+    name="v0",
+    version=0,
+    suffixes=(".pt", ".ckpt"),
+    signs=frozenset({"hidden_state", "target"}),
+    lay_out=lay_out,
+    usual_layer_ids=late_layer_ids,
+    conversion="speculators convert-v0",
+)

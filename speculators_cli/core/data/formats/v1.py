@@ -7,7 +7,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from speculators_cli.core.data.formats.format import Layout, SampleFormat, get_tensor
+from speculators_cli.core.data.formats.format import (
+    Layout,
+    SampleFormat,
+    get_tensor,
+    late_layer_ids,
+)
 from speculators_cli.core.data.sample import BadSampleError, Sample
 from speculators_cli.core.files import replacing
 from speculators_cli.core.torch_file.archive_writer import ArchiveWriter
@@ -85,4 +90,11 @@ def write_rows(
     return writer.add(parts, dtype, shape)
 
 
-FORMAT = SampleFormat("v1", (".pt",), lay_out)
+FORMAT = SampleFormat(
+    name="v1",
+    version=1,
+    suffixes=(".pt",),
+    signs=frozenset({"hidden_states"}),
+    lay_out=lay_out,
+    usual_layer_ids=late_layer_ids,
+)
