@@ -106,10 +106,10 @@ class Algorithm(ABC, Generic[ConfigT, SettingsT]):
         del settings
         return frozenset()
 
-    def has_fast_kernels(self, settings: SettingsT) -> bool:
-        """Whether fast kernels compute everything that these settings require."""
+    def find_unsupported(self, settings: SettingsT) -> str | None:
+        """Return which of these settings the fast kernels do not compute; None if all."""
         del settings
-        return False
+        return f"algorithm `{self.name}` has none"
 
     @abstractmethod
     def build(

@@ -15,7 +15,7 @@ def use_fast_kernels(
     dtype: torch.dtype,
     *,
     head_dim: int,
-    is_supported: bool = True,
+    unsupported: str | None = None,
 ) -> bool:
     """Resolve `--kernels`.
 
@@ -24,14 +24,14 @@ def use_fast_kernels(
         device: Where the draft computes.
         dtype: The compute dtype.
         head_dim: Of the draft's attention.
-        is_supported: Whether the fast kernels compute everything in the draft's settings.
+        unsupported: What of the draft's settings the fast kernels do not compute; None: nothing.
 
     Raises:
         MachineError: `fast` was requested where it is not supported.
     """
     if setting == "plain":
         return False
-    reason = why_not_fast(device) if is_supported else "they do not support this loss"
+    reason = unsupported or why_not_fast(device)
     if setting == "fast" and reason is not None:
         raise MachineError(
             f"`--kernels fast`: {reason}", hint="Pass `--kernels auto` or `--kernels plain`"

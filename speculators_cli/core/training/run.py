@@ -300,7 +300,7 @@ def choose_kernels(settings: TrainSettings, config: DraftConfig, device: torch.d
         device,
         choose_compute_dtype(settings, device),
         head_dim=config.head_dim,
-        is_supported=ALGORITHMS[config.algorithm].has_fast_kernels(settings.algorithm_settings),
+        unsupported=ALGORITHMS[config.algorithm].find_unsupported(settings.algorithm_settings),
     )
 
 

@@ -98,9 +98,11 @@ class Eagle3(Algorithm[Eagle3Config, Eagle3Settings]):
         """The LM head, if it stays the verifier's."""
         return frozenset() if settings.train_head else frozenset({"lm_head.weight"})
 
-    def has_fast_kernels(self, settings: Eagle3Settings) -> bool:
-        """Whether the loss has a fused kernel; every other part has one."""
-        return LOSSES[settings.loss].has_fused_kernel
+    def find_unsupported(self, settings: Eagle3Settings) -> str | None:
+        """Return the loss if it has no fused kernel; every other part has one."""
+        if LOSSES[settings.loss].has_fused_kernel:
+            return None
+        return f"loss `{settings.loss}` has no fused kernel"
 
     def build(
         self,

@@ -1,0 +1,54 @@
+"""Which kernels a loss trains with."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from speculators_cli.core.errors import MachineError
+from speculators_cli.core.kernels import support
+from speculators_cli.core.models.losses import LOSSES, Loss
+from speculators_cli.core.progress import SilentProgress
+from speculators_cli.core.training.run import train
+from speculators_cli.settings.train import TrainSettings
+from tests.tiny import TinyInputs
+
+
+def total_variation(draft_logits: Tensor, verifier_log_probs: Tensor) -> Tensor:
+    return (draft_logits.float().softmax(-1) - verifier_log_probs.exp()).abs().sum(-1) / 2
+
+
+@pytest.fixture
+def loss(monkeypatch: pytest.MonkeyPatch) -> Loss:
+    """A second loss, without a fused kernel, on a machine that could run the fast kernels."""
+    own = Loss("tv", total_variation, has_fused_kernel=False)
+    monkeypatch.setitem(LOSSES, "tv", own)
+    monkeypatch.setattr(support, "why_not_fast", lambda _: None)
+    monkeypatch.setattr(support, "can_use_flash", lambda *_: True)
+    return own
+
+
+def with_loss(tiny: TinyInputs, name: str, kernels: str) -> TrainSettings:
+    settings = tiny.settings(distributed={"device": "cpu", "kernels": kernels}, run={"epochs": 1})
+    own: Any = settings.algorithm_settings.model_copy(update={"loss": name})
+    return settings.model_copy(update={"eagle3": own})
+
+
+def test_auto_trains_with_plain_kernels_where_the_loss_has_no_fused_one(
+    loss: Loss, tiny: TinyInputs
+) -> None:
+    device = torch.device("cpu")
+    assert support.use_fast_kernels("auto", device, torch.float32, head_dim=8) is True
+
+    report = train(with_loss(tiny, loss.name, "auto"), progress=SilentProgress())
+
+    assert report.validation_loss is not None
+    assert 0 < report.validation_loss < 3  # three TTT steps of at most one
+
+
+def test_fast_refuses_a_loss_without_a_fused_kernel_by_its_name(
+    loss: Loss, tiny: TinyInputs
+) -> None:
+    with pytest.raises(MachineError, match=f"fast`: loss `{loss.name}` has no fused kernel"):
+        train(with_loss(tiny, loss.name, "fast"), progress=SilentProgress())
