@@ -293,7 +293,7 @@ def _refuse_other_format(
     if found.conversion:
         hint += f", or rewrite them with `{found.conversion}`"
     raise DataError(
-        f"{shown} holds {found.name} samples, they were read as {data_format}", hint=hint
+        f"{shown} holds {found.name} samples, which were read as {data_format}", hint=hint
     )
 
 

@@ -76,7 +76,7 @@ def test_a_file_of_another_format_is_refused_with_the_flag_that_reads_it(file: P
             progress=SilentProgress(),
         )
 
-    assert "holds mine samples, they were read as v0" in error.value.message
+    assert "holds mine samples, which were read as v0" in error.value.message
     assert error.value.hint == "Pass `--data-format mine`"
 
 
