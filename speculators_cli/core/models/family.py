@@ -75,6 +75,7 @@ WIDTH_KEYS = (
 )
 MAX_WIDTH = 1_000_000  # no draft of a wider verifier fits on a device
 MAX_LAYERS = 10_000  # more mean a damaged config: some classes build a list of them
+PLAIN_ROPE = {"rope_type": "default", "rope_theta": 10000.0}
 SMALL_VOCAB = 64  # rows of embedding and LM head of the small model
 _MAX_REPAIRS = 32
 _SILENT = 100  # above every level of logging
@@ -99,6 +100,11 @@ class Family:
     problem: str | None
     left_out: frozenset[str]
     trust_remote_code: bool
+
+    @property
+    def is_supported(self) -> bool:
+        """Whether transformers supports its `model_type`."""
+        return str(self.content.get("model_type")) in CONFIG_MAPPING
 
     @property
     def text_content(self) -> Mapping[str, Any]:
@@ -259,11 +265,26 @@ def model_classes(family: Family) -> Iterator[tuple[Any, PreTrainedConfig]]:
 
 
 def build_small(
-    model_class: Any, config: PreTrainedConfig, *, num_layers: int, device: str = "cpu"
+    model_class: Any,
+    config: PreTrainedConfig,
+    *,
+    num_layers: int,
+    device: str = "cpu",
+    keep_rope: bool = True,
 ) -> Any:
-    """Build the family's model with few layers and a small vocabulary, not initialized."""
+    """Build the family's model with few layers and a small vocabulary, not initialized.
+
+    Args:
+        model_class: The class of the model.
+        config: Its config.
+        num_layers: Number of decoder layers.
+        device: Device of the weights.
+        keep_rope: Use the RoPE of the config, which may be of an unknown type; else default RoPE.
+    """
     small = copy.deepcopy(config)
     _shrink(small, num_layers)
+    if not keep_rope:
+        _make_rope_plain(small)
     options = {"dtype": torch.float32, "attn_implementation": "eager"}
     with no_init_weights(), torch.device(device), quietly():
         if model_class is AutoModelForCausalLM:
@@ -288,6 +309,18 @@ def _shrink(config: PreTrainedConfig, num_layers: int) -> None:
             setattr(config, key, min(value, SMALL_VOCAB))
         elif key.endswith(("token_id", "token_index")):
             setattr(config, key, _small_ids(value))
+
+
+def _make_rope_plain(config: PreTrainedConfig) -> None:
+    for value in list(vars(config).values()):
+        if isinstance(value, PreTrainedConfig):
+            _make_rope_plain(value)
+    found, plain = getattr(config, "rope_parameters", None), dict(PLAIN_ROPE)
+    kinds = found if isinstance(found, dict) else {}
+    if kinds and all(isinstance(rope, dict) for rope in kinds.values()):
+        plain = {kind: dict(PLAIN_ROPE) for kind in kinds}
+    if found is not None:
+        config.rope_parameters = plain
 
 
 def _small_ids(ids: Any) -> Any:

@@ -96,12 +96,15 @@ def _measure(
     family: Family, model_class: Any, config: PreTrainedConfig, num_layers: int, keep_rope: bool
 ) -> Readout:
     if num_layers:
-        shapes = build_small(model_class, config, num_layers=num_layers, device="meta")
+        shapes = build_small(
+            model_class, config, num_layers=num_layers, device="meta", keep_rope=keep_rope
+        )
         if sum(parameter.numel() for parameter in shapes.parameters()) > MAX_PARAMETERS:
             raise ValueError("its layers are too large")
-    probe = _Probe(build_small(model_class, config, num_layers=num_layers), keep_rope)
+    model = build_small(model_class, config, num_layers=num_layers, keep_rope=keep_rope)
+    probe = _Probe(model, keep_rope)
     if num_layers == 0:
-        _check_is_last(probe, model_class, config)
+        _check_is_last(probe, model_class, config, keep_rope)
     return probe.fit(_floats(family))
 
 
@@ -344,7 +347,9 @@ class _ReachedError(Exception):
     """Execution has reached the first layer."""
 
 
-def _check_is_last(probe: _Probe, model_class: Any, config: PreTrainedConfig) -> None:
+def _check_is_last(
+    probe: _Probe, model_class: Any, config: PreTrainedConfig, keep_rope: bool
+) -> None:
     """Check that the final norm comes after the layers in a model that has some.
 
     Raises:
@@ -353,7 +358,9 @@ def _check_is_last(probe: _Probe, model_class: Any, config: PreTrainedConfig) ->
     without = {name for name, _ in probe.model.named_modules()}
     for device in ("meta", "cpu"):
         try:
-            model = build_small(model_class, config, num_layers=1, device=device)
+            model = build_small(
+                model_class, config, num_layers=1, device=device, keep_rope=keep_rope
+            )
             num_before = _count_before_layers(model, probe.norm_name, without, device)
         except Exception:  # noqa: BLE001, S112 - third-party code; the next device may work
             continue

@@ -1,11 +1,9 @@
 """Special tokens of a verifier, which a draft vocabulary must include, however rare they are."""
 
 from contextlib import suppress
-from typing import Any
-
-from transformers import AutoConfig
 
 from speculators_cli.core.errors import MachineError, SettingsError, SpeculatorsError
+from speculators_cli.core.models.family import read_family
 from speculators_cli.core.models.repo_files import CONFIG_NAME, RepoFiles
 from speculators_cli.core.models.tokenizer import load_tokenizer
 
@@ -35,14 +33,10 @@ def find_special_ids(
 
 
 def _read_end_ids(files: RepoFiles, *, trust_remote_code: bool) -> set[int]:
+    # The class of a config may be strict, or not exist in transformers.
     content = files.read_json(CONFIG_NAME)
-    try:
-        config = AutoConfig.from_pretrained(files.name_or_path, trust_remote_code=trust_remote_code)
-        end: Any = getattr(config.get_text_config(decoder=True), "eos_token_id", None)
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, ImportError):
-        # The family is not supported by transformers, or requires custom code.
-        end = content.get("eos_token_id")
-    ids = _as_set(end, CONFIG_NAME)
+    family = read_family(files.name_or_path, content, trust_remote_code=trust_remote_code)
+    ids = _as_set(family.value("eos_token_id"), CONFIG_NAME)
     with suppress(MachineError):  # not every verifier has one, and it may not be available offline
         if files.find(GENERATION_CONFIG_NAME) is not None:
             generation = files.read_json(GENERATION_CONFIG_NAME)

@@ -48,6 +48,8 @@ def hint_of(family: Family) -> str:
     """Return the hint for an unsupported family; starts with a verb."""
     if "auto_map" in family.content and not family.trust_remote_code:
         return "Pass `--trust-remote-code` if you trust the code"
+    if family.config is None and family.is_supported:
+        return "Correct its config.json, or download the verifier again"
     if family.config is None:
         return "Run `pip install -U transformers`, or choose a supported verifier"
     return "Choose a verifier of a family in `docs/reference/verifiers.md`"
@@ -78,6 +80,12 @@ def _count(family: Family, *keys: str) -> int | None:
     return next((x for x in counts if isinstance(x, int) and x > 0), None)
 
 
+def _architectures(family: Family) -> tuple[str, ...]:
+    given = family.content.get("architectures")
+    listed = given if isinstance(given, list) else [given]
+    return tuple(name for name in listed if isinstance(name, str))
+
+
 def read_sizes(family: Family) -> dict[str, Any]:
     """Return the fields of `VerifierShape`, with common values for missing ones.
 
@@ -106,12 +114,18 @@ def read_sizes(family: Family) -> dict[str, Any]:
     )
     positions = positions or DEFAULT_MAX_POSITIONS
     head_dim = head_dim or max(hidden // heads, 2)
+    odd = None
+    if head_dim % 2:
+        # RoPE turns pairs. The head size of a draft need not be the verifier's.
+        even = max(head_dim - 1, 2)
+        odd = f"has an odd `head_dim`, {head_dim}, and the heads of the draft have {even}"
+        head_dim = even
     rope = choose_rope(family.rope_config, head_dim=head_dim, max_position_embeddings=positions)
     eps = family.value("rms_norm_eps", "norm_eps", "layer_norm_epsilon", "layer_norm_eps")
     is_tied = given_tie(family)
     return {
         "name_or_path": family.name,
-        "architectures": tuple(family.content.get("architectures") or ()),
+        "architectures": _architectures(family),
         "hidden_size": hidden,
         "intermediate_size": _count(family, "intermediate_size", "n_inner") or 4 * hidden,
         "num_layers": num_layers,
@@ -120,7 +134,7 @@ def read_sizes(family: Family) -> dict[str, Any]:
         "head_dim": head_dim,
         "rms_norm_eps": eps if isinstance(eps, float) else 1e-6,
         "rope_parameters": rope.parameters,
-        "rope_left_out": rope.left_out,
+        "rope_left_out": odd or rope.left_out,
         "max_position_embeddings": positions,
         "is_tied": bool(family.value("tie_word_embeddings") if is_tied is None else is_tied),
     }
