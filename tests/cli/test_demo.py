@@ -108,7 +108,7 @@ def test_a_folder_that_the_demo_did_not_make_is_left_alone(
 
     out, err = capsys.readouterr()
     assert (code, out) == (2, "")
-    assert "holds files that the demo did not make" in err
+    assert "has files that were not created by the demo" in err
     assert [file.name for file in tmp_path.iterdir()] == [name]
 
 
@@ -180,7 +180,7 @@ def test_only_checkpoints_of_the_demo_go(tmp_path: Path, shared_inputs: TinyInpu
     go_on("other", epochs=2)
 
     DemoFolder(tmp_path / "demo")
-    with pytest.raises(SettingsError, match="checkpoints/1` is not as a demo wrote it"):
+    with pytest.raises(SettingsError, match="checkpoints/1` was not created by a demo"):
         DemoFolder(tmp_path / "other")
 
     assert [path.name for path in (tmp_path / "demo").iterdir()] == [RESULT_NAME]

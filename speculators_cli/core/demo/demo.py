@@ -1,6 +1,6 @@
-"""run_demo(): capture, choose a vocabulary, train, draft and verify, on the embedded verifier.
+"""The demo: capture, choose a vocabulary, train, draft and verify, on the embedded verifier.
 
-Each stage is the package's ordinary code; only the inputs are the demo's own.
+Each stage is the package's ordinary code; only the inputs are specific to the demo.
 """
 
 import json
@@ -38,7 +38,7 @@ from speculators_cli.settings.train import TrainSettings
 VERIFIER_DIR = Path(__file__).parent / "verifier"
 PROMPTS_FILE = Path(__file__).parent / "prompts.jsonl"
 NUM_LAYERS = 8  # of the embedded verifier
-NUM_EVALUATION_PROMPTS = 24  # the first ones; no sample is captured from them
+NUM_EVALUATION_PROMPTS = 24  # the first ones; no samples are captured from them
 MAX_NEW_TOKENS = 96
 DRAFT_VOCAB_SIZE = 1024
 NUM_DRAFT_TOKENS = 3
@@ -47,7 +47,7 @@ MIN_ACCEPTANCE_LENGTH = 2.0
 
 @dataclass(frozen=True)
 class DemoReport:
-    """What the demo found."""
+    """Results of the demo."""
 
     output_dir: Path
     captured: CaptureReport
@@ -55,16 +55,16 @@ class DemoReport:
     untrained: EvaluationReport
     trained: EvaluationReport
     sample_prompt: str
-    sample: tuple[tuple[str, bool], ...]  # text of an answer, and whether the draft wrote it
+    sample: tuple[tuple[str, bool], ...]  # text of an answer, and whether it was drafted
     duration_seconds: float
 
     @property
     def is_lossless(self) -> bool:
-        """Whether every answer, before and after training, was the verifier's own."""
+        """Whether every answer, before and after training, equals the verifier's own."""
         return self.trained.is_lossless and self.untrained.is_lossless
 
     def to_json(self) -> dict[str, Any]:
-        """The figures, as `--json` shows them."""
+        """Return the figures for `--json`."""
         return {
             "acceptance_length": self.trained.acceptance_length,
             "acceptance_rates": self.trained.acceptance_rates,
@@ -82,7 +82,7 @@ def run_demo(settings: DemoSettings, *, progress: Progress) -> DemoReport:
     """Run all stages.
 
     Raises:
-        SettingsError: The output folder cannot be written, or holds what the demo did not make.
+        SettingsError: The output folder cannot be written, or has files that are not the demo's.
     """
     folder = DemoFolder(settings.run.output_dir)
 
@@ -96,7 +96,7 @@ def run_demo(settings: DemoSettings, *, progress: Progress) -> DemoReport:
 def _run_stages(settings: DemoSettings, folder: DemoFolder, progress: Progress) -> DemoReport:
     started_at = time.perf_counter()
     output_dir, seed = settings.run.output_dir, settings.run.seed
-    # A folder like any other, so that the commands can be tried on it afterwards.
+    # An ordinary folder of samples, so that other commands can be tried on it afterwards.
     with folder.placing("verifier") as place:
         shutil.copytree(VERIFIER_DIR, place / "verifier")
     name = str(output_dir / "verifier")
@@ -119,10 +119,10 @@ def _run_stages(settings: DemoSettings, folder: DemoFolder, progress: Progress) 
         f"    {captured.num_samples:,} samples, {captured.num_tokens:,} tokens, "
         f"{captured.num_supervised_tokens:,} of them supervised"
     )
-    progress.info("2/4 Draft vocabulary: the tokens that the answers use most")
+    progress.info("2/4 Draft vocabulary: the most frequent tokens of the answers")
     with folder.placing("d2t.npy", "t2d.npy") as place:
         coverage = choose_vocabulary(verifier, output_dir / "data", place, progress)
-    progress.info(f"    {DRAFT_VOCAB_SIZE:,} tokens cover {coverage:.1%} of the supervised ones")
+    progress.info(f"    {DRAFT_VOCAB_SIZE:,} tokens cover {coverage:.1%} of the supervised tokens")
     progress.info("3/4 Train an EAGLE-3 draft")
     training = train(train_settings(output_dir, seed), progress=progress)
     folder.add_checkpoints()
@@ -146,12 +146,12 @@ def _run_stages(settings: DemoSettings, folder: DemoFolder, progress: Progress) 
 
 
 def check_report(report: DemoReport) -> None:
-    """Refuse a demo that did not show what it is there to show.
+    """Check that the demo had the expected results.
 
     Raises:
         SpeculatorsError: An answer differs from the verifier's own, or too little was accepted.
     """
-    hint = "Report this with the output of the demo: it should hold on every machine"
+    hint = "Report this with the output of the demo: it should pass on every machine"
     num_different = report.trained.num_different + report.untrained.num_different
     if num_different:
         raise SpeculatorsError(
@@ -166,7 +166,7 @@ def check_report(report: DemoReport) -> None:
 
 
 def read_prompts() -> list[str]:
-    """First halves of functions of the standard library that the verifier was not trained on."""
+    """Read the prompts: first halves of standard library functions that were held out."""
     lines = PROMPTS_FILE.read_text("utf-8").splitlines()
     return [json.loads(line)["prompt"] for line in lines]
 
@@ -174,7 +174,7 @@ def read_prompts() -> list[str]:
 def choose_vocabulary(
     verifier: VerifierModel, data_dir: Path, output_dir: Path, progress: Progress
 ) -> float:
-    """Write d2t and t2d; returns the share of supervised tokens they cover."""
+    """Write d2t and t2d; return the fraction of supervised tokens they cover."""
     token_counts = TokenCounts(verifier.vocab_size)
     read_folders(
         [data_dir],
@@ -191,7 +191,7 @@ def choose_vocabulary(
 
 
 def train_settings(output_dir: Path, seed: int) -> TrainSettings:
-    """The settings of the demo's training run, as `speculators train` gets them from its flags."""
+    """Return the settings of the demo's training run, as parsed by `speculators train`."""
     return TrainSettings.model_validate(
         {
             "draft": {
@@ -217,7 +217,7 @@ def train_settings(output_dir: Path, seed: int) -> TrainSettings:
 def build_drafters(
     training: TrainReport, verifier_name: str, settings: TrainSettings
 ) -> tuple[Drafter, Drafter]:
-    """The draft as it was before the first step, and that of the best checkpoint."""
+    """Build drafters of the draft before training and of the best checkpoint."""
     assert training.best_checkpoint is not None, "the demo's run saves and validates"
     after = read_draft(str(training.best_checkpoint), Overrides(), flag="CHECKPOINT")
     files = VerifierFiles(verifier_name)
@@ -249,7 +249,7 @@ def draft_and_verify_all(
 
 
 def choose_answer(answers: Sequence[Answer]) -> int:
-    """Which answer to show: of those as long as most, the one with the median acceptance."""
+    """Return the answer to show: the one with median acceptance among those of maximum length."""
     typical = sorted(len(answer.tokens) for answer in answers)[len(answers) // 2]
     long_ones = [i for i, answer in enumerate(answers) if len(answer.tokens) >= typical]
     by_acceptance = sorted(long_ones, key=lambda i: sum(answers[i].is_accepted))
@@ -257,7 +257,7 @@ def choose_answer(answers: Sequence[Answer]) -> int:
 
 
 def mark(verifier: VerifierModel, answer: Answer) -> Iterator[tuple[str, bool]]:
-    """Text of an answer in runs of tokens, and whether the draft wrote each run."""
+    """Split an answer into spans of text, and whether each was drafted."""
     pairs = zip(answer.tokens, answer.is_accepted, strict=True)
     shown = (pair for pair in pairs if pair[0] not in verifier.end_ids)
     for is_accepted, run in groupby(shown, key=lambda pair: pair[1]):

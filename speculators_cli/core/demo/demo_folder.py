@@ -1,7 +1,7 @@
-"""DemoFolder: the output folder of a demo, from which only what a demo wrote is ever removed.
+"""The output folder of a demo, from which only files written by a demo are removed.
 
-What is not whole yet lies in a scratch folder with a mark. The checksum of each finished file is in
-demo.json before the file has its name, so that a demo stopped anywhere can be run again.
+Incomplete files are in a scratch folder with a marker. The checksum of each complete file is
+recorded in demo.json before the file is moved into place, so that an interrupted demo can be rerun.
 """
 
 from collections.abc import Iterator, Mapping
@@ -19,20 +19,20 @@ from speculators_cli.core.training.save_path import check_save_path, clear_save_
 FLAG = "--output-dir"
 RESULT_NAME = "demo.json"
 SCRATCH_NAME = ".speculators-demo"
-CHECKPOINTS = "checkpoints"  # what is in it proves by itself that a run wrote it
+CHECKPOINTS = "checkpoints"  # its contents identify it as written by a run
 OWN_NAMES = ("verifier", "data", "d2t.npy", "t2d.npy")
 MADE_BY = {"made_by": "speculators demo"}
-FILES = "files"  # in the result: checksums of what the demo wrote, by path
+FILES = "files"  # in the result: checksums of the demo's files, by path
 
 
 class DemoFolder:
-    """The output folder, emptied of an earlier demo.
+    """The output folder, after removal of an earlier demo's files.
 
     Args:
         folder: May be missing.
 
     Raises:
-        SettingsError: It cannot be written, or holds what the demo did not make.
+        SettingsError: It cannot be written, or has files that were not created by the demo.
         CheckpointError: Its checkpoints are not those of a run.
     """
 
@@ -48,13 +48,13 @@ class DemoFolder:
         self.write_result({})
 
     def write_result(self, result: Mapping[str, Any]) -> None:
-        """Write the figures of a demo, so far empty or complete, or the error that ended it."""
+        """Write the figures of a demo, empty at first, or the error that ended it."""
         with replacing(self.folder / RESULT_NAME) as temporary:
             write_json({**MADE_BY, **result, FILES: self.files}, temporary)
 
     @contextmanager
     def placing(self, *names: str) -> Iterator[Path]:
-        """A folder to write files or folders of these names in; then they get their place."""
+        """Yield a folder to write files or folders of these names in, then move them into place."""
         folder = self.scratch.open()
         yield folder
         for name in names:
@@ -66,7 +66,7 @@ class DemoFolder:
         self.scratch.clear()
 
     def add_checkpoints(self) -> None:
-        """Take in the checkpoints of the demo's run: beside others, none is removed."""
+        """Record the checkpoints of the demo's run; a folder with other files is never removed."""
         for file in self._manifests():
             self.files[self._name(file)] = hash_file(file)
         self.write_result({})
@@ -79,7 +79,7 @@ class DemoFolder:
         return file.relative_to(self.folder).as_posix()
 
     def _read_earlier(self) -> dict[str, Any]:
-        """Checksums of the files of an earlier demo, by their path in the folder."""
+        """Return the checksums of an earlier demo's files, by their path in the folder."""
         if not self.folder.exists() or not any(self.folder.iterdir()):
             return {}
         try:
@@ -88,7 +88,7 @@ class DemoFolder:
             content = {}
         if not content.items() >= MADE_BY.items():
             raise SettingsError(
-                f"`{FLAG}`: `{self.folder}` holds files that the demo did not make",
+                f"`{FLAG}`: `{self.folder}` has files that were not created by the demo",
                 hint="Pass another folder",
             )
         files = content.get(FILES)
@@ -102,7 +102,7 @@ class DemoFolder:
                 if not is_file or hash_file(file) != earlier.get(self._name(file)):
                     raise self._foreign(file)
         check_save_path(self.folder / CHECKPOINTS, resume=False)
-        # A demo that was stopped while it trained has recorded none.
+        # A demo that was interrupted during training has not recorded its checkpoints.
         if any(name.startswith(f"{CHECKPOINTS}/") for name in earlier):
             for file in self._manifests():
                 if hash_file(file) != earlier.get(self._name(file)):
@@ -110,12 +110,12 @@ class DemoFolder:
 
     def _foreign(self, file: Path) -> SettingsError:
         return SettingsError(
-            f"`{FLAG}`: `{file}` is not as a demo wrote it, and would be removed",
+            f"`{FLAG}`: `{file}` was not created by a demo, and would be removed",
             hint="Move it elsewhere, or pass another folder",
         )
 
     def _clear(self) -> None:
-        """Remove what `_check` has proved to be a demo's."""
+        """Remove the files that `_check` has identified as a demo's."""
         self.scratch.clear()
         clear_save_path(self.folder / CHECKPOINTS)
         for name in OWN_NAMES:
@@ -130,7 +130,7 @@ class DemoFolder:
 
 
 def _files_below(path: Path) -> list[Path]:
-    """A path itself, or everything in it that is no folder."""
+    """Return a path itself, or all files in it."""
     if path.is_symlink() or path.is_file():
         return [path]
     return sorted(p for p in path.rglob("*") if p.is_symlink() or not p.is_dir())
