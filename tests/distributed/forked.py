@@ -126,9 +126,9 @@ def start_launcher(name: str, port: int, tiny: TinyInputs) -> int:
     os.environ["TORCHELASTIC_RUN_ID"] = "test"
     for rank in range(SCENARIOS[name].num_ranks):
         start_rank(name, rank, port, tiny)
-    while not (tiny.folder / name / "metrics.jsonl").exists():
+    metrics_file = tiny.folder / name / "metrics.jsonl"
+    while not (metrics_file.exists() and metrics_file.stat().st_size):
         time.sleep(0.1)
-    time.sleep(0.5)
     os._exit(0)
 
 
@@ -176,7 +176,7 @@ def main(folder: str) -> None:
     codes: dict[str, list[int | None]] = {}
     for names in batched(SCENARIOS, 3):
         codes |= run_together(names, tiny)
-    until = time.monotonic() + 10
+    until = time.monotonic() + 30
     while not (tiny.folder / "orphans" / "result.json").exists() and time.monotonic() < until:
         time.sleep(0.1)
     print(json.dumps(codes))  # noqa: T201

@@ -243,12 +243,13 @@ class RankWatch:
                 heard.alive[rank] = int(beat.split()[1])
         store.set(f"heard/{self.place.rank}", "")
         if self.hosts_store:
-            self._linger(store, heard.stranded)
+            # After a failure the others may not have come to hear of it yet.
+            coming = set(self.others) - heard.failed.keys() if heard.failed else heard.stranded
+            self._linger(store, coming, until=until + GRACE_SECONDS / 2)
         return heard
 
-    def _linger(self, store: Any, ranks: set[int]) -> None:
+    def _linger(self, store: Any, ranks: set[int], *, until: float) -> None:
         """Keep the store until the others have heard, too."""
-        until = time.monotonic() + GRACE_SECONDS / 2
         while time.monotonic() < until and not all(store.check([f"heard/{k}"]) for k in ranks):
             time.sleep(POLL_SECONDS)
 
