@@ -206,7 +206,7 @@ def choose_format(found: Sequence[tuple[str, Path]], data_format: str, version: 
 
 
 def _detect_first(files: Sequence[Path], versioned: Format) -> str:
-    """The format of the first file that can be read, unless it is another version."""
+    """Detect the format of the first readable file; that of `versioned` for other versions."""
     for file in files:
         try:
             name = detect(file)[0]

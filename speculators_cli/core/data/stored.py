@@ -1,6 +1,6 @@
-"""Hidden states in a file: read by rows when they are wanted, straight to where they go.
+"""Hidden states in a file, whose rows are read on use, directly into their destination.
 
-Nothing is mapped into memory: touching a mapped file that has shrunk would end the process.
+Nothing is memory-mapped: access to a mapped file that has shrunk would crash the process.
 """
 
 import threading
@@ -21,24 +21,24 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-MAX_GAP_BYTES = 64 * 2**10  # less between wanted rows is read with them: a call costs more
-MAX_SPREAD_BYTES = 2**30  # of a tensor whose values do not lie together, which is read whole
-BLOCK_BYTES = 4 * 2**20  # copied once more on their way: about what a core's cache holds
+MAX_GAP_BYTES = 64 * 2**10  # smaller gaps between rows are read as well: a call costs more
+MAX_SPREAD_BYTES = 2**30  # of a non-contiguous tensor, which is read completely
+BLOCK_BYTES = 4 * 2**20  # copied once more through a buffer, of about the size of a core's cache
 _local = threading.local()
 
 
 class StoredStates:
-    """Hidden states [seq_len, width] in a file; its rows are read when they are taken.
+    """Hidden states [seq_len, width] in a file, whose rows are read when indexed.
 
     Args:
         source: The file.
         dtype: A key of `ITEM_BYTES`.
-        start: Byte at which the first value is.
-        shape: Rows and width.
-        stride: Values from one row to the next, and within a row; neither negative.
+        start: Byte offset of the first value.
+        shape: Number of rows, and width.
+        stride: Strides of rows and of values, in values; not negative.
 
     Raises:
-        BadSampleError: Their values are spread too widely.
+        BadSampleError: The values are spread too widely.
     """
 
     def __init__(
@@ -62,7 +62,7 @@ class StoredStates:
 
     @property
     def dtype(self) -> "torch.dtype":
-        """Type of the values."""
+        """Dtype of the values."""
         import torch
 
         dtype: torch.dtype = getattr(torch, self.dtype_name)
@@ -72,30 +72,30 @@ class StoredStates:
         return self.shape[0]
 
     def __getitem__(self, rows: "slice | Tensor") -> "Tensor":
-        """Read rows: a slice of them, those of ascending indices, or those where a mask is True."""
+        """Read rows: by a slice, by ascending indices, or by a mask."""
         import torch
 
         indices = find_rows(rows, len(self))
-        # As bytes: NumPy does not have every type that torch has.
+        # As bytes: NumPy lacks some dtypes of torch.
         values = torch.empty((len(indices), self._width_bytes), dtype=torch.uint8)
         self.read_into(values.numpy(), indices)
         return values.view(self.dtype)
 
     def split(self, num_rows: int) -> Iterator["Tensor"]:
-        """Read all rows, so many at a time."""
+        """Yield all rows, `num_rows` at a time."""
         for start in range(0, len(self), num_rows):
             yield self[start : start + num_rows]
 
     @classmethod
     def of(cls, archive: Archive, spec: TensorSpec) -> "StoredStates":
-        """Hidden states of an archive, which can be read after it is closed."""
+        """Create hidden states of an archive, which are readable after it is closed."""
         rows, width = spec.shape
         row_stride, stride = spec.stride
         start = archive.locate(spec)
         return cls(archive.lend(), spec.dtype, start, (rows, width), (row_stride, stride))
 
     def beside(self, other: "StoredStates") -> "StoredStates | None":
-        """Both as one, where each row of the other lies behind this one's; else None."""
+        """Merge with layers whose rows are adjacent in the file; None if they are not."""
         is_beside = (
             (other.source, other.dtype_name) == (self.source, self.dtype_name)
             and (other.stride, len(other)) == (self.stride, len(self))
@@ -108,13 +108,13 @@ class StoredStates:
 
     def read_into(
         self,
-        into: Bytes,  # [rows, width in bytes], the bytes of a row together
+        into: Bytes,  # [rows, width in bytes], each row contiguous
         rows: NDArray[np.int64],  # [rows]
     ) -> None:
-        """Read rows to where they go; wide gaps between them are not read.
+        """Read rows directly into their destination; wide gaps between them are not read.
 
         Raises:
-            ChangedSampleError: The file ends before them, or fails.
+            ChangedSampleError: The file ends too early, or cannot be read.
         """
         if into.size:
             with refusing_sample():
@@ -136,14 +136,14 @@ class StoredStates:
             self._read_pieces(into, offsets)
 
     def _are_near(self, steps: NDArray[np.int64]) -> bool:
-        """Whether rows follow in order, so many bytes from one to the next, without wide gaps."""
+        """Whether rows have a constant positive distance, without wide gaps."""
         gaps = steps - self._width_bytes
         return bool(((gaps >= 0) & (gaps <= MAX_GAP_BYTES)).all())
 
     def _read_block(
         self, into: Bytes, rows: NDArray[np.int64], offsets: NDArray[np.int64], span: int
     ) -> None:
-        """Read all from the first row to the last at once: many small pieces cost more."""
+        """Read everything from the first to the last row at once: many small reads cost more."""
         block = _own_block(span)
         self.source.fill(block, int(offsets[0]))
         shape = (int(rows[-1] - rows[0]) + 1, self._width_bytes)
@@ -152,9 +152,9 @@ class StoredStates:
         into[:] = values if len(values) == len(rows) else values[rows - rows[0]]
 
     def _read_pieces(self, into: Bytes, offsets: NDArray[np.int64]) -> None:
-        """Read each run of rows to where it goes, and what lies in narrow gaps between them."""
+        """Read each run of rows into its destination, along with narrow gaps between them."""
         if into.flags.c_contiguous:
-            # Rows that follow each other are one piece.
+            # Adjacent rows are one piece.
             firsts = np.append(0, np.flatnonzero(np.diff(offsets) != self._width_bytes) + 1)
         else:
             firsts = np.arange(len(offsets))
@@ -162,7 +162,7 @@ class StoredStates:
         begins = offsets[firsts]
         gaps = begins[1:] - (offsets[ends[:-1] - 1] + self._width_bytes)
         cuts = np.flatnonzero((gaps < 0) | (gaps > MAX_GAP_BYTES)) + 1
-        # What is between two pieces goes where nobody looks; a piece of no bytes is none.
+        # Gaps are read into a scratch buffer; empty pieces are skipped.
         parts = np.zeros((2 * len(firsts) - 1, 2), np.int64)
         parts[::2, 0] = into.ctypes.data + firsts * into.strides[0]
         parts[::2, 1] = (ends - firsts) * self._width_bytes
@@ -179,7 +179,7 @@ class StoredStates:
 
     @cached_property
     def _whole(self) -> NDArray[Any]:
-        """All values, as unsigned integers of their size."""
+        """Return all values, as unsigned integers of their size."""
         data = np.empty(self._num_spread_bytes, np.uint8)
         self.source.fill(data, self.start)
         strides = [step * self._item_bytes for step in self.stride]
@@ -187,7 +187,7 @@ class StoredStates:
 
 
 class ScaledStates:
-    """Hidden states stored as float8 with one float32 scale a row; the product is rounded once.
+    """Hidden states stored as float8 with one float32 scale per row; the product is rounded once.
 
     Args:
         stored: The float8 values.
@@ -201,7 +201,7 @@ class ScaledStates:
 
     @property
     def dtype(self) -> "torch.dtype":
-        """Type of the products."""
+        """Dtype of the products."""
         import torch
 
         return torch.bfloat16
@@ -214,13 +214,13 @@ class ScaledStates:
         return (self.stored[rows].float() * self.scales[rows]).bfloat16()
 
     def split(self, num_rows: int) -> Iterator["Tensor"]:
-        """Read and scale all rows, so many at a time."""
+        """Yield all rows scaled, `num_rows` at a time."""
         for start in range(0, len(self), num_rows):
             yield self[start : start + num_rows]
 
 
 def find_rows(rows: "slice | Tensor", num_rows: int) -> NDArray[np.int64]:
-    """Indices of the rows that an index takes."""
+    """Return the row indices selected by an index."""
     if isinstance(rows, slice):
         return np.arange(num_rows)[rows]
     indices: NDArray[np.int64] = rows.numpy()
@@ -228,7 +228,7 @@ def find_rows(rows: "slice | Tensor", num_rows: int) -> NDArray[np.int64]:
 
 
 def _own_block(num_bytes: int) -> Bytes:
-    """Memory of this thread's, used again and again: new memory costs more than the copy."""
+    """Return this thread's reusable buffer: allocating memory costs more than the copy."""
     block: Bytes | None = getattr(_local, "block", None)
     if block is None or len(block) < num_bytes:
         block = _local.block = np.empty(num_bytes, np.uint8)

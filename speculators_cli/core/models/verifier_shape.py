@@ -116,7 +116,7 @@ def read_sizes(family: Family) -> dict[str, Any]:
     head_dim = head_dim or max(hidden // heads, 2)
     odd = None
     if head_dim % 2:
-        # RoPE turns pairs. The head size of a draft need not be the verifier's.
+        # RoPE rotates pairs. A draft may have another head size than the verifier.
         even = max(head_dim - 1, 2)
         odd = f"has an odd `head_dim`, {head_dim}, and the heads of the draft have {even}"
         head_dim = even

@@ -329,7 +329,7 @@ def test_what_is_no_packed_sample_is_refused(
         ({"loss_mask": torch.full((S,), 2)}, "values other than 0 and 1"),
         ({"loss_mask": torch.ones(S + 1).long()}, "7 input ids but a loss mask of 8"),
         ({"loss_mask": torch.ones(S).to_sparse()}, "a sparse tensor"),
-        ({"last_hidden_state_is_normed": "yes"}, "has no truth value"),
+        ({"last_hidden_state_is_normed": "yes"}, "has no boolean"),
         ({"last_hidden_state_is_normed": torch.ones(2)}, "has a flag of shape [2]"),
     ],
 )
@@ -357,12 +357,12 @@ def test_what_is_not_a_v0_sample_is_refused(
 @pytest.mark.parametrize(
     ("content", "reason"),
     [
-        ([1, 2], "holds a list, not a dict"),
+        ([1, 2], "is a list, not a dict"),
         ({3: 5, 7: 1}, "is a table of token counts"),
         ({"token_ids": torch.arange(3)}, "another tool's format"),
         ({"aux_hidden_state": torch.zeros(1, 2, 3)}, "is a specforge sample, read as"),
-        (torch.zeros(3), "holds a tensor, not a dict"),
-        ({}, "no names at all"),
+        (torch.zeros(3), "is a tensor, not a dict"),
+        ({}, "no keys"),
     ],
 )
 @pytest.mark.parametrize("version", ["v0", "v1"])

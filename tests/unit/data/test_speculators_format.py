@@ -117,7 +117,7 @@ def without(name: str) -> Callable[[dict[str, Tensor]], object]:
 EDITS: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
     "no-states": (without("hidden_states"), "has no `hidden_states`; found token_ids"),
     "no-ids": (without("token_ids"), "has no `token_ids`"),
-    "other-ids": (lambda x: x["token_ids"].add_(1), "has other tokens than row 1"),
+    "other-ids": (lambda x: x["token_ids"].add_(1), "has different tokens than row 1"),
     "negative-ids": (lambda x: x["token_ids"].sub_(99), "has negative ids"),
     "unequal": (
         lambda x: x.update(token_ids=x["token_ids"][1:].clone()),
@@ -160,7 +160,7 @@ def test_what_is_no_sample_is_refused(folder: Path, name: str) -> None:
 def test_what_is_no_safetensors_file_is_refused(folder: Path, content: bytes) -> None:
     states_file(folder, 1).write_bytes(content)
 
-    with pytest.raises(BadSampleError, match="is no safetensors file"):
+    with pytest.raises(BadSampleError, match="is not a safetensors file"):
         SPECULATORS.read_tokens(states_file(folder, 1))
 
 
@@ -168,7 +168,7 @@ def test_a_truncated_file_is_refused(folder: Path) -> None:
     file = states_file(folder, 1)
     file.write_bytes(file.read_bytes()[:-1])
 
-    with pytest.raises(BadSampleError, match="is no safetensors file"):
+    with pytest.raises(BadSampleError, match="is not a safetensors file"):
         SPECULATORS.read_sample(file)
 
 
@@ -215,8 +215,8 @@ def test_a_pointer_in_place_of_states_is_named_with_its_fix(folder: Path) -> Non
         SPECULATORS.read_tokens(file)
 
     assert caught.value.reason == (
-        "is no safetensors file: it is a Git LFS pointer, not the file itself: run `git lfs pull` "
-        f"in `{file.parent}`"
+        "is not a safetensors file: it is a Git LFS pointer, not the file itself: run "
+        f"`git lfs pull` in `{file.parent}`"
     )
 
 
@@ -315,13 +315,13 @@ def test_tables_of_all_types_of_numbers_are_read(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("ids", "mask", "reason"),
     [
-        (None, [1] * 8, "has other tokens than row 1"),
-        ([2**31] * 8, [1] * 8, "has other tokens than row 1"),
-        ([None] * 8, [1] * 8, "has other tokens than row 1"),
-        (..., None, "has no loss mask of zeros and ones in row 1"),
-        (..., [1] * 7 + [None], "has no loss mask of zeros and ones in row 1"),
-        (..., [1] * 7, "has no loss mask of zeros and ones in row 1"),
-        (..., [1] * 7 + [2], "has no loss mask of zeros and ones in row 1"),
+        (None, [1] * 8, "has different tokens than row 1"),
+        ([2**31] * 8, [1] * 8, "has different tokens than row 1"),
+        ([None] * 8, [1] * 8, "has different tokens than row 1"),
+        (..., None, "has an invalid loss mask in row 1"),
+        (..., [1] * 7 + [None], "has an invalid loss mask in row 1"),
+        (..., [1] * 7, "has an invalid loss mask in row 1"),
+        (..., [1] * 7 + [2], "has an invalid loss mask in row 1"),
     ],
 )
 def test_a_row_without_its_ids_or_mask_is_named(

@@ -1,6 +1,6 @@
-"""The data formats: one line each.
+"""The table of data formats.
 
-A `.pt` file is of the first format that recognises it: the keys of v0 are also those of SpecForge.
+A `.pt` file has the first format that matches: samples of SpecForge have the keys of v0, too.
 """
 
 from speculators_cli.core.data.formats import specforge, speculators, v0, v1

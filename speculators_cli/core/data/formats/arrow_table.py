@@ -1,8 +1,8 @@
-"""The Arrow table of ids and masks, as `datasets` saves it, read part by part into plain arrays.
+"""The Arrow table of ids and masks, as saved by `datasets`, read into NumPy arrays.
 
-pyarrow trusts what it reads: a damaged offset, or a length that only a header claims, ends the
-process. So the frame of each part is checked before pyarrow sees it, and each column before any of
-its values is looked at. Nothing is mapped into memory, and nothing that is compressed is unpacked.
+pyarrow does not validate its input: a damaged offset, or a wrong length in a header, crashes the
+process. So the frame of each message is checked before pyarrow reads it, and each column before
+its values are read. Nothing is memory-mapped, and compressed data is rejected.
 """
 
 import struct
@@ -20,24 +20,24 @@ from speculators_cli.core.files import open_regular
 from speculators_cli.core.reading import check_content, read_json_object
 from speculators_cli.core.torch_file.open_file import OpenFile
 
-STATE_FILE = "state.json"  # of a table: names its files
+STATE_FILE = "state.json"  # of a table: lists its files
 IDS, MASK = "input_ids", "loss_mask"
-NO_ID, NO_MASK = -1, 2  # stand for what is missing, or is no id and neither 0 nor 1
+NO_ID, NO_MASK = -1, 2  # for missing or invalid ids, and for missing or invalid mask values
 MAX_STATE_BYTES = 16 * 2**20
-MAX_METADATA_BYTES = 16 * 2**20  # of one part
-MAX_PART_BYTES = 2 * 2**30  # `datasets` writes a thousand rows at once
+MAX_METADATA_BYTES = 16 * 2**20  # of one message
+MAX_PART_BYTES = 2 * 2**30  # `datasets` writes a thousand rows per message
 
-# Where the fields of flatbuffers are that a part begins with (Message.fbs).
+# Fields of the flatbuffers at the beginning of a message (Message.fbs).
 HEADER_TYPE, HEADER, BODY_LENGTH = 1, 2, 3  # of a message
 COMPRESSION = 3  # of a record batch
-RECORD_BATCH = 3  # a kind of message
+RECORD_BATCH = 3  # a message type
 INT32, INT64, UINT16, UINT32 = (struct.Struct(f"<{form}") for form in "iqHI")
-CONTINUATION = -1  # before the length of a part, since Arrow 0.15
+CONTINUATION = -1  # before the length of a message, since Arrow 0.15
 
 
 @dataclass(frozen=True)
 class Lists:
-    """A column of lists: the values of all rows, one behind the other."""
+    """A column of lists: the concatenated values of all rows."""
 
     values: NDArray[Any]
     starts: NDArray[np.int64]  # [rows + 1]
@@ -50,20 +50,20 @@ class Lists:
 class TokenTable:
     """Ids and masks of samples by row."""
 
-    input_ids: Lists  # int32; `NO_ID` is none
+    input_ids: Lists  # int32; `NO_ID` if missing
     loss_mask: Lists  # uint8: 0, 1, or `NO_MASK`
 
     @property
     def num_rows(self) -> int:
-        """Rows of the table."""
+        """Number of rows of the table."""
         return len(self.input_ids.starts) - 1
 
 
 def read_table(folder: Path) -> TokenTable:
-    """Read the table that a folder holds.
+    """Read the table in a folder.
 
     Raises:
-        BadSampleError: It is damaged, or no table of ids and masks.
+        BadSampleError: It is damaged, or not a table of ids and masks.
         MachineError: pyarrow is not installed.
     """
     try:
@@ -87,7 +87,7 @@ def read_table(folder: Path) -> TokenTable:
 
 def _list_files(folder: Path) -> list[Path]:
     content = read_json_object(folder / STATE_FILE, max_bytes=MAX_STATE_BYTES)
-    # Only names: a table lies in one folder.
+    # Only names: a table's files are in one folder.
     names = [Path(entry["filename"]).name for entry in content["_data_files"]]
     if len(set(names)) != len(names):
         raise ValueError(f"`{STATE_FILE}` lists a file twice")
@@ -95,12 +95,12 @@ def _list_files(folder: Path) -> list[Path]:
 
 
 def _read_parts(file: Path) -> Iterator[tuple[Lists, Lists]]:
-    """Ids and masks of each record batch of a file."""
+    """Read ids and masks of each record batch of a file."""
     import pyarrow as pa
 
     check_content(file)
     with open_regular(file) as stream:
-        source = OpenFile(stream, file)  # closes the stream, so it is kept
+        source = OpenFile(stream, file)  # closes the stream when collected, so keep a reference
         _check_frame(source)
         schema = pa.ipc.open_stream(pa.PythonFile(stream, mode="r")).schema
         columns = [schema.get_all_field_indices(name) for name in (IDS, MASK)]
@@ -117,7 +117,7 @@ def _read_parts(file: Path) -> Iterator[tuple[Lists, Lists]]:
 
 
 def _check_frame(file: OpenFile) -> None:
-    """Check that the parts of a file lie within it, and are not compressed."""
+    """Check that the messages of a file lie within it, and are not compressed."""
     at = 0
     while at < file.num_bytes:
         (num_bytes,) = INT32.unpack(file.read(at, INT32.size))
@@ -137,7 +137,7 @@ def _check_frame(file: OpenFile) -> None:
 
 
 def _check_message(message: bytes) -> int:
-    """Check that a part is not compressed; returns the bytes of its values."""
+    """Check that a message is not compressed; return the number of bytes of its values."""
     (root,) = UINT32.unpack_from(message, 0)
     kind, header, length = (
         _find_field(message, root, field) for field in (HEADER_TYPE, HEADER, BODY_LENGTH)
@@ -145,12 +145,12 @@ def _check_message(message: bytes) -> int:
     if kind and header and message[kind] == RECORD_BATCH:
         batch = header + UINT32.unpack_from(message, header)[0]
         if _find_field(message, batch, COMPRESSION):
-            raise ValueError("it is compressed; `datasets` writes tables as they are")
+            raise ValueError("it is compressed, unlike tables of `datasets`")
     return int(INT64.unpack_from(message, length)[0]) if length else 0
 
 
 def _find_field(buffer: bytes, table: int, field: int) -> int:
-    """Where a field of a flatbuffers table is; 0 where it is left out."""
+    """Return the offset of a field in a flatbuffers table; 0 if it is missing."""
     entries = table - INT32.unpack_from(buffer, table)[0]
     if not 0 <= entries < len(buffer):
         raise ValueError("it is damaged")
@@ -161,7 +161,7 @@ def _find_field(buffer: bytes, table: int, field: int) -> int:
 
 
 def _read_lists(column: Any, convert: Any) -> Lists:
-    """A column of one record batch, checked before a value is read."""
+    """Read a column of one record batch, which is checked before its values are read."""
     import pyarrow as pa
 
     if not pa.types.is_list(column.type) and not pa.types.is_large_list(column.type):
@@ -197,7 +197,7 @@ def _to_mask(values: Any) -> NDArray[np.uint8]:
 
 
 def _join(parts: list[Lists], dtype: type[np.generic]) -> Lists:
-    """The rows of all parts."""
+    """Concatenate the rows of all batches."""
     starts, end = [np.zeros(1, np.int64)], 0
     for part in parts:
         starts.append(part.starts[1:] + end)

@@ -1,4 +1,4 @@
-"""Read a file whose format is not known."""
+"""Detect the format of a file."""
 
 from pathlib import Path
 
@@ -12,10 +12,10 @@ from speculators_cli.core.data.sample import (
 
 
 def detect(file: Path) -> tuple[str, SampleTokens]:
-    """The format of a sample, and its ids and mask.
+    """Return the format of a sample, and its ids and mask.
 
     Raises:
-        BadSampleError: It is a sample of no format.
+        BadSampleError: It is not a sample of any format.
         OSError: It cannot be opened.
     """
     for form in FORMATS.values():
@@ -30,10 +30,10 @@ def detect(file: Path) -> tuple[str, SampleTokens]:
 
 
 def read_again(file: Path, data_format: str) -> Sample:
-    """Read a file that was found to be a sample of a format before.
+    """Read a file that was detected as a sample of a format before.
 
     Raises:
-        ChangedSampleError: It is none any more, or cannot be opened.
+        ChangedSampleError: It has changed, or cannot be opened.
     """
     try:
         return FORMATS[data_format].read_sample(file)
@@ -44,7 +44,7 @@ def read_again(file: Path, data_format: str) -> Sample:
 
 
 def verify(file: Path) -> None:
-    """Compare the bytes of a file that is named as a sample with the checksums in it.
+    """Verify the checksums of a file with the name of a sample.
 
     Raises:
         BadSampleError: A checksum does not match, or the file is damaged.
@@ -54,7 +54,7 @@ def verify(file: Path) -> None:
 
 
 def describe_names() -> str:
-    """How the files of all formats are named; packed files are not listed."""
+    """Return the file name patterns of all formats, without packed files."""
     forms = sorted(FORMATS.values(), key=lambda form: (form.version is None, form.name))
     suffixes = [(form.prefix, x) for form in forms for x in form.suffixes if x.count(".") == 1]
     names = [f"`{prefix}*{suffix}`" if prefix else f"`{suffix}`" for prefix, suffix in suffixes]

@@ -1,4 +1,4 @@
-"""A data format: how the tensors of a sample are named and arranged in a `.pt` file."""
+"""A data format: names and layout of the tensors of a sample in a `.pt` file."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
@@ -26,7 +26,7 @@ MASK_DTYPES = ("bool", *INTEGER_DTYPES, *HIDDEN_STATE_DTYPES)
 
 @dataclass(frozen=True)
 class Layout:
-    """Where the parts of a sample are in its file; nothing is read yet."""
+    """Location of the parts of a sample in its file; nothing has been read."""
 
     input_ids: TensorSpec  # [seq_len]
     loss_mask: TensorSpec  # [seq_len]
@@ -42,32 +42,32 @@ class Format(ABC):
     suffixes: tuple[str, ...]  # of the names of its files
     prefix: str = ""
     version: int | None = None  # of `--data-format-version`; None: `--data-format` has its name
-    has_own_names: bool = False  # a file's name is enough to detect it
-    # The verifier layers that its generators captured, from the number of layers; None: vLLM's.
+    has_own_names: bool = False  # whether the file name identifies the format
+    # Default aux layers of its generators, from the number of layers; None: vLLM's.
     usual_layer_ids: Callable[[int], tuple[int, ...]] | None = None
-    conversion: str = ""  # the command that rewrites its samples as v1
+    conversion: str = ""  # command that converts its samples to v1
 
     @property
     def flag(self) -> str:
-        """The flag that reads it."""
+        """Return the flag to read samples of this format."""
         if self.version is None:
             return f"--data-format {self.name}"
         return f"--data-format-version {self.version}"
 
     def is_named(self, file_name: str) -> bool:
-        """Whether a file of this name can be one of its samples."""
+        """Whether a file of this name can be a sample of this format."""
         return file_name.startswith(self.prefix) and file_name.endswith(self.suffixes)
 
     def recognises(self, content: Mapping[object, object]) -> bool:  # noqa: ARG002
-        """Whether the dict that a `.pt` file holds is one of its samples."""
+        """Whether the dict in a `.pt` file is a sample of this format."""
         return False
 
     def stamp_beside(self, folder: Path) -> str:  # noqa: ARG002
-        """Changes with the files that samples in a folder are read from beside their own."""
+        """Return a stamp of the additional files that samples in a folder are read from."""
         return ""
 
     def verify(self, file: Path) -> None:  # noqa: B027 - a format may have no checksums
-        """Read every byte of a sample and compare it with its checksum.
+        """Verify the checksums of a sample.
 
         Raises:
             BadSampleError: A checksum does not match, or the file is not a sample.
@@ -76,33 +76,35 @@ class Format(ABC):
 
     @abstractmethod
     def read_sample(self, file: Path) -> Sample:
-        """Read a sample; its hidden states are read when they are used."""
+        """Read a sample; its hidden states are read on use."""
 
     @abstractmethod
     def read_tokens(self, file: Path) -> SampleTokens:
-        """Read header, ids and mask of a sample; hidden states are not touched."""
+        """Read header, ids and mask of a sample, without its hidden states."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class SampleFormat(Format):
     """Reads samples that are one file of `torch.save` each."""
 
-    lay_out: Callable[[Mapping[object, object]], Layout]  # what a file holds -> where its parts are
-    signs: frozenset[str]  # keys by which the format is recognised
+    lay_out: Callable[
+        [Mapping[object, object]], Layout
+    ]  # content of a file -> location of its parts
+    signs: frozenset[str]  # keys that identify the format
 
     def recognises(self, content: Mapping[object, object]) -> bool:
-        """Whether a dict has all of its signs."""
+        """Whether a dict has all of these keys."""
         return self.signs <= content.keys()
 
     @refusing_sample()
     def verify(self, file: Path) -> None:
-        """Read every byte of a sample and compare it with its checksum."""
+        """Verify the checksums of a sample."""
         with Archive(file) as archive:
             archive.verify()
 
     @refusing_sample()
     def read_sample(self, file: Path) -> Sample:
-        """Read a sample: ids and mask into memory, hidden states when they are used.
+        """Read a sample: ids and mask into memory, hidden states on use.
 
         Raises:
             BadSampleError: The file is not a sample of this format.
@@ -121,7 +123,7 @@ class SampleFormat(Format):
 
     @refusing_sample()
     def read_tokens(self, file: Path) -> SampleTokens:
-        """Read header, ids and mask of a sample; hidden states are not touched.
+        """Read header, ids and mask of a sample, without its hidden states.
 
         Raises:
             BadSampleError: The file is not a sample of this format.
@@ -151,7 +153,7 @@ class SampleFormat(Format):
         """
         content = archive.content
         if not isinstance(content, dict):
-            raise BadSampleError(f"holds {_kind(content)}, not a dict of tensors")
+            raise BadSampleError(f"is {_kind(content)}, not a dict of tensors")
         _refuse_foreign(content, self.name)
         layout = self.lay_out(content)
         _check(layout, archive.num_bytes)
@@ -161,16 +163,16 @@ class SampleFormat(Format):
 
 
 def late_layer_ids(num_verifier_layers: int) -> tuple[int, ...]:
-    """The aux layers that the generators of `.pt` samples captured."""
+    """Return the default aux layers of the generators of `.pt` samples."""
     n = num_verifier_layers
     return (3, n // 2 + 1, n - 2)
 
 
 def get_tensor(content: Mapping[object, object], key: str, num_dimensions: int = 1) -> TensorSpec:
-    """The tensor under a key, without leading dimensions of 1 beyond those it is to have.
+    """Return the tensor of a key, without additional leading dimensions of size 1.
 
     Raises:
-        BadSampleError: The key is missing, or does not hold a tensor.
+        BadSampleError: The key is missing, or not a tensor.
     """
     if key not in content:
         raise BadSampleError(f"has no `{key}`; found {_names(content)}")
@@ -183,10 +185,10 @@ def get_tensor(content: Mapping[object, object], key: str, num_dimensions: int =
 def split_columns(
     content: Mapping[object, object], key: str, last: TensorSpec, last_key: str
 ) -> list[TensorSpec]:
-    """The layers that lie side by side in one matrix, each as wide as the last hidden states.
+    """Split one matrix into its layers, each as wide as the last hidden states.
 
     Raises:
-        BadSampleError: There is no such matrix.
+        BadSampleError: The sizes do not match.
     """
     aux = get_tensor(content, key, 2)
     if len(aux.shape) != 2 or len(last.shape) != 2:
@@ -203,7 +205,7 @@ def split_columns(
 
 
 def _refuse_foreign(content: Mapping[object, object], name: str) -> None:
-    """Refuse, by name, samples of other formats and what other tools write."""
+    """Reject samples of other formats and of other tools, with a specific message."""
     # The table imports this module.
     from speculators_cli.core.data.formats import FORMATS
 
@@ -211,13 +213,13 @@ def _refuse_foreign(content: Mapping[object, object], name: str) -> None:
     if found != name:
         raise BadSampleError(f"is a {found} sample, read as {name}", other_format=found)
     if "token_ids" in content and "input_ids" not in content:
-        raise BadSampleError("has `token_ids` in place of `input_ids`: another tool's format")
+        raise BadSampleError("has `token_ids` instead of `input_ids`, as in another tool's format")
     if content and all(isinstance(key, int) for key in content):
         raise BadSampleError("is a table of token counts, not a sample")
 
 
 def _check(layout: Layout, file_bytes: int) -> None:
-    """Check types and shapes, and that the parts together are no larger than the file."""
+    """Check types and shapes, and that the parts together are not larger than the file."""
     _check_tokens(layout)
     num_tokens = layout.input_ids.shape[0]
     last = layout.hidden_states[-1]
@@ -261,7 +263,7 @@ def _read_tokens(archive: Archive, layout: Layout) -> tuple[NDArray[np.int64], N
     input_ids = archive.read(layout.input_ids).astype(np.int64)
     mask = archive.read(layout.loss_mask)
     if mask.dtype == np.bool_:
-        mask = mask.view(np.uint8)  # a byte of 2 is neither
+        mask = mask.view(np.uint8)  # other bytes than 0 and 1 are invalid
     is_supervised: NDArray[np.bool_] = mask == 1
     if not (is_supervised | (mask == 0)).all():
         raise BadSampleError("has values other than 0 and 1 in `loss_mask`")
@@ -285,4 +287,4 @@ def _kind(value: object) -> str:
 
 def _names(content: Mapping[object, object]) -> str:
     names = [f"`{key[:40]}`" for key in content if isinstance(key, str)]
-    return ", ".join(names[:8]) or "no names at all"
+    return ", ".join(names[:8]) or "no keys"

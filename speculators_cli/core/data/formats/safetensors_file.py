@@ -1,7 +1,7 @@
-"""A `.safetensors` file as a directory of tensors: described first, read only when wanted.
+"""A `.safetensors` file as a directory of tensors, which are read on use.
 
-Eight bytes with the length of a JSON object, the object, then the bytes of all tensors without a
-gap. The library of that name maps files into memory, which a file that shrinks does not survive.
+The format: eight bytes with the length of a JSON object, the object, then the bytes of all tensors
+without gaps. The safetensors library memory-maps files, which crashes if a file shrinks.
 """
 
 import json
@@ -46,35 +46,35 @@ DTYPES = {
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """A tensor as the header describes it."""
+    """A tensor as described in the header."""
 
-    kind: str  # its type, as the header has it
+    kind: str  # its dtype, as in the header
     shape: tuple[int, ...]
-    start: int  # of its bytes, in the file
+    start: int  # offset of its bytes in the file
     end: int
 
     @property
     def dtype(self) -> str:
-        """Its type as torch has it, a key of `ITEM_BYTES`; empty if torch has none."""
+        """Its dtype in torch, a key of `ITEM_BYTES`; empty if torch does not have it."""
         return DTYPES.get(self.kind, "")
 
 
 class SafetensorsFile:
-    """An open `.safetensors` file, of which the header was read and checked.
+    """An open `.safetensors` file, with its header read and checked.
 
     Raises:
-        BadSampleError: It is no such file, or cut.
+        BadSampleError: It is not a safetensors file, or truncated.
         OSError: It cannot be opened.
     """
 
     def __init__(self, file: Path) -> None:
         self.source = OpenFile(open_regular(file), file)
-        self._is_lent = False  # states are read from it later
+        self._is_lent = False  # states are still to be read from it
         try:
             self.tensors = _read_header(self.source)
         except (ValueError, TypeError, LookupError, RecursionError, struct.error) as error:
             self.source.close()
-            raise BadSampleError(f"is no safetensors file: {_explain(file, error)}") from None
+            raise BadSampleError(f"is not a safetensors file: {_explain(file, error)}") from None
 
     def __enter__(self) -> Self:
         return self
@@ -85,13 +85,13 @@ class SafetensorsFile:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        """Close the file, unless states are left to be read: it is closed with them."""
+        """Close the file, unless states are still to be read: it is closed with them."""
         if error is not None or not self._is_lent:
             self.source.close()
 
     @refusing_sample()
     def read(self, name: str) -> NDArray[Any]:
-        """Read a tensor of a type that NumPy has into memory."""
+        """Read a tensor of a NumPy dtype into memory."""
         tensor = self.tensors[name]
         data = self.source.read(tensor.start, tensor.end - tensor.start)
         if len(data) != tensor.end - tensor.start:
@@ -99,7 +99,7 @@ class SafetensorsFile:
         return np.frombuffer(data, tensor.dtype).reshape(tensor.shape)
 
     def states(self, name: str, layer: int) -> StoredStates:
-        """One layer of a tensor [seq_len, layers, hidden], to be read when it is used."""
+        """Return one layer of a tensor [seq_len, layers, hidden], to be read on use."""
         self._is_lent = True
         tensor = self.tensors[name]
         rows, num_layers, width = tensor.shape
@@ -109,7 +109,7 @@ class SafetensorsFile:
 
 
 def _explain(file: Path, error: Exception) -> str:
-    """What stands in the place of a safetensors file, or what is damaged in it."""
+    """Describe what is in the file instead of a safetensors file, or what is damaged in it."""
     try:
         check_content(file)
     except UnreadableError as unreadable:
@@ -122,10 +122,10 @@ def _read_header(source: OpenFile) -> dict[str, StoredTensor]:
     (num_bytes,) = LENGTH.unpack(source.read(0, LENGTH.size))
     first = LENGTH.size + num_bytes
     if num_bytes > MAX_HEADER_BYTES or first > source.num_bytes:
-        raise ValueError("its header is larger than it may be")
+        raise ValueError("its header is too large")
     header = json.loads(source.read(LENGTH.size, num_bytes))
     if not isinstance(header, dict):
-        raise ValueError("its header is no object")
+        raise ValueError("its header is not an object")
     header.pop(METADATA, None)
     tensors = {name: _read_tensor(entry, first) for name, entry in header.items()}
     end = first
@@ -134,7 +134,7 @@ def _read_header(source: OpenFile) -> dict[str, StoredTensor]:
             raise ValueError("its tensors overlap or leave gaps")
         end = tensor.end
     if end != source.num_bytes:
-        raise ValueError(f"it has {source.num_bytes:,} bytes, its header describes {end:,}")
+        raise ValueError(f"it has {source.num_bytes:,} bytes, but its header describes {end:,}")
     return tensors
 
 
@@ -142,7 +142,7 @@ def _read_tensor(entry: Any, first: int) -> StoredTensor:
     start, end = entry["data_offsets"]
     shape, kind = entry["shape"], entry["dtype"]
     if not all(type(size) is int and 0 <= size < 2**63 for size in (*shape, start, end)):
-        raise ValueError("a size in its header is none")
+        raise ValueError("its header has an invalid size")
     item_bytes = ITEM_BYTES.get(DTYPES.get(kind, ""))
     if end < start or (item_bytes is not None and prod(shape) * item_bytes != end - start):
         raise ValueError("a tensor in its header has another size than its data")

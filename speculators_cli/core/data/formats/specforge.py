@@ -13,7 +13,7 @@ from speculators_cli.core.data.formats.format import (
 def lay_out(content: Mapping[object, object]) -> Layout:
     """Find the parts: `aux_hidden_state` [seq_len, aux*hidden], `hidden_state` [seq_len, hidden].
 
-    `hidden_state` are the last hidden states here, and the aux ones in v0.
+    `hidden_state` has the last hidden states here, and the aux ones in v0.
 
     Raises:
         BadSampleError: A part is missing.

@@ -1,7 +1,7 @@
-"""Upstream speculators since 0.5: `hs_{i}.safetensors`, and row `i` of an Arrow table for its mask.
+"""Upstream speculators since 0.5: `hs_{i}.safetensors`, with its mask in row `i` of an Arrow table.
 
-The table is what `datasets` saves to disk, in the folder of the states or in the one above. Last
-hidden states are from before the verifier's final norm.
+The table is saved by `datasets`, in the folder of the states or in its parent. Last hidden states
+are from before the verifier's final norm.
 """
 
 import re
@@ -39,7 +39,7 @@ class SpeculatorsFormat(Format):
     """Reads samples whose states and masks are in different files, without checksums."""
 
     def stamp_beside(self, folder: Path) -> str:
-        """Sizes and moments of the files of the Arrow table."""
+        """Return sizes and mtimes of the files of the Arrow table."""
         table_dir = _find_table(folder)
         if table_dir is None:
             return ""
@@ -48,10 +48,10 @@ class SpeculatorsFormat(Format):
         return " ".join(f"{stat.st_size}:{stat.st_mtime_ns}" for stat in stats)
 
     def read_sample(self, file: Path) -> Sample:
-        """Read a sample: ids and mask into memory, hidden states when they are used.
+        """Read a sample: ids and mask into memory, hidden states on use.
 
         Raises:
-            BadSampleError: The file, or its row of the table, is not a sample.
+            BadSampleError: The file or its row of the table is not a sample.
             MachineError: pyarrow is not installed.
             OSError: It cannot be opened.
         """
@@ -74,10 +74,10 @@ class SpeculatorsFormat(Format):
         )
 
     def read_tokens(self, file: Path) -> SampleTokens:
-        """Read header, ids and mask of a sample; hidden states are not touched.
+        """Read header, ids and mask of a sample, without its hidden states.
 
         Raises:
-            BadSampleError: The file, or its row of the table, is not a sample.
+            BadSampleError: The file or its row of the table is not a sample.
             MachineError: pyarrow is not installed.
             OSError: It cannot be opened.
         """
@@ -107,7 +107,7 @@ def _read_tokens(file: Path, tensors: SafetensorsFile) -> SampleTokens:
 
 
 def _fingerprint(tensors: SafetensorsFile, *tokens: NDArray[Any]) -> str:
-    """Changes with ids, mask, header and parts of the hidden states: there is no checksum."""
+    """Hash ids, mask, header and parts of the hidden states: there is no checksum."""
     digest = sha256()
     for array in tokens:
         digest.update(array.tobytes())
@@ -116,7 +116,7 @@ def _fingerprint(tensors: SafetensorsFile, *tokens: NDArray[Any]) -> str:
 
 
 def _check_states(tensors: SafetensorsFile) -> tuple[int, int, int]:
-    """Tokens, layers and hidden size of the states, checked; nothing of them is read."""
+    """Check the states without reading them; return tokens, layers and hidden size."""
     names = tensors.tensors.keys()
     missing = [name for name in (STATES, TOKENS) if name not in names]
     if missing:
@@ -141,33 +141,33 @@ def _check_states(tensors: SafetensorsFile) -> tuple[int, int, int]:
 
 
 def _read_mask(file: Path, token_ids: NDArray[np.int64]) -> NDArray[np.bool_]:
-    """The loss mask of the sample's row, whose ids must be those of the states."""
+    """Read the loss mask of the sample's row, whose ids must equal those of the states."""
     match = NAME.fullmatch(file.name)
     if match is None:
-        raise BadSampleError("is not named `hs_` and the number of a row")
+        raise BadSampleError("has no row number in its name, expected `hs_` and a number")
     row = int(match[1])
     folder = _find_table(file.parent)
     if folder is None:
-        raise BadSampleError("has no Arrow table beside it or in the folder above")
+        raise BadSampleError("has no Arrow table in its folder or in the parent folder")
     table = _open_table(folder)
     if row >= table.num_rows:
-        raise BadSampleError(f"has no row: `{folder}` has {table.num_rows:,} of them")
+        raise BadSampleError(f"has no row in `{folder}`, which has {table.num_rows:,} rows")
     if not np.array_equal(table.input_ids[row], token_ids):
-        raise BadSampleError(f"has other tokens than row {row:,} of the Arrow table")
+        raise BadSampleError(f"has different tokens than row {row:,} of the Arrow table")
     mask = table.loss_mask[row]
     is_supervised: NDArray[np.bool_] = mask == 1
     if mask.shape != token_ids.shape or not (is_supervised | (mask == 0)).all():
-        raise BadSampleError(f"has no loss mask of zeros and ones in row {row:,} of the table")
+        raise BadSampleError(f"has an invalid loss mask in row {row:,} of the table")
     return is_supervised
 
 
 def _find_table(folder: Path) -> Path | None:
-    """The folder of the table whose samples lie in a folder: the same, or the one above."""
+    """Return the folder of the table of the samples in a folder: the same, or its parent."""
     return next((x for x in (folder, folder.parent) if (x / STATE_FILE).exists()), None)
 
 
 def _open_table(folder: Path) -> TokenTable:
-    """The Arrow table in a folder, read once, whichever thread is the first.
+    """Open the Arrow table in a folder, which is read once over all threads.
 
     Raises:
         BadSampleError: It cannot be read.
@@ -182,7 +182,7 @@ def _open_table(folder: Path) -> TokenTable:
 
 @lru_cache(maxsize=64)
 def _read_once(folder: Path) -> TokenTable | str:
-    """A table, or why it cannot be read: each of its samples would read it again."""
+    """Read a table, or return why it cannot be read, so that it is tried only once."""
     try:
         return read_table(folder)
     except BadSampleError as error:

@@ -1,4 +1,4 @@
-"""Format v1: a list of layers, the last of them before the final norm unless it says otherwise."""
+"""Format v1: a list of layers, the last of them before the final norm unless marked otherwise."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -21,35 +21,35 @@ from speculators_cli.core.torch_file.structure import TensorSpec
 if TYPE_CHECKING:
     from torch import Tensor
 
-IS_NORMED = "last_hidden_state_is_normed"  # our own key: absent means False
-ROWS_AT_ONCE = 1024  # tokens written at once
+IS_NORMED = "last_hidden_state_is_normed"  # key of this package: absent means False
+ROWS_AT_ONCE = 1024  # tokens written at a time
 
 
 def lay_out(content: Mapping[object, object]) -> Layout:
     """Find the parts: `hidden_states`, a list of [seq_len, hidden], aux layers first.
 
     Raises:
-        BadSampleError: A part is missing, or is not what it should be.
+        BadSampleError: A part is missing or invalid.
     """
     input_ids, loss_mask = get_tensor(content, "input_ids"), get_tensor(content, "loss_mask")
     layers = content.get("hidden_states")
     if not isinstance(layers, list | tuple):
-        get_tensor(content, "hidden_states")  # names what is missing
-        raise BadSampleError("has one tensor as `hidden_states`, expected a list of layers")
+        get_tensor(content, "hidden_states")  # raises for missing or non-tensor values
+        raise BadSampleError("has a single tensor as `hidden_states`, expected a list of layers")
     specs = [layer for layer in layers if isinstance(layer, TensorSpec)]
     if len(specs) != len(layers) or len(specs) < 2:
         raise BadSampleError(
             f"has {len(specs):,} tensors among the {len(layers):,} entries of `hidden_states`, "
-            "expected two or more tensors and nothing else"
+            "expected two or more tensors only"
         )
     is_normed = content.get(IS_NORMED, False)
     if not isinstance(is_normed, bool | TensorSpec):
-        raise BadSampleError(f"has no truth value as `{IS_NORMED}`")
+        raise BadSampleError(f"has no boolean as `{IS_NORMED}`")
     return Layout(input_ids, loss_mask, tuple(spec.without_batch(2) for spec in specs), is_normed)
 
 
 def write_sample(sample: Sample, file: Path) -> None:
-    """Write a sample, so that the file is absent, as it was, or whole."""
+    """Write a sample atomically."""
     layers = (*sample.aux_hidden_states, sample.last_hidden_states)
     with replacing(file) as temporary, temporary.open("wb") as stream:
         writer = ArchiveWriter(stream)
@@ -69,7 +69,7 @@ def finish(
     *,
     is_normed: bool,
 ) -> None:
-    """Write ids, mask and what the file holds, once its hidden states are written."""
+    """Write ids, mask and metadata, once the hidden states are written."""
     content: dict[str, object] = {
         "input_ids": writer.add([input_ids.tobytes()], "int64", input_ids.shape),
         "loss_mask": writer.add([loss_mask.tobytes()], "bool", loss_mask.shape),
@@ -83,7 +83,7 @@ def finish(
 def write_rows(
     writer: ArchiveWriter, rows: Iterable["Tensor"], dtype: str, shape: Sequence[int]
 ) -> TensorSpec:
-    """Write hidden states [seq_len, hidden], some tokens at a time, so that few are in memory."""
+    """Write hidden states [seq_len, hidden] in chunks of tokens, to bound memory."""
     import torch
 
     parts = (x.contiguous().view(torch.uint8).flatten().numpy().data for x in rows)
