@@ -52,7 +52,7 @@ class Changes:
 def convert_file(source: Path, target: Path, changes: Changes) -> float:
     """Write the v1 sample of a v0 file, atomically and flushed to disk.
 
-    The aux layers are columns of the one matrix that v0 holds. Last hidden states are kept and
+    The aux layers are columns of one matrix in v0. Last hidden states are kept and
     marked as normed, or divided by the norm weights.
 
     Args:

@@ -49,9 +49,7 @@ def read_functions(corpus: Path) -> tuple[list[Function], list[Function]]:
         try:
             text = file.read_text("utf-8")
             with warnings.catch_warnings():
-                warnings.simplefilter(
-                    "ignore"
-                )  # old escapes, which a filter could turn into errors
+                warnings.simplefilter("ignore")  # invalid escapes: errors in some filters
                 tree = ast.parse(text)
         except (SyntaxError, ValueError):
             continue

@@ -41,7 +41,7 @@ CANNOT_STORE = {
     *(errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT),
     *(errno.ENOTDIR, errno.EISDIR, errno.ENOENT),
 }
-FOLDER_HINT = "Pass a folder that holds `config.json`, or a hub id such as `Qwen/Qwen3-8B`"
+FOLDER_HINT = "Pass a folder with `config.json`, or a hub id such as `Qwen/Qwen3-8B`"
 
 
 class RepoFiles:

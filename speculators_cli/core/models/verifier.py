@@ -224,7 +224,7 @@ def load_frozen_verifier(
     embedding = read_weight(files, names.embedding)
     is_tied = names.head == names.embedding
     head = embedding if is_tied else read_weight(files, names.head)
-    gain, norm_bias = load_final_norm(files, config)
+    norm_weight, norm_bias = load_final_norm(files, config)
     vocab_size = embedding.shape[0]
     head_name = files.find_head(config.modules) or "lm_head.weight"
     head_bias = _read_bias(files, head_name)
@@ -232,7 +232,7 @@ def load_frozen_verifier(
         (names.embedding, embedding, (vocab_size, config.hidden_size)),
         (names.head, head, (vocab_size, config.hidden_size)),
         (_bias_name(head_name), head_bias, (vocab_size,)),
-        (names.norm, gain, (config.hidden_size,)),
+        (names.norm, norm_weight, (config.hidden_size,)),
         (_bias_name(names.norm or ""), norm_bias, (config.hidden_size,)),
     ):
         if tensor is not None and tensor.shape != expected:
@@ -246,7 +246,7 @@ def load_frozen_verifier(
         _compare_tied(files, head_name, embedding, progress or SilentProgress())
     return FrozenVerifier(
         embedding,
-        gain,
+        norm_weight,
         head,
         config,
         norm_bias=norm_bias,
@@ -286,8 +286,8 @@ def load_final_norm(files: VerifierFiles, config: VerifierConfig) -> tuple[Tenso
     if name is None:
         return torch.ones(config.hidden_size), None
     bias = _read_bias(files, name)
-    gain = read_weight(files, name).float() + config.norm_offset
-    return gain, None if bias is None else bias.float()
+    norm_weight = read_weight(files, name).float() + config.norm_offset
+    return norm_weight, None if bias is None else bias.float()
 
 
 def _bias_name(weight: str) -> str:
