@@ -105,7 +105,7 @@ def test_too_little_room_is_told_in_units_that_can_be_read(
         "3.0 GiB",
         "2.0 TiB",
     ]
-    with pytest.raises(MachineError, match=r"has 5\.1 MiB free, x takes 9\.5 MiB"):
+    with pytest.raises(MachineError, match=r"has 5\.1 MiB free, x needs 9\.5 MiB"):
         check_free_space(tmp_path, 10_000_000, what="x", hint="y")
 
 
