@@ -52,7 +52,13 @@ class Scratch:
         self.folder.mkdir(exist_ok=True)
         mark = self.folder / MARK_NAME
         if not mark.exists() or mark.read_bytes() != MARK:
-            mark.write_bytes(MARK)
+            try:
+                mark.write_bytes(MARK)
+            except OSError:  # a full disk
+                with suppress(OSError):
+                    mark.unlink()
+                    self.folder.rmdir()
+                raise
         return self.folder
 
     def clear(self) -> None:

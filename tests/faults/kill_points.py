@@ -67,7 +67,6 @@ def watch(folder: Path, act: Callable[[int, str], None]) -> None:
 
 def kill_in_write(num_bytes: int) -> None:
     """Let the system end this process inside the write that makes a file longer than that."""
-    signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, num_bytes))
 
@@ -86,6 +85,7 @@ def fork(
     if pid:
         return pid
     torch.set_num_threads(1)
+    signal.signal(signal.SIGXFSZ, signal.SIG_DFL)  # here: only the main thread may
     os.environ.update(environment or {})
     changes: list[str] = []
 

@@ -14,6 +14,7 @@ from speculators_cli.core.progress import Progress
 from speculators_cli.core.reading import UnreadableError, read_json_object, refusing
 
 FILE_NAME = "data_config.json"
+FIRST_BYTES = b'{\n  "model": {\n    "target_model_path": '  # of a file by `write_data_config`
 MAX_BYTES = 2**20
 FIX = "Correct the file, or remove it and pass `--target-layer-ids`"
 MAX_SHOWN = 60  # characters of a value

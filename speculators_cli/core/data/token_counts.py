@@ -1,6 +1,7 @@
 """Frequencies of verifier tokens among the targets, counted in samples or read from a file."""
 
 from collections.abc import Sequence
+from io import BytesIO
 from pathlib import Path
 
 import numpy as np
@@ -79,8 +80,11 @@ class TokenCounts:
 def write_token_freq(counts: NDArray[np.int64], file: Path) -> None:
     """Write a `token_freq.pt`: a dict of token id to count, without zeros."""
     ids = np.flatnonzero(counts).tolist()
+    content = BytesIO()
+    torch.save(dict(zip(ids, counts[ids].tolist(), strict=True)), content)
+    # Not by torch itself, whose errors do not tell a full disk.
     with replacing(file) as temporary:
-        torch.save(dict(zip(ids, counts[ids].tolist(), strict=True)), temporary)
+        temporary.write_bytes(content.getvalue())
 
 
 def read_token_freq(files: Sequence[Path], vocab_size: int) -> NDArray[np.int64]:

@@ -4,6 +4,7 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from functools import cached_property
 from hashlib import sha256
+from io import BytesIO
 from pathlib import Path
 
 import numpy as np
@@ -84,8 +85,11 @@ class VocabMap:
     def save(self, d2t_file: Path, t2d_file: Path) -> None:
         """Write both maps, each atomically."""
         for tensor, file in ((self.d2t, d2t_file), (self.t2d, t2d_file)):
-            with replacing(file) as temporary, temporary.open("wb") as stream:
-                np.save(stream, tensor.numpy())
+            content = BytesIO()
+            np.save(content, tensor.numpy())
+            # Not by NumPy itself, which writes half a file to a full disk without an error.
+            with replacing(file) as temporary:
+                temporary.write_bytes(content.getvalue())
 
     @classmethod
     def load(cls, d2t_file: Path, t2d_file: Path) -> "VocabMap":

@@ -1,6 +1,5 @@
 """Rewrite a folder of v0 samples as v1 samples; each file is written completely or not at all."""
 
-import errno
 import os
 import re
 import shutil
@@ -25,8 +24,10 @@ from speculators_cli.core.data.formats import FORMATS
 from speculators_cli.core.data.sample import BadSampleError, Problem
 from speculators_cli.core.errors import DataError, MachineError, SettingsError
 from speculators_cli.core.files import (
+    DISK_ERRORS,
     TEMPORARY,
     check_output_dir,
+    disk_error,
     find_existing,
     format_bytes,
     sync,
@@ -44,9 +45,10 @@ if TYPE_CHECKING:
 # Of the final norm: division by a smaller one amplifies rounding errors a thousandfold.
 MIN_NORM_WEIGHT = 1e-3
 MAX_WORKERS = 4
-LEFTOVER = re.compile(rf"{re.escape(TEMPORARY)}.+\.pt\.\d+(-\d+)?")
+LEFTOVER = re.compile(
+    rf"{re.escape(TEMPORARY)}(.+\.pt|{re.escape(data_config.FILE_NAME)})\.\d+(-\d+)?"
+)
 FIRST_BYTES = b"PK\3\4\0\0\0\x08" + bytes(6)  # of a file by `ArchiveWriter`, which has no date
-DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)  # later files would fail as well
 
 
 @dataclass(frozen=True)
@@ -281,12 +283,14 @@ def count_workers(files: FilesSettings) -> int:
 def remove_leftovers(output_dir: Path) -> None:
     """Remove incomplete files of a killed run, as identified by their contents."""
     for file in output_dir.rglob(f"{TEMPORARY}*"):
-        is_named = LEFTOVER.fullmatch(file.name) is not None
-        if is_named and file.is_file() and not file.is_symlink():
+        match = LEFTOVER.fullmatch(file.name)
+        if match is not None and file.is_file() and not file.is_symlink():
+            is_config = match[1] == data_config.FILE_NAME
+            first = data_config.FIRST_BYTES if is_config else FIRST_BYTES
             with file.open("rb") as stream:
-                start = stream.read(len(FIRST_BYTES))
+                start = stream.read(len(first))
             # A record's data is written before its header: until then, the file begins with zeros.
-            if start == FIRST_BYTES or not start.strip(b"\0"):
+            if first.startswith(start) or not start.strip(b"\0"):
                 file.unlink()
 
 
@@ -312,10 +316,7 @@ def convert_all(
             raise
         except OSError as error:
             pool.shutdown(cancel_futures=True)
-            raise MachineError(
-                f"`{files.output_dir}` cannot be written: {error.strerror}",
-                hint="Free disk space, then rerun the same command to resume",
-            ) from None
+            raise disk_error(files.output_dir, str(error.strerror)) from None
 
 
 def convert_job(job: Job, changes: Changes, *, delete_source: bool) -> float | Problem:

@@ -5,9 +5,6 @@ whoever makes it, Python or a library.
 """
 
 import json
-import resource
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -24,18 +21,8 @@ from speculators_cli.core.files import (
 from speculators_cli.core.progress import SilentProgress
 from speculators_cli.core.training.run import train
 from speculators_cli.core.training.run_folder import RunFolder
+from tests.full_disk import no_file_over
 from tests.tiny import TinyInputs
-
-
-@contextmanager
-def no_file_over(num_bytes: int) -> Iterator[None]:
-    """Refuse to write further into a file than that; Python ignores the signal that says so."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def names(folder: Path) -> set[str]:
