@@ -497,7 +497,7 @@ def test_flags_of_a_plain_draft_are_read_where_engines_look(
         ({"eagle_config": []}, "`eagle_config`.*expected an object"),
         ({"eagle_config": {"use_aux_hidden_state": False}}, "reads no aux hidden states"),
         ({"eagle_config": {"eagle_aux_hidden_state_layer_ids": "1,3,5"}}, "list of layer ids"),
-        ({"architectures": {"0": "LlamaForCausalLMEagle3"}, "draft_vocab_size": None}, "texts"),
+        ({"architectures": {"0": "LlamaForCausalLMEagle3"}, "draft_vocab_size": None}, "strings"),
     ],
 )
 def test_a_plain_config_with_two_meanings_or_none_is_refused(
