@@ -50,24 +50,24 @@ def show(report: "BenchReport", output: Output) -> None:
         ),
         ("speed", format_speed(report.tokens_per_second)),
         ("useful work", _useful(report)),
-        ("waiting for samples", f"{report.data_wait_share:.1%}"),
+        ("waiting for data", f"{report.data_wait_share:.1%}"),
     ]
     if report.peak_memory_bytes is not None:
         rows.insert(4, ("peak memory", format_bytes(report.peak_memory_bytes)))
     if report.launch_ms is not None:
-        rows.append(("launching a step", f"{report.launch_ms:.1f} ms of the host's time"))
+        rows.append(("kernel launches", f"{report.launch_ms:.1f} ms/step on the host"))
     if report.idle_share is not None:
         rows.append(("GPU idle", f"{report.idle_share:.1%}"))
     output.panel(f"{report.verifier}, {report.kernels} kernels", rows)
     if report.split_ms is not None:
         output.table(
-            ("kernels", "ms a step"),
+            ("kernels", "ms/step"),
             [(kind, f"{ms:.1f}") for kind, ms in report.split_ms.items()],
         )
 
 
 def _useful(report: "BenchReport") -> str:
-    text = f"{report.useful_tflop:.2f} TFLOP a step, {report.useful_tflops:,.1f} TFLOP/s"
+    text = f"{report.useful_tflop:.2f} TFLOP per step, {report.useful_tflops:,.1f} TFLOP/s"
     if report.utilisation is not None:
         text += f", {report.utilisation:.0%} of the peak"
     return text

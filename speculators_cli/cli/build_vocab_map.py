@@ -44,6 +44,6 @@ def show(report: "VocabMapReport", what: str, output: Output) -> None:
     output.table(["draft vocabulary", *sizes], [["tokens covered", *shares]])
     if report.probability_mass is not None:
         output.line(
-            f"The verifier gives these tokens {report.probability_mass:.1%} of its probability: "
-            "sampled draft tokens cannot be accepted more often"
+            f"Verifier probability within the draft vocabulary: {report.probability_mass:.1%}, "
+            "an upper bound of the acceptance rate when sampling"
         )

@@ -51,12 +51,12 @@ def show(report: "ConversionReport", output_dir: str, output: Output) -> None:
         f"({rate}); last hidden states {states}"
     )
     if report.num_already_converted:
-        output.line(f"{report.num_already_converted:,} had been converted before")
+        output.line(f"{report.num_already_converted:,} were already converted")
     if report.num_sources_removed:
         output.line(f"Removed {report.num_sources_removed:,} v0 files")
     if report.largest_round_trip_error is not None:
         error = report.largest_round_trip_error
-        output.line(f"The norm applied again is off by {error:.1e} of a token's largest value")
+        output.line(f"Round-trip error of the final norm: {error:.1e} of a token's largest value")
     output.line(describe_layer_ids(report))
     for problem in report.problems[:MAX_NAMED]:
         output.line(f"  `{problem.file}` {problem.problem}")
@@ -69,6 +69,6 @@ def show(report: "ConversionReport", output_dir: str, output: Output) -> None:
 def describe_layer_ids(report: "ConversionReport") -> str:
     """The line on the verifier layers of the samples."""
     if report.layer_ids is None:
-        return "Layer ids unknown; `speculators train` will assume and name them"
+        return "Layer ids unknown: `speculators train` assumes them, with a warning"
     assumed = " (assumed)" if report.are_layer_ids_assumed else ""
     return f"Layer ids {','.join(map(str, report.layer_ids))}{assumed}"

@@ -37,11 +37,11 @@ def show(report: "DemoReport", output: Output) -> None:
     """Write what the demo found, and how to do the same with data of one's own."""
     before, after = report.untrained, report.trained
     output.line()
-    output.line("Acceptance rate of each draft token, on prompts that nothing was captured from:")
+    output.line("Acceptance rate of each draft token, on held-out prompts:")
     pairs = zip(before.acceptance_rates, after.acceptance_rates, strict=True)
     rates = [(str(k), f"{old:.2f}", f"{new:.2f}") for k, (old, new) in enumerate(pairs, 1)]
     output.table(("position", "before training", "after training"), rates)
-    output.line("One answer; what the draft wrote and the verifier accepted stands in «»:")
+    output.line("One answer, with the accepted draft tokens in «»:")
     output.line()
     output.marked([(report.sample_prompt, False), *report.sample])
     output.line()
@@ -51,7 +51,7 @@ def show(report: "DemoReport", output: Output) -> None:
     rows = [
         (
             "acceptance length",
-            f"{after.acceptance_length:.2f} tokens a verifier pass, "
+            f"{after.acceptance_length:.2f} tokens per verifier pass, "
             f"{before.acceptance_length:.2f} before training",
         ),
         ("tokens drafted", f"{num_drafted:,}, {sum(after.num_accepted):,} of them accepted"),
@@ -60,7 +60,7 @@ def show(report: "DemoReport", output: Output) -> None:
     ]
     output.panel("Demo", rows)
     settings_file = report.output_dir / "checkpoints" / "settings.json"
-    output.line("Stage 3 by itself, then stages 2 and 3 for a verifier of your own:")
+    output.line("Repeat stage 3, then run stages 2 and 3 for a verifier of your own:")
     output.line(f"  speculators train --config {settings_file} --save-path again")
     output.line("  speculators build-vocab-map --verifier-name-or-path ID --data-path SAMPLES")
     output.line("  speculators train --verifier-name-or-path ID --data-path SAMPLES")

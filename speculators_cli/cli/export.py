@@ -44,12 +44,12 @@ def show(report: "ExportReport", output: Output) -> None:
         output.line("Not verified")
     else:
         output.line(
-            f"Reloaded: names, shapes and values as they should be; logits off by "
-            f"{report.verification.logit_error:.1e} of their size, same best token at "
-            f"{report.verification.argmax_agreement:.0%} of positions"
+            f"Verified: names, shapes and values match; relative logit error "
+            f"{report.verification.logit_error:.1e}, top-1 agreement "
+            f"{report.verification.argmax_agreement:.0%}"
         )
     if report.is_verifier_checked:
-        output.line(f"Fits verifier `{report.verifier}`")
+        output.line(f"Matches verifier `{report.verifier}`")
     if report.advice is not None:
         output.line(report.advice.sentence)
     if report.pushed_to is not None:

@@ -69,8 +69,8 @@ def show(report: "InspectionReport", name: str, output: Output) -> None:
     if report.layer_rms:
         scales = "  ".join(f"{rms:.3g}" for rms in report.layer_rms)
         output.line(
-            f"Scale of each layer, the last one last: {scales} "
-            f"(root mean square, {report.num_samples_looked_at:,} samples)"
+            f"Root mean square of each layer, last hidden states last: {scales} "
+            f"({report.num_samples_looked_at:,} samples)"
         )
     if report.agreement is not None:
         output.line(
@@ -79,7 +79,7 @@ def show(report: "InspectionReport", name: str, output: Output) -> None:
             f"{report.agreement.num_positions:,} positions"
         )
     if not report.problems:
-        output.line("Found no problem")
+        output.line("No problems found")
         return
     noun = "problem" if len(report.problems) == 1 else "problems"
     output.line(f"Found {len(report.problems):,} {noun}")

@@ -77,7 +77,7 @@ def train(
     else:
         output.panel("Dry run" if dry_run else "Trained", _rows(report))
     if report.was_already_finished:
-        output.hint("The run was already finished; raise `--epochs` to train on")
+        output.hint("Raise `--epochs` to train further: the run was already finished")
 
 
 def _rows(report: Any) -> list[tuple[str, str]]:

@@ -18,15 +18,15 @@ def show_plan(settings: TrainSettings, output: Output, *, num_ranks: int | None)
     if output.is_json:
         output.result("train", {"plan": found.to_json()})
         return
-    unknown = "estimated for the fast kernels on a GPU alone"
+    unknown = "only estimated for the fast kernels on a GPU"
     rows = [
-        ("samples", f"{found.num_samples:,}, {found.num_validation_samples:,} to validate on"),
+        ("samples", f"{found.num_samples:,}, {found.num_validation_samples:,} for validation"),
         (
             "tokens",
-            f"{found.tokens_per_epoch:,} predicted an epoch, "
+            f"{found.tokens_per_epoch:,} predicted per epoch, "
             f"{found.supervised_fraction:.0%} supervised",
         ),
-        ("steps", f"{found.total_steps:,}, {found.steps_per_epoch:,} an epoch"),
+        ("steps", f"{found.total_steps:,}, {found.steps_per_epoch:,} per epoch"),
         ("draft", f"{found.num_parameters / 1e6:,.1f}M parameters"),
         ("time", format_duration(found.seconds) if found.seconds else unknown),
         ("memory", _memory(found.memory_bytes_per_gpu, found.gpu_memory_bytes) or unknown),

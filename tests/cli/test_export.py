@@ -139,7 +139,7 @@ def test_the_card_and_the_provenance_say_where_it_comes_from(
     assert "license: mit" in card
     assert "base_model: example/verifier" in card
     assert f"vllm serve {tmp_path / 'served'}" in card
-    assert f"{state['metrics']['acceptance_length']:.2f} tokens a verifier pass" in card
+    assert f"{state['metrics']['acceptance_length']:.2f} tokens per verifier pass" in card
     assert provenance["training"]["data_hash"] == state["data_hash"]
     assert provenance["training"]["settings"]["optimizer"]["lr"] == 3e-3
     assert "save_path" not in json.dumps(provenance)

@@ -72,7 +72,7 @@ def test_the_page_for_people_has_the_same(tiny: TinyInputs, capsys: Capture) -> 
     assert code == 0
     assert "24 samples, format v1, 3 aux layers, hidden size 24, float32" in out
     assert "supervised tokens" in out
-    assert "Found no problem" in out
+    assert "No problems found" in out
 
 
 EDITS: dict[str, tuple[Callable[[Content], object], str]] = {
