@@ -45,7 +45,7 @@ def test_samples_from_disk_are_trained_on(
     out, _ = capsys.readouterr()
     assert code == 0
     assert f"{kernels} kernels" in out
-    assert "waiting for samples" in out
+    assert "waiting for data" in out
 
 
 def test_samples_of_another_size_are_refused(

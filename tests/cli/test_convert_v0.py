@@ -573,7 +573,7 @@ def test_nothing_is_written_through_a_link(tiny: TinyInputs, v0_dir: Path, capsy
         (["v0", "--output-dir", "v1", "--undo-norm"], 2, "needs `--verifier-name-or-path`"),
         (["v0", "--output-dir", "v1", "--dtype", "int8"], 2, "`--dtype`"),
         (["v0", "--output-dir", "v1", "--target-layer-ids", "5,3"], 2, "strictly ascending"),
-        (["v0", "--output-dir", "v1", "--target-layer-ids", "3,5"], 3, "hold 3 aux layers"),
+        (["v0", "--output-dir", "v1", "--target-layer-ids", "3,5"], 3, "have 3 aux layers"),
         (["data", "--output-dir", "v1"], 3, "is a v1 sample, read as v0"),
         (["empty", "--output-dir", "v1"], 3, "holds no samples"),
     ],
