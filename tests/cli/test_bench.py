@@ -12,6 +12,8 @@ from speculators_cli.core.training.trainer import Trainer
 from tests.drafts import KERNELS
 from tests.tiny import TinyInputs
 
+# As small as its kernels allow: the interpreter takes its time for each row.
+SEQ_LENS = {"plain": "64", "fast": "16"}
 SMALL = ["--draft-vocab-size", "30", "--total-seq-len", "64", "--steps", "2", "--warmup-steps", "1"]
 
 
@@ -39,6 +41,7 @@ def test_samples_from_disk_are_trained_on(
     kernels: str, tiny: TinyInputs, capsys: pytest.CaptureFixture[str]
 ) -> None:
     flags = ["--verifier-name-or-path", str(tiny.verifier_dir), "--device", "cpu", *SMALL]
+    flags += ["--total-seq-len", SEQ_LENS[kernels]]
 
     code = run(["bench", *flags, "--data-path", str(tiny.data_dir), "--kernels", kernels])
 
@@ -88,7 +91,7 @@ def test_a_short_sequence_is_supervised_as_asked(
 def test_more_steps_than_tokens_are_timed(tiny: TinyInputs) -> None:
     flags = ["--verifier-name-or-path", str(tiny.verifier_dir), "--device", "cpu", *SMALL]
 
-    assert run(["bench", *flags, "--ttt-steps", "100"]) == 0
+    assert run(["bench", *flags, "--total-seq-len", "16", "--ttt-steps", "20"]) == 0
 
 
 @pytest.mark.parametrize(

@@ -28,7 +28,7 @@ from speculators_cli.core.evaluation.draft_and_verify import EvaluationReport
 from speculators_cli.core.progress import SilentProgress
 from speculators_cli.core.training.report import TrainReport
 from speculators_cli.core.training.run import train
-from tests.cache_free import CacheFreeDraft, draft_and_verify, load_verifier
+from tests.cache_free_draft_and_verify import CacheFreeDraft, draft_and_verify, load_verifier
 from tests.tiny import TinyInputs
 
 Capture = pytest.CaptureFixture[str]

@@ -27,7 +27,7 @@ def train(tiny: TinyInputs, save_path: Path, *, num_ranks: int, **changes: objec
 
 
 def largest_difference(one: Path, other: Path) -> float:
-    """Of all weights, relative to the largest change that training made."""
+    """The largest absolute difference of any weight."""
     a, b = load_file(one / "model.safetensors"), load_file(other / "model.safetensors")
     assert a.keys() == b.keys()
     return max((a[name].double() - b[name].double()).abs().max().item() for name in a)
@@ -65,7 +65,7 @@ def test_two_ranks_with_fast_kernels_equal_one_with_plain_ones(
     tiny: TinyInputs, tmp_path: Path, device: str
 ) -> None:
     one, two = tmp_path / "one", tmp_path / "two"
-    same = {"device": device, "compute_dtype": "float32", "max_steps": 2, "total_seq_len": 32}
+    same = {"device": device, "compute_dtype": "float32", "max_steps": 2, "total_seq_len": 16}
     same["noise_std"] = 0  # devices and kernels draw different numbers
 
     train(tiny, one, num_ranks=1, kernels="plain", gradient_accumulation_steps=2, **same)

@@ -18,7 +18,7 @@ from speculators_cli.core.algorithms.eagle3.config import Eagle3Config
 from speculators_cli.core.algorithms.overrides import Overrides
 from speculators_cli.core.drafts.trained_draft import TrainedDraft, read_draft
 from speculators_cli.core.models.attention import CausalMemory
-from tests.vllm.drafts import RESIDUAL_OFF, Variant, export, train
+from tests.vllm.exported_drafts import RESIDUAL_OFF, Variant, export, train
 
 pytestmark = pytest.mark.sglang
 

@@ -13,7 +13,7 @@ BENCHMARKS = Path(__file__).parents[2] / "docs" / "benchmarks"
 
 @pytest.mark.skipif(find_spec("triton") is None, reason="needs Triton")
 def test_each_part_of_the_fast_step_is_timed() -> None:
-    flags = "--shape smollm2-135m --total-seq-len 48 --draft-vocab-size 200"
+    flags = "--shape smollm2-135m --total-seq-len 16 --draft-vocab-size 200"
 
     done = subprocess.run(
         [sys.executable, BENCHMARKS / "parts.py", *flags.split()],

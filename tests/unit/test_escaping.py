@@ -15,7 +15,7 @@ from speculators_cli.core.export.licence import read_licence
 from speculators_cli.core.preparation.inspection import describe
 from speculators_cli.core.preparation.inspection_page import write_page
 from speculators_cli.core.preparation.inspection_report import InspectionReport
-from speculators_cli.core.progress import SilentProgress
+from tests.recorded_progress import RecordedProgress
 
 HOSTILE = (
     "</title><script>alert(1)</script>",
@@ -130,16 +130,6 @@ def write_card(folder: Path, front: str) -> str:
     return str(folder)
 
 
-class Warnings(SilentProgress):
-    """Keeps what it is warned of."""
-
-    def __init__(self) -> None:
-        self.messages: list[str] = []
-
-    def warn(self, message: str, *, hint: str | None = None) -> None:
-        self.messages.append(f"{message} ({hint})")
-
-
 @pytest.mark.parametrize(
     "front",
     [
@@ -154,17 +144,18 @@ class Warnings(SilentProgress):
 def test_front_matter_that_cannot_be_read_leaves_the_licence_unknown(
     front: str, tmp_path: Path
 ) -> None:
-    progress = Warnings()
+    progress = RecordedProgress()
 
     licence = read_licence(write_card(tmp_path, front), progress)
 
     assert licence == {}
-    assert len(progress.messages) == 1
-    assert "has front matter that " in progress.messages[0]
-    assert "Pass `--license`" in progress.messages[0]
+    assert len(progress.warnings) == 1
+    assert "has front matter that " in progress.warnings[0]
+    assert progress.hints[0] is not None
+    assert "Pass `--license`" in progress.hints[0]
 
 
 def test_a_link_of_a_licence_with_more_than_an_address_is_left_out(tmp_path: Path) -> None:
     front = yaml.safe_dump({"license": "other", "license_link": "https://e.example/\nx: 1"})
 
-    assert read_licence(write_card(tmp_path, front), Warnings()) == {"license": "other"}
+    assert read_licence(write_card(tmp_path, front), RecordedProgress()) == {"license": "other"}

@@ -13,24 +13,15 @@ import pytest
 import speculators_cli
 from speculators_cli import (
     SettingsError,
-    SilentProgress,
-    StepReport,
     TrainReport,
     TrainSettings,
     load_settings,
     train,
 )
+from tests.recorded_progress import RecordedProgress
 from tests.tiny import TinyInputs
 
 PAGE = Path(__file__).parents[2] / "docs" / "reference" / "library.md"
-
-
-class Recorder(SilentProgress):
-    def __init__(self) -> None:
-        self.steps: list[StepReport] = []
-
-    def trained(self, report: StepReport) -> None:
-        self.steps.append(report)
 
 
 def test_every_name_is_there() -> None:
@@ -75,7 +66,7 @@ def test_settings_and_errors_import_no_torch() -> None:
 
 def test_a_run_is_followed_through_progress(tiny: TinyInputs) -> None:
     settings: TrainSettings = tiny.settings(run={"epochs": 1, "max_steps": 2})
-    recorder = Recorder()
+    recorder = RecordedProgress()
 
     report: TrainReport = train(settings, progress=recorder)
 

@@ -16,7 +16,7 @@ from speculators_cli.cli.app import run
 from speculators_cli.core.algorithms.overrides import Overrides
 from speculators_cli.core.drafts.trained_draft import read_draft
 from speculators_cli.core.models.verifier_model import VerifierModel
-from tests.vllm.drafts import (
+from tests.vllm.exported_drafts import (
     RESIDUAL_OFF,
     VARIANTS,
     Questions,

@@ -8,7 +8,7 @@ import pytest
 
 from speculators_cli.core.algorithms.eagle3.config import Eagle3Config
 from speculators_cli.core.export.targets.vllm import NEWEST_TRIED, OLDEST_TRIED, Vllm
-from tests.vllm.drafts import Served
+from tests.vllm.exported_drafts import Served
 from tests.vllm.try_versions import (
     EQUAL,
     NOT_RUN,

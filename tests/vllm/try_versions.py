@@ -17,7 +17,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from tests.vllm.drafts import (
+from tests.vllm.exported_drafts import (
     RESIDUAL_OFF,
     VARIANTS,
     EngineError,

@@ -125,6 +125,11 @@ class BatchLoader:
             first = step * self._per_step
             yield tuple(self._take((epoch, first + i)) for i in range(self._per_step))
 
+    @property
+    def pending(self) -> tuple[Future[Batch], ...]:
+        """Batches that are read ahead, whether they are ready or not."""
+        return tuple(pending.batch for pending in self._ahead)
+
     def close(self) -> None:
         """Stop reading; in-flight reads are discarded."""
         self._ahead.clear()

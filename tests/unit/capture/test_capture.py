@@ -10,7 +10,7 @@ from speculators_cli.core.data.formats import FORMATS
 from speculators_cli.core.demo.demo import VERIFIER_DIR, read_prompts
 from speculators_cli.core.models.verifier_model import VerifierModel
 from speculators_cli.core.progress import SilentProgress
-from tests.cache_free import load_verifier
+from tests.cache_free_draft_and_verify import load_verifier
 
 LAYER_IDS = (2, 4, 5)
 

@@ -18,16 +18,7 @@ from speculators_cli.core.data.sample import ChangedSampleError, SampleTokens
 from speculators_cli.core.data.source import split
 from speculators_cli.core.errors import DataError
 from speculators_cli.core.progress import SilentProgress
-
-
-class Warnings(SilentProgress):
-    """Keeps what a run warns of."""
-
-    def __init__(self) -> None:
-        self.texts: list[str] = []
-
-    def warn(self, text: str, hint: str | None = None) -> None:  # noqa: ARG002
-        self.texts.append(text)
+from tests.recorded_progress import RecordedProgress
 
 
 def write(
@@ -159,12 +150,12 @@ def test_a_folder_that_cannot_be_listed_is_named(
 def test_samples_without_a_token_to_predict_are_named_and_harmless(tmp_path: Path) -> None:
     for number, num_tokens in enumerate([6, 1, 0, 2]):
         write(tmp_path / f"data_{number}.pt", num_tokens=num_tokens)
-    warnings = Warnings()
+    warnings = RecordedProgress()
 
     dataset = read(tmp_path, progress=warnings)
 
     assert dataset.lengths.tolist() == [5, 0, 0, 1]
-    (text,) = warnings.texts
+    (text,) = warnings.warnings
     assert "2 of 4 samples have fewer than two tokens" in text
     assert "data_1.pt` has 1" in text
     assert "data_2.pt` has 0" in text
@@ -315,13 +306,13 @@ def test_small_folders_keep_something_to_train_on(
 def test_odd_sizes_are_left_out_and_named(tmp_path: Path) -> None:
     for number in range(120):
         write(tmp_path / f"data_{number}.pt", hidden=8 if number == 7 else 4)
-    warnings = Warnings()
+    warnings = RecordedProgress()
 
     dataset = read(tmp_path, progress=warnings)
 
     assert (len(dataset), dataset.hidden_size) == (119, 4)
     assert [bad.file.name for bad in dataset.bad] == ["data_7.pt"]
-    assert "has hidden size 8 and 2 aux layers, the others 4 and 2" in warnings.texts[0]
+    assert "has hidden size 8 and 2 aux layers, the others 4 and 2" in warnings.warnings[0]
 
 
 def test_the_limit_of_bad_samples_can_be_set(tmp_path: Path) -> None:

@@ -128,7 +128,7 @@ def test_only_where_asked_a_sequence_is_longer_than_its_samples(
 
 def settle(loader: BatchLoader) -> None:
     """Wait until all that was to be read ahead has been read."""
-    assert not wait([p.batch for p in loader._ahead], timeout=PATIENCE_SECONDS).not_done
+    assert not wait(loader.pending, timeout=PATIENCE_SECONDS).not_done
 
 
 def order_of(loader: BatchLoader, epoch: int) -> list[int]:
@@ -221,7 +221,7 @@ def test_between_validations_nothing_waits_in_memory(opened: list[BatchLoader]) 
     for num_validations in (1, 2):
         list(loader.epoch(0))
 
-        assert not loader._ahead
+        assert not loader.pending
         assert Counter(samples.reads) == dict.fromkeys(range(5), num_validations)
 
 
@@ -238,7 +238,7 @@ def test_reading_ahead_ends_with_the_last_step(max_steps: int, opened: list[Batc
     for _ in islice(steps, max_steps - 1):
         pass
     settle(loader)
-    num_ahead = len(loader._ahead)
+    num_ahead = len(loader.pending)
     next(steps)
     settle(loader)
 
@@ -272,9 +272,9 @@ def test_each_late_batch_deepens_reading_ahead_up_to_its_bound(opened: list[Batc
     depths = {}
     for place in range(18):
         if place in late:
-            depths[place] = len(loader._ahead)
+            depths[place] = len(loader.pending)
         else:
-            wait([pending.batch for pending in islice(loader._ahead, 1)])
+            wait(loader.pending[:1])
         next(steps)
 
     assert depths == late

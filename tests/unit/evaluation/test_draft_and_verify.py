@@ -18,8 +18,8 @@ from speculators_cli.core.models.verifier_model import VerifierModel
 from speculators_cli.core.progress import SilentProgress
 from speculators_cli.core.training.run import train
 from speculators_cli.settings.train import TrainSettings
-from tests.cache_free import CacheFreeDraft, draft_and_verify, load_verifier
-from tests.embedded import write_vocab_map
+from tests.cache_free_draft_and_verify import CacheFreeDraft, draft_and_verify, load_verifier
+from tests.embedded_verifier_map import write_vocab_map
 
 MAX_NEW_TOKENS = 24
 VARIANTS: dict[str, dict[str, dict[str, Any]]] = {

@@ -19,7 +19,7 @@ from speculators_cli.core.models.verifier import (
 )
 from speculators_cli.core.models.verifier_files import VerifierFiles
 from speculators_cli.core.models.verifier_shape import read_verifier_shape
-from speculators_cli.core.progress import SilentProgress
+from tests.recorded_progress import RecordedProgress
 
 SIZES: dict[str, Any] = {
     "hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 2, "num_attention_heads": 6,
@@ -221,17 +221,6 @@ def test_a_family_with_other_logits_is_refused_with_the_reason(family: str, tmp_
         read_verifier_config(VerifierFiles(str(tmp_path)), trust_remote_code=False)
 
 
-class Heard(SilentProgress):
-    """Keeps the warnings."""
-
-    def __init__(self) -> None:
-        self.warnings: list[str] = []
-
-    def warn(self, message: str, *, hint: str | None = None) -> None:
-        assert hint is not None
-        self.warnings.append(message)
-
-
 def change_config(folder: Path, **changes: Any) -> None:
     file = folder / "config.json"
     file.write_text(json.dumps(json.loads(file.read_text("utf-8")) | changes), "utf-8")
@@ -323,7 +312,7 @@ def test_a_tied_head_is_the_embedding_whatever_lm_head_the_files_hold(
     embedding = tensors["model.embed_tokens.weight"]
     head = embedding.clone() if is_same else embedding + 1
     save_file(tensors | {"lm_head.weight": head}, tmp_path / "model.safetensors")
-    progress = Heard()
+    progress = RecordedProgress()
 
     files = VerifierFiles(str(tmp_path))
     config = read_verifier_config(files, trust_remote_code=False)
@@ -334,6 +323,7 @@ def test_a_tied_head_is_the_embedding_whatever_lm_head_the_files_hold(
     assert ["differs from its embedding" in x for x in progress.warnings] == (
         [] if is_same else [True]
     )
+    assert None not in progress.hints
 
 
 def test_an_untied_wrapper_keeps_its_own_head_though_its_class_ties_by_default(

@@ -18,17 +18,8 @@ from speculators_cli.core.drafts.trained_draft import read_draft
 from speculators_cli.core.errors import CheckpointError
 from speculators_cli.core.progress import SilentProgress
 from speculators_cli.core.training.run import train
+from tests.recorded_progress import RecordedProgress
 from tests.tiny import TinyInputs
-
-
-class Warnings(SilentProgress):
-    """Keeps what a run warns of."""
-
-    def __init__(self) -> None:
-        self.texts: list[str] = []
-
-    def warn(self, message: str, *, hint: str | None = None) -> None:  # noqa: ARG002
-        self.texts.append(message)
 
 
 def flip(file: Path) -> None:
@@ -75,11 +66,11 @@ def test_a_damaged_latest_checkpoint_falls_back_to_the_one_before(
 ) -> None:
     damage, reason = DAMAGE[name]
     damage(trained.save_path / "1")
-    warnings = Warnings()
+    warnings = RecordedProgress()
 
     report = train(trained.settings(), progress=warnings)
 
-    (text,) = [text for text in warnings.texts if "is damaged and not resumed" in text]
+    (text,) = [text for text in warnings.warnings if "is damaged and not resumed" in text]
     assert f"`{trained.save_path / '1'}`" in text
     assert re.search(reason, text)
     assert (report.is_resumed, report.was_already_finished) == (True, False)

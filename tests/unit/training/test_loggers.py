@@ -18,6 +18,7 @@ from speculators_cli.core.training import loggers
 from speculators_cli.core.training.loggers import LOGGERS
 from speculators_cli.core.training.loggers.jsonl import JsonlLogger
 from speculators_cli.core.training.run import train
+from tests.recorded_progress import RecordedProgress
 from tests.tiny import TinyInputs
 
 
@@ -125,26 +126,16 @@ class Broken:
         raise RuntimeError("the server is gone")
 
 
-class Warnings(SilentProgress):
-    """Keeps what a run warns of."""
-
-    def __init__(self) -> None:
-        self.texts: list[str] = []
-
-    def warn(self, text: str, *, hint: str | None = None) -> None:  # noqa: ARG002
-        self.texts.append(text)
-
-
 def test_a_logger_that_fails_changes_nothing(
     tiny: TinyInputs, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(loggers.LOGGERS, "tensorboard", Broken)
-    warnings = Warnings()
+    warnings = RecordedProgress()
 
     train(tiny.settings(run={"logger": "tensorboard"}), progress=warnings)
     train(tiny.settings(run={"save_path": tiny.folder / "quiet"}), progress=SilentProgress())
 
-    told = [text for text in warnings.texts if "Logger" in text]
+    told = [text for text in warnings.warnings if "Logger" in text]
     assert told == ["Logger `tensorboard` failed and is left out from here on: the server is gone"]
     ends = [find_checkpoints(path)[-1] for path in (tiny.save_path, tiny.folder / "quiet")]
     weights, expected = (end.read_tensors() for end in ends)

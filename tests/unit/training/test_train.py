@@ -22,21 +22,8 @@ from speculators_cli.core.training.optimizer import Optimizer
 from speculators_cli.core.training.report import TrainReport
 from speculators_cli.core.training.run import build_loader, train
 from speculators_cli.core.training.trainer import Trainer
+from tests.recorded_progress import RecordedProgress
 from tests.tiny import DRAFT_VOCAB, HIDDEN, LAYER_IDS, VOCAB, TinyInputs
-
-
-class Messages(SilentProgress):
-    """Keeps what a run says."""
-
-    def __init__(self) -> None:
-        self.infos: list[str] = []
-        self.warnings: list[str] = []
-
-    def info(self, message: str) -> None:
-        self.infos.append(message)
-
-    def warn(self, message: str, *, hint: str | None = None) -> None:
-        self.warnings.append(f"{message} ({hint})")
 
 
 def run(tiny: TinyInputs, **changes: Any) -> TrainReport:
@@ -165,7 +152,7 @@ def test_resuming_after_an_epoch_equals_going_on(tiny: TinyInputs, tmp_path: Pat
 
     run(tiny, run={"save_path": whole, "epochs": 3}, schedule=flat)
     run(tiny, run={"save_path": halves, "epochs": 1}, schedule=flat)
-    messages = Messages()
+    messages = RecordedProgress()
     settings = tiny.settings(run={"save_path": halves, "epochs": 3}, schedule=flat)
     train(settings, progress=messages)
 
@@ -263,7 +250,7 @@ def test_a_validation_without_a_finite_loss_is_warned_of_and_never_the_best(
         return trainer.state.epoch in bad_epochs
 
     monkeypatch.setattr(Trainer, "validate", validate_badly)
-    messages, best = Messages(), tiny.save_path / "checkpoint_best"
+    messages, best = RecordedProgress(), tiny.save_path / "checkpoint_best"
 
     bad_epochs = {0}
     first = train(tiny.settings(run={"epochs": 1}), progress=messages)
@@ -316,7 +303,7 @@ def test_saving_does_not_count_in_speed_or_waiting(
 
 
 def test_a_broken_sample_is_counted_and_named_once(data_dir: Path, tiny: TinyInputs) -> None:
-    messages = Messages()
+    messages = RecordedProgress()
     file = sorted(data_dir.rglob("*.pt"))[3]
     content = torch.load(file, weights_only=True)
     content["hidden_states"][0][2, 1] = float("nan")

@@ -25,7 +25,7 @@ from speculators_cli.core.models.verifier import load_embedding
 from speculators_cli.core.models.verifier_files import VerifierFiles
 from speculators_cli.core.models.verifier_model import VerifierModel
 from speculators_cli.core.progress import SilentProgress
-from tests.embedded import write_vocab_map
+from tests.embedded_verifier_map import write_vocab_map
 
 SERVE_FILE = Path(__file__).parent / "serve.py"
 NUM_SAMPLES, NUM_PROMPTS, MAX_NEW_TOKENS = 60, 12, 48
