@@ -219,4 +219,4 @@ class RunLog:
                 num_named += 1
                 if num_named <= MAX_NAMED:
                     file = self.samples.path(sample_id - 1)
-                    self.progress.warn(f"Left out `{file}`: its hidden states are not all finite")
+                    self.progress.warn(f"Skipped `{file}`: its hidden states are not all finite")
