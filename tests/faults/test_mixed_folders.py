@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 
 from speculators_cli.cli.app import run
 from speculators_cli.core.models.verifier import load_frozen_verifier, read_verifier_config
@@ -21,7 +22,10 @@ Edit = Callable[[dict[str, Any]], None]
 @pytest.fixture
 def folder(tiny: TinyInputs, tmp_path: Path) -> Path:
     """Samples of which the tiny verifier's head predicts every token; one in ten is edited."""
-    data = tmp_path / "greedy"
+    return write_greedy(tiny, tmp_path / "greedy")
+
+
+def write_greedy(tiny: TinyInputs, data: Path) -> Path:
     data.mkdir()
     verifier = read_verifier(tiny.verifier_dir)
     generator = torch.Generator().manual_seed(0)
@@ -93,6 +97,55 @@ def test_a_tenth_that_is_normed_and_not_marked_is_found(
     assert any(name in err for name in names)
     assert "--no-check-samples" in err
     assert not list(tiny.save_path.glob("*/config.json"))
+
+
+@pytest.mark.parametrize("family", ["starcoder2", "cohere"])
+@pytest.mark.parametrize("is_marked", [False, True])
+def test_a_tenth_of_another_kind_is_found_where_the_norm_subtracts_the_mean(
+    tiny: TinyInputs, tmp_path: Path, capsys: Capture, family: str, is_marked: bool
+) -> None:
+    write_layer_norm_verifier(tiny.verifier_dir, family)
+    folder = write_greedy(tiny, tmp_path / "greedy")
+    names = edit(every_tenth(folder), mark if is_marked else norm(tiny))
+
+    code, err = train(tiny, folder, capsys)
+
+    assert code == 3
+    assert f"marked as {'after' if is_marked else 'before'} the final norm" in err
+    # All samples of one mark may be judged at once.
+    assert is_marked or any(name in err for name in names)
+
+
+@pytest.mark.parametrize("family", ["starcoder2", "cohere"])
+def test_samples_marked_as_they_are_train_where_the_norm_subtracts_the_mean(
+    tiny: TinyInputs, tmp_path: Path, capsys: Capture, family: str
+) -> None:
+    write_layer_norm_verifier(tiny.verifier_dir, family)
+    folder = write_greedy(tiny, tmp_path / "greedy")
+    edit(every_tenth(folder), norm(tiny))
+    edit(every_tenth(folder), mark)
+
+    code, err = train(tiny, folder, capsys)
+
+    assert code == 0, err
+    assert "final norm" not in err
+
+
+def write_layer_norm_verifier(folder: Path, family: str) -> None:
+    folder.unlink()  # a link to one that tests share
+    sizes = {"hidden_size": HIDDEN, "vocab_size": VOCAB, "num_hidden_layers": 9}
+    heads = {"intermediate_size": 40, "num_attention_heads": 6, "num_key_value_heads": 2}
+    ids = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+    config = transformers.AutoConfig.for_model(family, **sizes, **heads, **ids)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = transformers.AutoModelForCausalLM.from_config(config)
+        norm = model.model.norm
+        norm.weight.data.uniform_(0.5, 1.5)
+        if getattr(norm, "bias", None) is not None:
+            norm.bias.data.normal_(0, 0.3)
+        model.get_output_embeddings().weight.data.normal_()
+    model.save_pretrained(folder)
 
 
 def test_a_tenth_that_is_marked_and_not_normed_is_found(
