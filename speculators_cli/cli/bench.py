@@ -41,7 +41,7 @@ def show(report: "BenchReport", output: Output) -> None:
         (
             "batch",
             f"{report.total_seq_len:,} tokens, {report.supervised_fraction:.0%} supervised, "
-            f"{report.ttt_steps} TTT steps",
+            f"{report.ttt_steps} draft tokens",
         ),
         (
             "step",

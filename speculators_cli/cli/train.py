@@ -92,7 +92,7 @@ def _rows(report: Any) -> list[tuple[str, str]]:
     speed = format_speed(report.tokens_per_second)
     rows.append(("time", f"{format_duration(report.duration_seconds)}  ({speed}{memory})"))
     if report.validation_loss is not None:
-        loss = f"{report.validation_loss:.3f} nats per token"
+        loss = f"{report.validation_loss:.3f} nats, weighted sum over predictions"
         if report.best_validation_loss is not None:
             loss += f", {report.best_validation_loss:.3f} in the best epoch {report.best_epoch}"
         rows.append(("validation loss", loss))

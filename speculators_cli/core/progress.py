@@ -10,7 +10,7 @@ from speculators_cli.core.errors import SpeculatorsError
 
 @dataclass(frozen=True)
 class StepReport:
-    """One log step of training. Losses are in nats per supervised token."""
+    """One log step of training; its loss is defined as in `TrainReport`."""
 
     step: int  # optimizer steps done, from 1
     total_steps: int
@@ -29,7 +29,7 @@ class ValidationReport:
 
     epoch: int
     num_epochs: int
-    loss: float  # nats per supervised token
+    loss: float  # as in `TrainReport`
     acceptance_length: float | None  # simulated
     is_best: bool
 

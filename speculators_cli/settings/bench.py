@@ -4,6 +4,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
+from speculators_cli.settings.algorithms.eagle3 import Eagle3Settings
 from speculators_cli.settings.base import (
     ComputeDtype,
     DataFormat,
@@ -11,11 +12,19 @@ from speculators_cli.settings.base import (
     Folders,
     FormatVersion,
     Kernels,
-    OffFlag,
     Settings,
     TrustRemoteCode,
 )
-from speculators_cli.settings.train import DraftArch
+from speculators_cli.settings.train import (
+    Algorithm,
+    ArchSetting,
+    DraftArch,
+    NoiseStd,
+    NumLayers,
+    NumWorkers,
+    PrefetchFactor,
+    TotalSeqLen,
+)
 
 Shape = Literal["smollm2-135m", "llama-3.1-8b", "llama-3.3-70b", "qwen3-8b", "qwen3-32b"]
 
@@ -34,30 +43,23 @@ class BenchShapeSettings(Settings):
     )
     draft_vocab_size: int = Field(32000, ge=1, description="Size of the draft vocabulary")
     full_vocab: bool = Field(False, description="Use the verifier's full vocabulary")
-    num_layers: int = Field(1, ge=1, description="Number of decoder layers of the draft model")
-    draft_arch: DraftArch = Field(
-        DraftArch.LLAMA, description="Architecture of the draft model's decoder layers"
-    )
+    num_layers: NumLayers = 1
+    draft_arch: ArchSetting = DraftArch.LLAMA
+    algorithm: Algorithm = "eagle3"
     trust_remote_code: TrustRemoteCode = False
 
 
 class BenchStepSettings(Settings):
     """The training step."""
 
-    total_seq_len: int = Field(8192, ge=16, description="Length of a packed sequence, in tokens")
+    total_seq_len: Annotated[TotalSeqLen, Field(ge=16)] = 8192
     supervised_fraction: float = Field(
         0.6,
         gt=0,
         le=1,
         description="Fraction of supervised tokens in synthetic samples",
     )
-    ttt_steps: int = Field(3, ge=1, description="Number of TTT (training-time test) steps")
-    train_head: Annotated[bool, OffFlag("--freeze-head")] = Field(
-        True, description="Train the draft's LM head; off: keep it frozen at the verifier's weights"
-    )
-    noise_std: float = Field(
-        0.05, ge=0, description="Noise added to aux hidden states, uniform in [-x, x]"
-    )
+    noise_std: NoiseStd = 0.05
     gradient_accumulation_steps: int = Field(
         1, ge=1, description="Number of packed sequences accumulated in one optimizer step"
     )
@@ -75,17 +77,8 @@ class BenchSamplesSettings(Settings):
     )
     data_format: DataFormat = "auto"
     data_format_version: FormatVersion = 1
-    num_workers: int | None = Field(
-        None,
-        ge=0,
-        description="Number of threads that read samples; default: number of cores, at most 8",
-    )
-    prefetch_factor: int = Field(
-        2,
-        ge=1,
-        description="Maximum number of packed sequences prefetched per thread; starts at one and "
-        "grows while training waits for data",
-    )
+    num_workers: NumWorkers = None
+    prefetch_factor: PrefetchFactor = 2
 
 
 class BenchMeasureSettings(Settings):
@@ -107,9 +100,16 @@ class BenchSettings(Settings):
     command = "bench"
 
     shape: BenchShapeSettings = Field(default_factory=BenchShapeSettings, title="Shape")
+    eagle3: Eagle3Settings = Field(default_factory=Eagle3Settings, title="EAGLE-3")
     step: BenchStepSettings = Field(default_factory=BenchStepSettings, title="Step")
     samples: BenchSamplesSettings = Field(default_factory=BenchSamplesSettings, title="Samples")
     measure: BenchMeasureSettings = Field(default_factory=BenchMeasureSettings, title="Measure")
+
+    @property
+    def algorithm_settings(self) -> Settings:
+        """The section that has the name of the algorithm."""
+        section: Settings = getattr(self, self.shape.algorithm)
+        return section
 
     @model_validator(mode="after")
     def _nothing_given_is_ignored(self) -> Self:

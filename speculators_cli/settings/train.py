@@ -27,7 +27,6 @@ from speculators_cli.settings.base import (
     path_error,
 )
 
-ALGORITHM_NAME = KeyOf(ALGORITHM_SETTINGS)
 LOGGER_NAMES = ("trackio", "wandb", "tensorboard")
 
 
@@ -36,6 +35,39 @@ class DraftArch(StrEnum):
 
     LLAMA = "llama"
     QWEN3 = "qwen3"
+
+
+# Settings that `bench` has, too.
+_ALGORITHM = KeyOf(ALGORITHM_SETTINGS)
+Algorithm = Annotated[
+    str,
+    _ALGORITHM,
+    AfterValidator(_ALGORITHM.check),
+    Field(description="Speculative decoding algorithm"),
+]
+ArchSetting = Annotated[
+    DraftArch, Field(description="Architecture of the draft model's decoder layers")
+]
+NumLayers = Annotated[int, Field(ge=1, description="Number of decoder layers of the draft model")]
+TotalSeqLen = Annotated[int, Field(ge=2, description="Length of a packed sequence, in tokens")]
+NoiseStd = Annotated[
+    float,
+    Field(ge=0, description="Noise added to aux hidden states during training, uniform in [-x, x]"),
+]
+NumWorkers = Annotated[
+    int | None,
+    Field(
+        ge=0, description="Number of threads that read samples; default: cores per rank, at most 8"
+    ),
+]
+PrefetchFactor = Annotated[
+    int,
+    Field(
+        ge=1,
+        description="Maximum number of packed sequences prefetched per thread; starts at one and "
+        "grows while training waits for data",
+    ),
+]
 
 
 class RunSettings(Settings):
@@ -114,25 +146,10 @@ class DataSettings(Settings):
         le=1,
         description="Fraction of samples used for training; the rest is used for validation",
     )
-    total_seq_len: Annotated[int, REFUSED_ON_RESUME] = Field(
-        8192, ge=2, description="Length of a packed sequence, in tokens"
-    )
-    noise_std: Annotated[float, WARNED_ON_RESUME] = Field(
-        0.05,
-        ge=0,
-        description="Noise added to aux hidden states during training, uniform in [-x, x]",
-    )
-    num_workers: int | None = Field(
-        None,
-        ge=0,
-        description="Number of threads that read samples; default: cores per rank, at most 8",
-    )
-    prefetch_factor: int = Field(
-        2,
-        ge=1,
-        description="Maximum number of packed sequences prefetched per thread; starts at one and "
-        "grows while training waits for data",
-    )
+    total_seq_len: Annotated[TotalSeqLen, REFUSED_ON_RESUME] = 8192
+    noise_std: Annotated[NoiseStd, WARNED_ON_RESUME] = 0.05
+    num_workers: NumWorkers = None
+    prefetch_factor: PrefetchFactor = 2
     max_bad_samples: int | None = Field(
         None,
         ge=0,
@@ -154,9 +171,7 @@ class DraftSettings(Settings):
     verifier_name_or_path: Annotated[str, MODEL_NAME, WARNED_ON_RESUME] = Field(
         min_length=1, description="Hub id or folder of the verifier"
     )
-    num_layers: Annotated[int, REFUSED_ON_RESUME] = Field(
-        1, ge=1, description="Number of decoder layers of the draft model"
-    )
+    num_layers: Annotated[NumLayers, REFUSED_ON_RESUME] = 1
     from_checkpoint: Annotated[str | None, WARNED_ON_RESUME] = Field(
         None,
         min_length=1,
@@ -176,12 +191,8 @@ class DraftSettings(Settings):
         validate_default=True,
         description="Target-to-draft map: which verifier tokens are in the draft vocabulary",
     )
-    algorithm: Annotated[
-        str, ALGORITHM_NAME, AfterValidator(ALGORITHM_NAME.check), REFUSED_ON_RESUME
-    ] = Field("eagle3", description="Speculative decoding algorithm")
-    draft_arch: Annotated[DraftArch, REFUSED_ON_RESUME] = Field(
-        DraftArch.LLAMA, description="Architecture of the draft model's decoder layers"
-    )
+    algorithm: Annotated[Algorithm, REFUSED_ON_RESUME] = "eagle3"
+    draft_arch: Annotated[ArchSetting, REFUSED_ON_RESUME] = DraftArch.LLAMA
     target_layer_ids: Annotated[LayerIdsSetting, REFUSED_ON_RESUME] = Field(
         None,
         description="Verifier layers of the aux hidden states, ascending; id k is the output after "

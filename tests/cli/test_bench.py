@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from speculators_cli.cli.app import run
-from speculators_cli.core.training.trainer import Trainer
+from speculators_cli.core.training.optimizer_step import OptimizerStep
 from tests.drafts import KERNELS
 from tests.tiny import TinyInputs
 
@@ -104,7 +104,7 @@ def test_too_little_memory_is_the_machines_fault(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(Trainer, "train_step", Mock(side_effect=error))
+    monkeypatch.setattr(OptimizerStep, "run", Mock(side_effect=error))
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 2**30)
     flags = ["--verifier-name-or-path", str(tiny.verifier_dir), "--device", "cpu", *SMALL]
 

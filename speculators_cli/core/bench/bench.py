@@ -1,12 +1,10 @@
-"""bench(settings): time the training step of a draft whose verifier exists by shape alone."""
+"""bench(settings): time the training step of a draft, for a verifier without its weights."""
 
 import statistics
 import time
-from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import asdict, dataclass
 from itertools import count, pairwise
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,34 +12,33 @@ import torch
 
 from speculators_cli.core.algorithms import ALGORITHMS
 from speculators_cli.core.algorithms.cost import find_gpu
+from speculators_cli.core.algorithms.draft_config import DraftConfig
+from speculators_cli.core.algorithms.draft_model import StepSums
 from speculators_cli.core.bench.profile import KernelTimes, profile_steps
 from speculators_cli.core.bench.shapes import find_shape
 from speculators_cli.core.bench.synthetic import SyntheticLoader
 from speculators_cli.core.data.batch import Batch
 from speculators_cli.core.data.data_config import LayerIds, default_layer_ids
-from speculators_cli.core.data.folder import SampleFolder, read_folders
 from speculators_cli.core.data.loader import BatchSource
+from speculators_cli.core.data.source import SampleSource
+from speculators_cli.core.data.sources import Request, open_samples
 from speculators_cli.core.data.vocab_map import VocabMap
-from speculators_cli.core.models.train_state import TrainState
 from speculators_cli.core.models.verifier import FrozenVerifier, VerifierConfig
-from speculators_cli.core.models.verifier_files import VerifierFiles
-from speculators_cli.core.progress import SILENT, Progress, SilentProgress
+from speculators_cli.core.progress import SILENT, Progress
+from speculators_cli.core.training.build import choose_compute_dtype, choose_kernels, load_batches
 from speculators_cli.core.training.distributed import Ranks, start_ranks
-from speculators_cli.core.training.inputs import Inputs, check_samples_fit, check_targets
+from speculators_cli.core.training.feed import DeviceFeed
+from speculators_cli.core.training.inputs import check_samples_fit, check_targets, fresh_config
+from speculators_cli.core.training.metrics import MetricSums
 from speculators_cli.core.training.optimizer import Optimizer
-from speculators_cli.core.training.run import (
-    build_draft,
-    build_loader,
-    choose_compute_dtype,
-    out_of_memory_explained,
-)
-from speculators_cli.core.training.run_log import RunLog
-from speculators_cli.core.training.trainer import Trainer
+from speculators_cli.core.training.optimizer_step import OptimizerStep
+from speculators_cli.core.training.run import out_of_memory_explained
 from speculators_cli.settings.bench import BenchSettings
-from speculators_cli.settings.train import TrainSettings
+from speculators_cli.settings.train import OptimizerSettings
 
-# A run that has no end: nothing is saved, validated or logged between its first and last step.
-ENDLESS = 2**31
+ENDLESS = 2**31  # epochs
+NO_TIMEOUT = 1800  # seconds: one rank waits for none
+LEARNING_RATE = OptimizerSettings().lr
 
 
 @dataclass(frozen=True)
@@ -54,7 +51,7 @@ class BenchReport:
     kernels: str  # `fast` or `plain`
     total_seq_len: int
     supervised_fraction: float
-    ttt_steps: int
+    ttt_steps: int  # draft tokens that are trained
     step_ms: float  # median
     step_ms_min: float
     step_ms_max: float
@@ -62,9 +59,9 @@ class BenchReport:
     first_step_seconds: float
     loss: float  # mean of all steps but the first
     peak_memory_bytes: int | None
-    estimated_memory_bytes: int  # what `train --plan` would say of the fast kernels
-    useful_tflop: float  # a step
-    useful_tflops: float  # a second
+    estimated_memory_bytes: int  # as `train --plan` estimates it for the fast kernels
+    useful_tflop: float  # per step
+    useful_tflops: float  # per second
     utilisation: float | None  # of the device's dense bfloat16 peak
     data_wait_share: float
     launch_ms: float | None  # of the host for a step, without the copy of the next batch
@@ -87,12 +84,55 @@ def bench(settings: BenchSettings, *, progress: Progress = SILENT) -> BenchRepor
         MachineError: Device or memory are in the way.
     """
     verifier, vocab_size = find_shape(settings.shape)
-    train_settings = _train_settings(settings, verifier)
-    with start_ranks(train_settings.distributed) as ranks:
+    step = settings.step
+    with start_ranks(step.device, NO_TIMEOUT) as ranks:
         samples = _read_samples(settings, verifier, vocab_size, progress)
-        trainer = _build_trainer(settings, train_settings, verifier, vocab_size, samples, ranks)
-        with closing(trainer), out_of_memory_explained(train_settings):
-            return _measure(settings, trainer, verifier.name_or_path)
+        with out_of_memory_explained(step.total_seq_len):
+            config, optimizer_step = _build_step(settings, verifier, vocab_size, ranks)
+            with closing(_build_loader(settings, samples, config, optimizer_step)) as loader:
+                run = _Run(optimizer_step, loader)
+                return _report(settings, run, verifier.name_or_path, *_measure(settings, run))
+
+
+class _Run:
+    """Optimizer steps over batches without end.
+
+    Args:
+        step: What is timed.
+        loader: Where batches come from.
+    """
+
+    def __init__(self, step: OptimizerStep, loader: BatchSource) -> None:
+        self.step = step
+        self.device = step.ranks.device
+        self.feed = DeviceFeed(self.device)
+        self.batches = self.feed.steps(
+            batches for epoch in count() for batches in loader.epoch(epoch)
+        )
+        self.sums = MetricSums.of(step.draft)
+        self.masks: list[tuple[torch.Tensor, tuple[int, ...]]] = []
+        step.draft.train()
+
+    def add(self, sums: StepSums, batch: Batch) -> None:
+        """Take in what one batch gave."""
+        self.sums.add(sums, batch)
+
+    def add_broken(self, sample_ids: tuple[int, ...], is_broken: torch.Tensor) -> None:
+        """Broken documents are left out, and not reported."""
+
+    def take(self) -> tuple[Batch, ...]:
+        """The batches of the next step; their masks are kept."""
+        ready = next(self.batches)
+        self.masks.extend((batch.host_mask, batch.lengths) for batch in ready)
+        return ready
+
+    def train(self, ready: tuple[Batch, ...]) -> None:
+        """One optimizer step, as `train` makes it."""
+        self.step.run(ready, self, epoch=0, lr=LEARNING_RATE)
+
+    def train_next(self) -> None:
+        """Take batches and train on them."""
+        self.train(self.take())
 
 
 @dataclass(frozen=True)
@@ -106,64 +146,50 @@ class _Times:
     masks: list[tuple[torch.Tensor, tuple[int, ...]]]  # loss mask and lengths of each sequence
 
 
-def _measure(settings: BenchSettings, trainer: Trainer, name: str) -> BenchReport:
-    batches = trainer.feed.steps(_endless(trainer))
-    trainer.draft.train()
-    masks: list[tuple[torch.Tensor, tuple[int, ...]]] = []
-
-    def step() -> None:
-        ready = next(batches)
-        masks.extend((batch.host_mask, batch.lengths) for batch in ready)
-        trainer.train_step(ready, epoch=0)
-
-    times = _time(step, trainer, masks, settings)
-    is_cuda = trainer.ranks.device.type == "cuda"
-    launch_ms = _time_launch(trainer, batches) if is_cuda else None
-    kernels = profile_steps(step) if is_cuda and settings.measure.profile else None
-    return _report(settings, trainer, name, times, launch_ms, kernels)
+def _measure(settings: BenchSettings, run: _Run) -> tuple[_Times, float | None, KernelTimes | None]:
+    times = _time(run, settings)
+    is_cuda = run.device.type == "cuda"
+    launch_ms = _time_launch(run) if is_cuda else None
+    kernels = profile_steps(run.train_next) if is_cuda and settings.measure.profile else None
+    return times, launch_ms, kernels
 
 
-def _time(
-    step: Callable[[], None],
-    trainer: Trainer,
-    masks: list[tuple[torch.Tensor, tuple[int, ...]]],
-    settings: BenchSettings,
-) -> _Times:
+def _time(run: _Run, settings: BenchSettings) -> _Times:
     """The first step, the rest of the warm-up, then each step by itself."""
-    device = trainer.ranks.device
-    is_cuda = device.type == "cuda"
-    clock = _Clock(device)
-    step()
+    is_cuda = run.device.type == "cuda"
+    clock = _Clock(run.device)
+    run.train_next()
     first_step_seconds = clock.stop() / 1e3
+    run.sums = MetricSums.of(run.step.draft)
     for _ in range(settings.measure.warmup_steps - 1):
-        step()
+        run.train_next()
     clock.stop()
-    trainer.feed.take_wait_seconds()
-    masks.clear()
+    run.feed.take_wait_seconds()
+    run.masks.clear()
     if is_cuda:
         torch.cuda.reset_peak_memory_stats()
-    clock = _Clock(device)
+    clock = _Clock(run.device)
     for _ in range(settings.measure.steps):
-        step()
+        run.train_next()
         clock.tick()
     step_ms = clock.laps()
     return _Times(
         step_ms=step_ms,
         first_step_seconds=first_step_seconds,
-        wait_share=trainer.feed.take_wait_seconds() * 1e3 / sum(step_ms),
+        wait_share=run.feed.take_wait_seconds() * 1e3 / sum(step_ms),
         peak_memory_bytes=torch.cuda.max_memory_allocated() if is_cuda else None,
-        masks=list(masks),
+        masks=list(run.masks),
     )
 
 
-def _time_launch(trainer: Trainer, batches: Iterator[tuple[Batch, ...]]) -> float:
-    """Milliseconds until the host has launched a step, with a GPU that does not hold it up."""
+def _time_launch(run: _Run) -> float:
+    """Milliseconds until the host has launched a step, with a GPU that does not delay it."""
     times = []
     for _ in range(3):
-        ready = next(batches)
+        ready = run.take()
         torch.cuda.synchronize()
         started_at = time.perf_counter()
-        trainer.train_step(ready, epoch=0)
+        run.train(ready)
         times.append((time.perf_counter() - started_at) * 1e3)
     return statistics.median(times)
 
@@ -202,14 +228,14 @@ class _Clock:
 
 def _report(
     settings: BenchSettings,
-    trainer: Trainer,
+    run: _Run,
     name: str,
     times: _Times,
     launch_ms: float | None,
     kernels: KernelTimes | None,
 ) -> BenchReport:
-    draft, device = trainer.draft, trainer.ranks.device
-    num_steps, own = settings.measure.steps, trainer.settings.algorithm_settings
+    draft, device = run.step.draft, run.device
+    num_steps, own = settings.measure.steps, settings.algorithm_settings
     config = draft.config
     cost = ALGORITHMS[config.algorithm].cost
     work = [cost.count_work(config, own, mask, lengths) for mask, lengths in times.masks]
@@ -227,13 +253,13 @@ def _report(
         kernels="fast" if draft.use_fast_kernels else "plain",
         total_seq_len=settings.step.total_seq_len,
         supervised_fraction=sum(part.num_targets for part in work) / num_steps / num_tokens,
-        ttt_steps=settings.step.ttt_steps,
+        ttt_steps=config.num_draft_tokens,
         step_ms=step_ms,
         step_ms_min=min(times.step_ms),
         step_ms_max=max(times.step_ms),
         tokens_per_second=num_tokens / step_ms * 1e3,
         first_step_seconds=times.first_step_seconds,
-        loss=_loss(trainer),
+        loss=_loss(run),
         peak_memory_bytes=times.peak_memory_bytes,
         estimated_memory_bytes=sum(
             cost.estimate_memory(
@@ -256,135 +282,95 @@ def _report(
     )
 
 
-def _loss(trainer: Trainer) -> float:
+def _loss(run: _Run) -> float:
     """Mean loss of all steps since the first."""
-    loss = trainer.log.sums.reduce(trainer.ranks)["loss"]
-    assert loss is not None, "all tokens of its samples are supervised"
+    loss = run.sums.reduce(run.step.ranks)["loss"]
+    assert loss is not None, "its samples have supervised tokens"
     return loss
-
-
-def _endless(trainer: Trainer) -> Iterator[tuple[Batch, ...]]:
-    """Steps of one epoch after the other."""
-    for epoch in count():
-        yield from trainer.loader.epoch(epoch)
-
-
-def _train_settings(settings: BenchSettings, verifier: VerifierConfig) -> TrainSettings:
-    """The settings of a run that trains such a draft."""
-    shape, step, samples = settings.shape, settings.step, settings.samples
-    return TrainSettings.model_validate(
-        {
-            "draft": {
-                "verifier_name_or_path": verifier.name_or_path,
-                "full_vocab": True,  # no map is read from disk
-                "num_layers": shape.num_layers,
-                "draft_arch": shape.draft_arch,
-            },
-            "data": {
-                "data_path": samples.data_path or (Path.cwd(),),
-                "total_seq_len": step.total_seq_len,
-                "noise_std": step.noise_std,
-                "num_workers": samples.num_workers,
-                "prefetch_factor": samples.prefetch_factor,
-            },
-            "eagle3": {"ttt_steps": step.ttt_steps, "train_head": step.train_head},
-            "optimizer": {"gradient_accumulation_steps": step.gradient_accumulation_steps},
-            "schedule": {"scheduler": "none"},
-            "run": {"seed": settings.measure.seed, "log_every_steps": ENDLESS},
-            "distributed": {
-                "device": step.device,
-                "compute_dtype": step.compute_dtype,
-                "kernels": step.kernels,
-            },
-        }
-    )
 
 
 def _read_samples(
     settings: BenchSettings, verifier: VerifierConfig, vocab_size: int, progress: Progress
-) -> SampleFolder:
-    """The samples to train on; none if they are made up."""
+) -> SampleSource | None:
+    """The samples to train on; None: synthetic ones."""
     samples = settings.samples
     if not samples.data_path:
-        return SampleFolder((), "v1")
-    dataset = read_folders(
+        return None
+    wanted = Request(
         samples.data_path,
         data_format=samples.data_format,
         version=samples.data_format_version,
         index_file=None,
         max_bad_samples=None,
-        progress=progress,
+        alignment=ALGORITHMS[settings.shape.algorithm].alignment,
     )
-    check_samples_fit(dataset, verifier, vocab_size)
-    check_targets(dataset, settings.step.total_seq_len, samples.data_path[0])
-    return dataset
+    source = open_samples(wanted, progress)
+    check_samples_fit(source, verifier, vocab_size)
+    check_targets(source, settings.step.total_seq_len, samples.data_path[0])
+    return source
 
 
-def _build_trainer(
-    settings: BenchSettings,
-    train_settings: TrainSettings,
-    verifier: VerifierConfig,
-    vocab_size: int,
-    samples: SampleFolder,
-    ranks: Ranks,
-) -> Trainer:
-    """Parts as `train` builds them, around random frozen parts of the verifier."""
-    shape, seed = settings.shape, settings.measure.seed
-    if shape.full_vocab:
-        vocab_map = VocabMap.full(vocab_size)
-    else:
+def _build_step(
+    settings: BenchSettings, verifier: VerifierConfig, vocab_size: int, ranks: Ranks
+) -> tuple[DraftConfig, OptimizerStep]:
+    """The step as `train` builds it, with random tensors in place of the verifier's."""
+    shape, step, seed = settings.shape, settings.step, settings.measure.seed
+    vocab_map = VocabMap.full(vocab_size)
+    if not shape.full_vocab:
         counts = np.random.default_rng(seed).permutation(vocab_size)
         vocab_map = VocabMap.choose(counts, min(shape.draft_vocab_size, vocab_size))
-    inputs = Inputs(
-        samples=samples,
-        validation_samples=samples,
-        vocab_map=vocab_map,
-        verifier_files=VerifierFiles(verifier.name_or_path),
-        verifier_config=verifier,
-        layer_ids=LayerIds(default_layer_ids(verifier.num_layers), is_assumed=True),
-        source=None,
+    config = fresh_config(
+        shape.algorithm,
+        settings.algorithm_settings,
+        verifier,
+        vocab_map,
+        LayerIds(default_layer_ids(verifier.num_layers), is_assumed=True),
+        arch=shape.draft_arch,
+        num_layers=shape.num_layers,
     )
-    draft = build_draft(
-        train_settings, inputs, _random_verifier(verifier, vocab_size, ranks.device, seed)
+    dtype = choose_compute_dtype(step.compute_dtype, ranks.device)
+    draft = ALGORITHMS[shape.algorithm].build(
+        config,
+        _random_verifier(verifier, vocab_size, ranks.device, seed),
+        vocab_map,
+        settings.algorithm_settings,
+        use_fast_kernels=choose_kernels(
+            step.kernels, dtype, config, settings.algorithm_settings, ranks.device
+        ),
+        seed=seed,
     )
-    per_step = settings.step.gradient_accumulation_steps
-    dtype = choose_compute_dtype(train_settings, ranks.device)
-    if len(samples):
-        loader: BatchSource = build_loader(
-            train_settings, samples, ranks, per_step, num_epochs=ENDLESS
-        )
-    else:
-        loader = SyntheticLoader(
-            draft.config,
+    optimizer = Optimizer(draft, OptimizerSettings(), use_fast_kernels=draft.use_fast_kernels)
+    built = OptimizerStep(
+        draft, ranks, optimizer, compute_dtype=dtype, noise_std=step.noise_std, seed=seed
+    )
+    return config, built
+
+
+def _build_loader(
+    settings: BenchSettings, samples: SampleSource | None, config: DraftConfig, step: OptimizerStep
+) -> BatchSource:
+    per_step, seed = settings.step.gradient_accumulation_steps, settings.measure.seed
+    if samples is not None:
+        return load_batches(
+            samples,
+            step.ranks,
             total_seq_len=settings.step.total_seq_len,
-            supervised_fraction=settings.step.supervised_fraction,
-            per_step=per_step,
-            dtype=dtype,
-            pin_memory=ranks.device.type == "cuda",
             seed=seed,
+            global_batch=per_step,
+            num_epochs=ENDLESS,
+            max_steps=None,
+            num_workers=settings.samples.num_workers,
+            prefetch_factor=settings.samples.prefetch_factor,
         )
-    return Trainer(
-        settings=train_settings,
-        ranks=ranks,
-        draft=draft,
-        optimizer=Optimizer(
-            draft, train_settings.optimizer, use_fast_kernels=draft.use_fast_kernels
-        ),
-        loader=loader,
-        validation_loader=None,
-        compute_dtype=dtype,
-        state=_fresh_state(per_step),
-        total_steps=ENDLESS,
-        folder=None,
-        log=RunLog(
-            ranks=ranks,
-            samples=samples,
-            draft=draft,
-            num_epochs=1,
-            total_steps=ENDLESS,
-            logger=None,
-            progress=SilentProgress(),
-        ),
+    return SyntheticLoader(
+        config,
+        ALGORITHMS[config.algorithm].alignment,
+        total_seq_len=settings.step.total_seq_len,
+        supervised_fraction=settings.step.supervised_fraction,
+        per_step=per_step,
+        dtype=step.compute_dtype,
+        pin_memory=step.ranks.device.type == "cuda",
+        seed=seed,
     )
 
 
@@ -399,21 +385,3 @@ def _random_verifier(
 
     gain = torch.ones(config.hidden_size, device=device)
     return FrozenVerifier(weights(), gain, weights(), config)
-
-
-def _fresh_state(per_step: int) -> TrainState:
-    return TrainState(
-        step=0,
-        epoch=0,
-        step_in_epoch=0,
-        run_id="",
-        started_at=0.0,
-        global_batch=per_step,
-        num_ranks=1,
-        data_hash="",
-        vocab_map_hash="",
-        settings={},
-        best=None,
-        num_skipped_steps=0,
-        metrics={},
-    )

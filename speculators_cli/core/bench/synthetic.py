@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from speculators_cli.core.algorithms.draft_config import DraftConfig
+from speculators_cli.core.data.alignment import Alignment
 from speculators_cli.core.data.batch import Batch, collate
 from speculators_cli.core.data.sample import Sample
 
@@ -19,6 +20,7 @@ class SyntheticLoader:
 
     Args:
         config: Of the draft.
+        alignment: Which rows of a sample are positions.
         total_seq_len: Tokens in one packed sequence.
         supervised_fraction: Share of each document's tokens that are supervised.
         per_step: Sequences of an optimizer step.
@@ -30,6 +32,7 @@ class SyntheticLoader:
     def __init__(
         self,
         config: DraftConfig,
+        alignment: Alignment,
         *,
         total_seq_len: int,
         supervised_fraction: float,
@@ -40,12 +43,18 @@ class SyntheticLoader:
     ) -> None:
         generator = torch.Generator().manual_seed(seed)
         self.per_step = per_step
+
+        def mask(num_positions: int) -> Tensor:
+            unread = torch.zeros(alignment.shift, dtype=torch.bool)
+            return torch.cat((unread, _two_turns(num_positions, supervised_fraction)))
+
         self.batches = []
         # Two that differ in their order: the number of active rows may vary.
         for _ in range(2):
             lengths = _lengths(total_seq_len, generator)
             samples = [
-                _sample(length, config, supervised_fraction, dtype, generator) for length in lengths
+                _sample(length + alignment.shift, config, mask(length), dtype, generator)
+                for length in lengths
             ]
             self.batches.append(
                 collate(
@@ -55,17 +64,18 @@ class SyntheticLoader:
                     num_aux_layers=config.num_aux_layers,
                     hidden_size=config.target_hidden_size,
                     dtype=dtype,
+                    alignment=alignment,
                     pin_memory=pin_memory,
                 )
             )
 
     def steps_in(self, epoch: int) -> int:
-        """More than anyone asks for."""
+        """More than any run takes."""
         del epoch
         return 2**62
 
     def epoch(self, epoch: int, start_step: int = 0) -> Iterator[tuple[Batch, ...]]:
-        """Batches of optimizer steps, without end."""
+        """Batches of optimizer steps, endlessly."""
         del epoch
         for step in count(start_step * self.per_step, self.per_step):
             yield tuple(
@@ -74,7 +84,7 @@ class SyntheticLoader:
             )
 
     def close(self) -> None:
-        """Nothing is being read."""
+        """Nothing is read."""
 
 
 def _lengths(total_seq_len: int, generator: torch.Generator) -> Sequence[int]:
@@ -85,14 +95,13 @@ def _lengths(total_seq_len: int, generator: torch.Generator) -> Sequence[int]:
 
 
 def _sample(
-    num_positions: int,
+    num_tokens: int,
     config: DraftConfig,
-    supervised_fraction: float,
+    loss_mask: Tensor,  # [num_tokens], bool
     dtype: torch.dtype,
     generator: torch.Generator,
 ) -> Sample:
-    """A sample that fills so many positions: one token more, which the shift takes."""
-    num_tokens = num_positions + 1
+    """A sample of random tokens and states."""
 
     def states(*shape: int) -> Tensor:
         # Drawn small and repeated: a packed sequence of an 8B verifier holds 134 million numbers.
@@ -102,18 +111,17 @@ def _sample(
     size = config.target_hidden_size
     return Sample(
         input_ids=torch.randint(1, config.vocab_size, (num_tokens,), generator=generator),
-        loss_mask=_two_turns(num_tokens, supervised_fraction),
+        loss_mask=loss_mask,
         aux_hidden_states=tuple(states(num_tokens, size) for _ in range(config.num_aux_layers)),
         last_hidden_states=states(num_tokens, size),
         is_normed=False,
     )
 
 
-def _two_turns(num_tokens: int, supervised_fraction: float) -> Tensor:
+def _two_turns(num_positions: int, supervised_fraction: float) -> Tensor:
     """Prompt, answer, prompt, answer; answers are supervised, each half of the fraction."""
-    mask = torch.zeros(num_tokens, dtype=torch.bool)
-    # The first token is never predicted.
-    for turn in mask[1:].chunk(2):
+    mask = torch.zeros(num_positions, dtype=torch.bool)
+    for turn in mask.chunk(2):
         num_supervised = round(supervised_fraction * len(turn))
         turn[len(turn) - num_supervised :] = True
     return mask

@@ -41,5 +41,5 @@ class Alignment:
         return first_target >= 0 and self.place(first_target) < num_positions
 
 
-# For EAGLE-3 and any draft that reads a token with the hidden states of the previous position.
+# For any draft that reads a token with the hidden states of the previous position.
 NEXT_TOKEN = Alignment(shift=1)

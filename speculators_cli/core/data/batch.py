@@ -21,9 +21,8 @@ INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 class Batch:
     """One packed sequence of `seq_len` tokens, padded at its end.
 
-    Position `i` of a document consists of token `x[i+1]` of its sample, the aux hidden states
-    `g[i]` of the previous token, and the last hidden states `y[i+1]`, whose distribution predicts
-    `x[i+2]` (EAGLE-3's alignment). Padding has document id -1, loss mask False and zeros elsewhere.
+    The algorithm's `Alignment` decides which rows of a sample a position consists of. Padding has
+    document id -1, loss mask False and zeros elsewhere.
 
     Last hidden states are included for supervised positions only, the targets.
     """

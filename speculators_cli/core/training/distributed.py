@@ -17,7 +17,6 @@ from speculators_cli.core.errors import MachineError, SpeculatorsError
 from speculators_cli.core.signals import StopSignals
 from speculators_cli.core.training.place import adopt_slurm, read_place
 from speculators_cli.core.training.watch import CollectiveError, RankWatch
-from speculators_cli.settings.train import DistributedSettings
 
 T = TypeVar("T")
 
@@ -137,7 +136,8 @@ def end_process(error: SpeculatorsError) -> None:
 
 @contextmanager
 def start_ranks(
-    settings: DistributedSettings,
+    device: str,
+    timeout_seconds: int,
     *,
     signals: StopSignals | None = None,
     end: Callable[[SpeculatorsError], None] = end_process,
@@ -145,7 +145,8 @@ def start_ranks(
     """Find out which rank this is and choose its device; the group is left at a clean end.
 
     Args:
-        settings: Devices and timeout.
+        device: `auto`, `cpu` or `cuda`.
+        timeout_seconds: Of collectives.
         signals: Asked to stop the run when its launcher is gone.
         end: Tells of an error and ends the process, where no error reaches the work.
 
@@ -156,11 +157,11 @@ def start_ranks(
     is_slurm = adopt_slurm(os.environ)
     place = read_place(os.environ)
     if place.num_ranks == 1:
-        yield Ranks(0, 1, 0, 1, _choose_device(settings, 0), None)
+        yield Ranks(0, 1, 0, 1, _choose_device(device, 0), None)
         return
     watch = RankWatch(
         place,
-        timeout_seconds=settings.timeout_seconds,
+        timeout_seconds=timeout_seconds,
         signals=signals or StopSignals(),
         end=end,
     )
@@ -170,7 +171,7 @@ def start_ranks(
             num_ranks=place.num_ranks,
             local_rank=place.local_rank,
             num_local_ranks=place.num_local_ranks,
-            device=_choose_device(settings, place.local_rank, sees_own_alone=is_slurm),
+            device=_choose_device(device, place.local_rank, sees_own_alone=is_slurm),
             store=watch.store,
             watch=watch,
         )
@@ -180,13 +181,11 @@ def start_ranks(
         dist.destroy_process_group()
 
 
-def _choose_device(
-    settings: DistributedSettings, local_rank: int, *, sees_own_alone: bool = False
-) -> torch.device:
+def _choose_device(wanted: str, local_rank: int, *, sees_own_alone: bool = False) -> torch.device:
     """The GPU of this rank; Slurm may show each task its own and no other."""
-    num_gpus = torch.cuda.device_count() if settings.device != "cpu" else 0
+    num_gpus = torch.cuda.device_count() if wanted != "cpu" else 0
     if num_gpus == 0:
-        if settings.device == "cuda":
+        if wanted == "cuda":
             raise MachineError(
                 "`--device cuda`: this machine shows no GPU to the process",
                 hint="Check `nvidia-smi` and `CUDA_VISIBLE_DEVICES`, or pass `--device cpu`",
@@ -210,8 +209,8 @@ def _choose_device(
 def shard(module: nn.Module, ranks: Ranks, sharding: str) -> None:
     """Spread a module's parameters over the ranks with FSDP2; nothing to do for one rank.
 
-    The whole module is one FSDP unit: a draft is a layer or two, called once for each TTT step, so
-    its weights are gathered once a step and its gradients summed once.
+    The whole module is one FSDP unit: a draft is a layer or two, which a step may call several
+    times, so its weights are gathered once per step and its gradients summed once.
 
     Args:
         module: On its device, the same on every rank.

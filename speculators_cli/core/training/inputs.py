@@ -27,7 +27,8 @@ from speculators_cli.core.training.warm_start import (
     choose_layer_ids,
     choose_vocab_map,
 )
-from speculators_cli.settings.train import TrainSettings
+from speculators_cli.settings.base import Settings
+from speculators_cli.settings.train import DraftArch, TrainSettings
 
 
 @dataclass(frozen=True)
@@ -44,34 +45,62 @@ class Inputs:
 
     def draft_config(self, settings: TrainSettings) -> DraftConfig:
         """Shape and mathematics of the draft: sizes and RoPE are the verifier's."""
-        algorithm, verifier = ALGORITHMS[settings.draft.algorithm], self.verifier_config
-        fixed: dict[str, Any] = {
-            "target_layer_ids": self.layer_ids.ids,
-            "are_layer_ids_assumed": self.layer_ids.is_assumed,
-            "verifier_name_or_path": verifier.name_or_path,
-            "verifier_architectures": verifier.architectures,
-        }
-        if self.source is not None:
-            config = replace(self.source.config, **fixed)
-            adapted: DraftConfig = algorithm.adapt_config(config, settings.algorithm_settings)
-            return adapted
-        shape: dict[str, Any] = {
-            "arch": settings.draft.draft_arch.value,
-            "hidden_size": verifier.hidden_size,
-            "target_hidden_size": verifier.hidden_size,
-            "intermediate_size": verifier.intermediate_size,
-            "num_layers": settings.draft.num_layers,
-            "num_heads": verifier.num_heads,
-            "num_kv_heads": verifier.num_kv_heads,
-            "head_dim": verifier.head_dim,
-            "rms_norm_eps": verifier.rms_norm_eps,
-            "rope_parameters": verifier.rope_parameters,
-            "max_position_embeddings": verifier.max_position_embeddings,
-            "vocab_size": self.vocab_map.vocab_size,
-            "draft_vocab_size": self.vocab_map.draft_vocab_size,
-        }
-        fresh: DraftConfig = algorithm.build_config(settings.algorithm_settings, shape | fixed)
-        return fresh
+        own = settings.algorithm_settings
+        if self.source is None:
+            return fresh_config(
+                settings.draft.algorithm,
+                own,
+                self.verifier_config,
+                self.vocab_map,
+                self.layer_ids,
+                arch=settings.draft.draft_arch,
+                num_layers=settings.draft.num_layers,
+            )
+        fixed = _config_of_run(self.verifier_config, self.layer_ids)
+        config = replace(self.source.config, **fixed)
+        adapted: DraftConfig = ALGORITHMS[settings.draft.algorithm].adapt_config(config, own)
+        return adapted
+
+
+def fresh_config(
+    algorithm: str,
+    algorithm_settings: Settings,
+    verifier: VerifierConfig,
+    vocab_map: VocabMap,
+    layer_ids: LayerIds,
+    *,
+    arch: DraftArch,
+    num_layers: int,
+) -> DraftConfig:
+    """The config of a draft that is trained from scratch."""
+    shape: dict[str, Any] = {
+        "arch": arch.value,
+        "hidden_size": verifier.hidden_size,
+        "target_hidden_size": verifier.hidden_size,
+        "intermediate_size": verifier.intermediate_size,
+        "num_layers": num_layers,
+        "num_heads": verifier.num_heads,
+        "num_kv_heads": verifier.num_kv_heads,
+        "head_dim": verifier.head_dim,
+        "rms_norm_eps": verifier.rms_norm_eps,
+        "rope_parameters": verifier.rope_parameters,
+        "max_position_embeddings": verifier.max_position_embeddings,
+        "vocab_size": vocab_map.vocab_size,
+        "draft_vocab_size": vocab_map.draft_vocab_size,
+    }
+    shape |= _config_of_run(verifier, layer_ids)
+    fresh: DraftConfig = ALGORITHMS[algorithm].build_config(algorithm_settings, shape)
+    return fresh
+
+
+def _config_of_run(verifier: VerifierConfig, layer_ids: LayerIds) -> dict[str, Any]:
+    """Fields of a config that the run's verifier and samples fix, whatever the draft is."""
+    return {
+        "target_layer_ids": layer_ids.ids,
+        "are_layer_ids_assumed": layer_ids.is_assumed,
+        "verifier_name_or_path": verifier.name_or_path,
+        "verifier_architectures": verifier.architectures,
+    }
 
 
 def read_inputs(

@@ -46,7 +46,7 @@ class MetricSums:
         """Sum over ranks, then divide; waits for the device.
 
         Returns:
-            `loss` (weighted sum over predictions, in nats per scored position), each ratio of the
+            `loss` (sum over predictions of weighted means per scored position), each ratio of the
             algorithm as `{metric}_{k}` for prediction k, `acceptance_length` (simulated), `tokens`,
             `supervised_fraction`; None where nothing was counted.
         """

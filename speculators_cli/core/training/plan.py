@@ -11,13 +11,18 @@ import torch
 from speculators_cli.core.algorithms import ALGORITHMS
 from speculators_cli.core.algorithms.cost import find_gpu
 from speculators_cli.core.algorithms.draft_config import DraftConfig
-from speculators_cli.core.data.packing import PackingPlan, plan_epoch
+from speculators_cli.core.data.packing import PackingPlan
 from speculators_cli.core.data.source import SampleSource
 from speculators_cli.core.files import check_output_dir, find_existing
 from speculators_cli.core.progress import SILENT, Progress
+from speculators_cli.core.training.build import (
+    build_loader,
+    choose_compute_dtype,
+    choose_train_kernels,
+    count_steps,
+)
 from speculators_cli.core.training.distributed import Ranks, count_shards, start_ranks
 from speculators_cli.core.training.inputs import read_inputs
-from speculators_cli.core.training.run import choose_compute_dtype, choose_kernels
 from speculators_cli.core.training.warm_start import read_warm_start
 from speculators_cli.settings.train import TrainSettings
 
@@ -73,7 +78,7 @@ def plan(
             that were asked for.
     """
     check_output_dir(settings.run.save_path, flag="--save-path")
-    with start_ranks(settings.distributed) as ranks:
+    with start_ranks(settings.distributed.device, settings.distributed.timeout_seconds) as ranks:
         if num_ranks is not None:
             ranks = replace(ranks, num_ranks=num_ranks, num_local_ranks=num_ranks)
         settings, source = read_warm_start(settings)
@@ -93,14 +98,9 @@ def _estimate(
 ) -> TrainPlan:
     per_rank = settings.optimizer.gradient_accumulation_steps
     global_batch = per_rank * ranks.num_ranks
-    packed = plan_epoch(
-        samples.lengths,
-        total_seq_len=settings.data.total_seq_len,
-        seed=settings.run.seed,
-        epoch=0,
-        global_batch=global_batch,
-    )
-    total_steps = settings.run.limit_steps(packed.num_steps * settings.run.epochs)
+    loader = build_loader(settings, samples, ranks, global_batch)
+    packed = loader.plan(0)
+    total_steps = count_steps(settings, loader)
     cost = ALGORITHMS[config.algorithm].cost
     lengths = np.minimum(samples.lengths, settings.data.total_seq_len)
     targets = samples.most_targets(settings.data.total_seq_len)
@@ -157,8 +157,9 @@ def _estimate(
 def _runs_fast_in_bfloat16(
     settings: TrainSettings, config: DraftConfig, device: torch.device
 ) -> bool:
-    is_fast = choose_kernels(settings, config, device)
-    return is_fast and choose_compute_dtype(settings, device) == torch.bfloat16
+    is_fast = choose_train_kernels(settings, config, device)
+    dtype = choose_compute_dtype(settings.distributed.compute_dtype, device)
+    return is_fast and dtype == torch.bfloat16
 
 
 def _count_checkpoints(settings: TrainSettings, packed: PackingPlan, total_steps: int) -> int:

@@ -7,7 +7,10 @@ from typing import Any
 
 @dataclass(frozen=True)
 class TrainReport:
-    """The result of `speculators train`; None is unknown. Losses are in nats per position."""
+    """The result of `speculators train`; None is unknown.
+
+    A loss is the weighted sum over predictions of the mean loss per scored position, in nats.
+    """
 
     checkpoint: Path | None
     best_checkpoint: Path | None
@@ -21,7 +24,7 @@ class TrainReport:
     validation_loss: float | None
     best_validation_loss: float | None
     acceptance_length: float | None  # simulated
-    acceptance_rates: tuple[float, ...]  # at each TTT step
+    acceptance_rates: tuple[float, ...]  # of each prediction
     target_layer_ids: tuple[int, ...]
     are_layer_ids_assumed: bool  # a guess that nobody confirmed
     num_skipped_steps: int

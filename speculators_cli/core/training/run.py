@@ -7,32 +7,21 @@ from contextlib import closing, contextmanager, suppress
 
 import torch
 
-from speculators_cli.core.algorithms import ALGORITHMS
-from speculators_cli.core.algorithms.draft_config import DraftConfig
-from speculators_cli.core.algorithms.draft_model import DraftModel
 from speculators_cli.core.data.data_config import LayerIds
-from speculators_cli.core.data.loader import BatchLoader
-from speculators_cli.core.data.source import SampleSource
 from speculators_cli.core.errors import MachineError, SpeculatorsError
 from speculators_cli.core.files import check_output_dir, format_bytes
-from speculators_cli.core.kernels.support import use_fast_kernels
-from speculators_cli.core.models.verifier import FrozenVerifier, load_frozen_verifier
 from speculators_cli.core.progress import SILENT, Progress, SilentProgress
 from speculators_cli.core.signals import StopSignals
-from speculators_cli.core.training.checkpoint_checks import check_progress
-from speculators_cli.core.training.distributed import Ranks, end_process, shard, start_ranks
+from speculators_cli.core.training.build import build_trainer
+from speculators_cli.core.training.distributed import Ranks, end_process, start_ranks
 from speculators_cli.core.training.inputs import Inputs, read_inputs
 from speculators_cli.core.training.loggers import SafeLogger, build_loggers
-from speculators_cli.core.training.optimizer import Optimizer
 from speculators_cli.core.training.place import adopt_slurm
 from speculators_cli.core.training.report import TrainReport
-from speculators_cli.core.training.resume import Start, find_start, with_verifier
+from speculators_cli.core.training.resume import Start, find_start
 from speculators_cli.core.training.run_end import RunEnd, recording_end
 from speculators_cli.core.training.run_folder import RunFolder
-from speculators_cli.core.training.run_log import RunLog
-from speculators_cli.core.training.sample_check import check_samples
 from speculators_cli.core.training.save_path import INDEX_NAME, check_apart, check_save_path
-from speculators_cli.core.training.snapshot import restore
 from speculators_cli.core.training.trainer import Trainer
 from speculators_cli.core.training.warm_start import read_warm_start
 from speculators_cli.settings.base import write_settings
@@ -81,7 +70,12 @@ def train(
     with (
         recording_end(end.write if is_recorded(dry_run=dry_run) else forget),
         StopSignals() as signals,
-        start_ranks(settings.distributed, signals=signals, end=end_now) as ranks,
+        start_ranks(
+            settings.distributed.device,
+            settings.distributed.timeout_seconds,
+            signals=signals,
+            end=end_now,
+        ) as ranks,
     ):
         progress = progress if ranks.is_first else SilentProgress()
         index_file = None if dry_run else settings.run.save_path / INDEX_NAME
@@ -101,7 +95,7 @@ def train(
             ranks.connect(settings.distributed.timeout_seconds)
             with (
                 open_logger(settings, folder, start, progress) as logger,
-                out_of_memory_explained(settings),
+                out_of_memory_explained(settings.data.total_seq_len),
             ):
                 trainer = build_trainer(
                     settings, inputs, ranks, start, folder, logger, progress, signals
@@ -110,12 +104,11 @@ def train(
                 announce(settings, inputs, trainer, start, progress)
                 with closing(trainer), ranks.ending_when_stuck():
                     if dry_run:
-                        trainer.train_step(
-                            next(trainer.feed.steps(trainer.loader.epoch(0))), epoch=0
-                        )
+                        trainer.train_step(next(trainer.feed.steps(trainer.loader.epoch(0))))
                     elif not is_finished:
                         trainer.fit()
             report = make_report(
+                settings,
                 trainer,
                 start,
                 inputs.layer_ids,
@@ -190,157 +183,6 @@ def open_logger(
         logger.close()
 
 
-def build_trainer(
-    settings: TrainSettings,
-    inputs: Inputs,
-    ranks: Ranks,
-    start: Start,
-    folder: RunFolder | None,
-    logger: SafeLogger | None,
-    progress: Progress,
-    signals: StopSignals,
-) -> Trainer:
-    """Load the verifier's frozen parts, build the draft, shard it, give it its state."""
-    verifier = load_frozen_verifier(
-        inputs.verifier_files, inputs.verifier_config, progress=progress
-    )
-    verifier = verifier.to(ranks.device)
-    if settings.data.check_samples and not start.is_resumed:
-        check_samples(
-            inputs.samples, verifier, folder=settings.data.data_path[0], progress=progress
-        )
-        if settings.data.val_data_path and len(inputs.validation_samples):
-            check_samples(
-                inputs.validation_samples,
-                verifier,
-                folder=settings.data.val_data_path[0],
-                progress=progress,
-            )
-    start = with_verifier(start, verifier.fingerprint, settings, progress)
-    draft = build_draft(settings, inputs, verifier)
-    shard(draft, ranks, settings.distributed.sharding)
-    optimizer = Optimizer(draft, settings.optimizer, use_fast_kernels=draft.use_fast_kernels)
-    if start.is_resumed:
-        checkpoint = start.checkpoint
-        tensors = checkpoint.read_tensors() if checkpoint else {}
-        frozen = draft.frozen_tensors()
-        restore(
-            draft,
-            optimizer.adamw,
-            weights={name: tensor for name, tensor in tensors.items() if name not in frozen},
-            moments=checkpoint.read_trainer_tensors() if checkpoint else {},
-        )
-        optimizer.num_skipped.fill_(start.state.num_skipped_steps)
-    loader = build_loader(
-        settings,
-        inputs.samples,
-        ranks,
-        start.state.global_batch,
-        num_epochs=settings.run.epochs,
-        max_steps=settings.run.max_steps,
-    )
-    validation_loader = None
-    if len(inputs.validation_samples):
-        validation_loader = build_loader(
-            settings, inputs.validation_samples, ranks, ranks.num_ranks, num_epochs=1
-        )
-    if start.is_resumed:
-        check_progress(start.state, loader, num_epochs=settings.run.epochs)
-    steps_of_epochs = sum(loader.steps_in(epoch) for epoch in range(settings.run.epochs))
-    total_steps = settings.run.limit_steps(steps_of_epochs)
-    return Trainer(
-        settings=settings,
-        ranks=ranks,
-        draft=draft,
-        optimizer=optimizer,
-        loader=loader,
-        validation_loader=validation_loader,
-        compute_dtype=choose_compute_dtype(settings, ranks.device),
-        state=start.state,
-        total_steps=total_steps,
-        folder=folder,
-        signals=signals,
-        is_saved=start.is_resumed,
-        log=RunLog(
-            ranks=ranks,
-            samples=inputs.samples,
-            draft=draft,
-            num_epochs=settings.run.epochs,
-            total_steps=total_steps,
-            logger=logger,
-            progress=progress,
-        ),
-    )
-
-
-def build_draft(settings: TrainSettings, inputs: Inputs, verifier: FrozenVerifier) -> DraftModel:
-    """A fresh or a trained draft on the device of the verifier's frozen parts."""
-    algorithm, config = ALGORITHMS[settings.draft.algorithm], inputs.draft_config(settings)
-    draft = algorithm.build(
-        config,
-        verifier,
-        inputs.vocab_map,
-        settings.algorithm_settings,
-        use_fast_kernels=choose_kernels(settings, config, verifier.head.device),
-        seed=settings.run.seed,
-    )
-    if inputs.source is not None:
-        draft.load_state_dict(dict(inputs.source.weights))
-    return draft
-
-
-def choose_kernels(settings: TrainSettings, config: DraftConfig, device: torch.device) -> bool:
-    """Whether a step computes with the fast kernels: `--kernels`, resolved.
-
-    Raises:
-        MachineError: They were asked for where they cannot run.
-    """
-    return use_fast_kernels(
-        settings.distributed.kernels,
-        device,
-        choose_compute_dtype(settings, device),
-        head_dim=config.head_dim,
-        unsupported=ALGORITHMS[config.algorithm].find_unsupported(settings.algorithm_settings),
-    )
-
-
-def build_loader(
-    settings: TrainSettings,
-    samples: SampleSource,
-    ranks: Ranks,
-    global_batch: int,
-    *,
-    num_epochs: int,
-    max_steps: int | None = None,
-) -> BatchLoader:
-    """Batches of this rank."""
-    num_workers = settings.data.num_workers
-    if num_workers is None:
-        num_workers = min(8, max(1, (os.cpu_count() or 1) // ranks.num_local_ranks))
-    return BatchLoader(
-        samples,
-        total_seq_len=settings.data.total_seq_len,
-        seed=settings.run.seed,
-        global_batch=global_batch,
-        rank=ranks.rank,
-        num_ranks=ranks.num_ranks,
-        num_epochs=num_epochs,
-        max_steps=max_steps,
-        num_workers=num_workers,
-        prefetch_factor=settings.data.prefetch_factor,
-        pin_memory=ranks.device.type == "cuda",
-        pads=ranks.device.type == "cuda",
-    )
-
-
-def choose_compute_dtype(settings: TrainSettings, device: torch.device) -> torch.dtype:
-    """bfloat16 on a GPU, float32 on CPU, unless the settings say which."""
-    given = settings.distributed.compute_dtype
-    if given == "auto":
-        given = "bfloat16" if device.type == "cuda" else "float32"
-    return torch.bfloat16 if given == "bfloat16" else torch.float32
-
-
 def announce(
     settings: TrainSettings, inputs: Inputs, trainer: Trainer, start: Start, progress: Progress
 ) -> None:
@@ -368,9 +210,9 @@ def announce(
 
 
 @contextmanager
-def out_of_memory_explained(settings: TrainSettings) -> Iterator[None]:
+def out_of_memory_explained(total_seq_len: int) -> Iterator[None]:
     """Turn PyTorch's out-of-memory errors into one that states what to lower."""
-    tokens = f"{settings.data.total_seq_len:,} tokens a packed sequence"
+    tokens = f"{total_seq_len:,} tokens per packed sequence"
     try:
         yield
     except (MemoryError, RuntimeError) as error:
@@ -379,7 +221,7 @@ def out_of_memory_explained(settings: TrainSettings) -> Iterator[None]:
             peak = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
             raise MachineError(
                 f"The GPU is out of memory: {tokens}, peak {format_bytes(peak)}",
-                hint="Lower `--total-seq-len`, or spread the draft over more GPUs",
+                hint="Lower `--total-seq-len`, or shard across more GPUs with `--nproc-per-node`",
             ) from None
         if not isinstance(error, MemoryError) and not _tells(error, NO_ROOM):
             raise
@@ -393,6 +235,7 @@ def _tells(error: Exception, texts: tuple[str, ...]) -> bool:
 
 
 def make_report(
+    settings: TrainSettings,
     trainer: Trainer,
     start: Start,
     layer_ids: LayerIds,
@@ -402,7 +245,7 @@ def make_report(
     is_dry_run: bool,
 ) -> TrainReport:
     """What the run did, for the caller; all ranks must call."""
-    state, settings = trainer.state, trainer.settings
+    state = trainer.state
     best = state.best or {}
     is_cuda = trainer.ranks.device.type == "cuda"
     peak = int(trainer.ranks.max(torch.cuda.max_memory_allocated() if is_cuda else 0))

@@ -1,6 +1,6 @@
 """Trainer: the loop."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from math import isfinite
@@ -8,36 +8,34 @@ from typing import Any, NoReturn
 
 import torch
 
-from speculators_cli.core.algorithms.draft_model import DraftModel
 from speculators_cli.core.data.batch import Batch, drop_non_finite
 from speculators_cli.core.data.loader import BatchSource
-from speculators_cli.core.data.noise import drop_and_add_noise
 from speculators_cli.core.errors import DivergedError, StoppedError
 from speculators_cli.core.models.train_state import TrainState
 from speculators_cli.core.signals import Interrupted, StopSignals
-from speculators_cli.core.training.distributed import Ranks
 from speculators_cli.core.training.feed import DeviceFeed, StepBatches
 from speculators_cli.core.training.metrics import Metrics, MetricSums, are_finite
-from speculators_cli.core.training.optimizer import Optimizer, learning_rate
+from speculators_cli.core.training.optimizer_step import OptimizerStep
 from speculators_cli.core.training.run_folder import RunFolder
 from speculators_cli.core.training.run_log import RunLog
 from speculators_cli.core.training.snapshot import gather_moments, gather_weights
-from speculators_cli.settings.train import TrainSettings
 
 
 @dataclass
 class Trainer:
     """Trains a draft model from a state to the last step."""
 
-    settings: TrainSettings
-    ranks: Ranks  # connected
-    draft: DraftModel  # on its device, sharded
-    optimizer: Optimizer
+    optimizer_step: OptimizerStep
+    rate: Callable[[int], float]  # learning rate of the step after so many finished ones
     loader: BatchSource  # training batches of this rank
     validation_loader: BatchSource | None  # None without validation
-    compute_dtype: torch.dtype
     state: TrainState
+    num_epochs: int
     total_steps: int  # optimizer steps of the whole run
+    log_every_steps: int
+    max_skipped_steps: int  # in a row
+    checkpoint_every_steps: int | None  # None: only after each epoch
+    keep_checkpoints: int | None  # latest ones beside the best; None: all
     folder: RunFolder | None  # on rank 0, unless it is a dry run
     log: RunLog
     signals: StopSignals = field(default_factory=StopSignals)  # open
@@ -46,8 +44,9 @@ class Trainer:
     def __post_init__(self) -> None:
         self.logged_step = self.state.step
         self.lr, self.grad_norm = 0.0, torch.zeros(())  # of the last step
+        self.draft, self.ranks = self.optimizer_step.draft, self.optimizer_step.ranks
+        self.optimizer = self.optimizer_step.optimizer
         self.feed = DeviceFeed(self.ranks.device)
-        self.loss_weights = torch.tensor(self.draft.loss_weights, device=self.ranks.device)
 
     def close(self) -> None:
         """Stop reading samples, however training ended."""
@@ -79,22 +78,22 @@ class Trainer:
 
     def train_epochs(self) -> None:
         """Train to the last step, epoch by epoch."""
-        for epoch in range(self.state.epoch, self.settings.run.epochs):
-            self.train_epoch(epoch)
+        while self.state.epoch < self.num_epochs:
+            self.train_epoch()
             if not self.is_epoch_whole:
                 self.save(f"step-{self.state.step}")
                 return
-            self.finish_epoch(epoch)
+            self.finish_epoch()
             if self.state.step >= self.total_steps:
                 return
 
-    def train_epoch(self, epoch: int) -> None:
+    def train_epoch(self) -> None:
         """Train through the rest of an epoch, or up to the last step."""
         self.draft.train()
         self.log.start_clock(self.state.step)
-        steps = self.feed.steps(self.loader.epoch(epoch, self.state.step_in_epoch))
+        steps = self.feed.steps(self.loader.epoch(self.state.epoch, self.state.step_in_epoch))
         while (batches := self.take(steps)) is not None:
-            self.train_step(batches, epoch)
+            self.train_step(batches)
             self.leave_if_asked()
             if self.state.step == self.total_steps:
                 return
@@ -115,50 +114,30 @@ class Trainer:
         """Where a single process may leave at any line; ranks leave together, after a step."""
         return self.signals.interruptible() if self.ranks.num_ranks == 1 else nullcontext()
 
-    def train_step(self, batches: Sequence[Batch], epoch: int) -> None:
+    def train_step(self, batches: Sequence[Batch]) -> None:
         """One optimizer step over this rank's packed sequences, which are on the device."""
-        ready = [self.prepare(batch, epoch) for batch in batches]
-        # Known from masks alone, so the sum over ranks precedes the first forward.
-        num_scored = torch.stack([self.draft.count_scored(batch) for batch in ready]).sum(0)
-        weights = self.loss_weights / self.ranks.sum(num_scored).clamp(min=1)
-        for batch in ready:
-            sums = self.draft(batch, weights)
-            sums.loss.backward()
-            self.log.add(sums, batch)
-        self.lr = learning_rate(
-            self.state.step,
-            peak=self.settings.optimizer.lr,
-            total_steps=self.total_steps,
-            settings=self.settings.schedule,
+        self.lr = self.rate(self.state.step)
+        self.grad_norm = self.optimizer_step.run(
+            batches, self.log, epoch=self.state.epoch, lr=self.lr
         )
-        self.grad_norm = self.optimizer.step(self.lr)
         step, step_in_epoch = self.state.step + 1, self.state.step_in_epoch + 1
         self.state = replace(self.state, step=step, step_in_epoch=step_in_epoch)
         self.is_saved = False
-        if self.is_log_due(epoch):
-            self.log_step(epoch)
+        if self.is_log_due():
+            self.log_step()
 
-    def log_step(self, epoch: int) -> None:
-        """Tell of the steps since the last one that was logged; stop a run that diverged."""
+    def log_step(self) -> None:
+        """Report the steps since the last log step; stop a run that diverged."""
         self.logged_step = self.state.step
         self.log.log_step(
             self.state.step,
-            epoch,
+            self.state.epoch,
             lr=self.lr,
             grad_norm=self.grad_norm,
             skipped=int(self.optimizer.num_skipped),
             wait_seconds=self.feed.take_wait_seconds(),
         )
         self.check_gradients()
-
-    def prepare(self, batch: Batch, epoch: int) -> Batch:
-        """Cast a training batch, leave out broken documents, add noise."""
-        std, seed = self.settings.data.noise_std, self.settings.run.seed
-        ready, is_broken = drop_and_add_noise(
-            batch.cast(self.compute_dtype), std, seed=seed, epoch=epoch
-        )
-        self.log.add_broken(batch.sample_ids, is_broken)
-        return ready
 
     @torch.no_grad()
     def validate(self) -> Metrics | None:
@@ -172,14 +151,15 @@ class Trainer:
         self.draft.eval()
         sums = MetricSums.of(self.draft)
         for (batch,) in self.feed.steps(self.validation_loader.epoch(0)):
-            finite, _ = drop_non_finite(batch.cast(self.compute_dtype))
+            finite, _ = drop_non_finite(batch.cast(self.optimizer_step.compute_dtype))
             sums.add(self.draft(finite), finite)
             self.leave_if_asked()
         self.feed.take_wait_seconds()
         return sums.reduce(self.ranks)
 
-    def finish_epoch(self, epoch: int) -> None:
+    def finish_epoch(self) -> None:
         """Validate and save a finished epoch."""
+        epoch = self.state.epoch
         with self.between_steps():
             metrics = self.validate()
         name = str(epoch)
@@ -216,7 +196,7 @@ class Trainer:
             )
             if self.state.best is not None:
                 self.folder.set_best(self.state.best["name"])
-            self.folder.prune(self.settings.checkpoints.keep_checkpoints)
+            self.folder.prune(self.keep_checkpoints)
         self.ranks.barrier()
         self.is_saved = True
 
@@ -240,7 +220,7 @@ class Trainer:
         if self.state.step == 0:
             raise Interrupted(number)
         if self.logged_step < self.state.step:
-            self.log_step(self.state.epoch)
+            self.log_step()
         name = f"step-{self.state.step}"
         if not self.is_saved:
             self.save(name)
@@ -249,28 +229,28 @@ class Trainer:
         raise StoppedError(
             f"Stopped by signal {number} after step {self.state.step:,}, saved as `{name}`",
             signal_number=number,
-            hint="Run the same command again to go on",
+            hint="Rerun the same command to resume",
         )
 
     def check_gradients(self) -> None:
         """Stop a run whose gradients were not finite for too many steps in a row."""
         in_a_row = int(self.optimizer.most_skipped_in_a_row)
-        if in_a_row >= self.settings.optimizer.max_skipped_steps:
+        if in_a_row >= self.max_skipped_steps:
             raise DivergedError(
                 f"Training diverged: {in_a_row} steps in a row had no finite gradient, "
                 f"up to step {self.state.step:,}",
                 hint="Lower `--lr`, or check the samples for extreme hidden states",
             )
 
-    def is_log_due(self, epoch: int) -> bool:
+    def is_log_due(self) -> bool:
         """Whether the step just done is logged: regular ones, the first, an epoch's last."""
-        step, last = self.state.step, self.loader.steps_in(epoch)
+        step, last = self.state.step, self.loader.steps_in(self.state.epoch)
         is_last = step == self.total_steps or self.state.step_in_epoch == last
-        return is_last or step == 1 or step % self.settings.run.log_every_steps == 0
+        return is_last or step == 1 or step % self.log_every_steps == 0
 
     def is_checkpoint_due(self) -> bool:
         """Whether a checkpoint is saved in the middle of the epoch, after the step just done."""
-        every = self.settings.checkpoints.checkpoint_every_steps
+        every = self.checkpoint_every_steps
         return every is not None and self.state.step % every == 0 and not self.is_epoch_whole
 
 

@@ -7,10 +7,12 @@ from typing import Any
 
 import pytest
 import torch
+from pydantic import Field
 
 from speculators_cli.cli.setting_flags import flags_of
 from speculators_cli.core.algorithms import ALGORITHMS
 from speculators_cli.core.algorithms.overrides import Overrides
+from speculators_cli.core.bench.bench import bench
 from speculators_cli.core.capture.capture import capture
 from speculators_cli.core.data.batch import collate
 from speculators_cli.core.data.folder import read_folders
@@ -30,6 +32,7 @@ from speculators_cli.core.training.plan import plan
 from speculators_cli.core.training.report import TrainReport
 from speculators_cli.core.training.run import train
 from speculators_cli.settings.algorithms import ALGORITHM_SETTINGS
+from speculators_cli.settings.bench import BenchSettings
 from speculators_cli.settings.loading import load_settings
 from speculators_cli.settings.train import TrainSettings
 from tests.tiny import HIDDEN, TinyInputs
@@ -163,6 +166,31 @@ def test_a_run_is_planned_over_its_own_positions(tiny: TinyInputs) -> None:
     assert found.num_parameters == sum(x.numel() for x in checkpoint.weights.values())
     flops = 6 * found.num_parameters * found.tokens_per_epoch / found.steps_per_epoch
     assert found.useful_tflop_per_step == pytest.approx(flops / 1e12)
+
+
+def test_its_training_step_is_timed(tiny: TinyInputs) -> None:
+    class ToyBenchSettings(BenchSettings):
+        toy: ToySettings = Field(default_factory=ToySettings, title="Toy")
+
+    settings = ToyBenchSettings.model_validate(
+        {
+            "shape": {
+                "verifier_name_or_path": str(tiny.verifier_dir),
+                "algorithm": "toy",
+                "draft_vocab_size": 19,
+            },
+            "step": {"total_seq_len": 100, "supervised_fraction": 0.5, "device": "cpu"},
+            "measure": {"steps": 2, "warmup_steps": 1},
+        }
+    )
+
+    report = bench(settings, progress=QUIET)
+
+    assert report.kernels == "plain"
+    assert report.ttt_steps == 1
+    assert report.supervised_fraction == pytest.approx(0.5, abs=0.05)
+    # Random states: the draft is as far from the verifier as it begins.
+    assert 0.0 < report.loss < 1.0
 
 
 def test_drafting_predicts_what_training_predicted(tiny: TinyInputs) -> None:

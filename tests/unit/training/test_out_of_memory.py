@@ -12,8 +12,8 @@ from speculators_cli.core.progress import SilentProgress
 from speculators_cli.core.training.run import train
 from tests.tiny import TinyInputs
 
-ON_GPU = r"The GPU is out of memory: 64 tokens a packed sequence, peak \S+ "
-ON_CPU = "The machine is out of memory: 64 tokens a packed sequence"
+ON_GPU = r"The GPU is out of memory: 64 tokens per packed sequence, peak \S+ "
+ON_CPU = "The machine is out of memory: 64 tokens per packed sequence"
 ERRORS = [
     (torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), ON_GPU),
     (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate"), ON_GPU),
@@ -22,8 +22,8 @@ ERRORS = [
     (MemoryError("Unable to allocate 2 GiB for an array"), ON_CPU),
 ]
 PLACES = [
-    "run.load_frozen_verifier",
-    "run.build_draft",
+    "build.load_frozen_verifier",
+    "build.build_draft",
     "trainer.Trainer.train_step",
     "trainer.Trainer.validate",
 ]

@@ -140,7 +140,7 @@ def test_a_signal_before_the_first_new_step_keeps_the_checkpoint_that_there_is(
 
 @pytest.mark.parametrize(
     "target",
-    ["run.read_inputs", "run.load_frozen_verifier", "run.check_samples", "run.build_loader"],
+    ["run.read_inputs", "build.load_frozen_verifier", "build.check_samples", "build.build_loader"],
 )
 def test_a_signal_before_the_first_step_ends_at_once_and_is_written_down(
     tiny: TinyInputs, monkeypatch: pytest.MonkeyPatch, target: str
@@ -158,7 +158,7 @@ def test_a_signal_before_the_first_step_ends_at_once_and_is_written_down(
 def test_a_dry_run_that_is_stopped_writes_nothing(
     tiny: TinyInputs, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    signal_at(monkeypatch, "speculators_cli.core.training.run.build_loader", call=1)
+    signal_at(monkeypatch, "speculators_cli.core.training.build.build_loader", call=1)
 
     with pytest.raises(StoppedError):
         train(tiny.settings(), progress=SilentProgress(), dry_run=True)

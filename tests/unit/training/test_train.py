@@ -16,11 +16,12 @@ from safetensors.torch import load_file, save_file
 from speculators_cli.core.data.folder import read_folders
 from speculators_cli.core.errors import CheckpointError, DataError, DivergedError
 from speculators_cli.core.progress import SilentProgress
+from speculators_cli.core.training.build import build_loader
 from speculators_cli.core.training.distributed import Ranks
 from speculators_cli.core.training.metrics import Metrics
 from speculators_cli.core.training.optimizer import Optimizer
 from speculators_cli.core.training.report import TrainReport
-from speculators_cli.core.training.run import build_loader, train
+from speculators_cli.core.training.run import train
 from speculators_cli.core.training.trainer import Trainer
 from tests.recorded_progress import RecordedProgress
 from tests.tiny import DRAFT_VOCAB, HIDDEN, LAYER_IDS, VOCAB, TinyInputs
@@ -428,7 +429,7 @@ def test_ranks_of_several_machines_share_the_samples(tiny: TinyInputs) -> None:
             device=torch.device("cpu"),
             store=None,
         )
-        steps = build_loader(settings, samples, ranks, global_batch=4, num_epochs=1).epoch(0)
+        steps = build_loader(settings, samples, ranks, global_batch=4, is_validation=True).epoch(0)
         return [i for batches in steps for batch in batches for i in batch.sample_ids]
 
     read = [read_by(rank) for rank in range(4)]

@@ -1,0 +1,236 @@
+"""build_trainer(): every part of a training run, from its settings and inputs."""
+
+import os
+from functools import partial
+
+import torch
+
+from speculators_cli.core.algorithms import ALGORITHMS
+from speculators_cli.core.algorithms.draft_config import DraftConfig
+from speculators_cli.core.algorithms.draft_model import DraftModel
+from speculators_cli.core.data.loader import BatchLoader, BatchSource
+from speculators_cli.core.data.source import SampleSource
+from speculators_cli.core.kernels.support import use_fast_kernels
+from speculators_cli.core.models.verifier import FrozenVerifier, load_frozen_verifier
+from speculators_cli.core.progress import Progress
+from speculators_cli.core.signals import StopSignals
+from speculators_cli.core.training.checkpoint_checks import check_progress
+from speculators_cli.core.training.distributed import Ranks, shard
+from speculators_cli.core.training.inputs import Inputs
+from speculators_cli.core.training.loggers import SafeLogger
+from speculators_cli.core.training.optimizer import Optimizer, learning_rate
+from speculators_cli.core.training.optimizer_step import OptimizerStep
+from speculators_cli.core.training.resume import Start, with_verifier
+from speculators_cli.core.training.run_folder import RunFolder
+from speculators_cli.core.training.run_log import RunLog
+from speculators_cli.core.training.sample_check import check_samples
+from speculators_cli.core.training.snapshot import restore
+from speculators_cli.core.training.trainer import Trainer
+from speculators_cli.settings.base import Settings
+from speculators_cli.settings.train import TrainSettings
+
+
+def build_trainer(
+    settings: TrainSettings,
+    inputs: Inputs,
+    ranks: Ranks,
+    start: Start,
+    folder: RunFolder | None,
+    logger: SafeLogger | None,
+    progress: Progress,
+    signals: StopSignals,
+) -> Trainer:
+    """Load the verifier's frozen parts, build the draft, shard it, give it its state."""
+    verifier = load_frozen_verifier(
+        inputs.verifier_files, inputs.verifier_config, progress=progress
+    )
+    verifier = verifier.to(ranks.device)
+    if settings.data.check_samples and not start.is_resumed:
+        check_samples(
+            inputs.samples, verifier, folder=settings.data.data_path[0], progress=progress
+        )
+        if settings.data.val_data_path and len(inputs.validation_samples):
+            check_samples(
+                inputs.validation_samples,
+                verifier,
+                folder=settings.data.val_data_path[0],
+                progress=progress,
+            )
+    start = with_verifier(start, verifier.fingerprint, settings, progress)
+    draft = build_draft(settings, inputs, verifier)
+    shard(draft, ranks, settings.distributed.sharding)
+    optimizer = Optimizer(draft, settings.optimizer, use_fast_kernels=draft.use_fast_kernels)
+    if start.is_resumed:
+        checkpoint = start.checkpoint
+        tensors = checkpoint.read_tensors() if checkpoint else {}
+        frozen = draft.frozen_tensors()
+        restore(
+            draft,
+            optimizer.adamw,
+            weights={name: tensor for name, tensor in tensors.items() if name not in frozen},
+            moments=checkpoint.read_trainer_tensors() if checkpoint else {},
+        )
+        optimizer.num_skipped.fill_(start.state.num_skipped_steps)
+    loader = build_loader(settings, inputs.samples, ranks, start.state.global_batch)
+    validation_loader = None
+    if len(inputs.validation_samples):
+        validation_loader = build_loader(
+            settings, inputs.validation_samples, ranks, ranks.num_ranks, is_validation=True
+        )
+    if start.is_resumed:
+        check_progress(start.state, loader, num_epochs=settings.run.epochs)
+    total_steps = count_steps(settings, loader)
+    return Trainer(
+        optimizer_step=OptimizerStep(
+            draft,
+            ranks,
+            optimizer,
+            compute_dtype=choose_compute_dtype(settings.distributed.compute_dtype, ranks.device),
+            noise_std=settings.data.noise_std,
+            seed=settings.run.seed,
+        ),
+        rate=partial(
+            learning_rate,
+            peak=settings.optimizer.lr,
+            total_steps=total_steps,
+            settings=settings.schedule,
+        ),
+        loader=loader,
+        validation_loader=validation_loader,
+        state=start.state,
+        num_epochs=settings.run.epochs,
+        total_steps=total_steps,
+        log_every_steps=settings.run.log_every_steps,
+        max_skipped_steps=settings.optimizer.max_skipped_steps,
+        checkpoint_every_steps=settings.checkpoints.checkpoint_every_steps,
+        keep_checkpoints=settings.checkpoints.keep_checkpoints,
+        folder=folder,
+        signals=signals,
+        is_saved=start.is_resumed,
+        log=RunLog(
+            ranks=ranks,
+            samples=inputs.samples,
+            draft=draft,
+            num_epochs=settings.run.epochs,
+            total_steps=total_steps,
+            logger=logger,
+            progress=progress,
+        ),
+    )
+
+
+def count_steps(settings: TrainSettings, loader: BatchSource) -> int:
+    """Optimizer steps of the whole run."""
+    of_epochs = sum(loader.steps_in(epoch) for epoch in range(settings.run.epochs))
+    return settings.run.limit_steps(of_epochs)
+
+
+def build_draft(settings: TrainSettings, inputs: Inputs, verifier: FrozenVerifier) -> DraftModel:
+    """A fresh or a trained draft on the device of the verifier's frozen parts."""
+    algorithm, config = ALGORITHMS[settings.draft.algorithm], inputs.draft_config(settings)
+    draft = algorithm.build(
+        config,
+        verifier,
+        inputs.vocab_map,
+        settings.algorithm_settings,
+        use_fast_kernels=choose_train_kernels(settings, config, verifier.head.device),
+        seed=settings.run.seed,
+    )
+    if inputs.source is not None:
+        draft.load_state_dict(dict(inputs.source.weights))
+    return draft
+
+
+def choose_train_kernels(
+    settings: TrainSettings, config: DraftConfig, device: torch.device
+) -> bool:
+    """Whether a step computes with the fast kernels: `--kernels`, resolved."""
+    return choose_kernels(
+        settings.distributed.kernels,
+        choose_compute_dtype(settings.distributed.compute_dtype, device),
+        config,
+        settings.algorithm_settings,
+        device,
+    )
+
+
+def choose_kernels(
+    given: str,
+    compute_dtype: torch.dtype,
+    config: DraftConfig,
+    algorithm_settings: Settings,
+    device: torch.device,
+) -> bool:
+    """Whether a step computes with the fast kernels.
+
+    Raises:
+        MachineError: They were requested where they cannot run.
+    """
+    return use_fast_kernels(
+        given,
+        device,
+        compute_dtype,
+        head_dim=config.head_dim,
+        unsupported=ALGORITHMS[config.algorithm].find_unsupported(algorithm_settings),
+    )
+
+
+def build_loader(
+    settings: TrainSettings,
+    samples: SampleSource,
+    ranks: Ranks,
+    global_batch: int,
+    *,
+    is_validation: bool = False,
+) -> BatchLoader:
+    """Batches of this rank, over all epochs of a run or over one validation."""
+    return load_batches(
+        samples,
+        ranks,
+        total_seq_len=settings.data.total_seq_len,
+        seed=settings.run.seed,
+        global_batch=global_batch,
+        num_epochs=1 if is_validation else settings.run.epochs,
+        max_steps=None if is_validation else settings.run.max_steps,
+        num_workers=settings.data.num_workers,
+        prefetch_factor=settings.data.prefetch_factor,
+    )
+
+
+def load_batches(
+    samples: SampleSource,
+    ranks: Ranks,
+    *,
+    total_seq_len: int,
+    seed: int,
+    global_batch: int,
+    num_epochs: int,
+    max_steps: int | None,
+    num_workers: int | None,
+    prefetch_factor: int,
+) -> BatchLoader:
+    """A loader whose threads and memory suit this rank."""
+    if num_workers is None:
+        num_workers = min(8, max(1, (os.cpu_count() or 1) // ranks.num_local_ranks))
+    is_cuda = ranks.device.type == "cuda"
+    return BatchLoader(
+        samples,
+        total_seq_len=total_seq_len,
+        seed=seed,
+        global_batch=global_batch,
+        rank=ranks.rank,
+        num_ranks=ranks.num_ranks,
+        num_epochs=num_epochs,
+        max_steps=max_steps,
+        num_workers=num_workers,
+        prefetch_factor=prefetch_factor,
+        pin_memory=is_cuda,
+        pads=is_cuda,
+    )
+
+
+def choose_compute_dtype(given: str, device: torch.device) -> torch.dtype:
+    """`--compute-dtype`, resolved: by default bfloat16 on a GPU, float32 on CPU."""
+    if given == "auto":
+        given = "bfloat16" if device.type == "cuda" else "float32"
+    return torch.bfloat16 if given == "bfloat16" else torch.float32

@@ -1,0 +1,74 @@
+"""OptimizerStep: one update of the draft from packed sequences that are on the device."""
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from speculators_cli.core.algorithms.draft_model import DraftModel, StepSums
+from speculators_cli.core.data.batch import Batch
+from speculators_cli.core.data.noise import drop_and_add_noise
+from speculators_cli.core.training.distributed import Ranks
+from speculators_cli.core.training.optimizer import Optimizer
+
+
+class StepLog(Protocol):
+    """Receives what a step counts; nothing is read from the device here."""
+
+    def add(self, sums: StepSums, batch: Batch) -> None:
+        """Take in what one batch gave."""
+
+    def add_broken(self, sample_ids: tuple[int, ...], is_broken: Tensor) -> None:
+        """Take in which documents of a batch were left out."""
+
+
+class OptimizerStep:
+    """Casts batches, adds noise, runs forward and backward, and updates the weights.
+
+    Args:
+        draft: On its device, sharded.
+        ranks: The processes that share a step, connected.
+        optimizer: Of the draft.
+        compute_dtype: Of the layers.
+        noise_std: Noise on aux hidden states, uniform in [-x, x].
+        seed: Of the noise.
+    """
+
+    def __init__(
+        self,
+        draft: DraftModel,
+        ranks: Ranks,
+        optimizer: Optimizer,
+        *,
+        compute_dtype: torch.dtype,
+        noise_std: float,
+        seed: int,
+    ) -> None:
+        self.draft = draft
+        self.ranks = ranks
+        self.optimizer = optimizer
+        self.compute_dtype = compute_dtype
+        self.noise_std = noise_std
+        self.seed = seed
+        self.loss_weights = torch.tensor(draft.loss_weights, device=ranks.device)
+
+    def run(self, batches: Sequence[Batch], log: StepLog, *, epoch: int, lr: float) -> Tensor:
+        """Update the weights from this rank's packed sequences; the gradient norm, a scalar."""
+        ready = [self.prepare(batch, log, epoch) for batch in batches]
+        # Known from masks only, so the sum over ranks precedes the first forward.
+        num_scored = torch.stack([self.draft.count_scored(batch) for batch in ready]).sum(0)
+        weights = self.loss_weights / self.ranks.sum(num_scored).clamp(min=1)
+        for batch in ready:
+            sums = self.draft(batch, weights)
+            sums.loss.backward()
+            log.add(sums, batch)
+        return self.optimizer.step(lr)
+
+    def prepare(self, batch: Batch, log: StepLog, epoch: int) -> Batch:
+        """Cast a training batch, leave out broken documents, add noise."""
+        ready, is_broken = drop_and_add_noise(
+            batch.cast(self.compute_dtype), self.noise_std, seed=self.seed, epoch=epoch
+        )
+        log.add_broken(batch.sample_ids, is_broken)
+        return ready
