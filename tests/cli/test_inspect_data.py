@@ -124,6 +124,39 @@ def test_one_sick_sample_is_named(data_dir: Path, capsys: Capture, name: str) ->
     assert expected in problems["data_5.pt"]
 
 
+def raise_ids(content: Content) -> None:
+    content["input_ids"] += VOCAB
+
+
+def cut_states(content: Content) -> None:
+    content["hidden_states"] = [states[:, :16].clone() for states in content["hidden_states"]]
+
+
+@pytest.mark.parametrize(
+    ("edit", "of_folder"),
+    [(raise_ids, set()), (cut_states, {"has hidden size 16, the verifier 24"})],
+)
+def test_only_what_differs_from_the_verifier_is_reported(
+    data_dir: Path,
+    tiny: TinyInputs,
+    capsys: Capture,
+    edit: Callable[[Content], None],
+    of_folder: set[str],
+) -> None:
+    # Trap: token ids out of range, reported as another hidden size.
+    for file in data_dir.glob("*.pt"):
+        change(file, edit)
+
+    code, report = report_of(capsys, data_dir, "--verifier-name-or-path", tiny.verifier_dir)
+
+    assert code == 1
+    found = {p["problem"] for p in report["problems"] if Path(p["file"]) == data_dir}
+    of_files = [p for p in report["problems"] if Path(p["file"]) != data_dir]
+    assert found == of_folder
+    assert len(of_files) == (0 if of_folder else 24)
+    assert all("beyond the verifier's vocabulary of 37" in p["problem"] for p in of_files)
+
+
 def test_files_that_are_no_samples_are_named(data_dir: Path, capsys: Capture) -> None:
     (data_dir / "page.pt").write_text("<html>")
     (data_dir / "empty.pt").touch()

@@ -232,9 +232,14 @@ def _check_num_layer_ids(
         SettingsError: They were given by flag.
         CheckpointError: They are the config's, or were left to a guess.
     """
-    if fusion is None or fusion.dim() != 2 or fusion.shape[1] % config.target_hidden_size:
+    expected, size = config.tensor_shapes().get(FUSION), config.target_hidden_size
+    if expected is None or fusion is None or fusion.dim() != 2:
         return  # the shapes of all tensors are compared later
-    num_layers = fusion.shape[1] // config.target_hidden_size
+    # It may read more than aux hidden states, such as an embedding.
+    num_layers, rest = divmod(fusion.shape[1] - expected[1], size)
+    if rest:
+        return
+    num_layers += config.num_aux_layers
     if num_layers == config.num_aux_layers:
         return
     ids = ",".join(map(str, config.target_layer_ids))

@@ -110,7 +110,9 @@ def inspect_data(settings: InspectDataSettings, *, progress: Progress = SILENT) 
         verifier = read_verifier_config(verifier_files, trust_remote_code=wanted.trust_remote_code)
         vocab_size, agreement, more = measure_verifier(verifier_files, verifier, drawn, progress)
         problems += more
-        problems += check_verifier(usual, vocab_size, agreement, wanted.data_path)
+        problems += find_contradictions(
+            usual, vocab_size, verifier.hidden_size, agreement, wanted.data_path
+        )
     if wanted.verify:
         problems += verify_checksums(files, progress)
     configs = [read_data_config(f) for f in found if f.name == FILE_NAME]
@@ -239,8 +241,12 @@ def measure_verifier(
     return vocab_size, agreement, problems
 
 
-def check_verifier(
-    scans: Sequence[Scan], vocab_size: int, agreement: Agreement | None, folder: Path
+def find_contradictions(
+    scans: Sequence[Scan],
+    vocab_size: int,
+    hidden_size: int,
+    agreement: Agreement | None,
+    folder: Path,
 ) -> Iterator[Problem]:
     """Find contradictions between the samples and the verifier."""
     for s in scans:
@@ -250,9 +256,10 @@ def check_verifier(
                 f"has token id {s.header.max_token_id:,}, beyond the verifier's vocabulary of "
                 f"{vocab_size:,}",
             )
-    if agreement is None:
-        yield Problem(folder, "has another hidden size than the verifier")
-    elif (problem := agreement.problem) is not None:
+    found = scans[0].header.hidden_size
+    if found != hidden_size:
+        yield Problem(folder, f"has hidden size {found:,}, the verifier {hidden_size:,}")
+    elif agreement is not None and (problem := agreement.problem) is not None:
         yield Problem(folder, problem)
 
 

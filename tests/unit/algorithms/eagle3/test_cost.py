@@ -1,5 +1,7 @@
 """The cost model, against counts made by hand and against memory measured on an H100."""
 
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -78,6 +80,18 @@ def test_memory_is_within_10_percent_of_what_was_measured(
     )
 
     assert num_bytes / 2**30 == pytest.approx(gib, rel=0.1)
+
+
+def test_the_page_describes_each_term_of_the_memory() -> None:
+    config = shaped("llama-3.1-8b")
+    work = Work(num_positions=100, num_targets=60, num_active=80, flops=1.0)
+
+    terms = Eagle3Cost().estimate_memory(config, Eagle3Settings(), [work], total_seq_len=100)
+
+    page = Path(__file__).parents[4] / "docs/how-to/measure-speed.md"
+    described = re.findall(r"^\| `([a-z_]+)` \|", page.read_text("utf-8"), re.MULTILINE)
+    assert described[: len(terms)] == list(terms)
+    assert min(terms.values()) > 0
 
 
 def test_memory_grows_with_the_rows_that_scattered_targets_reach() -> None:
