@@ -89,6 +89,19 @@ def test_a_run_goes_on_with_another_number_of_ranks(tiny: TinyInputs, tmp_path: 
     assert {x.dtype for x in tensors.values()} == {torch.float32}
 
 
+@pytest.mark.slow
+def test_a_run_goes_on_with_four_ranks_and_two(tiny: TinyInputs, tmp_path: Path) -> None:
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+
+    train(tiny, whole, num_ranks=4)
+    train(tiny, parts, num_ranks=1, gradient_accumulation_steps=4, max_steps=1)
+    train(tiny, parts, num_ranks=4, max_steps=2)
+    train(tiny, parts, num_ranks=2, max_steps=3)
+    train(tiny, parts, num_ranks=1)
+
+    assert largest_difference(whole / "1", parts / "1") < 2e-4
+
+
 @pytest.mark.parametrize("rank", ["0", None])
 def test_a_rank_leaves_without_what_libraries_do_at_exit(rank: str | None) -> None:
     script = (
