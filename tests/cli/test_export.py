@@ -175,12 +175,12 @@ def test_a_card_shows_hostile_names_and_does_nothing_of_what_they_say(
 
 
 ADVICE = {
-    (): ("0.22.0", "Tried with vLLM 0.22.0 to 0.32.0."),
-    ("--norm-before-fc",): ("0.22.0", "Tried with vLLM 0.22.0 to 0.32.0."),
+    (): ("0.22.0", "Tested with vLLM 0.22.0 to 0.32.0."),
+    ("--norm-before-fc",): ("0.22.0", "Tested with vLLM 0.22.0 to 0.32.0."),
     ("--norm-output",): (
         "0.25.0",
-        "Needs vLLM 0.25.0 or newer: older ones ignore its `norm_output`, and accept fewer tokens "
-        "without a word.",
+        "Needs vLLM 0.25.0 or newer: older ones ignore its `norm_output` and silently accept "
+        "fewer tokens.",
     ),
     ("--fc-norm",): (
         "0.25.0",
@@ -188,8 +188,8 @@ ADVICE = {
     ),
     ("--draft-arch", "qwen3", "--norm-output"): (
         "0.25.0",
-        "Needs vLLM 0.25.0 or newer: older ones ignore its `norm_output`, and accept fewer tokens "
-        "without a word; they do not load its qwen3 layers.",
+        "Needs vLLM 0.25.0 or newer: older ones ignore its `norm_output` and silently accept "
+        "fewer tokens; they do not load its qwen3 layers.",
     ),
 }
 

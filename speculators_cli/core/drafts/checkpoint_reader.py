@@ -1,7 +1,7 @@
-"""Checkpoint: a committed folder of weights, config and trainer state, as anyone reads it.
+"""Checkpoint: a committed folder of weights, config and trainer state, and how it is read.
 
-The manifest, written last, has the size and checksum of every file, and the place of the checkpoint
-in the order of all in its save path. A folder without a whole manifest is no checkpoint.
+The manifest, written last, has the size and checksum of every file, and the run of the checkpoint.
+A folder without a complete manifest is not a checkpoint.
 """
 
 from collections.abc import Iterator
@@ -30,7 +30,7 @@ SCHEMA_VERSION = 1
 
 
 class FileRecord(BaseModel):
-    """A file of a checkpoint as it was saved."""
+    """Size and checksum of a saved file."""
 
     model_config = ConfigDict(strict=True, frozen=True)
 
@@ -45,12 +45,12 @@ class Manifest(BaseModel):
 
     schema_version: Annotated[int, Field(ge=1)]
     files: dict[str, FileRecord]
-    generation: Annotated[int, Field(ge=0)] | None = None  # of its run, as in its state
+    generation: Annotated[int, Field(ge=0)] | None = None  # of the run, as in the trainer state
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint that is complete by its manifest; the contents of its files are not compared."""
+    """A checkpoint that is complete by its manifest; checksums are not verified."""
 
     folder: Path
     manifest: Manifest
@@ -84,7 +84,7 @@ class Checkpoint:
         """Read every byte and compare with the manifest.
 
         Raises:
-            CheckpointError: A file is not as it was saved.
+            CheckpointError: A file is corrupted.
         """
         damage = self.find_damage()
         if damage is not None:
@@ -93,14 +93,14 @@ class Checkpoint:
 
 @dataclass(frozen=True)
 class Damaged:
-    """A checkpoint of ours that cannot be used."""
+    """A checkpoint of this package that cannot be used."""
 
     folder: Path
     reason: str  # a sentence about the folder's files
-    generation: int | None = None  # of its run, where that can still be read
+    generation: int | None = None  # of the run, if it can be read
 
     def to_error(self) -> CheckpointError:
-        """The error for a command that was pointed at it."""
+        """The error for a command whose argument it is."""
         return CheckpointError(
             f"`{self.folder}` is damaged: {self.reason}",
             hint="Choose another checkpoint of the run",
@@ -108,7 +108,7 @@ class Damaged:
 
 
 def inspect_checkpoint(folder: Path) -> Checkpoint | Damaged | None:
-    """The checkpoint in a folder, whole or damaged; None: there is none of ours.
+    """The checkpoint in a folder, complete or damaged; None if this package wrote none there.
 
     Raises:
         CheckpointError: A newer version of this program wrote it.
@@ -138,7 +138,7 @@ def read_checkpoint(folder: Path) -> Checkpoint | None:
 
 
 def list_checkpoints(save_path: Path) -> tuple[list[Checkpoint], list[Damaged]]:
-    """Checkpoints of a save path, the whole ones from the first to the latest.
+    """Complete checkpoints of a save path, from the first to the latest, and damaged ones.
 
     Raises:
         CheckpointError: A newer version of this program wrote one.
@@ -156,7 +156,7 @@ def list_checkpoints(save_path: Path) -> tuple[list[Checkpoint], list[Damaged]]:
 
 
 def find_checkpoints(save_path: Path) -> list[Checkpoint]:
-    """Whole checkpoints of a save path, from the first to the latest."""
+    """Complete checkpoints of a save path, from the first to the latest."""
     return list_checkpoints(save_path)[0]
 
 
@@ -172,7 +172,7 @@ def is_ours(folder: Path) -> bool:
 
 
 def find_foreign(folder: Path) -> Path | None:
-    """Something in the folder of a checkpoint that is no part of it."""
+    """A path in the folder of a checkpoint that is not part of it."""
     own = {folder / name for name in (*FILE_NAMES, MANIFEST_NAME)}
     for path in sorted(folder.rglob("*")):
         is_plain = path.is_file() and not path.is_symlink()
@@ -185,7 +185,7 @@ def read_state(folder: Path) -> TrainState:
     """The trainer's state in the folder of a checkpoint.
 
     Raises:
-        UnreadableError: It is no state that a run has saved.
+        UnreadableError: It is not the state of a run.
     """
     file = folder / STATE_NAME
     content = read_json_object(file)
@@ -238,9 +238,9 @@ def _find_missing(folder: Path, manifest: Manifest) -> Iterator[str]:
 
 
 def _place(checkpoint: Checkpoint) -> tuple[int, float, int, int]:
-    """Where a checkpoint stands among all of its save path: by run, then by step."""
+    """Sort key of the checkpoints of a save path: by run, then by step."""
     state = checkpoint.state
-    # Clocks are set back: only runs of earlier versions are told apart by their start.
+    # Clocks can go back: only runs of earlier versions are ordered by their start.
     return (
         state.generation,
         0.0 if state.generation else state.started_at,

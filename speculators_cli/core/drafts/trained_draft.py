@@ -1,4 +1,4 @@
-"""read_draft(): a trained draft from a folder or the hub, whoever trained it."""
+"""read_draft(): read a trained draft of any tool from a folder or the hub."""
 
 import re
 from collections.abc import Mapping, Set
@@ -29,16 +29,16 @@ from speculators_cli.core.models.repo_files import CONFIG_NAME, RepoFiles
 
 EMBEDDING, HEAD = "embed_tokens.weight", "lm_head.weight"
 FUSION = "fc.weight"  # reads the aux hidden states of all layers side by side
-ASSUMED_HINT = "Add them to its config.json if it was trained with others"
+ASSUMED_HINT = "Add them to its config.json if it was trained with other values"
 MAX_VOCAB = 2**24  # the largest in use have a few hundred thousand
 _LAYER = re.compile(r"^layers\.(\d{1,9})\.")
-# Parts of the verifier, and tables, that some trainers save beside the draft.
+# Parts of the verifier and buffers that some tools save with the draft.
 NOT_OF_THE_DRAFT = ("verifier_lm_head.weight", "verifier_norm.weight", "rotary_emb.inv_freq")
 
 
 @dataclass(frozen=True)
 class TrainedDraft:
-    """A trained draft as it lies on disk."""
+    """A trained draft, as it is on disk."""
 
     name: str  # the folder or hub id it was read from
     kind: str  # `checkpoint` of this package, `speculators`, or the algorithm in its own format
@@ -47,22 +47,22 @@ class TrainedDraft:
     embedding: Tensor | None  # [vocab, hidden]; None: the verifier's
     vocab_map: VocabMap
     checkpoint: Checkpoint | None  # what `speculators train` saved with it
-    assumed: Mapping[str, Any]  # what its config.json lacks and no tensor shows, as it is read
+    assumed: Mapping[str, Any]  # values that its config.json lacks and no tensor determines
 
     @property
     def assumption(self) -> str | None:
-        """What was assumed of it, as a sentence; None: nothing."""
+        """A sentence about assumed values; None if there are none."""
         if not self.assumed:
             return None
         listed = ", ".join(f"`{key}` {value:g}" for key, value in self.assumed.items())
         return (
             f"The config.json of `{self.name}` does not set all values: assumed {listed}, the "
-            "defaults of engines for such layers"
+            "defaults of engines for these layers"
         )
 
     @property
     def algorithm(self) -> Algorithm[Any, Any]:
-        """How it drafts."""
+        """The algorithm of the draft."""
         return ALGORITHMS[self.config.algorithm]
 
     def build_drafter(self, embedding: Tensor, *, num_draft_tokens: int) -> Drafter:
@@ -83,17 +83,17 @@ class TrainedDraft:
 def read_draft(
     name_or_path: str, overrides: Overrides = NO_OVERRIDES, *, flag: str = "name_or_path"
 ) -> TrainedDraft:
-    """Read a trained draft and check that it is whole.
+    """Read a trained draft and check that it is complete.
 
     Args:
         name_or_path: A checkpoint, the save path of a run (its best, else latest checkpoint), any
             folder or hub id with a draft.
-        overrides: What the user states about it.
-        flag: Names the argument in messages.
+        overrides: Values of the user that replace those of its config.json.
+        flag: The argument, for messages.
 
     Raises:
         SettingsError: The folder does not exist.
-        CheckpointError: It is no draft of an algorithm in the table, or incomplete.
+        CheckpointError: It is not a complete draft of a known algorithm.
         MachineError: The hub cannot be reached.
     """
     chosen = choose_checkpoint(Path(name_or_path))
@@ -131,7 +131,7 @@ def find_algorithm(content: Mapping[str, Any], name: str) -> Algorithm[Any, Any]
     """The algorithm of a draft, from the content of its config.json.
 
     Raises:
-        CheckpointError: It is of none of them.
+        CheckpointError: It is of no known algorithm.
     """
     for algorithm in ALGORITHMS.values():
         if algorithm.recognises(content):
@@ -150,7 +150,7 @@ def find_algorithm(content: Mapping[str, Any], name: str) -> Algorithm[Any, Any]
 
 
 def choose_checkpoint(path: Path) -> Path:
-    """The checkpoint that is meant: the best or latest of a save path, else `path` itself.
+    """Choose the best or latest checkpoint of a save path, else `path` itself.
 
     Raises:
         CheckpointError: The folder holds neither a checkpoint nor a config.json.
@@ -176,7 +176,7 @@ def choose_checkpoint(path: Path) -> Path:
 
 
 def _read_own(folder: Path) -> Checkpoint | None:
-    """The checkpoint of this package in a folder, every byte compared; None: another's."""
+    """Read and verify a checkpoint of this package; None for a draft of another tool."""
     if not (folder / TRAINER_DIR).is_dir():
         return None
     checkpoint = inspect_checkpoint(folder)
@@ -190,7 +190,7 @@ def _read_own(folder: Path) -> Checkpoint | None:
 def _renamed(
     tensors: Mapping[str, Tensor], algorithm: Algorithm[Any, Any], name: str
 ) -> dict[str, Tensor]:
-    """Tensors under the names that a checkpoint of this package gives them."""
+    """Tensors under the names of this package's checkpoints."""
     renamed: dict[str, Tensor] = {}
     for key, tensor in tensors.items():
         own = algorithm.checkpoint_name(key)
@@ -203,7 +203,7 @@ def _renamed(
 
 
 def _fit_config(config: DraftConfig, tensors: Mapping[str, Tensor], name: str) -> DraftConfig:
-    """The config with what the tensors settle; one far from them is refused before it is used."""
+    """The config with sizes taken from the tensors; refused before use if it contradicts them."""
     found = {int(number) for key in tensors for number in _LAYER.findall(key)}
     if config.num_layers != len(found):
         raise CheckpointError(
@@ -259,10 +259,10 @@ def _check_num_layer_ids(
 def _untie(
     tensors: dict[str, Tensor], embedding: Tensor | None, config: DraftConfig, name: str
 ) -> dict[str, Tensor]:
-    """The tensors with an LM head of their own, where the config ties it to the embedding."""
+    """The tensors with a separate LM head, for configs that tie it to the embedding."""
     head = tensors.get(HEAD)
     if embedding is None or config.draft_vocab_size != config.vocab_size:
-        return tensors  # There is nothing to tie to: an engine takes the LM head.
+        return tensors  # Nothing to tie to: engines load the LM head.
     if head is not None and not torch.equal(head, embedding):
         raise CheckpointError(
             f"`{name}` has `tie_word_embeddings` on, and an `{HEAD}` that is not its embedding",
@@ -278,7 +278,7 @@ def _check_tensors(
     unread: Set[str],
     name: str,
 ) -> dict[str, Tensor]:
-    """The draft's own tensors, all there, of the right shapes, and no others."""
+    """The tensors of the draft, complete and with the expected shapes; refuses others."""
     found = {key: x for key, x in tensors.items() if not key.endswith(NOT_OF_THE_DRAFT)}
     found = {key: x for key, x in found.items() if key not in unread}
     shapes = config.tensor_shapes()
@@ -307,9 +307,9 @@ def _check_tensors(
 
 def _describe_unknown(key: str) -> str:
     if key.endswith(".bias"):
-        return f"has a bias `{key}`, which this package does not compute"
+        return f"has a bias `{key}`, which this package does not support"
     if key.endswith((".qkv_proj.weight", ".gate_up_proj.weight")):
-        return f"has `{key}`, projections in one tensor, expected one tensor for each"
+        return f"has `{key}`, fused projections, expected separate tensors"
     if key.endswith(("_scale", "_scale_inv", "_zero_point", ".qweight", ".scales", "_packed")):
         return f"is quantised: it has `{key}`"
     return f"has an unknown tensor `{key}`"
@@ -320,8 +320,8 @@ def _read_vocab_map(
 ) -> tuple[VocabMap, Tensor | None]:
     """The draft vocabulary in ascending order, and the order of the LM head's rows for it.
 
-    Some trainers keep the tokens in the order of their frequency. An engine takes any order, so
-    rows and offsets are sorted together; without an order, they are sorted already.
+    Some tools order tokens by frequency. Engines support any order, so rows and offsets are sorted
+    together. None as order: they are sorted already.
     """
     if d2t is None:
         if config.draft_vocab_size != config.vocab_size:
@@ -337,16 +337,16 @@ def _read_vocab_map(
         order = kept.argsort()
         ascending = kept[order]
         is_sorted = torch.equal(ascending, kept)
-        # Ids in place of offsets would pass as offsets of a larger vocabulary in another order.
+        # Unsorted ids could be mistaken for offsets.
         if not is_sorted and t2d is None and int(d2t.min()) >= 0:
-            problem = "holds ids, expected offsets"
+            problem = "contains ids, expected offsets"
     if problem is None:
         kept_mask = torch.zeros(config.vocab_size, dtype=torch.bool)
         kept_mask[kept] = True
         if t2d is None or torch.equal(t2d.bool(), kept_mask):
             vocab_map = VocabMap(ascending - torch.arange(len(kept)), kept_mask)
             return vocab_map, None if is_sorted else order
-        problem = "gives other tokens than `t2d` keeps"
+        problem = "contains other tokens than `t2d`"
     raise CheckpointError(
         f"The draft vocabulary of `{name}` is broken: `d2t` {problem}",
         hint="Download it again, or pass another checkpoint",
@@ -354,19 +354,19 @@ def _read_vocab_map(
 
 
 def _find_map_problem(d2t: Tensor, t2d: Tensor | None, config: DraftConfig) -> str | None:
-    """What of the maps is not one token of the verifier for each row; the end of a sentence."""
+    """Why the maps do not assign one verifier token to each row, as the end of a sentence."""
     for tensor, expected in ((d2t, config.draft_vocab_size), (t2d, config.vocab_size)):
         if tensor is None:
             continue
         if tensor.is_floating_point() or tensor.shape != (expected,):
-            word = "" if tensor is d2t else "goes with a `t2d` that "
+            word = "" if tensor is d2t else "comes with a `t2d` that "
             dtype = str(tensor.dtype).removeprefix("torch.")
             return f"{word}is {tuple(tensor.shape)} of {dtype}, expected ({expected:,},) of int64"
     kept = d2t.long() + torch.arange(len(d2t))
     if int(kept.min()) < 0 or int(kept.max()) >= config.vocab_size:
         return (
-            f"gives ids from {int(kept.min()):,} to {int(kept.max()):,}, expected 0 to "
+            f"maps to ids from {int(kept.min()):,} to {int(kept.max()):,}, expected 0 to "
             f"{config.vocab_size - 1:,}"
         )
     num_twice = len(kept) - len(kept.unique())
-    return f"gives {num_twice:,} ids twice" if num_twice else None
+    return f"maps to {num_twice:,} ids twice" if num_twice else None

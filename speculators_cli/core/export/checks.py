@@ -1,4 +1,4 @@
-"""What is checked before anything is written: the place, the draft, the verifier."""
+"""Checks before anything is written: output folder, draft, verifier."""
 
 from pathlib import Path
 
@@ -28,13 +28,13 @@ def check_place(output_dir: Path, source: Path, *, overwrite: bool) -> None:
     """Check that the output folder is new, empty, or an export that may go, as it was written.
 
     Raises:
-        SettingsError: It is not.
+        SettingsError: It cannot be used.
     """
     check_output_dir(output_dir, flag="--output-dir")
     if output_dir.is_symlink():
         raise SettingsError(
             f"`--output-dir`: `{output_dir}` is a link",
-            hint=f"Pass the folder it leads to: `{output_dir.resolve()}`",
+            hint=f"Pass the target of the link: `{output_dir.resolve()}`",
         )
     resolved, read = output_dir.resolve(), source.resolve()
     if source.exists() and (resolved == read or resolved in read.parents):
@@ -84,10 +84,10 @@ def find_own_files(output_dir: Path) -> dict[str, str | None]:
 
 
 def check_can_run(source: TrainedDraft, served: DraftConfig, target: Target) -> None:
-    """Refuse a draft that the target's engine does not compute, or whose weights are broken.
+    """Refuse a draft that the target's engine cannot run, or whose weights are not finite.
 
     Raises:
-        ExportError: It is one, or its algorithm has no format for the target.
+        ExportError: The draft is refused, or its algorithm has no format for the target.
     """
     formats = source.algorithm.export_formats
     target.find_format(source.algorithm)
@@ -114,7 +114,7 @@ def check_verifier(settings: ExportSettings, source: TrainedDraft, progress: Pro
 
     Raises:
         SettingsError: Its folder is there, and its config.json cannot be read: no engine could.
-        ExportError: It is another verifier, or its embedding is not the draft's but would be used.
+        ExportError: The verifier does not fit, or its embedding differs from the one left out.
     """
     config, name = source.config, source.config.verifier_name_or_path
     leaves_out = not settings.export.embeddings and source.embedding is not None
@@ -124,7 +124,7 @@ def check_verifier(settings: ExportSettings, source: TrainedDraft, progress: Pro
     try:
         files = VerifierFiles(name)
         verifier = read_verifier_shape(files, trust_remote_code=settings.source.trust_remote_code)
-        # Of the hub, it would be a download of gigabytes for one number.
+        # From the hub, this would download gigabytes for one number.
         if files.is_local or leaves_out:
             embedding = load_embedding(files)
     except SpeculatorsError as error:
@@ -147,13 +147,13 @@ def check_verifier(settings: ExportSettings, source: TrainedDraft, progress: Pro
     if leaves_out and embedding is not None and not is_same(source.embedding, embedding):
         raise ExportError(
             f"The embedding of `{source.name}` is not that of verifier `{name}`",
-            hint="Leave out `--without-embeddings`",
+            hint="Remove `--without-embeddings`",
         )
     return True
 
 
 def check_layers(source: TrainedDraft, verifier: VerifierShape) -> None:
-    """Refuse verifier layers that do not exist."""
+    """Refuse layer ids beyond the verifier's layers."""
     if source.config.target_layer_ids[-1] > verifier.num_layers:
         raise ExportError(
             f"`{source.name}` reads verifier layer {source.config.target_layer_ids[-1]}, "
@@ -163,7 +163,7 @@ def check_layers(source: TrainedDraft, verifier: VerifierShape) -> None:
 
 
 def is_same(one: Tensor | None, other: Tensor) -> bool:
-    """Whether two embeddings are equal in the coarser of their types."""
+    """Whether two embeddings are equal in the less precise of their dtypes."""
     if one is None or one.shape != other.shape:
         return False
     dtype = min(one.dtype, other.dtype, key=lambda x: x.itemsize)

@@ -1,7 +1,7 @@
-"""What an engine silently relies on, checked in a written folder: config.json, names, shapes, maps.
+"""Values and tensors that an engine silently relies on, checked in an exported folder.
 
-An engine does not complain of a missing tensor or of a value it has a default for: it drafts
-nothing that is accepted. So every value it reads must be there, and every tensor, and no other.
+An engine reports neither missing tensors nor values for which it has a default: it runs, and
+accepts no draft token. So every value and tensor that it reads is required, and no other allowed.
 """
 
 from collections.abc import Mapping
@@ -25,7 +25,7 @@ MAP_DTYPES = {"d2t": ("I64",), "t2d": ("BOOL",)}
 
 
 def find_problems(folder: Path, target: str) -> list[str]:
-    """Everything in an exported folder that its engine would trip over, or silently misread."""
+    """Everything in an exported folder that its engine would refuse or silently misread."""
     try:
         content = read_json_object(folder / CONFIG_NAME)
         algorithm = find_algorithm(content, str(folder))
@@ -41,7 +41,7 @@ def find_problems(folder: Path, target: str) -> list[str]:
     ]
     if problems:
         return problems
-    # A plain config names no verifier, and none is needed to check tensors.
+    # Some formats have no verifier in config.json, and checking tensors needs none.
     given = Overrides(verifier_name_or_path="verifier", verifier_architectures=("any",))
     try:
         config: DraftConfig = algorithm.read_config(content, given, name=str(folder))
@@ -59,7 +59,8 @@ def _find_odd_sizes(config: DraftConfig) -> list[str]:
     found = []
     if config.num_heads % config.num_kv_heads:
         found.append(
-            f"{config.num_heads} heads cannot share {config.num_kv_heads} key heads evenly"
+            f"{config.num_heads} attention heads are not a multiple of {config.num_kv_heads} "
+            "key-value heads"
         )
     if config.draft_vocab_size > config.vocab_size:
         found.append(
@@ -76,8 +77,9 @@ def _find_tensor_problems(folder: Path, config: DraftConfig, form: ExportFormat)
         headers = _read_headers(folder)
         found = {own_names[name]: x for name, x in headers.items() if name in own_names}
         problems = [
-            f"`{name}` is not a tensor the engine knows of this draft"
-            for name in headers.keys() - own_names.keys()
+            f"`{name}` is not a tensor that the engine reads"
+            for name in headers
+            if name not in own_names
         ]
         problems += _find_header_problems(found, expected, config)
         return problems or _find_map_problems(folder, found, config)
@@ -93,14 +95,14 @@ class _Header:
 
 
 def _read_headers(folder: Path) -> dict[str, _Header]:
-    """Every tensor of every weights file, as an engine finds them: by the names of files."""
+    """Headers of all tensors, from the weights files that an engine loads."""
     index_file = folder / INDEX_NAME
     listed = [WEIGHTS_NAME]
     weight_map = None
     if index_file.exists():
         weight_map = read_json_object(index_file).get("weight_map")
         if not isinstance(weight_map, dict) or not set(map(type, weight_map.values())) <= {str}:
-            raise ValueError(f"`{INDEX_NAME}` has no `weight_map` of names")
+            raise ValueError(f"`{INDEX_NAME}` has no `weight_map` with file names")
         listed = sorted(set(weight_map.values()))
     present = sorted(file.name for file in folder.glob("*.safetensors"))
     if present != listed:
@@ -112,7 +114,7 @@ def _read_headers(folder: Path) -> dict[str, _Header]:
                 part = tensors.get_slice(key)
                 headers[key] = _Header(name, part.get_dtype(), tuple(part.get_shape()))
     if weight_map is not None and weight_map != {key: x.file for key, x in headers.items()}:
-        raise ValueError(f"`{INDEX_NAME}` does not say which file holds each tensor")
+        raise ValueError(f"`{INDEX_NAME}` does not match the tensors in the files")
     return headers
 
 
@@ -130,7 +132,7 @@ def _find_header_problems(
     missing = expected.keys() - found.keys() - {EMBEDDING}
     problems = [f"`{name}` is missing" for name in expected if name in missing]
     if EMBEDDING not in found and config.hidden_size != config.target_hidden_size:
-        problems.append(f"`{EMBEDDING}` is missing, and the verifier's has another width")
+        problems.append(f"`{EMBEDDING}` is missing, and the verifier's has another hidden size")
     for name, header in found.items():
         dtypes = MAP_DTYPES.get(name, FLOATS)
         if header.shape != expected[name]:
@@ -153,11 +155,11 @@ def _find_map_problems(
     ids = d2t + torch.arange(len(d2t))
     if int(ids.min()) < 0 or int(ids.max()) >= config.vocab_size or not (ids.diff() > 0).all():
         return [
-            f"`d2t` gives ids from {int(ids.min()):,} to {int(ids.max()):,}, expected ascending "
-            f"ones below {config.vocab_size:,}: it must hold offsets, not ids"
+            f"`d2t` maps to ids from {int(ids.min()):,} to {int(ids.max()):,}, expected ascending "
+            f"ids below {config.vocab_size:,}: it must contain offsets, not ids"
         ]
     if not torch.equal(t2d.nonzero()[:, 0], ids):
-        return ["`d2t` and `t2d` do not keep the same tokens"]
+        return ["`d2t` and `t2d` contain different tokens"]
     return []
 
 

@@ -1,7 +1,7 @@
-"""What a serving engine turns positions by, from the values written in config.json alone.
+"""The RoPE that a serving engine applies, from the values written in config.json only.
 
-Written down a second time, from how the engines read each key: an export is checked against it,
-since the code that trained a draft cannot see a key that it does not read itself.
+Implemented a second time, from how the engines read each key: exports are checked against it,
+because the training code cannot find a key that it does not read.
 """
 
 import math
@@ -17,14 +17,14 @@ TOLERANCE = 1e-5
 
 
 @dataclass(frozen=True)
-class Turning:
-    """Radians a position for each pair of a head, and what cosine and sine are multiplied by."""
+class EngineRope:
+    """Radians per position for each pair of a head, and the factor of cosine and sine."""
 
     frequencies: tuple[float, ...]
     scale: float
 
-    def is_close(self, other: "Turning") -> bool:
-        """Whether both turn alike, but for rounding."""
+    def is_close(self, other: "EngineRope") -> bool:
+        """Whether both are equal up to rounding."""
         pairs = zip(self.frequencies, other.frequencies, strict=False)
         return (
             len(self.frequencies) == len(other.frequencies)
@@ -36,26 +36,26 @@ class Turning:
 def find_rope_problem(
     layers: Mapping[str, Any],
     config: DecoderConfig,
-    turning: Callable[[Mapping[str, Any]], Turning],
+    applied: Callable[[Mapping[str, Any]], EngineRope],
 ) -> str | None:
-    """Why an engine would turn positions otherwise than in training; None: it does not.
+    """Return why an engine would apply another RoPE than in training; None if it would not.
 
     Args:
-        layers: Of config.json as it is written: the values of its decoder layers.
-        config: What was trained.
-        turning: What the engine computes with.
+        layers: The values of decoder layers in the written config.json.
+        config: The config of the trained draft.
+        applied: Computes the engine's RoPE from the layers.
     """
     kind = config.rope_parameters["rope_type"]
     try:
-        served = turning(layers)
+        served = applied(layers)
     except (ValueError, KeyError, TypeError, ArithmeticError) as error:
-        return f"its `{kind}` RoPE is not one the engine computes: {error}"
-    if served.is_close(trained_turning(config)):
+        return f"its `{kind}` RoPE is not supported by the engine: {error}"
+    if served.is_close(trained_rope(config)):
         return None
-    return f"its `{kind}` RoPE is not the one it was trained with, as the engine computes it"
+    return f"its `{kind}` RoPE as the engine computes it is not the one it was trained with"
 
 
-def trained_turning(config: DecoderConfig) -> Turning:
-    """What a draft was trained with."""
+def trained_rope(config: DecoderConfig) -> EngineRope:
+    """The RoPE that a draft was trained with."""
     frequencies, scale = find_frequencies(config)
-    return Turning(tuple(frequencies.tolist()), scale)
+    return EngineRope(tuple(frequencies.tolist()), scale)

@@ -1,4 +1,4 @@
-"""export(settings): a trained draft as a folder that a serving engine reads, checked and whole."""
+"""export(): write a trained draft as a verified folder for a serving engine."""
 
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,7 +22,7 @@ from speculators_cli.core.export.model_card import (
 )
 from speculators_cli.core.export.targets import TARGETS
 from speculators_cli.core.export.targets.target import EngineAdvice
-from speculators_cli.core.export.verification import Verification, has_untrained_gains, verify
+from speculators_cli.core.export.verification import Verification, has_untrained_norms, verify
 from speculators_cli.core.export.weights import cast_tensors, write_weights
 from speculators_cli.core.files import disk_error, write_json
 from speculators_cli.core.models.repo_files import CONFIG_NAME
@@ -47,15 +47,15 @@ class ExportReport:
     num_parameters: int
     num_bytes: int  # of the weights
     has_embedding: bool
-    verification: Verification | None  # None: not asked for
-    serve_command: str | None  # None: how to serve it is the engine's matter
-    advice: EngineAdvice | None  # None: the engine is not vLLM
+    verification: Verification | None  # None: `--no-verify`
+    serve_command: str | None  # None: the target has no command
+    advice: EngineAdvice | None  # None: no release was tested
     layer_ids: LayerIds
-    is_verifier_checked: bool  # its sizes were read and fit
+    is_verifier_checked: bool  # its sizes match the draft
     pushed_to: str | None
 
     def to_json(self) -> dict[str, Any]:
-        """The figures, as `--json` shows them."""
+        """The content of `--json`."""
         checked = self.verification
         return {
             "output_dir": str(self.output_dir),
@@ -83,9 +83,9 @@ def export(settings: ExportSettings, *, progress: Progress = SILENT) -> ExportRe
 
     Raises:
         SettingsError: The output folder or the verifier cannot be used; nothing was written.
-        CheckpointError: The checkpoint is no complete draft.
-        ExportError: The target cannot run this draft, or what was written is not it.
-        MachineError: Disk or hub are in the way.
+        CheckpointError: The checkpoint is not a complete draft.
+        ExportError: The target cannot run this draft, or the written one differs from it.
+        MachineError: The disk or the hub failed.
     """
     given, chosen = settings.source, settings.export
     check_place(chosen.output_dir, Path(given.checkpoint), overwrite=chosen.overwrite)
@@ -111,10 +111,10 @@ def export(settings: ExportSettings, *, progress: Progress = SILENT) -> ExportRe
     target = TARGETS[chosen.target]
     check_can_run(source, served, target)
     is_verifier_checked = check_verifier(settings, source, progress)
-    if has_untrained_gains(source.weights):
+    if has_untrained_norms(source.weights):
         progress.warn(
-            f"All norm gains of `{source.name}` are exactly 1.0, as before training: its training "
-            "may have been lost to rounding"
+            f"All norm weights of `{source.name}` are exactly 1.0, as before training: rounding "
+            "may have discarded their updates"
         )
     risk = target.find_serving_risk(served)
     if risk is not None:
@@ -130,7 +130,7 @@ def export(settings: ExportSettings, *, progress: Progress = SILENT) -> ExportRe
     )
     try:
         with replacing_folder(chosen.output_dir, flag="--output-dir") as folder:
-            # Again: another export may have ended here since.
+            # Again, because another export may have finished here since.
             check_place(chosen.output_dir, Path(given.checkpoint), overwrite=chosen.overwrite)
             config_file = folder / CONFIG_NAME
             write_json(target.build_config(served, chosen.dtype), config_file)
@@ -168,15 +168,15 @@ def export(settings: ExportSettings, *, progress: Progress = SILENT) -> ExportRe
 
 
 def absolute(verifier: str) -> str:
-    """A folder by its whole path, so that a server finds it from anywhere; a hub id as it is."""
+    """The absolute path of a folder, for servers started elsewhere; a hub id unchanged."""
     return str(Path(verifier).absolute()) if Path(verifier).is_dir() else verifier
 
 
 def push(folder: Path, repo_id: str) -> None:
-    """Upload a finished folder; a second try uploads what is missing.
+    """Upload a finished folder; a second call uploads only what is missing.
 
     Raises:
-        MachineError: The hub cannot be reached, or refuses; the folder is kept.
+        MachineError: The upload failed; the folder is kept.
     """
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError

@@ -1,4 +1,4 @@
-"""read_licence(): under which licence a verifier is, from the front matter of its model card."""
+"""read_licence(): the licence of a verifier, from the front matter of its model card."""
 
 import re
 from typing import Any
@@ -17,36 +17,36 @@ MAX_FRONT_CHARACTERS = 2**18
 
 
 def read_licence(verifier: str, progress: Progress) -> dict[str, str]:
-    """What a verifier's model card says of its licence, under the hub's names; {} for nothing."""
+    """Licence metadata of a verifier's model card, under the hub's keys; empty if it has none."""
     try:
         file = VerifierFiles(verifier).find(CARD_NAME)
         data = _parse(read_text(file, max_bytes=MAX_CARD_BYTES)) if file else {}
     except SpeculatorsError:
-        return {}  # The checks of the verifier have warned that it is out of reach.
+        return {}  # `check_verifier` has warned already.
     except (UnreadableError, yaml.YAMLError) as error:
         reason = error.reason if isinstance(error, UnreadableError) else str(error)
         progress.warn(
-            f"The licence of verifier `{verifier}` is not known: its `{CARD_NAME}` "
+            f"The licence of verifier `{verifier}` is unknown: its `{CARD_NAME}` "
             f"{reason.splitlines()[0]}",
             hint="Pass `--license` with the licence of the draft",
         )
         return {}
     found = {key: data.get(key) for key in ("license", "license_name", "license_link")}
-    # Another link leads into the verifier's own folder.
+    # Other links are relative to the verifier's repository.
     if not re.fullmatch(r"https://[^\s<>\"]+", str(found["license_link"])):
         del found["license_link"]
     return {key: value for key, value in found.items() if isinstance(value, str) and value}
 
 
 def _parse(card: str) -> dict[str, Any]:
-    """The front matter of a model card, if it has one that is an object."""
+    """The front matter of a model card; empty if it is not an object."""
     match = FRONT_MATTER.match(card)
     front = match[1] if match else ""
     try:
         if len(front) > MAX_FRONT_CHARACTERS:
             raise ValueError("too long")
         content = yaml.safe_load(front)
-    # PyYAML raises the rest where a tag such as `!!timestamp` stands before another kind of value.
+    # PyYAML raises the others for tags such as `!!timestamp` on values of another type.
     except (ValueError, LookupError, AttributeError, TypeError, RecursionError) as error:
         raise yaml.YAMLError(f"has front matter that cannot be read: {error}") from None
     except yaml.YAMLError as error:

@@ -1,11 +1,11 @@
-"""Markdown of text from outside: it stands as it is, and neither formats, links nor breaks out."""
+"""Escape text from outside for Markdown: no formatting, links or HTML."""
 
 import re
 from collections.abc import Iterable
 
 from speculators_cli.core.escaping import escape_line
 
-# What begins markup or HTML, and what makes a bare address a link.
+# The start of markup or HTML, and what turns a bare address into a link.
 _MARKUP = re.compile(r"[\\`*\[\]<>|~!#$&]|:(?=//)|(?<=www)\.", re.IGNORECASE)
 
 
@@ -15,7 +15,7 @@ def text(value: object) -> str:
 
 
 def code(value: object) -> str:
-    """A span of code; also for a cell of a table, where a bar would end it."""
+    """A code span, also within a table cell, where a bar would end it."""
     line = escape_line(str(value)).replace("|", "\\|")
     fence = "`" * (_longest_run(line) + 1)
     space = " " if line.startswith("`") or line.endswith("`") else ""
@@ -23,14 +23,14 @@ def code(value: object) -> str:
 
 
 def block(lines: str) -> str:
-    """A block of code of one line."""
+    """A code block with one line."""
     line = escape_line(lines)
     fence = "`" * max(3, _longest_run(line) + 1)
     return f"{fence}text\n{line}\n{fence}"
 
 
 def table(rows: Iterable[tuple[str, str]]) -> str:
-    """Names and values, both Markdown already."""
+    """A table of names and values, which are Markdown already."""
     return "\n".join(["| | |", "| --- | --- |", *(f"| {name} | {value} |" for name, value in rows)])
 
 

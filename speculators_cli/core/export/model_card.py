@@ -1,4 +1,4 @@
-"""The model card of an export, and where it came from."""
+"""The model card and the provenance of an export."""
 
 import re
 from collections.abc import Mapping
@@ -21,19 +21,19 @@ from speculators_cli.settings.export import ExportSettings
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?", re.ASCII)
 PROVENANCE_NAME = "provenance.json"
 FILES = "files"  # in it: checksum of every other file of the export, by name
-# Settings worth a line in the card: section, name, words.
+# Settings listed in the card: section, name, label.
 SHOWN = (
     ("run", "epochs", "epochs"),
     ("optimizer", "lr", "peak learning rate"),
 )
-SHOWN_AFTER = (  # those of the algorithm
-    ("data", "total_seq_len", "tokens a packed sequence"),
+SHOWN_AFTER = (  # below those of the algorithm
+    ("data", "total_seq_len", "tokens per packed sequence"),
     ("data", "noise_std", "noise on aux hidden states"),
 )
 
 
 def build_provenance(source: TrainedDraft, settings: ExportSettings) -> dict[str, Any]:
-    """Tool, settings and data behind an export; folders of the training machine are left out."""
+    """Tool, settings and data of an export, without folders of the training machine."""
     checkpoint = source.checkpoint
     chosen = settings.export
     training = None
@@ -70,7 +70,7 @@ def build_card(
     """README.md of an export, with the metadata that the hub reads."""
     algorithm, verifier = source.algorithm, served.verifier_name_or_path
     is_on_hub = not Path(verifier).exists()
-    # A folder of this machine tells nobody else anything but its name.
+    # The path of a local folder means nothing elsewhere.
     shown = verifier if is_on_hub else Path(verifier).name
     data = ModelCardData(
         **{"license": "unknown", **licence},
@@ -80,20 +80,20 @@ def build_card(
     )
     parts = [
         f"# {algorithm.title or algorithm.name} draft for {markdown.text(shown)}",
-        "A draft model for speculative decoding: it proposes tokens that the verifier checks, so "
-        "the output is the verifier's own, sooner.",
-        "## Serve it",
+        "A draft model for speculative decoding. It proposes tokens that the verifier checks, "
+        "which speeds up generation without changing the output.",
+        "## Usage",
         target.card_text(served, settings.export.output_dir),
         *([advice.sentence] if advice else []),
-        "## What it is",
+        "## Model",
         markdown.table(_facts(source, served, shown, settings)),
     ]
     if source.checkpoint is not None:
         state = source.checkpoint.state
-        parts += ["## How it was trained", markdown.table(_training_facts(state, algorithm))]
+        parts += ["## Training", markdown.table(_training_facts(state, algorithm))]
         if state.metrics.get("acceptance_length"):
-            parts += ["## Acceptance", _acceptance(state.metrics)]
-    parts.append(f"Written by {PRODUCER} {__version__}; `provenance.json` has the rest.")
+            parts += ["## Acceptance length", _acceptance(state.metrics)]
+    parts.append(f"Written by {PRODUCER} {__version__}; `provenance.json` has all settings.")
     return f"---\n{escape(data.to_yaml())}\n---\n\n" + "\n\n".join(parts) + "\n"
 
 
@@ -104,13 +104,13 @@ def _facts(
     vocabulary = f"{served.draft_vocab_size:,} of {served.vocab_size:,} tokens"
     return [
         ("verifier", markdown.text(shown)),
-        ("made from", f"{source.kind} {markdown.code(Path(source.name).name)}"),
-        ("decoder layers", f"{served.num_layers} of kind {served.arch}"),
+        ("exported from", f"{source.kind} {markdown.code(Path(source.name).name)}"),
+        ("decoder layers", f"{served.num_layers} ({served.arch})"),
         ("hidden size", f"{served.hidden_size:,}"),
         ("draft vocabulary", vocabulary),
-        ("verifier layers read", f"{ids} (assumed)" if served.are_layer_ids_assumed else ids),
-        ("tokens drafted at once", str(served.num_draft_tokens)),
-        ("weights", settings.export.dtype),
+        ("verifier layers", f"{ids} (assumed)" if served.are_layer_ids_assumed else ids),
+        ("draft tokens per pass", str(served.num_draft_tokens)),
+        ("dtype", settings.export.dtype),
     ]
 
 
@@ -132,13 +132,13 @@ def _acceptance(metrics: Mapping[str, float]) -> str:
     ]
     return (
         f"Simulated acceptance length on validation data, with teacher forcing: "
-        f"{metrics['acceptance_length']:.2f} tokens a verifier pass (acceptance rate at each "
-        f"position: {', '.join(rates)}). What an engine reaches depends on the prompts."
+        f"{metrics['acceptance_length']:.2f} tokens per verifier pass (acceptance rate per "
+        f"position: {', '.join(rates)}). The acceptance length in an engine depends on the prompts."
     )
 
 
 def _without_folders(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings of a run but for where its files lay."""
+    """The settings of a run without its folders."""
     kept = {}
     for section, values in settings.items():
         kept[section] = {

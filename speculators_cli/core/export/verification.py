@@ -1,4 +1,4 @@
-"""Verification: a written folder against the contract, the checkpoint and the verifier."""
+"""Verification: compare an exported folder with the contract and the checkpoint."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -16,17 +16,17 @@ from speculators_cli.core.export.targets import TARGETS
 from speculators_cli.core.models.repo_files import CONFIG_NAME
 from speculators_cli.core.reading import read_json_object
 
-# A weight is rounded by at most half of its last bit: 2^-9, 2^-12 and 2^-24 of itself. The bounds
-# leave room for the dozen matrices and norms in a row, through two steps.
+# A weight is rounded by at most half a unit in the last place: 2^-9, 2^-12 or 2^-24, relative. The
+# bounds allow for a dozen matrices and norms in a row, over two steps.
 MAX_ERROR = {torch.bfloat16: 2**-5, torch.float16: 2**-8, torch.float32: 2**-18}
 
 
 @dataclass(frozen=True)
 class Verification:
-    """What was found of a folder that can be served."""
+    """The result of a verification that passed."""
 
     logit_error: float  # root mean square of the difference, over that of the logits
-    argmax_agreement: float  # share of positions with the same best token
+    argmax_agreement: float  # fraction of positions with the same top-1 token
 
 
 def verify(
@@ -35,14 +35,14 @@ def verify(
     """Check an exported folder.
 
     Args:
-        folder: What was written.
-        source: What it was written from.
-        served: The source's config with what the user changed.
-        target: The format of the folder.
-        dtype: Of its weights.
+        folder: The export.
+        source: The draft that was exported.
+        served: The config of the source with the user's changes.
+        target: The target of the export.
+        dtype: The dtype of its weights.
 
     Raises:
-        ExportError: An engine could not serve it, or it is not the draft of the source.
+        ExportError: The engine cannot serve it, or it differs from the source.
     """
     problems = find_problems(folder, target)
     if not problems:
@@ -55,34 +55,36 @@ def verify(
         result = _compare_logits(exported, source)
         if not result.logit_error <= MAX_ERROR[dtype]:
             problems = [
-                f"its logits are off by {result.logit_error:.1e} of their size, expected at most "
+                f"its relative logit error is {result.logit_error:.1e}, expected at most "
                 f"{MAX_ERROR[dtype]:.1e}"
             ]
     if problems:
         lines = [f"  {problem}" for problem in problems[:20]]
         raise ExportError(
-            "\n".join([f"The export of `{source.name}` is wrong; nothing was kept", *lines]),
+            "\n".join(
+                [f"The export of `{source.name}` failed verification and was removed", *lines]
+            ),
             hint="Report this with the output of `speculators env`",
         )
     return result
 
 
 def find_broken_values(source: TrainedDraft) -> list[str]:
-    """Names of tensors with values that are not finite."""
+    """Names of tensors that contain NaN or infinity."""
     tensors = dict(source.weights)
     if source.embedding is not None:
         tensors["embed_tokens.weight"] = source.embedding
     return [name for name, tensor in tensors.items() if not tensor.isfinite().all()]
 
 
-def has_untrained_gains(weights: Mapping[str, Tensor]) -> bool:
-    """Whether all norm gains are exactly what they started as, 1.0."""
-    gains = [tensor for tensor in weights.values() if tensor.dim() == 1]
-    return all(bool((gain == 1.0).all()) for gain in gains)
+def has_untrained_norms(weights: Mapping[str, Tensor]) -> bool:
+    """Whether all norm weights still have their initial value, 1.0."""
+    norms = [tensor for tensor in weights.values() if tensor.dim() == 1]
+    return all(bool((norm == 1.0).all()) for norm in norms)
 
 
 def _given(served: DraftConfig) -> Overrides:
-    """What a plain folder does not say of its verifier."""
+    """The verifier, for formats without it in config.json."""
     return Overrides(
         verifier_name_or_path=served.verifier_name_or_path,
         verifier_architectures=served.verifier_architectures,
@@ -92,8 +94,7 @@ def _given(served: DraftConfig) -> Overrides:
 def _find_differences(
     exported: TrainedDraft, source: TrainedDraft, served: DraftConfig, dtype: torch.dtype
 ) -> list[str]:
-    # A plain config does not say how many tokens to draft.
-    # A format may spell the same RoPE in another way.
+    # A format may write the same RoPE in another way, and have no number of draft tokens.
     config = replace(exported.config, rope_parameters=served.rope_parameters)
     if exported.kind != "speculators":
         config = config.with_num_draft_tokens(served.num_draft_tokens)
@@ -113,7 +114,7 @@ def _find_differences(
 
 
 def _compare_logits(exported: TrainedDraft, source: TrainedDraft) -> Verification:
-    """Logits of two steps over random tokens and hidden states, both in float32."""
+    """Compare logits of two steps over random tokens and hidden states, in float32."""
     embedding = source.embedding
     if embedding is None:
         shape = (source.config.vocab_size, source.config.hidden_size)

@@ -1,4 +1,4 @@
-"""The weights of an export: cast, named as the target wants them, split over files."""
+"""The weights of an export: cast, renamed for the target and sharded."""
 
 import shutil
 from collections.abc import Mapping
@@ -19,10 +19,10 @@ from speculators_cli.core.models.repo_files import INDEX_NAME
 def cast_tensors(
     source: TrainedDraft, dtype: torch.dtype, *, with_embedding: bool
 ) -> dict[str, Tensor]:
-    """Everything that is written, under a checkpoint's names.
+    """Cast all tensors of the export, under the names of a checkpoint.
 
     Raises:
-        ExportError: A value does not fit the type.
+        ExportError: A value overflows the dtype, or the embedding is required.
     """
     tensors = dict(source.weights)
     if with_embedding and source.embedding is not None:
@@ -36,8 +36,9 @@ def cast_tensors(
         )
     if EMBEDDING not in cast and source.config.hidden_size != source.config.target_hidden_size:
         raise ExportError(
-            f"`{source.name}` is narrower than its verifier, whose embedding it cannot share",
-            hint="Leave out `--without-embeddings`",
+            f"`{source.name}` has another hidden size than its verifier, and cannot share its "
+            "embedding",
+            hint="Remove `--without-embeddings`",
         )
     if not source.vocab_map.is_full:
         cast |= {"d2t": source.vocab_map.d2t, "t2d": source.vocab_map.t2d}
@@ -47,7 +48,7 @@ def cast_tensors(
 def write_weights(
     tensors: Mapping[str, Tensor], config_file: Path, form: ExportFormat, max_shard_size: str
 ) -> int:
-    """Write the weights beside their config, in several files if large; returns their bytes."""
+    """Write the weights next to config.json, sharded if large; return their size in bytes."""
     folder = config_file.parent
     renamed = {form.rename(name): x.contiguous() for name, x in tensors.items()}
     needed = sum(x.nbytes for x in renamed.values())
@@ -55,12 +56,12 @@ def write_weights(
         folder.parent,
         needed,
         what="the export",
-        hint="Make room on the disk, or choose another `--output-dir`",
+        hint="Free disk space, or pass another `--output-dir`",
     )
     plan = split_torch_state_dict_into_shards(renamed, max_shard_size=max_shard_size)
     for file, names in plan.filename_to_tensors.items():
         save_file({name: renamed[name] for name in names}, folder / file, {"format": "pt"})
-        shutil.copymode(config_file, folder / file)  # safetensors keeps its files private
+        shutil.copymode(config_file, folder / file)  # safetensors creates private files
     if plan.is_sharded:
         index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
         write_json(index, folder / INDEX_NAME)

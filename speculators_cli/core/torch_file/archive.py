@@ -1,4 +1,4 @@
-"""A `.pt` file as a directory of tensors: described first, read only when wanted."""
+"""A `.pt` file as a directory of tensors, which are read on demand."""
 
 import struct
 from hashlib import sha256
@@ -24,7 +24,7 @@ from speculators_cli.core.torch_file.zip_records import (
 if TYPE_CHECKING:
     from torch import Tensor
 
-ORIGIN_NAME = "origin"  # of a record of our own
+ORIGIN_NAME = "origin"  # a record of this package
 MAX_STRUCTURE_BYTES = 64 * 2**20
 FIRST_BYTES = {
     b"<": "is a web page, not a sample",
@@ -34,7 +34,7 @@ FIRST_BYTES = {
 
 
 def _open(file: Path) -> BinaryIO:
-    """Open a file; one packed with gzip is unpacked into memory."""
+    """Open a file; gzip files are decompressed into memory."""
     stream = open_regular(file)
     if not is_gzip(stream):
         return stream
@@ -43,12 +43,12 @@ def _open(file: Path) -> BinaryIO:
 
 
 class Archive:
-    """An open `.pt` file: what it says it holds (`content`), and access to its tensors.
+    """An open `.pt` file: its `content`, and access to its tensors.
 
-    Only the directory has been read. `content` holds a `TensorSpec` in place of each tensor.
+    Only the directory is read. `content` has a `TensorSpec` in place of each tensor.
 
     Raises:
-        TorchFileError: The file is not a whole archive of plain tensors and plain values.
+        TorchFileError: The file is not a complete archive of plain tensors and values.
     """
 
     content: object
@@ -80,9 +80,9 @@ class Archive:
 
     @property
     def fingerprint(self) -> str:
-        """Changes with the contents: the directory holds a checksum of each record.
+        """Changes with the contents: a hash of the checksums of all records.
 
-        Where `torch.save` was told to leave checksums out, parts of the file take their place.
+        Without checksums in the archive, parts of the file are hashed.
         """
         own = f"{self._prefix}data"
         records = [
@@ -94,13 +94,13 @@ class Archive:
         return digest.hexdigest()[:32]
 
     def check(self, spec: TensorSpec) -> None:
-        """Check that the file holds as many bytes for a tensor as it claims.
+        """Check that the storage of a tensor is as large as its shape requires.
 
         Raises:
-            TorchFileError: It does not.
+            TorchFileError: It is not.
         """
         record = self._find_record(spec)
-        # Columns of a matrix without rows begin behind its end.
+        # Columns of a matrix without rows start beyond its end.
         end = (spec.offset + spec.span) * ITEM_BYTES[spec.dtype] if spec.num_elements else 0
         if end > record.num_bytes:
             raise TorchFileError(
@@ -131,23 +131,23 @@ class Archive:
         return flat.as_strided(spec.shape, spec.stride)
 
     def lend(self) -> OpenFile:
-        """The file, which from now on stays open after this ends, while something refers to it."""
+        """The file, which then stays open as long as it is referenced."""
         self._is_lent = True
         return self.source
 
     def locate(self, spec: TensorSpec) -> int:
-        """The byte of the file at which the first element of a tensor is."""
+        """The file offset of the first element of a tensor."""
         self.check(spec)
         start = self._find_start(self._find_record(spec))
         return start + spec.offset * ITEM_BYTES[spec.dtype]
 
     def find_storage(self, spec: TensorSpec) -> tuple[int, Record]:
-        """Where in the file the storage of a tensor begins, and its record."""
+        """The file offset and the record of a tensor's storage."""
         record = self._find_record(spec)
         return self._find_start(record), record
 
     def checksum(self, spec: TensorSpec) -> int:
-        """CRC-32 of a tensor's storage: as it is noted, computed where its writer noted none."""
+        """CRC-32 of a tensor's storage: from the archive, or computed if it has none."""
         record = self._find_record(spec)
         return record.crc or self._compute_crc(record)
 
@@ -156,7 +156,7 @@ class Archive:
 
     @property
     def origin(self) -> str | None:
-        """What its tensors were computed from, where its writer noted it."""
+        """What its tensors were computed from, if recorded."""
         record = self._records.get(f"{self._prefix}{ORIGIN_NAME}")
         return None if record is None else self._read_record(record).decode(errors="replace")
 
@@ -164,12 +164,12 @@ class Archive:
         """Read every byte, or those of a tensor's storage, and compare with their checksums.
 
         Raises:
-            TorchFileError: They are not those the checksum was made of.
+            TorchFileError: A checksum does not match.
         """
         key = "" if spec is None else f"{self._prefix}data/{spec.storage_key}"
         for name in [key] if key else self._records:
             record = self._records[name]
-            # Zero where torch was told not to compute it.
+            # Zero if `torch.save` did not compute it.
             if record.crc and self._compute_crc(record) != record.crc:
                 raise TorchFileError(f"has flipped bytes in `{name}`")
 

@@ -10,12 +10,12 @@ from speculators_cli.core.torch_file.errors import TorchFileError
 from speculators_cli.core.torch_file.structure import ITEM_BYTES, STORAGE_DTYPES, TensorSpec
 from speculators_cli.core.torch_file.zip_records import RecordWriter
 
-PREFIX = "archive/"  # torch wants one, and takes any
+PREFIX = "archive/"  # torch requires one, with any name
 STORAGE_NAMES = {dtype: name for name, dtype in reversed(STORAGE_DTYPES.items())}
 
 
 class ArchiveWriter:
-    """Writes the bytes of tensors first, then what the file holds: plain values and `TensorSpec`.
+    """Writes the bytes of tensors first, then the content: plain values and `TensorSpec`.
 
     A file is a zip archive: `data/0`, `data/1`, ... are the storages of tensors, and `data.pkl` is
     a pickle that rebuilds tensors from them. Here it comes last, beside the directory, so that
@@ -35,7 +35,7 @@ class ArchiveWriter:
     def add(
         self, parts: Iterable[bytes | memoryview], dtype: str, shape: Sequence[int]
     ) -> TensorSpec:
-        """Write the elements of a tensor, row by row, in as many parts as they come."""
+        """Write the elements of a tensor, row by row, in any number of parts."""
         key = str(len(self._storage_bytes))
         self._storage_bytes[key] = self._records.add(f"{PREFIX}data/{key}", parts)
         stride = [1]
@@ -46,7 +46,7 @@ class ArchiveWriter:
         return spec
 
     def copy(self, source: Archive, spec: TensorSpec) -> TensorSpec:
-        """Copy a tensor with all of its storage, each storage once, as the bytes lie.
+        """Copy a tensor with its whole storage, each storage once.
 
         Their checksum is the source's: it is not computed, so bytes that were damaged there are
         known to be damaged here.
@@ -68,7 +68,7 @@ class ArchiveWriter:
         return TensorSpec(key, spec.dtype, spec.offset, spec.shape, spec.stride)
 
     def finish(self, content: object) -> None:
-        """Write what the file holds."""
+        """Write the content of the file."""
         pickled = write_structure(content, self._storage_bytes)
         if self._origin is not None:
             self._records.add(PREFIX + ORIGIN_NAME, [self._origin.encode()])
@@ -106,7 +106,7 @@ def _pickle(value: object, storage_bytes: Mapping[str, int]) -> Iterator[bytes]:
         yield pickle.BINUNICODE + struct.pack("<I", len(text)) + text
     else:
         assert value is None or isinstance(value, int | float), "a plain value"
-        # Between the protocol and the stop.
+        # Without the protocol and stop operations.
         yield pickle.dumps(value, 2)[2:-1]
 
 

@@ -1,4 +1,4 @@
-"""What can be wrong with a file that is read as data."""
+"""Errors of files that are read as data."""
 
 from pathlib import Path
 
@@ -16,7 +16,7 @@ class TorchFileError(Exception):
 
 
 class ChangedFileError(TorchFileError):
-    """An open file that is no longer as it was when it was opened."""
+    """An open file that has changed since it was opened."""
 
     def __init__(self, file: Path, reason: str) -> None:
         super().__init__(reason)

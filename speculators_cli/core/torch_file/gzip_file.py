@@ -1,4 +1,4 @@
-"""A gzip file as the file that is in it, unpacked into memory."""
+"""Decompress gzip files into memory."""
 
 import os
 import tempfile
@@ -9,22 +9,22 @@ from speculators_cli.core.files import BUFFER_BYTES
 from speculators_cli.core.torch_file.errors import TorchFileError
 
 MAGIC = b"\x1f\x8b"
-GZIP = 31  # what zlib calls the format, its checksum checked
-# Hidden states hardly shrink; what grows far beyond this is made to fill memory.
+GZIP = 31  # zlib's window bits for gzip, with its checksum verified
+# Hidden states hardly compress: a higher ratio is an attempt to fill memory.
 MAX_RATIO = 16
 SMALL_BYTES = 64 * 2**20  # may have any ratio
 
 
 def is_gzip(stream: BinaryIO) -> bool:
-    """Whether a file begins as a gzip file does."""
+    """Whether a file starts with the magic number of gzip."""
     return os.pread(stream.fileno(), len(MAGIC), 0) == MAGIC
 
 
 def unpack(stream: BinaryIO) -> BinaryIO:
-    """What is in a gzip file, in memory, as an open file.
+    """Decompress a gzip file into an open file in memory.
 
     Raises:
-        TorchFileError: It is damaged, cut, or unpacks to far more than a sample does.
+        TorchFileError: It is damaged, truncated, or decompresses to far more than a sample.
     """
     most = max(SMALL_BYTES, MAX_RATIO * os.fstat(stream.fileno()).st_size)
     unpacked = _open_memory()
@@ -43,7 +43,7 @@ def _unpack(stream: BinaryIO, into: BinaryIO, most_bytes: int) -> None:
     member = zlib.decompressobj(GZIP)
     while packed := stream.read(BUFFER_BYTES):
         while packed:
-            if member.eof:  # one file may be packed in several parts
+            if member.eof:  # a file may consist of several members
                 member = zlib.decompressobj(GZIP)
             into.write(member.decompress(packed, BUFFER_BYTES))
             packed = member.unused_data if member.eof else member.unconsumed_tail
@@ -55,7 +55,7 @@ def _unpack(stream: BinaryIO, into: BinaryIO, most_bytes: int) -> None:
 
 
 def _open_memory() -> BinaryIO:
-    """A file without a name, in memory where the system can."""
+    """An unnamed file, in memory if the system supports it."""
     if hasattr(os, "memfd_create"):  # not on macOS
         return os.fdopen(os.memfd_create("sample"), "w+b", buffering=0)
     return tempfile.TemporaryFile(buffering=0)

@@ -1,6 +1,6 @@
-"""An open file: bytes of it are read straight to where they go, and never mapped into memory.
+"""An open file whose bytes are read directly into their destination.
 
-Touching a mapped file that has shrunk ends the process.
+Files are not memory-mapped: an access to a mapped file that has shrunk ends the process.
 """
 
 import ctypes
@@ -24,7 +24,7 @@ _system_preadv.restype = ctypes.c_ssize_t
 
 
 class OpenFile:
-    """A file that stays open while something refers to it, or until it is closed.
+    """A file that is open until it is closed or no longer referenced.
 
     Args:
         stream: The open file.
@@ -38,20 +38,20 @@ class OpenFile:
         self.close = weakref.finalize(self, stream.close)
 
     def read(self, start: int, num_bytes: int) -> bytes:
-        """Some bytes, to be looked at; fewer where the file ends.
+        """Read some bytes; fewer at the end of the file.
 
         Raises:
-            TorchFileError: They are more than anything but hidden states takes.
+            TorchFileError: `num_bytes` is larger than any tensor other than hidden states.
         """
         if num_bytes > MAX_READ_BYTES:
             raise TorchFileError(f"claims {num_bytes:,} bytes beside its hidden states")
         return os.pread(self.descriptor, num_bytes, start)
 
     def fill(self, into: Bytes, start: int) -> None:
-        """Fill memory without gaps with what the file holds from `start` on.
+        """Fill contiguous memory with the bytes of the file from `start` on.
 
         Raises:
-            ChangedFileError: The file ends before that, or fails.
+            ChangedFileError: The file is shorter than before, or cannot be read.
         """
         self.scatter(np.array([[into.ctypes.data, into.nbytes]]), start)
 
@@ -60,10 +60,10 @@ class OpenFile:
         pieces: NDArray[np.int64],  # [pieces, 2]: address and bytes of each; none is negative
         start: int,
     ) -> None:
-        """Fill pieces of memory, one behind the other, with what the file holds from `start` on.
+        """Fill pieces of memory in order with the bytes of the file from `start` on.
 
         Raises:
-            ChangedFileError: The file ends before that, or fails.
+            ChangedFileError: The file is shorter than before, or cannot be read.
         """
         while len(pieces):
             some = np.ascontiguousarray(pieces[:MAX_PIECES])
@@ -77,14 +77,14 @@ class OpenFile:
             start += num_read
             num_done = int(np.searchsorted(ends, num_read, side="right"))
             pieces = pieces[num_done:]
-            if num_done < len(some):  # the system may stop anywhere
+            if num_done < len(some):  # a read may be partial
                 begun = num_read - (int(ends[num_done - 1]) if num_done else 0)
                 pieces = pieces.copy()
                 pieces[0] += (begun, -begun)
 
 
 def _preadv(descriptor: int, pieces: NDArray[np.int64], start: int) -> int:
-    """What the system's call returns: bytes read, or -1. The interpreter is left free meanwhile.
+    """Call `preadv` without the interpreter lock; returns the bytes read, or -1.
 
     `os.preadv` would take an object for each piece, and hold the interpreter while it does.
     """

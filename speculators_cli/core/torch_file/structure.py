@@ -1,4 +1,4 @@
-"""What a pickle says, read as data: nothing it names is imported, called or allocated."""
+"""Read a pickle as data: nothing in it is imported, called or allocated."""
 
 import pickle
 import struct
@@ -16,7 +16,7 @@ MAX_SIZE = 2**63 - 1
 CACHED_BYTES = 8192  # of a pickle
 MAX_DIMENSIONS = 8
 
-# Types go by torch's names for them, so that a directory is read without waiting for torch.
+# Dtypes by torch's names, so that reading a directory does not import torch.
 ITEM_BYTES = {
     "bfloat16": 2,
     "bool": 1,
@@ -48,7 +48,7 @@ STORAGE_DTYPES = {
     "torch.storage.UntypedStorage": "uint8",
 }
 FLOATS = ("float64", "float32")  # each holds every value of those after it, and of narrower ones
-# Types that torch saves as bytes with the dtype beside them.
+# Dtypes that torch saves as bytes, with the dtype as another argument.
 UNTYPED_DTYPES = {
     f"torch.{name}": name for name in ("float8_e4m3fn", "float8_e5m2", "uint16", "uint32", "uint64")
 }
@@ -93,12 +93,12 @@ class TensorSpec:
 
     @property
     def num_elements(self) -> int:
-        """Elements of the tensor, as its shape claims."""
+        """Elements of the tensor, by its shape."""
         return prod(self.shape)
 
     @property
     def num_bytes(self) -> int:
-        """Memory the tensor takes, as its shape claims."""
+        """Size of the tensor, by its shape."""
         return self.num_elements * ITEM_BYTES[self.dtype]
 
     @property
@@ -271,7 +271,7 @@ class _Reader:
         _expect(dict, self.stack[-1]).update(zip(keys, items[1::2], strict=True))
 
     def drop_state(self) -> None:
-        """Leave out what a state dict holds beside its tensors: versions of modules."""
+        """Ignore the metadata of a state dict: versions of modules."""
         self.stack.pop()
         _expect(dict, self.stack[-1])
 
@@ -385,7 +385,7 @@ def _make_ordered_dict(*items: object) -> dict[object, object]:
 
 
 def _make_counter(*items: object) -> dict[object, object]:
-    """A `collections.Counter` is read as the dict it was made of."""
+    """Read a `collections.Counter` as a dict."""
     (content,) = items or ({},)
     return _expect(dict, content)
 

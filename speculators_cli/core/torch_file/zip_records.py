@@ -1,4 +1,4 @@
-"""A zip archive of records that are stored as they are, as `torch.save` writes it.
+"""A zip archive of uncompressed records, as `torch.save` writes it.
 
 Each record is a header and then its bytes. After the last one comes the directory, which names
 every record with its size, CRC-32 and place; then the end record, which says where the directory
@@ -29,21 +29,21 @@ WIDER = 0xFFFFFFFF  # in a header: see the zip64 extra field
 LARGEST = WIDER - 1  # that a header holds
 ZIP64, PADDING = 1, 0x4246  # kinds of extra fields; torch pads with the same
 ALIGNMENT = 64  # of a record's bytes, so that tensors can be mapped
-TAIL_BYTES = 4096  # of a file, holds the directory of a sample nearly always
+TAIL_BYTES = 4096  # of a file, almost always containing the directory of a sample
 MAX_DIRECTORY_BYTES = 8 * 2**20
 
 
 class Record(NamedTuple):
-    """Where the directory says that a record is."""
+    """A record, as listed in the directory."""
 
-    header: int  # where its header begins
+    header: int  # file offset of its header
     num_bytes: int
     crc: int
-    is_stored: bool  # as it is, neither compressed nor encrypted
+    is_stored: bool  # neither compressed nor encrypted
 
 
 def read_directory(file: int, num_bytes: int) -> dict[str, Record]:
-    """The records of an archive by their names, in order; their bytes are not touched.
+    """The records of an archive by their names, in order; their bytes are not read.
 
     Args:
         file: Descriptor of the archive.
@@ -104,7 +104,7 @@ def _widen(extra: bytes, *values: int) -> list[int]:
 
 
 def find_start(file: int, record: Record, num_bytes: int) -> int:
-    """Where the bytes of a record begin, which lie within the file's.
+    """The file offset of the bytes of a record, which end within the file.
 
     Raises:
         ValueError: They do not, or the directory points to something else.
@@ -132,7 +132,7 @@ def compute_crc(file: int, start: int, num_bytes: int) -> int:
 
 
 class RecordWriter:
-    """Writes an archive, one record after the other; it is none before `finish`."""
+    """Writes an archive record by record; it is invalid before `finish`."""
 
     def __init__(self, file: BinaryIO) -> None:
         self._file = file.fileno()
@@ -152,7 +152,7 @@ class RecordWriter:
         return at - start
 
     def copy(self, name: str, source: int, start: int, num_bytes: int, *, crc: int) -> None:
-        """Write a record of bytes that lie in another file, and of which the CRC-32 is known.
+        """Write a record with bytes of another file, whose CRC-32 is known.
 
         Raises:
             EOFError: The other file ends before them.
@@ -173,14 +173,14 @@ class RecordWriter:
         write_at(self._file, bytes(self._directory) + end, start)
 
     def _find_start(self, name: str) -> int:
-        """Where the next record's bytes can begin: behind its header, aligned."""
+        """The file offset of the next record's bytes: after its header, aligned."""
         smallest = LOCAL_HEADER.size + len(name.encode()) + EXTRA.size + 16 + EXTRA.size
         return -(-(self._end + smallest) // ALIGNMENT) * ALIGNMENT
 
     def _enter(self, name: str, start: int, num_bytes: int, crc: int) -> None:
-        """Write the header of a record whose bytes are written, and note it for the directory."""
+        """Write the header of a record after its bytes, and add it to the directory."""
         header, path = self._end, name.encode()
-        # Sizes of any length take the same room, so that bytes come first and their header later.
+        # The header has the same length for all sizes, so that it can be written after the bytes.
         extra = EXTRA.pack(ZIP64, 16) + struct.pack("<2Q", num_bytes, num_bytes)
         room = start - header - LOCAL_HEADER.size - len(path) - len(extra) - EXTRA.size
         extra += EXTRA.pack(PADDING, room) + bytes(room)

@@ -210,7 +210,7 @@ Change = Callable[[dict[str, Any], dict[str, Tensor]], object]
 REFUSED: dict[str, tuple[Change, str]] = {
     "no verifier": (
         lambda c, _: c["speculators_config"].update(verifier={}),
-        "does not say which verifier",
+        "has no verifier",
     ),
     "another algorithm": (
         lambda c, _: c.update(speculators_model_type="dflash"),
@@ -254,7 +254,7 @@ REFUSED: dict[str, tuple[Change, str]] = {
     ),
     "one tensor for three projections": (
         lambda _, x: x.update({"layers.0.self_attn.qkv_proj.weight": torch.ones(80, 48)}),
-        "`layers.0.self_attn.qkv_proj.weight`, projections in one tensor",
+        "`layers.0.self_attn.qkv_proj.weight`, fused projections",
     ),
     "fp8 weights": (
         lambda _, x: x.update({"fc.weight": x["fc.weight"].to(torch.float8_e4m3fn)}),
@@ -358,15 +358,15 @@ REFUSED: dict[str, tuple[Change, str]] = {
     ),
     "absolute d2t": (
         lambda _, x: x["d2t"].add_(torch.arange(19)),
-        "draft vocabulary .* is broken: `d2t` gives ids from 0 to 54, expected 0 to 36",
+        "draft vocabulary .* is broken: `d2t` maps to ids from 0 to 54, expected 0 to 36",
     ),
     "absolute d2t by frequency": (
         lambda _, x: (x["d2t"][:2].copy_(torch.tensor([2, 0])), x.pop("t2d")),
-        "`d2t` holds ids, expected offsets",
+        "`d2t` contains ids, expected offsets",
     ),
     "another t2d": (
         lambda _, x: x["t2d"].logical_not_(),
-        "`d2t` gives other tokens than `t2d` keeps",
+        "`d2t` contains other tokens than `t2d`",
     ),
     "no d2t": (lambda _, x: x.pop("d2t"), "lacks `d2t`"),
 }

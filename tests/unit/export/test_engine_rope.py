@@ -7,13 +7,13 @@ from transformers import PreTrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from speculators_cli.core.export.engine_rope import (
-    Turning,
+    EngineRope,
     find_rope_problem,
-    trained_turning,
+    trained_rope,
 )
 from speculators_cli.core.export.targets import TARGETS
-from speculators_cli.core.export.targets.sglang import sglang_turning
-from speculators_cli.core.export.targets.vllm import vllm_turning
+from speculators_cli.core.export.targets.sglang import sglang_rope
+from speculators_cli.core.export.targets.vllm import vllm_rope
 from tests.drafts import make_config
 from tests.unit.models.test_rope import (
     HEAD_DIM,
@@ -50,11 +50,11 @@ def test_vllm_computes_the_frequencies_of_transformers(rope: dict[str, Any]) -> 
         written["factor"] = rope["factor"] or 8.0
     config: PreTrainedConfig = llama(layers_of(rope)["rope_parameters"])
 
-    turning = vllm_turning(layers_of(written))
+    applied = vllm_rope(layers_of(written))
 
     frequencies, scale = ROPE_INIT_FUNCTIONS[rope["rope_type"]](config, seq_len=LONGEST)
-    assert len(turning.frequencies) == len(frequencies)
-    assert turning.is_close(Turning(tuple(frequencies.tolist()), scale))
+    assert len(applied.frequencies) == len(frequencies)
+    assert applied.is_close(EngineRope(tuple(frequencies.tolist()), scale))
 
 
 @pytest.mark.parametrize(
@@ -78,9 +78,9 @@ def test_a_written_rope_that_is_not_the_trained_one_is_found(written: dict[str, 
         max_position_embeddings=LONGEST,
         rope_parameters={"rope_type": "yarn", "rope_theta": 50000.0, **YARN},
     )
-    assert find_rope_problem(layers_of({"rope_type": "yarn", **YARN}), config, vllm_turning) is None
+    assert find_rope_problem(layers_of({"rope_type": "yarn", **YARN}), config, vllm_rope) is None
 
-    assert find_rope_problem(layers_of(written), config, vllm_turning) is not None
+    assert find_rope_problem(layers_of(written), config, vllm_rope) is not None
 
 
 def test_a_whole_number_as_linear_factor_is_found() -> None:
@@ -88,7 +88,7 @@ def test_a_whole_number_as_linear_factor_is_found() -> None:
     rope = {"rope_type": "linear", "rope_theta": 50000.0, "factor": 4.0}
     config = make_config(head_dim=HEAD_DIM, max_position_embeddings=LONGEST, rope_parameters=rope)
 
-    problem = find_rope_problem(layers_of(rope | {"factor": 4}), config, vllm_turning)
+    problem = find_rope_problem(layers_of(rope | {"factor": 4}), config, vllm_rope)
 
     assert problem is not None
     assert "decimal" in problem
@@ -115,8 +115,8 @@ def test_sglang_is_given_the_rope_that_was_trained(rope: dict[str, Any]) -> None
 
     content = TARGETS["sglang"].build_config(config, "float32")
 
-    assert find_rope_problem(layers_of(rope), config, sglang_turning) is not None
-    assert sglang_turning(content).is_close(trained_turning(config))
+    assert find_rope_problem(layers_of(rope), config, sglang_rope) is not None
+    assert sglang_rope(content).is_close(trained_rope(config))
 
 
 def test_a_scale_that_sglang_does_not_read_is_an_obstacle() -> None:

@@ -42,7 +42,7 @@ class Eagle3(Algorithm[Eagle3Config, Eagle3Settings]):
     title = "EAGLE-3"
     card_settings: ClassVar = {
         "ttt_steps": "TTT steps",
-        "ttt_step_loss_decay": "loss decay a TTT step",
+        "ttt_step_loss_decay": "loss decay per TTT step",
     }
     export_formats = FORMATS
 

@@ -19,13 +19,13 @@ from speculators_cli.core.models.config_values import Values
 from speculators_cli.core.models.rope import RopeError, read_rope
 
 PLAIN_ARCHITECTURES = ("LlamaForCausalLMEagle3", "Eagle3LlamaForCausalLM")
-# Families whose layers are those of llama where their tensors are: projections apart, no bias.
+# Families with the layers of llama if projections are separate tensors without bias.
 LLAMA_LAYERS = ("llama", "mistral", "qwen2", "phi3")
-DEFAULT_NUM_TOKENS = 3  # where a draft does not say how many it was trained to propose
-CONVERT_HINT = "Train it again with `speculators train`, which has no such option"
+DEFAULT_NUM_TOKENS = 3  # if config.json has no number of draft tokens
+CONVERT_HINT = "Train it again with `speculators train`"
 FLAGS = ("norm_before_residual", "norm_before_fc", "fc_norm", "norm_output")
 _IDS = "eagle_aux_hidden_state_layer_ids"
-# What the tensors do not show, and engines have a default for.
+# Values that no tensor determines, and for which engines have a default.
 _UNSEEN = ("rms_norm_eps", "max_position_embeddings")
 _THETA_KEYS = ("rope_theta", "rotary_emb_base")
 
@@ -40,15 +40,15 @@ def is_eagle3(content: Mapping[str, Any]) -> bool:
 def read_draft_config(
     content: Mapping[str, Any], overrides: Overrides, *, name: str
 ) -> Eagle3Config:
-    """The config of a trained draft, whoever wrote it.
+    """Read the config of a trained draft of any tool.
 
     Args:
         content: Of its config.json.
-        overrides: Values that win over it or stand in where it says nothing.
-        name: The draft's, for messages.
+        overrides: Values that replace those of config.json.
+        name: The draft, for messages.
 
     Raises:
-        CheckpointError: It is no EAGLE-3 draft, or one whose mathematics this package lacks.
+        CheckpointError: It is not an EAGLE-3 draft, or this package does not support it.
     """
     assert is_eagle3(content), "another algorithm reads other drafts"
     values = Values(content, name)
@@ -58,7 +58,7 @@ def read_draft_config(
 
 
 def has_plain_layers(content: Mapping[str, Any]) -> bool:
-    """Whether a plain config.json gives its layers the class of llama's, whatever their type."""
+    """Whether the class in a plain config.json has layers of llama, whatever their type."""
     architectures = content.get("architectures")
     if isinstance(architectures, list):
         architectures = next(iter(architectures), None)
@@ -66,7 +66,7 @@ def has_plain_layers(content: Mapping[str, Any]) -> bool:
 
 
 def find_assumed(content: Mapping[str, Any], config: DraftConfig) -> dict[str, Any]:
-    """Values that a config.json lacks, that no tensor shows, and what they are read as."""
+    """Values that a config.json lacks and no tensor determines, as they are read."""
     layers = content["transformer_layer_config"] if is_speculators(content) else content
     found = {key: getattr(config, key) for key in _UNSEEN if layers.get(key) is None}
     rope = layers.get("rope_scaling") or layers.get("rope_parameters") or {}
@@ -92,7 +92,7 @@ def _from_speculators(values: Values, overrides: Overrides) -> Eagle3Config:
     method = speculators.first_part("proposal_methods")
     flags = {key: values.switch(key) or False for key in FLAGS}
     if "norm_before_residual" not in values.content:
-        # Absent, the engine that reads this format takes it as on.
+        # The engine of this format has it on by default.
         flags["norm_before_residual"] = True
     return _build(
         values,
@@ -114,7 +114,7 @@ def _from_plain(values: Values, overrides: Overrides) -> Eagle3Config:
         )
     layer_ids = values.layer_ids(_IDS)
     if not layer_ids:
-        # The engine that this key is for counts the layer, not the layers passed.
+        # SGLang, which reads this key, counts the layer, not the layers passed.
         layer_ids = tuple(k + 1 for k in eagle.layer_ids(_IDS))
     return _build(
         values,
@@ -128,7 +128,7 @@ def _from_plain(values: Values, overrides: Overrides) -> Eagle3Config:
 
 
 def _read_flag(values: Values, eagle: Values, key: str) -> bool:
-    """A flag at the top of a plain config or in its `eagle_config`; engines look at either."""
+    """A switch at the top of a plain config or in `eagle_config`; engines read either."""
     alias = {"fc_norm": "use_aux_norm"}.get(key, key)
     found = {values.switch(key), eagle.switch(key), values.switch(alias)} - {None}
     if len(found) > 1:
@@ -156,7 +156,7 @@ def _build(
     sizes = _read_sizes(layers, arch, family)
     if not verifier_name:
         raise CheckpointError(
-            f"`{name}` does not say which verifier it drafts for",
+            f"The config.json of `{name}` has no verifier",
             hint="Pass `--verifier-name-or-path`",
         )
     ids = overrides.target_layer_ids or layer_ids
@@ -164,15 +164,15 @@ def _build(
     is_assumed = overrides.target_layer_ids is None and (are_ids_assumed or not ids)
     architectures = overrides.verifier_architectures or verifier[1]
     if not ids or not architectures:
-        assert overrides.read_verifier is not None, "a reader of unfinished configs can ask"
-        asked = overrides.read_verifier(verifier_name)
-        ids = ids or default_layer_ids(asked.num_layers)
-        architectures = architectures or asked.architectures
+        assert overrides.read_verifier is not None, "configs without verifier values need a reader"
+        shape = overrides.read_verifier(verifier_name)
+        ids = ids or default_layer_ids(shape.num_layers)
+        architectures = architectures or shape.architectures
     if list(ids) != sorted(set(ids)) or ids[0] < 0:
         raise CheckpointError(
-            f"`{name}` reads the verifier layers {list(ids)}, which engines sort: they are not "
+            f"`{name}` has the verifier layers {list(ids)}, which engines sort: they are not "
             "strictly ascending",
-            hint="Pass `--target-layer-ids` if you know which layers it was trained on",
+            hint="Pass `--target-layer-ids` with the layers it was trained on",
         )
     return Eagle3Config(
         arch=arch,
@@ -191,14 +191,14 @@ def _build(
 
 
 def _find_family(layers: Values) -> tuple[str, Any]:
-    """Kind of the decoder layers, and the defaults of what is not written of them."""
+    """The architecture of the decoder layers, and a config with the family's defaults."""
     model_type = layers.text("model_type") or "llama"
     if model_type == "qwen3":
         return "qwen3", AutoConfig.for_model(model_type)
     if model_type in LLAMA_LAYERS:
         return "llama", AutoConfig.for_model(model_type)
     if has_plain_layers(layers.content):
-        # The class of the layers is overrides; the type is the verifier's.
+        # The layers have the class of llama; the type is the verifier's.
         return "llama", AutoConfig.for_model("llama")
     expected = ", ".join(f"`{kind}`" for kind in (*LLAMA_LAYERS, "qwen3"))
     raise CheckpointError(
@@ -208,7 +208,7 @@ def _find_family(layers: Values) -> tuple[str, Any]:
 
 
 def _read_sizes(layers: Values, arch: str, family: PreTrainedConfig) -> dict[str, Any]:
-    """Sizes under the names of `Eagle3Config`; what is not written has the family's default."""
+    """Sizes under the names of `Eagle3Config`; missing ones have the family's default."""
     keys = {
         "hidden_size": "hidden_size",
         "intermediate_size": "intermediate_size",
@@ -233,14 +233,14 @@ def _read_sizes(layers: Values, arch: str, family: PreTrainedConfig) -> dict[str
 
 
 def _refuse_other_layers(values: Values, layers: Values) -> None:
-    """Refuse layers that compute what those of this package do not."""
+    """Refuse layers that this package does not support."""
     for part in (values, layers):
         for key in ("quantization_config", "compression_config"):
             if part.has(key):
                 method = part.part(key).content.get("quant_method", "an unnamed method")
                 raise CheckpointError(
                     f"`{values.name}` is quantised with `{method}`",
-                    hint="Pass the draft as it was before quantisation",
+                    hint="Pass the draft before quantisation",
                 )
     act = layers.text("hidden_act") or "silu"
     found = {
@@ -256,7 +256,7 @@ def _refuse_other_layers(values: Values, layers: Values) -> None:
     for key, (value, expected) in found.items():
         if value != expected:
             raise CheckpointError(
-                f"`{values.name}` has `{key}` `{value}`, this package computes `{expected}`",
+                f"`{values.name}` has `{key}` `{value}`, this package supports `{expected}`",
                 hint=CONVERT_HINT,
             )
 
@@ -270,7 +270,7 @@ def _rope(values: Values, layers: Values, sizes: Mapping[str, int]) -> dict[str,
     content = dict(layers.content)
     producer, rope = values.content.get("producer"), content.get("rope_parameters")
     if isinstance(producer, dict) and producer.get("name") == PRODUCER and isinstance(rope, dict):
-        # Earlier versions wrote the verifier's `alpha`, and trained without it.
+        # Earlier versions wrote the verifier's `alpha` but trained without it.
         content["rope_parameters"] = {key: x for key, x in rope.items() if key != "alpha"}
     try:
         return read_rope(
@@ -280,6 +280,6 @@ def _rope(values: Values, layers: Values, sizes: Mapping[str, int]) -> dict[str,
         )
     except RopeError as error:
         raise CheckpointError(
-            f"The RoPE of `{layers.name}` is not one that this package computes: it {error}",
+            f"The RoPE of `{layers.name}` is not supported: it {error}",
             hint=CONVERT_HINT,
         ) from None

@@ -36,12 +36,12 @@ PLAIN_RULES = (
     *layer_rules(""),
     Rule("norm_before_residual", "`false`", equals(False)),
 )
-# What releases of vLLM read, as tests/vllm/try_versions.py measured it.
+# Which releases of vLLM read what, as measured by tests/vllm/try_versions.py.
 NEEDS = (
     Need(
         lambda config: config.norm_output,
         "0.25.0",
-        "ignore its `norm_output`, and accept fewer tokens without a word",
+        "ignore its `norm_output` and silently accept fewer tokens",
     ),
     Need(lambda config: config.fc_norm, "0.25.0", "do not load its `fc_norm`"),
     Need(lambda config: config.arch == "qwen3", "0.25.0", "do not load its qwen3 layers"),
@@ -62,7 +62,9 @@ def _find_plain_obstacles(config: Eagle3Config) -> list[str]:
         if getattr(config, name)
     ]
     if config.norm_before_residual:
-        found.append("its `norm_before_residual` is on, and the engine's residual starts pre-norm")
+        found.append(
+            "its `norm_before_residual` is on, and the engine takes the residual before the norm"
+        )
     if config.arch != "llama":
         found.append(f"its layers are `{config.arch}`, and the format has llama layers only")
     if config.num_layers != 1:
@@ -75,7 +77,7 @@ def _find_plain_obstacles(config: Eagle3Config) -> list[str]:
 def _find_sglang_obstacles(config: Eagle3Config) -> list[str]:
     found = _find_plain_obstacles(config)
     if 0 in config.target_layer_ids:
-        found.append("it reads the verifier's embedding output, which the engine cannot give it")
+        found.append("it reads the verifier's embedding output, which the engine does not provide")
     return found
 
 

@@ -1,4 +1,4 @@
-"""SpecForge's `.ckpt`, also packed: aux states in one matrix, last hidden states after the norm."""
+"""SpecForge's `.ckpt`, also gzipped: aux states in one matrix, last states after the norm."""
 
 from collections.abc import Mapping
 
@@ -11,12 +11,12 @@ from speculators_cli.core.data.formats.format import (
 
 
 def lay_out(content: Mapping[object, object]) -> Layout:
-    """Find the parts: `aux_hidden_state` [seq_len, aux*hidden], `hidden_state` [seq_len, hidden].
+    """Locate them: `aux_hidden_state` [seq_len, aux*hidden], `hidden_state` [seq_len, hidden].
 
     `hidden_state` has the last hidden states here, and the aux ones in v0.
 
     Raises:
-        BadSampleError: A part is missing.
+        BadSampleError: A tensor is missing.
     """
     input_ids, loss_mask = get_tensor(content, "input_ids"), get_tensor(content, "loss_mask")
     last = get_tensor(content, "hidden_state", 2)

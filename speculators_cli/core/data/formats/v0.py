@@ -12,10 +12,10 @@ from speculators_cli.core.data.formats.format import (
 
 
 def lay_out(content: Mapping[object, object]) -> Layout:
-    """Find the parts: `hidden_state` [seq_len, aux*hidden] and `target` [seq_len, hidden].
+    """Locate the tensors: `hidden_state` [seq_len, aux*hidden] and `target` [seq_len, hidden].
 
     Raises:
-        BadSampleError: A part is missing.
+        BadSampleError: A tensor is missing.
     """
     input_ids, loss_mask = get_tensor(content, "input_ids"), get_tensor(content, "loss_mask")
     last = get_tensor(content, "target", 2)

@@ -5,9 +5,9 @@ from pathlib import Path
 from typing import Any
 
 from speculators_cli.core.algorithms.draft_config import DraftConfig
-from speculators_cli.core.export.engine_rope import Turning
+from speculators_cli.core.export.engine_rope import EngineRope
 from speculators_cli.core.export.targets.target import Target
-from speculators_cli.core.export.targets.vllm import longrope_length, vllm_turning
+from speculators_cli.core.export.targets.vllm import longrope_length, vllm_rope
 
 
 class Sglang(Target):
@@ -23,9 +23,9 @@ class Sglang(Target):
         layers["rope_parameters"] = _fixed_rope(config)
         return content
 
-    def turning(self, layers: Mapping[str, Any]) -> Turning:
+    def applied_rope(self, layers: Mapping[str, Any]) -> EngineRope:
         """The RoPE that the engine applies."""
-        return sglang_turning(layers)
+        return sglang_rope(layers)
 
     def card_text(self, config: DraftConfig, draft_dir: Path) -> str:  # noqa: ARG002
         """The flags of the server."""
@@ -35,7 +35,7 @@ class Sglang(Target):
         )
 
 
-def sglang_turning(layers: Mapping[str, Any]) -> Turning:
+def sglang_rope(layers: Mapping[str, Any]) -> EngineRope:
     """The RoPE that SGLang applies: that of vLLM, except for these keys.
 
     Raises:
@@ -47,13 +47,13 @@ def sglang_turning(layers: Mapping[str, Any]) -> Turning:
         rope["max_trained_positions"] = length / rope["factor"]
     if kind == "yarn":
         rope.pop("attention_factor", None)
-        turning = vllm_turning({**layers, "rope_parameters": rope})
-        return Turning(turning.frequencies, turning.scale * rope.get("attn_factor", 1.0))
+        applied = vllm_rope({**layers, "rope_parameters": rope})
+        return EngineRope(applied.frequencies, applied.scale * rope.get("attn_factor", 1.0))
     if kind == "longrope":
         is_long = length > rope["original_max_position_embeddings"]
         if is_long and rope["short_factor"] != rope["long_factor"]:
-            raise ValueError("short sequences are turned by its `short_factor`")
-    return vllm_turning({**layers, "rope_parameters": rope})
+            raise ValueError("`short_factor` is applied to short sequences")
+    return vllm_rope({**layers, "rope_parameters": rope})
 
 
 def _fixed_rope(config: DraftConfig) -> dict[str, Any]:

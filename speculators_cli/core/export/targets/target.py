@@ -11,7 +11,7 @@ from speculators_cli.core.algorithms.algorithm import Algorithm
 from speculators_cli.core.algorithms.draft_config import DraftConfig
 from speculators_cli.core.algorithms.export_format import ExportFormat, Rule
 from speculators_cli.core.errors import ExportError
-from speculators_cli.core.export.engine_rope import Turning, find_rope_problem
+from speculators_cli.core.export.engine_rope import EngineRope, find_rope_problem
 
 
 @dataclass(frozen=True)
@@ -66,10 +66,10 @@ class Target(ABC):
     def find_rope_problem(self, content: Mapping[str, Any], config: DraftConfig) -> str | None:
         """Why the engine would not apply the RoPE of the training, by config.json."""
         layers = content.get("transformer_layer_config", content)
-        return find_rope_problem(layers, config, self.turning)
+        return find_rope_problem(layers, config, self.applied_rope)
 
     @abstractmethod
-    def turning(self, layers: Mapping[str, Any]) -> Turning:
+    def applied_rope(self, layers: Mapping[str, Any]) -> EngineRope:
         """The RoPE that the engine applies, by the values of decoder layers in config.json.
 
         Raises:

@@ -11,10 +11,10 @@ from speculators_cli.core.algorithms.algorithm import Algorithm
 from speculators_cli.core.algorithms.draft_config import DraftConfig
 from speculators_cli.core.algorithms.export_format import Rule, equals, is_name, is_size
 from speculators_cli.core.export import markdown
-from speculators_cli.core.export.engine_rope import Turning
+from speculators_cli.core.export.engine_rope import EngineRope
 from speculators_cli.core.export.targets.target import EngineAdvice, Target
 
-# The oldest and newest release whose counts were those of this package, for a default draft.
+# The oldest and newest tested release whose counts equal those of this package, default draft.
 OLDEST_TRIED, NEWEST_TRIED = "0.22.0", "0.32.0"
 
 
@@ -28,9 +28,9 @@ class Vllm(Target):
         """The keys of the speculators format, then those of the algorithm."""
         return (*_speculators_rules(algorithm.name), *super().rules(algorithm))
 
-    def turning(self, layers: Mapping[str, Any]) -> Turning:
+    def applied_rope(self, layers: Mapping[str, Any]) -> EngineRope:
         """The RoPE that the engine applies."""
-        return vllm_turning(layers)
+        return vllm_rope(layers)
 
     def serve_command(self, config: DraftConfig, draft_dir: Path) -> str | None:
         """The command that serves the verifier with a draft; one on the hub is found by vLLM."""
@@ -60,10 +60,10 @@ class Vllm(Target):
         return command + _length_option(config)
 
     def advise(self, config: DraftConfig) -> EngineAdvice | None:
-        """The oldest release that was seen to read all of a draft."""
+        """The oldest tested release that reads all of a draft."""
         needs = [need for need in self.format_of(config).needs if need.has_it(config)]
         if not needs:
-            return EngineAdvice(OLDEST_TRIED, f"Tried with vLLM {OLDEST_TRIED} to {NEWEST_TRIED}.")
+            return EngineAdvice(OLDEST_TRIED, f"Tested with vLLM {OLDEST_TRIED} to {NEWEST_TRIED}.")
         oldest = max((need.since for need in needs), key=_numbers)
         reasons = "; they ".join(need.before for need in needs)
         return EngineAdvice(oldest, f"Needs vLLM {oldest} or newer: older ones {reasons}.")
@@ -120,34 +120,34 @@ def _numbers(version: str) -> tuple[int, ...]:
     return tuple(map(int, version.split(".")))
 
 
-def vllm_turning(layers: Mapping[str, Any]) -> Turning:
-    """What vLLM computes with, given more tokens than LongRoPE's original length.
+def vllm_rope(layers: Mapping[str, Any]) -> EngineRope:
+    """The RoPE that vLLM applies, with `--max-model-len` above LongRoPE's original length.
 
     Args:
-        layers: Of config.json: the values of its decoder layers.
+        layers: The values of decoder layers in config.json.
 
     Raises:
-        ValueError: It would refuse the RoPE.
+        ValueError: vLLM would refuse the RoPE.
     """
     rope, length = layers["rope_parameters"], layers["max_position_embeddings"]
     sections = [key for key in ("mrope_section", "use_fope") if rope.get(key)]
     if sections:
-        raise ValueError(f"`{sections[0]}` turns by more than the position")
+        raise ValueError(f"`{sections[0]}` depends on more than the position")
     size = int(layers["head_dim"] * rope.get("partial_rotary_factor", 1.0))
     base, kind = rope.get("rope_theta", 10000), rope.get("rope_type", "default")
     plain = [base ** -(i / size) for i in range(0, size, 2)]
     if kind == "default":
-        return Turning(tuple(plain), 1.0)
+        return EngineRope(tuple(plain), 1.0)
     if kind == "longrope":
         return _longrope(plain, rope, length)
     if kind == "yarn":
-        return Turning(_yarn(plain, rope, base, size), _yarn_scale(rope))
+        return EngineRope(_yarn(plain, rope, base, size), _yarn_scale(rope))
     stretched = {"linear": _linear, "llama3": _llama3}
     if kind == "dynamic":
-        return Turning(_dynamic(rope, base, size, length), 1.0)
+        return EngineRope(_dynamic(rope, base, size, length), 1.0)
     if kind not in stretched:
-        raise ValueError(f"`{kind}` is no RoPE of the engine")
-    return Turning(tuple(stretched[kind](x, rope) for x in plain), 1.0)
+        raise ValueError(f"the engine has no RoPE of type `{kind}`")
+    return EngineRope(tuple(stretched[kind](x, rope) for x in plain), 1.0)
 
 
 def _dynamic(rope: Mapping[str, Any], base: float, size: int, length: int) -> tuple[float, ...]:
@@ -203,7 +203,7 @@ def _yarn_scale(rope: Mapping[str, Any]) -> float:
     return scale_of(1.0)
 
 
-def _longrope(plain: list[float], rope: Mapping[str, Any], length: int) -> Turning:
+def _longrope(plain: list[float], rope: Mapping[str, Any], length: int) -> EngineRope:
     original = rope["original_max_position_embeddings"]
     chosen = "long" if length > original else "short"
     ratio = length / original
@@ -212,4 +212,4 @@ def _longrope(plain: list[float], rope: Mapping[str, Any], length: int) -> Turni
     if len(factors) != len(plain):
         raise ValueError(f"`{chosen}_factor` has {len(factors)} values for {len(plain)} pairs")
     frequencies = tuple(x / factor for x, factor in zip(plain, factors, strict=True))
-    return Turning(frequencies, rope.get(f"{chosen}_mscale", scale))
+    return EngineRope(frequencies, rope.get(f"{chosen}_mscale", scale))
