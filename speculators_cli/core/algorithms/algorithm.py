@@ -65,6 +65,11 @@ class Algorithm(ABC, Generic[ConfigT, SettingsT]):
         """Whether a config.json ties the LM head to the embedding."""
         return False
 
+    def count_aux_layers(self, config: ConfigT, tensors: Mapping[str, Tensor]) -> int | None:
+        """Verifier layers that the weights, under our names, read; None: not known from them."""
+        del config, tensors
+        return None
+
     def checkpoint_name(self, tensor: str) -> str:
         """The name that a checkpoint of this package gives a tensor of another tool's draft."""
         return tensor

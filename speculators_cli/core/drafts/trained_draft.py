@@ -28,7 +28,6 @@ from speculators_cli.core.models.config_values import Values
 from speculators_cli.core.models.repo_files import CONFIG_NAME, RepoFiles
 
 EMBEDDING, HEAD = "embed_tokens.weight", "lm_head.weight"
-FUSION = "fc.weight"  # reads the aux hidden states of all layers side by side
 ASSUMED_HINT = "Add them to its config.json if it was trained with other values"
 MAX_VOCAB = 2**24  # the largest in use have a few hundred thousand
 _LAYER = re.compile(r"^layers\.(\d{1,9})\.")
@@ -105,7 +104,7 @@ def read_draft(
     config: DraftConfig = algorithm.read_config(content, overrides, name=name)
     tensors = _renamed(files.read_tensors(), algorithm, name)
     config = algorithm.fit_config(_fit_config(config, tensors, name), content, tensors)
-    _check_num_layer_ids(config, overrides, tensors.get(FUSION), name)
+    _check_num_layer_ids(config, overrides, algorithm.count_aux_layers(config, tensors), name)
     d2t, t2d = tensors.pop("d2t", None), tensors.pop("t2d", None)
     embedding = tensors.pop(EMBEDDING, None)
     if algorithm.ties_head(content, name=name):
@@ -224,23 +223,15 @@ def _fit_config(config: DraftConfig, tensors: Mapping[str, Tensor], name: str) -
 
 
 def _check_num_layer_ids(
-    config: DraftConfig, overrides: Overrides, fusion: Tensor | None, name: str
+    config: DraftConfig, overrides: Overrides, num_layers: int | None, name: str
 ) -> None:
-    """Refuse layer ids that are not as many as the layers whose states the weights read.
+    """Refuse layer ids whose number is not that of the layers that the weights read.
 
     Raises:
-        SettingsError: They were given by flag.
-        CheckpointError: They are the config's, or were left to a guess.
+        SettingsError: They were passed by flag.
+        CheckpointError: They are from config.json, or assumed.
     """
-    expected, size = config.tensor_shapes().get(FUSION), config.target_hidden_size
-    if expected is None or fusion is None or fusion.dim() != 2:
-        return  # the shapes of all tensors are compared later
-    # It may read more than aux hidden states, such as an embedding.
-    num_layers, rest = divmod(fusion.shape[1] - expected[1], size)
-    if rest:
-        return
-    num_layers += config.num_aux_layers
-    if num_layers == config.num_aux_layers:
+    if num_layers is None or num_layers == config.num_aux_layers:
         return
     ids = ",".join(map(str, config.target_layer_ids))
     weights = f"the weights of `{name}` read {num_layers} verifier layers"

@@ -346,15 +346,15 @@ REFUSED: dict[str, tuple[Change, str]] = {
     ),
     "a token twice": (
         lambda _, x: (x["d2t"][3:5].copy_(torch.tensor([4, 3])), x.pop("t2d")),
-        "gives 1 ids twice",
+        "maps to 1 ids twice",
     ),
     "offsets that are no whole numbers": (
         lambda _, x: x.update(d2t=x["d2t"].float()),
         "`d2t` is .* of float32",
     ),
     "another shape": (
-        lambda _, x: x.update({"fc.weight": torch.ones(24, 48)}),
-        r"has `fc.weight` \(24, 48\), expected \(24, 72\)",
+        lambda _, x: x.update({"fc.weight": torch.ones(24, 50)}),
+        r"has `fc.weight` \(24, 50\), expected \(24, 72\)",
     ),
     "absolute d2t": (
         lambda _, x: x["d2t"].add_(torch.arange(19)),

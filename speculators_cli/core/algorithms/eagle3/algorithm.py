@@ -64,6 +64,16 @@ class Eagle3(Algorithm[Eagle3Config, Eagle3Settings]):
         """Whether a config.json ties the LM head to the embedding."""
         return ties_head(content, name)
 
+    def count_aux_layers(self, config: Eagle3Config, tensors: Mapping[str, Tensor]) -> int | None:
+        """Verifier layers that `fc` reads; None if its shape does not fit the config."""
+        fusion, size = tensors.get("fc.weight"), config.target_hidden_size
+        # A draft is not wider than its verifier: then a size is wrong, not the number of layers.
+        if fusion is None or fusion.dim() != 2 or size < config.hidden_size:
+            return None
+        if fusion.shape[0] != config.hidden_size or fusion.shape[1] % size:
+            return None
+        return fusion.shape[1] // size
+
     def checkpoint_name(self, tensor: str) -> str:
         """The name in a checkpoint; plain drafts call the first layer `midlayer`."""
         return tensor.removeprefix("model.").replace("midlayer.", "layers.0.", 1)
