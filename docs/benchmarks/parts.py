@@ -30,6 +30,7 @@ from speculators_cli.core.algorithms.eagle3.config import Eagle3Config
 from speculators_cli.core.bench.profile import profile_steps
 from speculators_cli.core.bench.shapes import SHAPES
 from speculators_cli.core.bench.synthetic import SyntheticLoader
+from speculators_cli.core.data.alignment import NEXT_TOKEN
 from speculators_cli.core.data.batch import Batch, drop_non_finite
 from speculators_cli.core.data.noise import add_noise, drop_and_add_noise
 from speculators_cli.core.kernels.joint_attention import joint_attention
@@ -317,6 +318,7 @@ def build_step(options: argparse.Namespace) -> Step:
     config = draft_config(options, *SHAPES[options.shape])
     loader = SyntheticLoader(
         config,
+        NEXT_TOKEN,
         total_seq_len=options.total_seq_len,
         supervised_fraction=options.supervised_fraction,
         per_step=1,

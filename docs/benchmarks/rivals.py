@@ -26,6 +26,7 @@ from random_verifier import write_verifier
 from speculators_cli.core.algorithms.eagle3.config import Eagle3Config
 from speculators_cli.core.bench.shapes import SHAPES
 from speculators_cli.core.bench.synthetic import SyntheticLoader
+from speculators_cli.core.data.alignment import NEXT_TOKEN
 from speculators_cli.core.data.batch import Batch
 from speculators_cli.core.data.data_config import default_layer_ids
 from speculators_cli.core.models.verifier import VerifierConfig
@@ -52,6 +53,7 @@ def main() -> None:
     config = draft_config(options, verifier, vocab_size)
     loader = SyntheticLoader(
         config,
+        NEXT_TOKEN,
         total_seq_len=options.total_seq_len,
         supervised_fraction=options.supervised_fraction,
         per_step=1,
