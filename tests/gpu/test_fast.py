@@ -183,7 +183,7 @@ def test_nothing_is_compiled_after_the_first_steps(monkeypatch: pytest.MonkeyPat
     # Rows, documents, gaps and chunks of the loss differ from batch to batch.
     import triton
 
-    monkeypatch.setattr("speculators_cli.core.algorithms.eagle3.cost.MAX_ROWS", 100)
+    monkeypatch.setattr("speculators_cli.core.kernels.logit_chunks.MAX_ROWS", 100)
     rng = torch.Generator().manual_seed(0)
     config = make_config(
         hidden_size=192, target_hidden_size=192, intermediate_size=320, num_heads=6,
