@@ -42,7 +42,7 @@ def setting_flag(field: SettingField, settings_class: type[Settings]) -> Flag:
     return Flag(
         field.name,
         (field.flag,),
-        describe(field.info),
+        build_help(field.info),
         settings_class.model_fields[field.section].title or field.section,
         None if is_switch else field.flag if field.positional else metavar(field.info),
         (off or f"--no-{field.flag[2:]}",) if is_switch else (),
@@ -65,7 +65,7 @@ def is_list(info: FieldInfo) -> bool:
     return get_origin(info.annotation) is tuple and get_args(info.annotation)[0] is Path
 
 
-def describe(info: FieldInfo) -> str:
+def build_help(info: FieldInfo) -> str:
     """Help of a flag: its description and its default."""
     default = show_default(info)
     return f"{info.description} ({default})" if default else str(info.description)

@@ -12,7 +12,7 @@ from speculators_cli.core.data.sample import Problem
 from speculators_cli.core.escaping import escape_line
 from speculators_cli.core.export import markdown
 from speculators_cli.core.export.licence import read_licence
-from speculators_cli.core.preparation.inspection import describe
+from speculators_cli.core.preparation.inspection import summarize
 from speculators_cli.core.preparation.inspection_page import write_page
 from speculators_cli.core.preparation.inspection_report import InspectionReport
 from tests.recorded_progress import RecordedProgress
@@ -32,7 +32,7 @@ HOSTILE = (
 
 
 def report(**changes: Any) -> InspectionReport:
-    lengths = describe(np.array([3, 5]))
+    lengths = summarize(np.array([3, 5]))
     fields: dict[str, Any] = {
         **dict.fromkeys(InspectionReport.__dataclass_fields__, 1),
         "format": "v1",

@@ -49,7 +49,7 @@ class Changes:
 
 
 @refusing_sample()
-def convert_file(source: Path, target: Path, changes: Changes) -> float:
+def convert_file(source: Path, output: Path, changes: Changes) -> float:
     """Write the v1 sample of a v0 file, atomically and flushed to disk.
 
     The aux layers are columns of one matrix in v0. Last hidden states are kept and
@@ -57,7 +57,7 @@ def convert_file(source: Path, target: Path, changes: Changes) -> float:
 
     Args:
         source: Read in chunks where values change, otherwise copied by the system.
-        target: Replaced if it exists.
+        output: Replaced if it exists.
         changes: Changes of the hidden states.
 
     Returns:
@@ -75,10 +75,10 @@ def convert_file(source: Path, target: Path, changes: Changes) -> float:
             f"has hidden size {header.hidden_size:,}, but the verifier has "
             f"{len(changes.norm_weight):,}"
         )
-    target.parent.mkdir(parents=True, exist_ok=True)
+    output.parent.mkdir(parents=True, exist_ok=True)
     with (
         Archive(source) as archive,
-        replacing(target) as temporary,
+        replacing(output) as temporary,
         temporary.open("wb", buffering=0) as stream,
     ):
         writer = ArchiveWriter(stream, origin=changes.origin(archive))
@@ -156,29 +156,29 @@ def undo_norm(
     return undone, error
 
 
-def is_converted(source: Path, target: Path, changes: Changes) -> bool:
+def is_converted(source: Path, output: Path, changes: Changes) -> bool:
     """Whether a file is the v1 sample that `convert_file` would write.
 
     Tokens, dtypes and the checksums of hidden states are compared; no states are read.
     """
-    if not target.exists():
+    if not output.exists():
         return False
     try:
-        old, new = v0.FORMAT.read_tokens(source), v1.FORMAT.read_tokens(target)
+        old, new = v0.FORMAT.read_tokens(source), v1.FORMAT.read_tokens(output)
         return (
             new.header() == changes.header(old.header())
             and old.input_ids.tobytes() == new.input_ids.tobytes()
             and old.loss_mask.tobytes() == new.loss_mask.tobytes()
-            and _has_same_states(source, target, changes)
+            and _has_same_states(source, output, changes)
         )
     except (BadSampleError, OSError):
         return False
 
 
 @refusing_sample()
-def _has_same_states(source: Path, target: Path, changes: Changes) -> bool:
+def _has_same_states(source: Path, output: Path, changes: Changes) -> bool:
     """Whether copied states have the source's checksums, and changed ones are derived from it."""
-    with Archive(source) as old, Archive(target) as new:
+    with Archive(source) as old, Archive(output) as new:
         origin = changes.origin(old)
         if origin is not None or new.origin is not None:
             return origin == new.origin
@@ -195,13 +195,13 @@ def _describe(archive: Archive, spec: TensorSpec) -> tuple[object, ...]:
     return archive.checksum(spec), spec.dtype, spec.offset, spec.shape, spec.stride
 
 
-def is_same(source: Path, target: Path, changes: Changes) -> bool:
+def has_same_values(source: Path, output: Path, changes: Changes) -> bool:
     """Whether a written v1 file has all values of the v0 file."""
     import torch
 
-    if not is_converted(source, target, changes):
+    if not is_converted(source, output, changes):
         return False
-    old, new = v0.FORMAT.read_sample(source), v1.FORMAT.read_sample(target)
+    old, new = v0.FORMAT.read_sample(source), v1.FORMAT.read_sample(output)
     pairs = [
         *((a, b, None) for a, b in zip(old.aux_hidden_states, new.aux_hidden_states, strict=True)),
         (old.last_hidden_states, new.last_hidden_states, changes.norm_weight),

@@ -99,24 +99,24 @@ class BatchLoader:
         self._ahead: deque[Pending] = deque()
         self._coming: Iterator[Place] = iter(())  # places after those
 
-    def plan(self, epoch: int) -> PackingPlan:
+    def pack(self, epoch: int) -> PackingPlan:
         """Return the packed sequences of an epoch, over all ranks."""
         if self._latest is None or self._latest[0] != epoch:
-            plan = plan_epoch(
+            packing = plan_epoch(
                 self.samples.lengths,
                 total_seq_len=self.total_seq_len,
                 seed=self.seed,
                 epoch=epoch,
                 global_batch=self.global_batch,
             )
-            self._latest = (epoch, plan)
-            self._num_steps[epoch] = plan.num_steps
+            self._latest = (epoch, packing)
+            self._num_steps[epoch] = packing.num_steps
         return self._latest[1]
 
     def steps_in(self, epoch: int) -> int:
         """Return the number of optimizer steps of an epoch."""
         if epoch not in self._num_steps:
-            self.plan(epoch)
+            self.pack(epoch)
         return self._num_steps[epoch]
 
     def epoch(self, epoch: int, start_step: int = 0) -> Iterator[tuple[Batch, ...]]:
@@ -180,7 +180,7 @@ class BatchLoader:
 
     def _sequence(self, place: Place) -> Packed:
         epoch, index = place
-        return self.plan(epoch).sequences[index * self.num_ranks + self.rank]
+        return self.pack(epoch).sequences[index * self.num_ranks + self.rank]
 
     def _collate(self, sequence: Packed) -> Batch:
         # One at a time: each keeps its file open.

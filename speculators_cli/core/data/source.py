@@ -134,10 +134,10 @@ class SampleSource(ABC):
 
     def count_sequences(self, total_seq_len: int) -> int:
         """Return the number of packed sequences of `total_seq_len` positions for the samples."""
-        plan = plan_epoch(
+        packing = plan_epoch(
             self.lengths, total_seq_len=total_seq_len, seed=0, epoch=0, global_batch=1
         )
-        return plan.num_steps
+        return packing.num_steps
 
 
 def split(samples: SourceT, train_ratio: float) -> tuple[SourceT, SourceT]:

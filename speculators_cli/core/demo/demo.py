@@ -31,7 +31,7 @@ from speculators_cli.core.models.verifier_model import VerifierModel
 from speculators_cli.core.progress import Progress
 from speculators_cli.core.training.report import TrainReport
 from speculators_cli.core.training.run import train
-from speculators_cli.core.training.run_end import describe, recording_end
+from speculators_cli.core.training.run_end import error_record, recording_end
 from speculators_cli.settings.demo import DemoSettings
 from speculators_cli.settings.train import TrainSettings
 
@@ -87,7 +87,7 @@ def run_demo(settings: DemoSettings, *, progress: Progress) -> DemoReport:
     folder = DemoFolder(settings.run.output_dir)
 
     def write(error: SpeculatorsError) -> None:
-        folder.write_result(describe(error))
+        folder.write_result(error_record(error))
 
     with recording_end(write):
         return _run_stages(settings, folder, progress)

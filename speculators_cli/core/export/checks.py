@@ -144,7 +144,7 @@ def check_verifier(settings: ExportSettings, source: TrainedDraft, progress: Pro
                 hint="Pass the draft's own verifier with `--verifier-name-or-path`",
             )
     check_layers(source, verifier)
-    if leaves_out and embedding is not None and not is_same(source.embedding, embedding):
+    if leaves_out and embedding is not None and not is_same_embedding(source.embedding, embedding):
         raise ExportError(
             f"The embedding of `{source.name}` is not that of verifier `{name}`",
             hint="Remove `--without-embeddings`",
@@ -162,7 +162,7 @@ def check_layers(source: TrainedDraft, verifier: VerifierShape) -> None:
         )
 
 
-def is_same(one: Tensor | None, other: Tensor) -> bool:
+def is_same_embedding(one: Tensor | None, other: Tensor) -> bool:
     """Whether two embeddings are equal in the less precise of their dtypes."""
     if one is None or one.shape != other.shape:
         return False

@@ -58,11 +58,11 @@ def write_weights(
         what="the export",
         hint="Free disk space, or pass another `--output-dir`",
     )
-    plan = split_torch_state_dict_into_shards(renamed, max_shard_size=max_shard_size)
-    for file, names in plan.filename_to_tensors.items():
+    shards = split_torch_state_dict_into_shards(renamed, max_shard_size=max_shard_size)
+    for file, names in shards.filename_to_tensors.items():
         save_file({name: renamed[name] for name in names}, folder / file, {"format": "pt"})
         shutil.copymode(config_file, folder / file)  # safetensors creates private files
-    if plan.is_sharded:
-        index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
+    if shards.is_sharded:
+        index = {"metadata": shards.metadata, "weight_map": shards.tensor_to_filename}
         write_json(index, folder / INDEX_NAME)
     return needed

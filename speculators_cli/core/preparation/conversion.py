@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from speculators_cli.core.data import data_config
-from speculators_cli.core.data.convert import Changes, convert_file, is_converted, is_same
+from speculators_cli.core.data.convert import Changes, convert_file, has_same_values, is_converted
 from speculators_cli.core.data.data_config import (
     LayerIds,
     guess_num_layers,
@@ -56,7 +56,7 @@ class Job:
     """One file to convert."""
 
     source: Path
-    target: Path
+    output: Path
     num_bytes: int  # of the source
     bytes_per_value: int  # of its hidden states
     is_converted: bool  # by an earlier run
@@ -108,7 +108,7 @@ def convert_v0(settings: ConvertV0Settings, *, progress: Progress = SILENT) -> C
             f"`{files.v0_path}` holds no samples: no `.pt` or `.ckpt` file was found",
             hint=hint_of_no_samples(found),
         )
-    jobs, problems = plan(sources, files.output_dir, changes)
+    jobs, problems = list_jobs(sources, files.output_dir, changes)
     if not jobs:
         raise DataError(
             f"None of the {len(sources):,} files in `{files.v0_path}` can be converted; the first, "
@@ -199,7 +199,7 @@ def load_norm_weight(verifier: "tuple[VerifierFiles, VerifierShape] | None") -> 
     return weight
 
 
-def plan(
+def list_jobs(
     sources: Sequence[tuple[str, Path]], output_dir: Path, changes: Changes
 ) -> tuple[list[Job], list[Problem]]:
     """Map each file to its output, and list those that are unreadable or would collide."""
@@ -207,28 +207,28 @@ def plan(
     problems: list[Problem] = []
     taken: set[Path] = set()
     for name, source in sources:
-        target = (output_dir / name).with_suffix(".pt")
+        output = (output_dir / name).with_suffix(".pt")
         try:
             header = FORMATS["v0"].read_tokens(source).header()
-            if target in taken:
-                raise BadSampleError(f"would be written to `{target}`, as another file is")
-            if any(folder.is_symlink() for folder in folders_below(output_dir, target)):
-                raise BadSampleError(f"would be written through a link, to `{target}`")
+            if output in taken:
+                raise BadSampleError(f"would be written to `{output}`, as another file is")
+            if any(folder.is_symlink() for folder in folders_below(output_dir, output)):
+                raise BadSampleError(f"would be written through a link, to `{output}`")
             num_bytes = source.stat().st_size
         except BadSampleError as error:
             problems.append(Problem(source, error.reason))
         except OSError as error:
             problems.append(Problem(source, f"cannot be read: {error.strerror}"))
         else:
-            taken.add(target)
-            done = is_converted(source, target, changes)
-            jobs.append(Job(source, target, num_bytes, ITEM_BYTES[header.dtype], done))
+            taken.add(output)
+            done = is_converted(source, output, changes)
+            jobs.append(Job(source, output, num_bytes, ITEM_BYTES[header.dtype], done))
     return jobs, problems
 
 
-def folders_below(output_dir: Path, target: Path) -> Iterator[Path]:
+def folders_below(output_dir: Path, output: Path) -> Iterator[Path]:
     """Yield the folders between the output folder and a file in it."""
-    yield from (f for f in target.parents if output_dir in f.parents)
+    yield from (f for f in output.parents if output_dir in f.parents)
 
 
 def find_layer_ids(
@@ -329,13 +329,13 @@ def convert_job(job: Job, changes: Changes, *, delete_source: bool) -> float | P
     try:
         if delete_source:
             FORMATS["v0"].verify(job.source)
-        is_checked = job.is_converted and is_same(job.source, job.target, changes)
+        is_checked = job.is_converted and has_same_values(job.source, job.output, changes)
         if not is_checked:
-            error = convert_file(job.source, job.target, changes)
+            error = convert_file(job.source, job.output, changes)
         if delete_source:
-            if not is_checked and not is_same(job.source, job.target, changes):
-                return Problem(job.source, f"differs from its copy `{job.target}`")
-            sync(job.target.parent)
+            if not is_checked and not has_same_values(job.source, job.output, changes):
+                return Problem(job.source, f"differs from its copy `{job.output}`")
+            sync(job.output.parent)
             job.source.unlink()
     except BadSampleError as bad:
         return Problem(job.source, bad.reason)

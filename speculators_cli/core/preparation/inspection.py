@@ -339,7 +339,7 @@ def make_report(
     formats = {s.format for s in scans}
     lengths = np.array([s.header.num_tokens for s in usual], dtype=np.int64)
     supervised = np.array([s.header.num_supervised_tokens for s in usual], dtype=np.int64)
-    plan = plan_epoch(
+    packing = plan_epoch(
         np.maximum(lengths - NEXT_TOKEN.shift, 0),
         total_seq_len=wanted.total_seq_len,
         seed=0,
@@ -353,8 +353,8 @@ def make_report(
         format="mixed" if len(formats) > 1 else scans[0].format,
         num_samples=len(scans),
         num_bytes=sum(s.num_bytes for s in scans),
-        tokens=describe(lengths),
-        supervised_tokens=describe(supervised),
+        tokens=summarize(lengths),
+        supervised_tokens=summarize(supervised),
         supervised_fractions=spread_fractions(supervised, lengths),
         coverage_by_size=cover(counts),
         hidden_size=header.hidden_size,
@@ -366,8 +366,8 @@ def make_report(
         layer_ids_convention=next((c.convention for c in configs if c.layer_ids), None),
         verifier=next((c.verifier for c in configs if c.verifier is not None), None),
         total_seq_len=wanted.total_seq_len,
-        num_packed_sequences=len(plan.sequences),
-        fill=plan.fill,
+        num_packed_sequences=len(packing.sequences),
+        fill=packing.fill,
         tokens_per_second=wanted.tokens_per_second,
         epoch_seconds=epoch_seconds,
         disk_bytes_per_second=sum(s.num_bytes for s in usual) / epoch_seconds,
@@ -392,7 +392,7 @@ def cover(counts: NDArray[np.int64]) -> dict[int, float]:
     return {size: float(shares[size - 1]) for size in sizes}
 
 
-def describe(values: NDArray[np.int64]) -> Distribution:
+def summarize(values: NDArray[np.int64]) -> Distribution:
     """Return minimum, median and so on, and a histogram of ten bins from minimum to maximum."""
     histogram, _ = np.histogram(values, bins=10)
     return Distribution(

@@ -99,7 +99,7 @@ def _estimate(
     per_rank = settings.optimizer.gradient_accumulation_steps
     global_batch = per_rank * ranks.num_ranks
     loader = build_loader(settings, samples, ranks, global_batch)
-    packed = loader.plan(0)
+    packed = loader.pack(0)
     total_steps = count_steps(settings, loader)
     cost = ALGORITHMS[config.algorithm].cost
     lengths = np.minimum(samples.lengths, settings.data.total_seq_len)

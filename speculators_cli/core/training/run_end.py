@@ -79,9 +79,9 @@ class RunEnd:
             nullcontext() if self.is_locked else lock,
             replacing(self.save_path / RESULT_NAME) as temporary,
         ):
-            write_json(describe(error), temporary)
+            write_json(error_record(error), temporary)
 
 
-def describe(error: SpeculatorsError) -> Mapping[str, Any]:
+def error_record(error: SpeculatorsError) -> Mapping[str, Any]:
     """The error as the record of a run has it."""
     return {"error": error.message, "hint": error.hint, "exit_code": error.exit_code}

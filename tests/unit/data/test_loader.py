@@ -133,7 +133,7 @@ def settle(loader: BatchLoader) -> None:
 
 def order_of(loader: BatchLoader, epoch: int) -> list[int]:
     """The samples of an epoch, where each fills a packed sequence."""
-    return [sample_id for (sample_id,) in loader.plan(epoch).sequences]
+    return [sample_id for (sample_id,) in loader.pack(epoch).sequences]
 
 
 def assert_same(steps: Sequence[tuple[Batch, ...]], expected: Sequence[tuple[Batch, ...]]) -> None:
