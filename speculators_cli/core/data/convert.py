@@ -13,7 +13,7 @@ from speculators_cli.core.data.stored import StoredStates
 from speculators_cli.core.files import replacing
 from speculators_cli.core.torch_file.archive import Archive
 from speculators_cli.core.torch_file.archive_writer import ArchiveWriter
-from speculators_cli.core.torch_file.structure import TensorSpec
+from speculators_cli.core.torch_file.tensor_spec import TensorSpec
 
 if TYPE_CHECKING:
     import torch
@@ -187,10 +187,10 @@ def _has_same_states(source: Path, output: Path, changes: Changes) -> bool:
             v1.FORMAT.read_layout(new).hidden_states,
             strict=True,
         )
-        return all(_describe(old, given) == _describe(new, copied) for given, copied in pairs)
+        return all(_identity(old, given) == _identity(new, copied) for given, copied in pairs)
 
 
-def _describe(archive: Archive, spec: TensorSpec) -> tuple[object, ...]:
+def _identity(archive: Archive, spec: TensorSpec) -> tuple[object, ...]:
     """Return everything that is known of a tensor without reading it."""
     return archive.checksum(spec), spec.dtype, spec.offset, spec.shape, spec.stride
 

@@ -10,7 +10,7 @@ from speculators_cli.core.data.alignment import Alignment
 from speculators_cli.core.data.sample import SampleHeader
 from speculators_cli.core.files import replacing
 from speculators_cli.core.reading import read_json_object
-from speculators_cli.core.torch_file.structure import ITEM_BYTES
+from speculators_cli.core.torch_file.tensor_spec import ITEM_BYTES
 
 MAX_INDEX_BYTES = 2**31  # some 500 per sample
 INDEX_VERSION = 6

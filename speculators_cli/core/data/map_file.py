@@ -15,7 +15,7 @@ from speculators_cli.core.reading import (
 )
 from speculators_cli.core.torch_file.archive import Archive
 from speculators_cli.core.torch_file.errors import TorchFileError
-from speculators_cli.core.torch_file.structure import TensorSpec
+from speculators_cli.core.torch_file.tensor_spec import TensorSpec
 
 HINT = "Rebuild both maps with `speculators build-vocab-map`, or pass `--full-vocab`"
 MAX_WHOLE = 2**53  # the largest range of exact integers in a float64

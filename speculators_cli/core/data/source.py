@@ -14,7 +14,7 @@ from speculators_cli.core.data.alignment import Alignment
 from speculators_cli.core.data.data_config import DataConfig
 from speculators_cli.core.data.packing import plan_epoch
 from speculators_cli.core.data.sample import Problem, Sample, SampleHeader
-from speculators_cli.core.torch_file.structure import ITEM_BYTES
+from speculators_cli.core.torch_file.tensor_spec import ITEM_BYTES
 
 SourceT = TypeVar("SourceT", bound="SampleSource")
 SPLIT_SEED = 0  # the split is the same in every run on the same samples

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from speculators_cli.core.data.sample import BadSampleError, refusing_sample
 from speculators_cli.core.torch_file.archive import Archive
 from speculators_cli.core.torch_file.open_file import Bytes, OpenFile
-from speculators_cli.core.torch_file.structure import ITEM_BYTES, TensorSpec
+from speculators_cli.core.torch_file.tensor_spec import ITEM_BYTES, TensorSpec
 
 if TYPE_CHECKING:
     import torch

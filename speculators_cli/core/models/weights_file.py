@@ -10,7 +10,7 @@ from torch import Tensor
 from speculators_cli.core.reading import Tensors, UnreadableError, check_content, open_safetensors
 from speculators_cli.core.torch_file.archive import Archive
 from speculators_cli.core.torch_file.errors import TorchFileError
-from speculators_cli.core.torch_file.structure import TensorSpec
+from speculators_cli.core.torch_file.tensor_spec import TensorSpec
 
 CONVERT = "Convert the model to safetensors with `save_pretrained` of transformers"
 

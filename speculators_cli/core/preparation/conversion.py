@@ -33,7 +33,7 @@ from speculators_cli.core.files import (
     sync,
 )
 from speculators_cli.core.progress import SILENT, Progress
-from speculators_cli.core.torch_file.structure import ITEM_BYTES
+from speculators_cli.core.torch_file.tensor_spec import ITEM_BYTES
 from speculators_cli.settings.convert_v0 import ConvertV0Settings, FilesSettings
 
 if TYPE_CHECKING:

@@ -13,7 +13,8 @@ from speculators_cli.core.files import open_regular, read_parts
 from speculators_cli.core.torch_file.errors import TorchFileError
 from speculators_cli.core.torch_file.gzip_file import is_gzip, unpack
 from speculators_cli.core.torch_file.open_file import OpenFile
-from speculators_cli.core.torch_file.structure import ITEM_BYTES, TensorSpec, read_structure
+from speculators_cli.core.torch_file.structure import read_structure
+from speculators_cli.core.torch_file.tensor_spec import ITEM_BYTES, TensorSpec
 from speculators_cli.core.torch_file.zip_records import (
     Record,
     compute_crc,

@@ -7,7 +7,8 @@ from typing import BinaryIO
 
 from speculators_cli.core.torch_file.archive import ORIGIN_NAME, Archive
 from speculators_cli.core.torch_file.errors import TorchFileError
-from speculators_cli.core.torch_file.structure import ITEM_BYTES, STORAGE_DTYPES, TensorSpec
+from speculators_cli.core.torch_file.structure import STORAGE_DTYPES
+from speculators_cli.core.torch_file.tensor_spec import ITEM_BYTES, TensorSpec
 from speculators_cli.core.torch_file.zip_records import RecordWriter
 
 PREFIX = "archive/"  # torch requires one, with any name

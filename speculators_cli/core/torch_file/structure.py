@@ -2,13 +2,13 @@
 
 import pickle
 import struct
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
-from math import prod
 from typing import Any, TypeVar
 
 from speculators_cli.core.torch_file.errors import TorchFileError
+from speculators_cli.core.torch_file.tensor_spec import ITEM_BYTES, TensorSpec
 
 # A sample has a few hundred operations; a table of token counts has two for each token.
 MAX_OPERATIONS = 1_000_000
@@ -16,24 +16,6 @@ MAX_SIZE = 2**63 - 1
 CACHED_BYTES = 8192  # of a pickle
 MAX_DIMENSIONS = 8
 
-# Dtypes by torch's names, so that reading a directory does not import torch.
-ITEM_BYTES = {
-    "bfloat16": 2,
-    "bool": 1,
-    "float16": 2,
-    "float32": 4,
-    "float64": 8,
-    "float8_e4m3fn": 1,
-    "float8_e5m2": 1,
-    "int16": 2,
-    "int32": 4,
-    "int64": 8,
-    "int8": 1,
-    "uint16": 2,
-    "uint32": 4,
-    "uint64": 8,
-    "uint8": 1,
-}
 STORAGE_DTYPES = {
     "torch.BFloat16Storage": "bfloat16",
     "torch.BoolStorage": "bool",
@@ -47,7 +29,6 @@ STORAGE_DTYPES = {
     "torch.ShortStorage": "int16",
     "torch.storage.UntypedStorage": "uint8",
 }
-FLOATS = ("float64", "float32")  # each holds every value of those after it, and of narrower ones
 # Dtypes that torch saves as bytes, with the dtype as another argument.
 UNTYPED_DTYPES = {
     f"torch.{name}": name for name in ("float8_e4m3fn", "float8_e5m2", "uint16", "uint32", "uint64")
@@ -79,61 +60,6 @@ class Storage:
     key: str
     dtype: str
     num_elements: int
-
-
-@dataclass(frozen=True)
-class TensorSpec:
-    """A tensor as the pickle describes it: a strided view of a storage. Sizes are in elements."""
-
-    storage_key: str
-    dtype: str  # a key of `ITEM_BYTES`
-    offset: int
-    shape: tuple[int, ...]
-    stride: tuple[int, ...]
-
-    @property
-    def num_elements(self) -> int:
-        """Elements of the tensor, by its shape."""
-        return prod(self.shape)
-
-    @property
-    def num_bytes(self) -> int:
-        """Size of the tensor, by its shape."""
-        return self.num_elements * ITEM_BYTES[self.dtype]
-
-    @property
-    def span(self) -> int:
-        """Elements of the storage from the tensor's first to its last."""
-        if self.num_elements == 0:
-            return 0
-        return 1 + sum((n - 1) * step for n, step in zip(self.shape, self.stride, strict=True))
-
-    def columns(self, start: int, stop: int) -> "TensorSpec":
-        """Columns of a matrix, as a view."""
-        rows = self.shape[0]
-        offset = self.offset + start * self.stride[1]
-        shape = (rows, stop - start)
-        return TensorSpec(self.storage_key, self.dtype, offset, shape, self.stride)
-
-    def without_batch(self, num_dimensions: int) -> "TensorSpec":
-        """The same without leading dimensions of 1, which some generators leave in place.
-
-        Args:
-            num_dimensions: That are left at least: those of one token are 1, too.
-        """
-        shape, stride = self.shape, self.stride
-        while len(shape) > num_dimensions and shape[0] == 1:
-            shape, stride = shape[1:], stride[1:]
-        return TensorSpec(self.storage_key, self.dtype, self.offset, shape, stride)
-
-
-def find_common(dtypes: Iterable[str]) -> str:
-    """The narrowest float type that holds every value of some others."""
-    distinct = set(dtypes)
-    if len(distinct) == 1:
-        return distinct.pop()
-    # bfloat16 and float16 have values that the other lacks.
-    return next((dtype for dtype in FLOATS if dtype in distinct), "float32")
 
 
 def read_structure(pickled: bytes) -> object:

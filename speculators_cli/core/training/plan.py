@@ -1,4 +1,4 @@
-"""plan(settings): what a run will take, from headers and sizes alone."""
+"""plan(settings): time, memory and disk estimates of a run, from headers and sizes only."""
 
 import shutil
 from collections.abc import Mapping
@@ -31,7 +31,7 @@ from speculators_cli.settings.train import TrainSettings
 class TrainPlan:
     """What `speculators train` would do; None is unknown on this machine.
 
-    Time and memory are known of the fast kernels in bfloat16 alone.
+    Time and memory are estimated only for the fast kernels in bfloat16.
     """
 
     num_samples: int
@@ -67,9 +67,9 @@ def plan(
     """Read headers, pack an epoch, and estimate; no weights are loaded, nothing is written.
 
     Args:
-        settings: Of the run.
-        num_ranks: Processes that will share it; None: as many as there are now.
-        progress: Who hears of the reading.
+        settings: Settings of the run.
+        num_ranks: Number of processes of the run; None: as many as run now.
+        progress: Receives the progress of reading.
 
     Raises:
         SettingsError: A setting or a path it names cannot be used.

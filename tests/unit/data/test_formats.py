@@ -22,7 +22,7 @@ from speculators_cli.core.data.batch import collate
 from speculators_cli.core.data.formats import FORMATS, v1
 from speculators_cli.core.data.sample import BadSampleError, Sample
 from speculators_cli.core.torch_file.archive_writer import ArchiveWriter
-from speculators_cli.core.torch_file.structure import TensorSpec
+from speculators_cli.core.torch_file.tensor_spec import TensorSpec
 
 S, HIDDEN, AUX = 7, 6, 3
 

@@ -16,7 +16,8 @@ from speculators_cli.core.torch_file import zip_records
 from speculators_cli.core.torch_file.archive import Archive
 from speculators_cli.core.torch_file.archive_writer import ArchiveWriter, write_structure
 from speculators_cli.core.torch_file.errors import TorchFileError
-from speculators_cli.core.torch_file.structure import TensorSpec, read_structure
+from speculators_cli.core.torch_file.structure import read_structure
+from speculators_cli.core.torch_file.tensor_spec import TensorSpec
 
 
 def write(file: Path, *tensors: torch.Tensor) -> list[TensorSpec]:

@@ -17,7 +17,7 @@ from speculators_cli.core.data.sample import (
 )
 from speculators_cli.core.data.stored import StoredStates
 from speculators_cli.core.torch_file.archive import Archive
-from speculators_cli.core.torch_file.structure import TensorSpec, find_common
+from speculators_cli.core.torch_file.tensor_spec import TensorSpec, find_common
 
 HIDDEN_STATE_DTYPES = ("bfloat16", "float16", "float32", "float64")
 INTEGER_DTYPES = ("uint8", "int8", "int16", "int32", "int64", "uint16", "uint32")

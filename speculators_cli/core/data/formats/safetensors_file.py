@@ -20,7 +20,7 @@ from speculators_cli.core.data.stored import StoredStates
 from speculators_cli.core.files import open_regular
 from speculators_cli.core.reading import UnreadableError, check_content
 from speculators_cli.core.torch_file.open_file import OpenFile
-from speculators_cli.core.torch_file.structure import ITEM_BYTES
+from speculators_cli.core.torch_file.tensor_spec import ITEM_BYTES
 
 LENGTH = struct.Struct("<Q")
 MAX_HEADER_BYTES = 4 * 2**20  # of a sample: three tensors, some metadata

@@ -16,7 +16,7 @@ from speculators_cli.core.data.formats.format import (
 from speculators_cli.core.data.sample import BadSampleError, Sample
 from speculators_cli.core.files import replacing
 from speculators_cli.core.torch_file.archive_writer import ArchiveWriter
-from speculators_cli.core.torch_file.structure import TensorSpec
+from speculators_cli.core.torch_file.tensor_spec import TensorSpec
 
 if TYPE_CHECKING:
     from torch import Tensor
