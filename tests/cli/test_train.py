@@ -100,7 +100,7 @@ def test_waiting_for_samples_is_warned_of(
     assert run(["train", *tiny.flags(num_workers=0, log_every_steps=1, max_steps=4)]) == 0
 
     _, err = capsys.readouterr()
-    assert err.count("went by waiting for samples") == 1
+    assert err.count("was spent waiting for data") == 1
     assert "--num-workers" in err
 
 

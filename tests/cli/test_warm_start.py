@@ -87,7 +87,7 @@ def test_a_draft_with_an_embedding_of_its_own_is_refused(
 
     assert train(tiny, "second", "--from-checkpoint", str(other), *flags) == 2
 
-    assert "has an embedding of its own, other than that of verifier" in capsys.readouterr().err
+    assert "has its own embedding, which differs from that of" in capsys.readouterr().err
     assert not (tiny.folder / "second").exists()
 
 
@@ -136,7 +136,7 @@ def test_the_run_can_be_resumed_and_repeated(tiny: TinyInputs, trained: Path) ->
 @pytest.mark.parametrize(
     ("flags", "code", "message"),
     [
-        (["--num-layers", "3"], 2, "`--num-layers` is `3`, the draft in `first/"),
+        (["--num-layers", "3"], 2, "`--num-layers` is `3`, but the draft in `first/"),
         (["--norm-before-residual"], 2, "`--norm-before-residual` is `True`"),
         (["--full-vocab"], 2, "`--full-vocab` is `True`"),
         (["--from-checkpoint", "./nowhere"], 2, "`--from-checkpoint`: the folder `./nowhere`"),
@@ -188,7 +188,7 @@ def test_samples_of_other_layers_are_refused(
 
     assert train(tiny, "second", *flags, data_path=data_config) == 3
 
-    assert "hold the verifier layers [3, 5, 7], the draft in" in capsys.readouterr().err
+    assert "have the verifier layers [3, 5, 7], the draft in" in capsys.readouterr().err
     assert train(tiny, "third", *flags, max_steps=1) == 0
     config = json.loads((tiny.folder / "third/step-1/config.json").read_text())
     assert config["eagle_aux_hidden_state_layer_ids"] == [2, 4, 6]

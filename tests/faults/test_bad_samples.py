@@ -240,8 +240,8 @@ def test_a_sample_longer_than_a_packed_sequence_is_cut_and_counted(
 
     assert code == 0
     expected = (
-        f"{num_longest} of 24 samples are longer than a packed sequence, "
-        f"and lose {num_longest} tokens at their ends"
+        f"{num_longest} of 24 samples are longer than a packed sequence: "
+        f"{num_longest} tokens are truncated"
     )
     assert sum(length > longest - 1 for length in lengths) == num_longest
     assert expected in " ".join(err.split())

@@ -113,7 +113,7 @@ def test_a_run_is_not_resumed_with_other_layers_than_it_guessed(
 
     assert code == 4
     err = " ".join(capsys.readouterr().err.split())
-    assert "was trained on the verifier layers [3, 5, 7], this run would be on [2, 4, 6]" in err
+    assert "was trained on the verifier layers [3, 5, 7], but this run uses [2, 4, 6]" in err
 
 
 def test_a_plan_warns_of_a_guess(tiny: TinyInputs, capsys: Capture) -> None:

@@ -92,7 +92,7 @@ def test_a_tenth_that_is_normed_and_not_marked_is_found(
     code, err = train(tiny, folder, capsys)
 
     assert code == 3
-    assert "samples looked at in" in err
+    assert "samples checked in" in err
     assert "marked as before the final norm but the scale of states after it" in err
     assert any(name in err for name in names)
     assert "--no-check-samples" in err

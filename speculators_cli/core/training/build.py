@@ -40,7 +40,7 @@ def build_trainer(
     progress: Progress,
     signals: StopSignals,
 ) -> Trainer:
-    """Load the verifier's frozen parts, build the draft, shard it, give it its state."""
+    """Load the verifier's frozen parts, build and shard the draft, restore its state."""
     verifier = load_frozen_verifier(
         inputs.verifier_files, inputs.verifier_config, progress=progress
     )
@@ -144,7 +144,7 @@ def build_draft(settings: TrainSettings, inputs: Inputs, verifier: FrozenVerifie
 def choose_train_kernels(
     settings: TrainSettings, config: DraftConfig, device: torch.device
 ) -> bool:
-    """Whether a step computes with the fast kernels: `--kernels`, resolved."""
+    """Whether a step uses the fast kernels: `--kernels`, resolved."""
     return choose_kernels(
         settings.distributed.kernels,
         choose_compute_dtype(settings.distributed.compute_dtype, device),
@@ -161,7 +161,7 @@ def choose_kernels(
     algorithm_settings: Settings,
     device: torch.device,
 ) -> bool:
-    """Whether a step computes with the fast kernels.
+    """Whether a step uses the fast kernels.
 
     Raises:
         MachineError: They were requested where they cannot run.
@@ -209,7 +209,7 @@ def load_batches(
     num_workers: int | None,
     prefetch_factor: int,
 ) -> BatchLoader:
-    """A loader whose threads and memory suit this rank."""
+    """A loader with threads and pinned memory for this rank."""
     if num_workers is None:
         num_workers = min(8, max(1, (os.cpu_count() or 1) // ranks.num_local_ranks))
     is_cuda = ranks.device.type == "cuda"

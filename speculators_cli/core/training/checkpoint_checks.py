@@ -1,6 +1,6 @@
-"""Whether what a checkpoint holds can be the state of the run that resumes it.
+"""Checks that the contents of a checkpoint can be the state of the run that resumes it.
 
-Checksums tell damage; these tell a state that another program, or a person, has written.
+Checksums detect corruption; these checks detect a state written by another program or by hand.
 """
 
 from collections.abc import Collection, Mapping
@@ -16,25 +16,25 @@ from speculators_cli.core.models.train_state import TrainState
 from speculators_cli.core.reading import open_safetensors, refusing
 from speculators_cli.core.training.snapshot import MOMENTS, STEP
 
-MOST_MORE = 64  # times as many packed sequences a step as the flags ask for
+MOST_MORE = 64  # times as many packed sequences per step as the flags set
 START_OVER = "Choose another checkpoint, or start over with `--no-resume-from-checkpoint`"
 
 
-# Of the decoder layers: what tensors of the same shapes are computed with.
+# Values of the decoder layers that do not change the shapes of tensors.
 LAYER_VALUES = ("num_attention_heads", "num_key_value_heads", "head_dim", "rms_norm_eps")
 
 
 def check_layers(checkpoint: Checkpoint, config: DraftConfig) -> None:
-    """Refuse to go on with layers that compute otherwise, where the verifier's config changed.
+    """Refuse to resume with layers that compute differently because the verifier's config changed.
 
     Raises:
-        CheckpointError: Their RoPE, heads or norms are not those that the run began with.
+        CheckpointError: Their RoPE, heads or norms differ from those at the start of the run.
     """
     saved = _object(checkpoint.config, "transformer_layer_config")
     rope, saved_rope = config.rope_parameters, _object(saved, "rope_parameters")
     layers = config.layers_json(vocab_size=config.vocab_size)
     found = {key: (saved.get(key), layers[key]) for key in LAYER_VALUES}
-    # Earlier versions wrote keys as well that they did not compute with.
+    # Earlier versions also wrote keys that they did not use.
     found |= {f"RoPE {key}": (saved_rope.get(key), value) for key, value in rope.items()}
     if rope["rope_type"] == "longrope":
         key = "max_position_embeddings"
@@ -42,9 +42,9 @@ def check_layers(checkpoint: Checkpoint, config: DraftConfig) -> None:
     for key, (before, now) in found.items():
         if before != now:
             raise CheckpointError(
-                f"`{checkpoint.folder}` was trained with `{key}` `{before}`, this run would be "
-                f"with `{now}`, by the verifier's config.json",
-                hint="Bring back the verifier's config.json, or start over with "
+                f"`{checkpoint.folder}` was trained with `{key}` `{before}`, but the "
+                f"verifier's config.json has `{now}`",
+                hint="Restore the verifier's config.json, or start over with "
                 "`--no-resume-from-checkpoint`",
             )
 
@@ -58,7 +58,7 @@ def check_tensors(checkpoint: Checkpoint, config: DraftConfig, *, frozen: Collec
     """Check names, shapes and types of weights and optimizer state; only headers are read.
 
     Args:
-        checkpoint: What is resumed.
+        checkpoint: The checkpoint to resume.
         config: Of the draft.
         frozen: Weights without optimizer state.
 
@@ -81,24 +81,24 @@ def _check_file(file: Path, shapes: dict[str, tuple[int, ...]]) -> None:
             shape, dtype = tuple(part.get_shape()), part.get_dtype()
             if (shape, dtype) != (expected, "F32"):
                 raise CheckpointError(
-                    f"`{file}` has `{name}` {list(shape)} in {dtype}, the run needs "
+                    f"`{file}` has `{name}` {list(shape)} in {dtype}, expected "
                     f"{list(expected)} in F32",
                     hint=START_OVER,
                 )
 
 
 def _check_steps(checkpoint: Checkpoint, name: str) -> None:
-    """Compare the optimizer's own count of steps with the state's."""
+    """Compare the optimizer's step count with that of the state."""
     state = checkpoint.state
     with refusing(CheckpointError), open_safetensors(checkpoint.folder / MOMENTS_NAME) as tensors:
         num_updates = tensors.get_tensor(name).item()
     num_skipped = state.step - num_updates
-    # Earlier versions began to count skipped steps anew where a run was resumed.
+    # Earlier versions reset the count of skipped steps when a run was resumed.
     fits = num_skipped == state.num_skipped_steps if state.generation else num_skipped >= 0
     if not fits:
         raise CheckpointError(
-            f"`{checkpoint.folder}` has step {state.step:,} with {state.num_skipped_steps:,} "
-            f"skipped ones, its optimizer has made {num_updates:,.0f} updates",
+            f"`{checkpoint.folder}` is at step {state.step:,} with {state.num_skipped_steps:,} "
+            f"skipped steps, but its optimizer made {num_updates:,.0f} updates",
             hint=START_OVER,
         )
 
@@ -106,7 +106,7 @@ def _check_steps(checkpoint: Checkpoint, name: str) -> None:
 def check_global_batch(
     checkpoint: Checkpoint, *, num_ranks: int, accumulation_steps: int, num_samples: int
 ) -> None:
-    """Refuse a global batch that no flags can have asked for: an epoch would be planned by it.
+    """Refuse a global batch that no flags can have set: the packing of epochs depends on it.
 
     Raises:
         CheckpointError: It cannot be this run's.
@@ -114,26 +114,26 @@ def check_global_batch(
     global_batch = checkpoint.state.global_batch
     if global_batch > max(MOST_MORE * num_ranks * accumulation_steps, num_samples):
         raise CheckpointError(
-            f"`{checkpoint.folder}` takes {global_batch:,} packed sequences an optimizer step, "
-            f"there are {num_samples:,} samples",
+            f"`{checkpoint.folder}` uses {global_batch:,} packed sequences per optimizer step, "
+            f"but there are {num_samples:,} samples",
             hint=START_OVER,
         )
     if global_batch % num_ranks:
         raise CheckpointError(
-            f"`{checkpoint.folder}` takes {global_batch:,} packed sequences an optimizer step, "
-            f"which {num_ranks} ranks cannot share evenly",
+            f"`{checkpoint.folder}` uses {global_batch:,} packed sequences per optimizer step, "
+            f"which is not divisible by {num_ranks} ranks",
             hint=f"Start a number of ranks that divides {global_batch:,}",
         )
 
 
 def check_progress(state: TrainState, loader: BatchSource, *, num_epochs: int) -> None:
-    """Check that the steps done are those of the epochs done, by the plans of the epochs.
+    """Check that the finished steps match the finished epochs, by the packing of the epochs.
 
     Raises:
-        CheckpointError: No run has been there.
+        CheckpointError: No run can have reached this state.
     """
     step = state.step_in_epoch
-    # Where samples have changed since, what earlier epochs took is not known.
+    # If samples have changed since, the steps of earlier epochs are unknown.
     for epoch in range(state.epoch if state.has_same_data else 0):
         step += loader.steps_in(epoch)
         if step > state.step:
@@ -144,6 +144,6 @@ def check_progress(state: TrainState, loader: BatchSource, *, num_epochs: int) -
     if not is_possible:
         raise CheckpointError(
             f"The checkpoint is at step {state.step:,}, step {state.step_in_epoch:,} of epoch "
-            f"{state.epoch:,}: the samples give no such step",
+            f"{state.epoch:,}, which these samples do not have",
             hint=START_OVER,
         )

@@ -1,4 +1,4 @@
-"""Ranks: which process this is, what it computes on, and how all of them add up and agree."""
+"""Ranks: the processes of a run, their devices, and their collectives."""
 
 import os
 from collections.abc import Callable, Iterator
@@ -26,7 +26,7 @@ PREPARATION_TIMEOUT = timedelta(hours=6)
 
 @dataclass(frozen=True)
 class Ranks:
-    """The processes of a run, seen from one of them."""
+    """The processes of a run, as seen by one of them."""
 
     rank: int
     num_ranks: int
@@ -34,15 +34,15 @@ class Ranks:
     num_local_ranks: int
     device: torch.device
     store: Any  # torch.distributed.Store, or None in a run of one process
-    watch: RankWatch | None = None  # where there is a store
+    watch: RankWatch | None = None  # set if there is a store
 
     @property
     def is_first(self) -> bool:
-        """Whether this is the rank that writes and speaks."""
+        """Whether this is the rank that writes files and reports progress."""
         return self.rank == 0
 
     def first_then_others(self, name: str, work: Callable[[], T]) -> T:
-        """Do `work` on rank 0, then on the others, which find what it has cached.
+        """Run `work` on rank 0, then on the others, which reuse its caches.
 
         Usable before the process group exists, so long work meets no collective's timeout. If rank
         0 fails, its launcher ends the others.
@@ -60,13 +60,13 @@ class Ranks:
         """Create the process group: NCCL between GPUs, gloo between CPUs.
 
         Raises:
-            LostRanksError: Not all ranks came.
+            LostRanksError: Not all ranks joined.
         """
         if self.watch is None:
             return
         self.watch.gather()
         is_cuda = self.device.type == "cuda"
-        # NCCL's own timeout aborts the process and names no rank: the watch comes first.
+        # NCCL's own timeout aborts without the number of the rank, so it must be the longer one.
         seconds = 2 * timeout_seconds + 60 if is_cuda else timeout_seconds
         dist.init_process_group(
             "cpu:gloo,cuda:nccl" if is_cuda else "gloo",
@@ -85,7 +85,7 @@ class Ranks:
         return tensor
 
     def max(self, value: float) -> float:
-        """The largest value of all ranks; goes through the CPU, so no GPU waits."""
+        """The largest value over ranks; reduced on the CPU, so no GPU waits."""
         if self.watch is None:
             return value
         tensor = torch.tensor(value, dtype=torch.float64)
@@ -109,13 +109,13 @@ class Ranks:
         self.watch.wait_for(name, PREPARATION_TIMEOUT)
 
     def ending_when_stuck(self) -> AbstractContextManager[None]:
-        """End the process where a GPU waits for other ranks in vain: no error comes of that."""
+        """End the process if a GPU waits for lost ranks, which raises no error."""
         if self.watch is None or self.device.type != "cuda":
             return nullcontext()
         return self.watch.ending_when_stuck()
 
     def barrier(self) -> None:
-        """Wait until all ranks are here."""
+        """Wait for all ranks."""
         self.max(0.0)
 
     def share(self, name: str, text: str | None) -> str:
@@ -142,16 +142,16 @@ def start_ranks(
     signals: StopSignals | None = None,
     end: Callable[[SpeculatorsError], None] = end_process,
 ) -> Iterator[Ranks]:
-    """Find out which rank this is and choose its device; the group is left at a clean end.
+    """Determine the rank and its device; the process group is destroyed at a clean end.
 
     Args:
         device: `auto`, `cpu` or `cuda`.
         timeout_seconds: Of collectives.
-        signals: Asked to stop the run when its launcher is gone.
-        end: Tells of an error and ends the process, where no error reaches the work.
+        signals: Used to stop the run if its launcher has exited.
+        end: Reports an error and ends the process, from threads that cannot raise it.
 
     Raises:
-        SettingsError: The environment gives no place.
+        SettingsError: The environment variables are inconsistent.
         LostRanksError: Other ranks failed, died or hang.
     """
     is_slurm = adopt_slurm(os.environ)
@@ -182,12 +182,12 @@ def start_ranks(
 
 
 def _choose_device(wanted: str, local_rank: int, *, sees_own_alone: bool = False) -> torch.device:
-    """The GPU of this rank; Slurm may show each task its own and no other."""
+    """The GPU of this rank; with Slurm, each task may see only its own."""
     num_gpus = torch.cuda.device_count() if wanted != "cpu" else 0
     if num_gpus == 0:
         if wanted == "cuda":
             raise MachineError(
-                "`--device cuda`: this machine shows no GPU to the process",
+                "`--device cuda`: no GPU is visible to the process",
                 hint="Check `nvidia-smi` and `CUDA_VISIBLE_DEVICES`, or pass `--device cpu`",
             )
         return torch.device("cpu")
@@ -200,29 +200,29 @@ def _choose_device(wanted: str, local_rank: int, *, sees_own_alone: bool = False
         )
     device = torch.device("cuda", local_rank)
     torch.cuda.set_device(device)
-    # The host's part of a step is small: a team of threads takes longer to gather than to do it,
-    # most of all beside those that read samples.
+    # The host does little per step: starting a team of threads takes longer than the work,
+    # especially while other threads read samples.
     torch.set_num_threads(1)
     return device
 
 
 def shard(module: nn.Module, ranks: Ranks, sharding: str) -> None:
-    """Spread a module's parameters over the ranks with FSDP2; nothing to do for one rank.
+    """Shard a module's parameters across ranks with FSDP2; a no-op for one rank.
 
     The whole module is one FSDP unit: a draft is a layer or two, which a step may call several
     times, so its weights are gathered once per step and its gradients summed once.
 
     Args:
         module: On its device, the same on every rank.
-        ranks: Whom to spread over.
-        sharding: `shard`: over all ranks; `replicate`: a copy on each; `auto`: over the ranks of a
-            machine, a copy on each machine.
+        ranks: Ranks to shard across.
+        sharding: `shard`: across all ranks; `replicate`: a copy on each; `auto`: across the ranks
+            of a node, with a copy on each node.
     """
     if ranks.num_ranks == 1:
         return
     fully_shard(module, mesh=_mesh(ranks, sharding))
     # The loss is divided by the count over all ranks, so gradients are summed, not averaged.
-    # Each FSDP module has its own factor: one left at its default divides by the ranks again.
+    # Each FSDP module has its own factor: the default would divide by the number of ranks again.
     for part in module.modules():
         if isinstance(part, FSDPModule):
             part.set_gradient_divide_factor(1.0)
@@ -230,7 +230,7 @@ def shard(module: nn.Module, ranks: Ranks, sharding: str) -> None:
 
 
 def count_shards(ranks: Ranks, sharding: str) -> int:
-    """Parts that weights and optimizer state are divided into."""
+    """Number of shards of weights and optimizer state."""
     return {"shard": ranks.num_ranks, "replicate": 1, "auto": ranks.num_local_ranks}[sharding]
 
 

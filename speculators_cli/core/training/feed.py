@@ -1,4 +1,4 @@
-"""DeviceFeed: the way of batches to the device, one optimizer step ahead."""
+"""DeviceFeed: prefetches batches to the device, one optimizer step ahead."""
 
 import time
 from collections.abc import Iterator
@@ -11,14 +11,14 @@ StepBatches = tuple[Batch, ...]
 
 
 class DeviceFeed:
-    """Copies batches on a stream of its own, and measures how long the device waits for them.
+    """Copies batches on a separate stream, and measures how long the device waits for them.
 
-    While the device computes one step, the next step's batches are read and copied; the host asks
-    for them only after it has enqueued the step before. Waiting is measured on the device itself,
-    by events around the moment where a step needs its batches.
+    While the device computes one step, the next step's batches are read and copied; the host
+    fetches them only after it has enqueued the current step. Waiting is measured on the device, by
+    events around the point where a step needs its batches.
 
     Args:
-        device: Where batches go.
+        device: Destination of the batches.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -47,7 +47,7 @@ class DeviceFeed:
             ready = self._copy(next(batches, None))
 
     def take_wait_seconds(self) -> float:
-        """Seconds waited since it was last asked; waits until the last batches are being used."""
+        """Seconds waited since the last call; blocks until the device uses the last batches."""
         waits, self._waits = self._waits, []
         if waits:
             waits[-1][1].synchronize()
@@ -56,7 +56,7 @@ class DeviceFeed:
         return seconds
 
     def _copy(self, step: StepBatches | None) -> tuple[StepBatches, torch.cuda.Event] | None:
-        """The same on the device, and the moment from which it is there."""
+        """Batches copied to the device, and the event that marks the end of the copy."""
         if step is None:
             return None
         assert self.stream is not None, "a GPU has one"
@@ -65,7 +65,7 @@ class DeviceFeed:
         return moved, self.stream.record_event()
 
     def _timed(self, batches: Iterator[StepBatches]) -> Iterator[StepBatches]:
-        """As they come, for a device that shares the host's memory."""
+        """Batches without prefetching, for a device that shares the host's memory."""
         while True:
             asked_at = time.perf_counter()
             step = next(batches, None)

@@ -1,4 +1,4 @@
-"""Inputs: everything a run reads and checks before it loads a weight or writes a file."""
+"""Inputs: everything a run reads and checks before it loads weights or writes files."""
 
 import shlex
 from dataclasses import dataclass, replace
@@ -33,7 +33,7 @@ from speculators_cli.settings.train import DraftArch, TrainSettings
 
 @dataclass(frozen=True)
 class Inputs:
-    """Samples, vocabulary map and verifier of a run; they fit each other."""
+    """Samples, vocabulary map and verifier of a run, checked for consistency."""
 
     samples: SampleSource  # to train on
     validation_samples: SampleSource  # may be empty
@@ -41,10 +41,10 @@ class Inputs:
     verifier_files: VerifierFiles
     verifier_config: VerifierConfig
     layer_ids: LayerIds
-    source: TrainedDraft | None  # the trained draft to begin with
+    source: TrainedDraft | None  # the trained draft to start from
 
     def draft_config(self, settings: TrainSettings) -> DraftConfig:
-        """Shape and mathematics of the draft: sizes and RoPE are the verifier's."""
+        """Config of the draft; sizes and RoPE are the verifier's."""
         own = settings.algorithm_settings
         if self.source is None:
             return fresh_config(
@@ -94,7 +94,7 @@ def fresh_config(
 
 
 def _config_of_run(verifier: VerifierConfig, layer_ids: LayerIds) -> dict[str, Any]:
-    """Fields of a config that the run's verifier and samples fix, whatever the draft is."""
+    """Config fields that depend only on the verifier and samples of the run."""
     return {
         "target_layer_ids": layer_ids.ids,
         "are_layer_ids_assumed": layer_ids.is_assumed,
@@ -111,14 +111,14 @@ def read_inputs(
     index_file: Path | None,
     progress: Progress,
 ) -> Inputs:
-    """Read headers and configs, and check that they fit each other.
+    """Read headers and configs, and check that they are consistent.
 
     Args:
-        settings: Which samples, maps and verifier.
-        source: The trained draft to begin with.
+        settings: Paths of the samples, vocabulary maps and verifier.
+        source: The trained draft to start from.
         num_ranks: Ranks that share the samples.
-        index_file: Where the headers of the samples are cached; None: nowhere.
-        progress: Who hears of the reading, and of samples that are left out.
+        index_file: Cache for the headers of the samples; None disables it.
+        progress: Reports progress, and samples that are skipped.
 
     Raises:
         SettingsError: Vocabulary maps or verifier cannot be used.
@@ -206,13 +206,13 @@ def check_samples_fit(samples: SampleSource, verifier: VerifierConfig, vocab_siz
 
 
 def _check_enough(samples: SampleSource, total_seq_len: int, num_ranks: int) -> None:
-    """Refuse more ranks than packed sequences: some would have nothing to do."""
+    """Refuse more ranks than packed sequences: some would be idle."""
     if num_ranks == 1:
         return
     num_sequences = samples.count_sequences(total_seq_len)
     if num_sequences < num_ranks:
         raise DataError(
-            f"{num_ranks} ranks need as many packed sequences, the samples give {num_sequences}",
+            f"{num_ranks} ranks need as many packed sequences, but there are only {num_sequences}",
             hint="Start fewer ranks, lower `--total-seq-len`, or add samples",
         )
 
@@ -220,19 +220,20 @@ def _check_enough(samples: SampleSource, total_seq_len: int, num_ranks: int) -> 
 def _warn_of_other_verifier(
     samples: SampleSource, verifier: VerifierConfig, progress: Progress
 ) -> None:
-    """Warn where the data names another verifier; the same one may lie in another folder."""
+    """Warn if the data is for another verifier; only names are compared, not folders."""
     for config in samples.configs:
         if (
             config.verifier is not None
             and Path(config.verifier).name != Path(verifier.name_or_path).name
         ):
             progress.warn(
-                f"`{config.file}` names verifier `{config.verifier}`, not `{verifier.name_or_path}`"
+                f"`{config.file}` is for verifier `{config.verifier}`, "
+                f"not `{verifier.name_or_path}`"
             )
 
 
 def check_targets(samples: SampleSource, total_seq_len: int, folder: Path) -> None:
-    """Refuse samples that leave no token to predict, once they are cut.
+    """Refuse samples that have no token to predict after truncation.
 
     Raises:
         DataError: No sample has a supervised token within `--total-seq-len`.
@@ -243,22 +244,22 @@ def check_targets(samples: SampleSource, total_seq_len: int, folder: Path) -> No
     if samples.num_supervised_tokens == 0:
         raise DataError(
             f"None of the {len(samples):,} samples to train on has a supervised token after its "
-            "first: there is nothing to predict",
-            hint=f"Set `loss_mask` to 1 at the answers' tokens; `speculators inspect-data {shown}` "
+            "first: there are no positions to train on",
+            hint=f"Set `loss_mask` to 1 for tokens of answers; `speculators inspect-data {shown}` "
             "shows how many are supervised",
         )
     first = min(x.first_target for x in samples.headers if x.first_target >= 0)
     raise DataError(
         f"None of the {len(samples):,} samples to train on has a supervised token within "
-        f"`--total-seq-len` `{total_seq_len}`: they are cut before their answers, the first of "
-        f"which begins after {first:,} tokens",
+        f"`--total-seq-len` `{total_seq_len}`: they are truncated before their answers, the "
+        f"earliest of which begins after {first:,} tokens",
         hint=f"Pass `--total-seq-len {samples.lengths.max()}`, the longest sample's, or shorten "
         "the prompts",
     )
 
 
 def _can_validate(samples: SampleSource, total_seq_len: int, progress: Progress) -> bool:
-    """Whether validation samples hold a target; warns where all or some do not."""
+    """Whether validation samples have targets; warns if all or some do not."""
     num_idle = samples.count_without_target(total_seq_len)
     if not num_idle:
         return True
@@ -280,7 +281,7 @@ def _can_validate(samples: SampleSource, total_seq_len: int, progress: Progress)
 def _warn_of_other_rope(
     verifier: VerifierConfig, source: TrainedDraft | None, progress: Progress
 ) -> None:
-    """Warn where the draft layers cannot have the RoPE of the verifier, or theirs was assumed."""
+    """Warn if the draft layers cannot use the RoPE of the verifier, or if theirs was assumed."""
     if source is not None:
         if source.assumption is not None:
             progress.warn(source.assumption, hint=ASSUMED_HINT)
@@ -288,17 +289,17 @@ def _warn_of_other_rope(
         rope = verifier.rope_parameters
         progress.warn(
             f"The RoPE of verifier `{verifier.name_or_path}` {verifier.rope_left_out}: the draft "
-            f"has `{rope['rope_type']}` RoPE of theta {rope['rope_theta']:g}, trained and served"
+            f"is trained and served with `{rope['rope_type']}` RoPE, theta {rope['rope_theta']:g}"
         )
 
 
 def _warn_of_lost_tokens(samples: SampleSource, total_seq_len: int, progress: Progress) -> None:
-    """Warn of samples that are trained on in part or not at all."""
+    """Warn about samples that are only partly trained on, or not at all."""
     over = samples.lengths - total_seq_len
     if (over > 0).any():
         progress.warn(
-            f"{(over > 0).sum():,} of {len(samples):,} samples are longer than a packed sequence, "
-            f"and lose {over[over > 0].sum():,} tokens at their ends",
+            f"{(over > 0).sum():,} of {len(samples):,} samples are longer than a packed sequence: "
+            f"{over[over > 0].sum():,} tokens are truncated",
             hint=f"Raise `--total-seq-len`; the longest has {samples.lengths.max():,}",
         )
     num_unsupervised = sum(header.first_target < 0 for header in samples.headers)
@@ -310,7 +311,7 @@ def _warn_of_lost_tokens(samples: SampleSource, total_seq_len: int, progress: Pr
     num_cut = samples.count_without_target(total_seq_len) - num_unsupervised
     if num_cut:
         progress.warn(
-            f"{num_cut:,} of {len(samples):,} samples lose all their supervised tokens: their "
+            f"{num_cut:,} of {len(samples):,} samples have all supervised tokens truncated: their "
             f"answers begin beyond `--total-seq-len` `{total_seq_len}`",
             hint=f"Raise `--total-seq-len`; the longest has {samples.lengths.max():,}",
         )

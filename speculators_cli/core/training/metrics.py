@@ -1,4 +1,4 @@
-"""What a run measures: sums over positions, reduced once over ranks, divided once."""
+"""Metrics of a run: sums over positions, reduced once over ranks, divided once."""
 
 import math
 from collections.abc import Sequence
@@ -15,11 +15,11 @@ Metrics = dict[str, float | None]  # None: nothing was counted
 
 
 class MetricSums:
-    """Adds up counters on the device until they are reduced.
+    """Accumulates counters on the device until they are reduced.
 
     Args:
         names: Of the counters, in their order.
-        ratios: Which of them are divided by which.
+        ratios: Pairs of counters to divide.
         loss_weights: Weight of each prediction in the loss.
     """
 
@@ -36,7 +36,7 @@ class MetricSums:
         return cls(draft.counters, draft.ratios, draft.loss_weights)
 
     def add(self, sums: StepSums, batch: Batch) -> None:
-        """Take in what one batch gave."""
+        """Add the sums of one batch."""
         stacked = sums.stacked()
         self.counters = stacked if self.counters is None else self.counters + stacked
         counts = torch.stack([(batch.document_ids >= 0).sum(), batch.loss_mask.sum()])
@@ -81,10 +81,10 @@ class MetricSums:
 
 
 def are_finite(*values: float | None) -> bool:
-    """Whether all of them are known and numbers."""
+    """Whether all values are known and finite."""
     return all(value is not None and math.isfinite(value) for value in values)
 
 
 def _divide(numerator: float, denominator: float) -> float | None:
-    """The quotient, or None where nothing was counted."""
+    """The quotient, or None if nothing was counted."""
     return numerator / denominator if denominator else None

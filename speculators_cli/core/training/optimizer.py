@@ -1,4 +1,4 @@
-"""AdamW and the learning rate."""
+"""AdamW and the learning-rate schedule."""
 
 import math
 
@@ -12,7 +12,7 @@ from speculators_cli.settings.train import OptimizerSettings, ScheduleSettings
 def learning_rate(step: int, *, peak: float, total_steps: int, settings: ScheduleSettings) -> float:
     """Learning rate of the optimizer step that follows `step` finished ones.
 
-    It rises over the warm-up, is `peak` right after it, and would be zero at `total_steps`.
+    It increases during warmup, is `peak` right after it, and would be zero at `total_steps`.
     """
     if settings.scheduler == "none":
         return peak
@@ -26,15 +26,15 @@ def learning_rate(step: int, *, peak: float, total_steps: int, settings: Schedul
 
 
 class Optimizer:
-    """AdamW with the gradient's norm clipped, which leaves out steps without a finite gradient.
+    """AdamW with gradient clipping, which skips steps without a finite gradient.
 
-    Clip and check happen in the fused kernel, through the two tensors that PyTorch's `GradScaler`
-    hands it, so no step waits for the GPU. Norm gains are not decayed.
+    Clipping and the check happen in the fused kernel, through the two tensors that PyTorch's
+    `GradScaler` uses, so no step waits for the GPU. Norm weights are excluded from weight decay.
 
     Args:
-        module: Its trainable parameters are optimised; float32, sharded or not.
-        settings: Betas are PyTorch's own.
-        use_fast_kernels: Whether the update is made by a kernel of our own.
+        module: Its trainable parameters are optimized; float32, sharded or not.
+        settings: Of the optimizer; betas are PyTorch's defaults.
+        use_fast_kernels: Whether a Triton kernel computes the update.
     """
 
     def __init__(
@@ -42,26 +42,26 @@ class Optimizer:
     ) -> None:
         self.max_grad_norm = settings.max_grad_norm
         self.parameters = [p for p in module.parameters() if p.requires_grad]
-        gains = [p for p in self.parameters if p.dim() == 1]
+        norm_weights = [p for p in self.parameters if p.dim() == 1]
         matrices = [p for p in self.parameters if p.dim() > 1]
         self.adamw = _adamw_class(use_fast_kernels)(
             [
                 {"params": matrices, "weight_decay": settings.weight_decay},
-                {"params": gains, "weight_decay": 0.0},
+                {"params": norm_weights, "weight_decay": 0.0},
             ],
             lr=settings.lr,
             fused=True,
         )
         device = self.parameters[0].device
-        self.num_skipped = torch.zeros((), dtype=torch.int64, device=device)  # in all
+        self.num_skipped = torch.zeros((), dtype=torch.int64, device=device)  # in total
         self.num_skipped_in_a_row = torch.zeros((), dtype=torch.int64, device=device)
         self.most_skipped_in_a_row = torch.zeros((), dtype=torch.int64, device=device)
 
     def step(self, lr: float) -> Tensor:
-        """Apply the gradients and drop them.
+        """Apply the gradients and clear them.
 
         Returns:
-            The gradient's norm before the clip, over all ranks: float32 scalar on the device.
+            The gradient norm before clipping, over all ranks: float32 scalar on the device.
         """
         gradients = [p.grad for p in self.parameters if p.grad is not None]
         assert gradients, "a backward has reached the parameters"
@@ -87,7 +87,7 @@ class Optimizer:
 def _adamw_class(use_fast_kernels: bool) -> type[torch.optim.AdamW]:
     if not use_fast_kernels:
         return torch.optim.AdamW
-    # Triton is there where a GPU is.
+    # Triton is only available with a GPU.
     from speculators_cli.core.kernels.adamw import OnePassAdamW
 
     return OnePassAdamW

@@ -14,13 +14,13 @@ from speculators_cli.core.training.optimizer import Optimizer
 
 
 class StepLog(Protocol):
-    """Receives what a step counts; nothing is read from the device here."""
+    """Receives the counters of a step; does not read from the device."""
 
     def add(self, sums: StepSums, batch: Batch) -> None:
-        """Take in what one batch gave."""
+        """Add the sums of one batch."""
 
     def add_broken(self, sample_ids: tuple[int, ...], is_broken: Tensor) -> None:
-        """Take in which documents of a batch were left out."""
+        """Record which documents of a batch were skipped."""
 
 
 class OptimizerStep:
@@ -54,9 +54,9 @@ class OptimizerStep:
         self.loss_weights = torch.tensor(draft.loss_weights, device=ranks.device)
 
     def run(self, batches: Sequence[Batch], log: StepLog, *, epoch: int, lr: float) -> Tensor:
-        """Update the weights from this rank's packed sequences; the gradient norm, a scalar."""
+        """Update the weights from this rank's packed sequences; returns the gradient norm."""
         ready = [self.prepare(batch, log, epoch) for batch in batches]
-        # Known from masks only, so the sum over ranks precedes the first forward.
+        # Depends only on masks, so the sum over ranks precedes the first forward pass.
         num_scored = torch.stack([self.draft.count_scored(batch) for batch in ready]).sum(0)
         weights = self.loss_weights / self.ranks.sum(num_scored).clamp(min=1)
         for batch in ready:
@@ -66,7 +66,7 @@ class OptimizerStep:
         return self.optimizer.step(lr)
 
     def prepare(self, batch: Batch, log: StepLog, epoch: int) -> Batch:
-        """Cast a training batch, leave out broken documents, add noise."""
+        """Cast a training batch, drop broken documents, add noise."""
         ready, is_broken = drop_and_add_noise(
             batch.cast(self.compute_dtype), self.noise_std, seed=self.seed, epoch=epoch
         )

@@ -1,4 +1,4 @@
-"""Which of a run's processes this is, read from what a launcher leaves in the environment."""
+"""The rank of this process, read from the environment variables of the launcher."""
 
 import re
 from collections.abc import Mapping, MutableMapping
@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from speculators_cli.core.errors import SettingsError
 
-# Ports below those that systems hand out by themselves; a job step has one of them.
+# Ports below the ephemeral range of operating systems; each job step uses one of them.
 FIRST_PORT, NUM_PORTS = 20_000, 12_000
 SLURM_NAMES = ("SLURM_PROCID", "SLURM_LOCALID", "SLURM_STEP_NODELIST")
 
@@ -19,15 +19,15 @@ class Place:
     num_ranks: int = 1
     local_rank: int = 0
     num_local_ranks: int = 1
-    address: str = ""  # where rank 0, or the launcher, has the store; empty for one process
+    address: str = ""  # of the store, on rank 0 or the launcher; empty for a single process
     port: int = 0
 
 
 def read_place(environment: Mapping[str, str]) -> Place:
-    """The place that `RANK`, `WORLD_SIZE` and their like give; alone where they are not set.
+    """The place given by `RANK`, `WORLD_SIZE` and so on; a single process if they are not set.
 
     Raises:
-        SettingsError: They are there by half, or are no numbers.
+        SettingsError: They are inconsistent, or not numbers.
     """
     rank, num_ranks = _read_number(environment, "RANK"), _read_number(environment, "WORLD_SIZE")
     local_rank = _read_number(environment, "LOCAL_RANK") or 0
@@ -45,7 +45,7 @@ def read_place(environment: Mapping[str, str]) -> Place:
         raise _half(f"`WORLD_SIZE` is `{num_ranks}`, `{missing}` is not set", "WORLD_SIZE")
     if port >= 2**16:
         raise SettingsError(
-            f"The environment variable `MASTER_PORT` is `{port}`, beyond the last port, 65535",
+            f"The environment variable `MASTER_PORT` is `{port}`, above the largest port, 65535",
             hint="Set `MASTER_PORT` to a free port",
         )
     return Place(rank, num_ranks, local_rank, num_local_ranks, address, port)
@@ -54,8 +54,8 @@ def read_place(environment: Mapping[str, str]) -> Place:
 def adopt_slurm(environment: MutableMapping[str, str]) -> bool:
     """Inside an `srun` step of several tasks, set what torchrun would: each task is a rank.
 
-    A batch script is in no step, though Slurm's variables are there: it trains alone. What is set
-    already wins.
+    A batch script has Slurm's variables but is not part of a step, so it trains in a single
+    process. Variables that are already set take precedence.
 
     Returns:
         Whether this is such a task.
@@ -79,7 +79,7 @@ def adopt_slurm(environment: MutableMapping[str, str]) -> bool:
 
 
 def first_host(nodes: str) -> str:
-    """The first of Slurm's node list: `gpu007` of `gpu[007-012,020],cpu1`."""
+    """The first host of Slurm's node list: `gpu007` of `gpu[007-012,020],cpu1`."""
     first = re.split(r",(?![^\[]*\])", nodes)[0]
     return re.sub(r"\[([^\],-]+)[^\]]*\]", r"\1", first)
 
@@ -102,14 +102,14 @@ def _count_local_tasks(environment: Mapping[str, str], nodes: str, num_tasks: st
 
 
 def _choose_port(environment: Mapping[str, str]) -> int:
-    """The same on all ranks of a step, another one for another step."""
+    """The same port on all ranks of a step, different between steps."""
     numbers = [environment.get(name, "") for name in ("SLURM_JOB_ID", "SLURM_STEP_ID")]
     job, step = (int(number) if number.isdecimal() else 0 for number in numbers)
     return FIRST_PORT + (job * 31 + step) % NUM_PORTS
 
 
 def _read_number(environment: Mapping[str, str], name: str) -> int | None:
-    """A variable's number; None where it is not set, or empty."""
+    """The value of a variable as a number; None if it is unset or empty."""
     value = environment.get(name, "").strip()
     if not value:
         return None
@@ -123,7 +123,7 @@ def _read_number(environment: Mapping[str, str], name: str) -> int | None:
 
 def _half(problem: str, names: str) -> SettingsError:
     return SettingsError(
-        f"The environment is one of a distributed run by half: {problem}",
+        f"The environment variables of a distributed run are inconsistent: {problem}",
         hint=f"Unset `{names}` to train in one process, or start with torchrun or "
         "`--nproc-per-node`",
     )

@@ -29,7 +29,7 @@ from speculators_cli.settings.train import TrainSettings
 
 @dataclass(frozen=True)
 class TrainPlan:
-    """What `speculators train` would do; None is unknown on this machine.
+    """Estimates for `speculators train`; None means unknown on this machine.
 
     Time and memory are estimated only for the fast kernels in bfloat16.
     """
@@ -43,17 +43,17 @@ class TrainPlan:
     num_ranks: int
     device: str
     target_layer_ids: tuple[int, ...]
-    are_layer_ids_assumed: bool  # a guess that nobody confirmed
-    num_parameters: int  # of the draft, its lm_head among them
+    are_layer_ids_assumed: bool  # a guess that was not confirmed
+    num_parameters: int  # of the draft, including its lm_head
     useful_tflop_per_step: float  # of one rank
-    seconds: float | None  # training steps alone
+    seconds: float | None  # training steps only
     memory_bytes_per_gpu: int | None  # peak
-    memory_terms_bytes: dict[str, int] | None  # what the peak is made of
+    memory_terms_bytes: dict[str, int] | None  # breakdown of the peak
     gpu_memory_bytes: int | None
     data_bytes: int  # read in each epoch
     bytes_per_second: float | None  # from disk, over all ranks
     checkpoint_bytes: int  # each
-    num_checkpoints: int  # kept at the end
+    num_checkpoints: int  # kept after the run
     free_bytes: int  # on the disk of the save path
 
     def to_json(self) -> Mapping[str, Any]:
@@ -64,7 +64,7 @@ class TrainPlan:
 def plan(
     settings: TrainSettings, *, num_ranks: int | None = None, progress: Progress = SILENT
 ) -> TrainPlan:
-    """Read headers, pack an epoch, and estimate; no weights are loaded, nothing is written.
+    """Read headers, pack an epoch, and estimate; loads no weights and writes nothing.
 
     Args:
         settings: Settings of the run.
@@ -72,10 +72,10 @@ def plan(
         progress: Receives the progress of reading.
 
     Raises:
-        SettingsError: A setting or a path it names cannot be used.
+        SettingsError: A setting or one of its paths cannot be used.
         DataError: The samples cannot be used.
-        MachineError: The hub cannot be reached, or the device is not there, or takes no kernels
-            that were asked for.
+        MachineError: The hub cannot be reached, or the device is missing or does not support the
+            requested kernels.
     """
     check_output_dir(settings.run.save_path, flag="--save-path")
     with start_ranks(settings.distributed.device, settings.distributed.timeout_seconds) as ranks:

@@ -1,4 +1,4 @@
-"""TrainReport: what a run did."""
+"""TrainReport: the result of a run."""
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -7,7 +7,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class TrainReport:
-    """The result of `speculators train`; None is unknown.
+    """The result of `speculators train`; None means unknown.
 
     A loss is the weighted sum over predictions of the mean loss per scored position, in nats.
     """
@@ -20,13 +20,13 @@ class TrainReport:
     epochs: int
     duration_seconds: float
     tokens_per_second: float
-    peak_memory_bytes: int | None  # of the GPU, the most of all ranks
+    peak_memory_bytes: int | None  # of the GPU, maximum over ranks
     validation_loss: float | None
     best_validation_loss: float | None
     acceptance_length: float | None  # simulated
     acceptance_rates: tuple[float, ...]  # of each prediction
     target_layer_ids: tuple[int, ...]
-    are_layer_ids_assumed: bool  # a guess that nobody confirmed
+    are_layer_ids_assumed: bool  # a guess that was not confirmed
     num_skipped_steps: int
     num_bad_samples: int
     is_resumed: bool
@@ -34,7 +34,7 @@ class TrainReport:
     is_dry_run: bool
 
     def to_json(self) -> dict[str, Any]:
-        """The fields, paths as text."""
+        """The fields, with paths as strings."""
         return {
             key: str(value) if isinstance(value, Path) else value
             for key, value in asdict(self).items()

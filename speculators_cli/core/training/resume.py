@@ -1,4 +1,4 @@
-"""Where a run starts: at step 0, or where a checkpoint of it left off."""
+"""The state a run starts from: step 0, or its latest checkpoint."""
 
 import json
 import time
@@ -23,11 +23,11 @@ from speculators_cli.settings.train import TrainSettings
 
 @dataclass(frozen=True)
 class Start:
-    """The state a run starts in, the same on every rank."""
+    """The state a run starts from, the same on every rank."""
 
     state: TrainState
     is_resumed: bool
-    checkpoint: Checkpoint | None  # what is resumed, on rank 0
+    checkpoint: Checkpoint | None  # the one to resume, on rank 0
 
 
 def find_start(
@@ -37,11 +37,11 @@ def find_start(
     folder: RunFolder | None,
     progress: Progress,
 ) -> Start:
-    """Choose the state to start in on rank 0, and share it.
+    """Choose the state to start from on rank 0, and share it.
 
     Raises:
         CheckpointError: Settings, ranks or the vocabulary map do not fit the checkpoint.
-        DataError: The samples are not the ones the run began with.
+        DataError: The samples differ from those at the start of the run.
     """
     checkpoint = folder.latest if folder is not None else None
     text = None
@@ -49,7 +49,7 @@ def find_start(
         assert checkpoint is not None, "another one is resumed"
         progress.warn(
             f"`{damaged.folder}` is damaged and not resumed: {damaged.reason}",
-            hint=f"`{checkpoint.folder}` is resumed in its place",
+            hint=f"`{checkpoint.folder}` is resumed instead",
         )
     if ranks.is_first:
         if checkpoint is not None:
@@ -93,11 +93,11 @@ def resumed_state(
     ranks: Ranks,
     progress: Progress,
 ) -> TrainState:
-    """The state in a checkpoint, once everything that matters is as it was.
+    """The state in a checkpoint, after checking that the run is compatible with it.
 
     Raises:
         CheckpointError: Settings, ranks or the vocabulary map do not fit the checkpoint.
-        DataError: The samples are not the ones the run began with.
+        DataError: The samples differ from those at the start of the run.
     """
     saved = checkpoint.state
     _check_settings(saved, settings, checkpoint, progress)
@@ -105,7 +105,7 @@ def resumed_state(
     ids = checkpoint.config.get(config.layer_ids_key)
     if ids != list(inputs.layer_ids.ids):
         raise CheckpointError(
-            f"`{checkpoint.folder}` was trained on the verifier layers {ids}, this run would be on "
+            f"`{checkpoint.folder}` was trained on the verifier layers {ids}, but this run uses "
             f"{list(inputs.layer_ids.ids)}",
             hint="Pass the same `--target-layer-ids`, or start over with "
             "`--no-resume-from-checkpoint`",
@@ -119,7 +119,7 @@ def resumed_state(
     if change is not None and not settings.data.allow_changed_data:
         raise DataError(
             f"The samples are not the ones that `{checkpoint.folder}` was trained on: {change}",
-            hint="Bring back the same samples, or pass `--allow-changed-data`",
+            hint="Restore the same samples, or pass `--allow-changed-data`",
         )
     check_global_batch(
         checkpoint,
@@ -134,7 +134,7 @@ def resumed_state(
     if accumulation * ranks.num_ranks != saved.global_batch:
         progress.warn(
             f"Each rank accumulates {saved.global_batch // ranks.num_ranks} packed sequences, not "
-            f"{accumulation}, so that a step stays {saved.global_batch}"
+            f"{accumulation}, to keep the global batch at {saved.global_batch}"
         )
     return replace(
         saved,
@@ -149,21 +149,21 @@ def resumed_state(
 def with_verifier(
     start: Start, fingerprint: str, settings: TrainSettings, progress: Progress
 ) -> Start:
-    """The start with the fingerprint of the verifier's weights, once they are the same ones.
+    """The start with the fingerprint of the verifier's weights, after checking them.
 
     Raises:
-        CheckpointError: The run began with others.
+        CheckpointError: The run was started with other weights.
     """
-    # Earlier versions have kept no fingerprint.
+    # Earlier versions saved no fingerprint.
     if start.is_resumed and start.state.verifier_hash not in (None, fingerprint):
         changed = (
-            f"The weights of verifier `{settings.draft.verifier_name_or_path}` are not the ones "
-            "that the run began with"
+            f"The weights of verifier `{settings.draft.verifier_name_or_path}` differ from "
+            "those at the start of the run"
         )
         if not settings.data.allow_changed_data:
             raise CheckpointError(
                 changed,
-                hint="Bring back the same verifier, or pass `--allow-changed-data` if its samples "
+                hint="Restore the same verifier, or pass `--allow-changed-data` if its samples "
                 "and weights may change",
             )
         progress.warn(changed)
@@ -171,10 +171,10 @@ def with_verifier(
 
 
 def find_data_change(saved: TrainState, inputs: Inputs) -> str | None:
-    """How the samples differ from those a run began with."""
+    """How the samples differ from those at the start of the run."""
     if saved.data_hash != inputs.samples.data_hash:
         return "names or sizes differ"
-    # Earlier versions have kept no hash of the contents.
+    # Earlier versions saved no hash of the contents.
     if saved.content_hash not in (None, inputs.samples.content_hash):
         return "names and sizes are the same, contents differ"
     return None
@@ -188,7 +188,7 @@ def _check_settings(
     if refused:
         lines = [f"  `{c.name}` is `{c.new}`, the run began with `{c.old}`" for c in refused]
         raise CheckpointError(
-            "\n".join([f"`{checkpoint.folder}` cannot go on with other settings", *lines]),
+            "\n".join([f"`{checkpoint.folder}` cannot be resumed with different settings", *lines]),
             hint="Use the old values, or start over with `--no-resume-from-checkpoint`",
         )
     for change in (x for x in changes if x.kind == "warned"):
@@ -196,5 +196,5 @@ def _check_settings(
 
 
 def _confirms_a_guess(change: Change) -> bool:
-    """Whether layer ids are given that the run began without; they are compared by themselves."""
+    """Whether layer ids are set that were unset at the start; they are compared separately."""
     return change.name == "--target-layer-ids" and change.old is None

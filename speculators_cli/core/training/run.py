@@ -27,7 +27,7 @@ from speculators_cli.core.training.warm_start import read_warm_start
 from speculators_cli.settings.base import write_settings
 from speculators_cli.settings.train import TrainSettings
 
-# All that tells errors without a type of their own from others is their text.
+# Errors without a type of their own are recognized by their message.
 NO_ROOM_ON_GPU = ("CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
 NO_ROOM = ("DefaultCPUAllocator",)
 
@@ -39,16 +39,16 @@ def train(
 
     Args:
         settings: All settings of the run.
-        progress: Who hears where it is.
-        dry_run: Build everything, make one step, write nothing.
+        progress: Reports progress.
+        dry_run: Build everything, run one step, write nothing.
 
     Raises:
-        SettingsError: A setting or a path it names cannot be used; nothing was written.
+        SettingsError: A setting or one of its paths cannot be used; nothing was written.
         DataError: The samples cannot be used.
-        CheckpointError: The save path holds what cannot be resumed or replaced.
-        MachineError: Disk, memory, device or hub are in the way.
-        DivergedError: Gradients were not finite for too many steps in a row.
-        StoppedError: A signal asked the run to stop; its state is saved, if there is one.
+        CheckpointError: The save path contains files that cannot be resumed or replaced.
+        MachineError: The disk, memory, device or hub failed.
+        DivergedError: Gradients were not finite for too many consecutive steps.
+        StoppedError: A signal stopped the run; its state is saved, if there is one.
     """
     started_at = time.perf_counter()
     adopt_slurm(os.environ)
@@ -122,20 +122,20 @@ def train(
 
 
 def is_recorded(*, dry_run: bool) -> bool:
-    """Whether this process writes how the run ends: rank 0, known before ranks are."""
+    """Whether this process records the end of the run; also valid before ranks are connected."""
     return not dry_run and (os.environ.get("RANK") or "0") == "0"
 
 
 def forget(_error: SpeculatorsError) -> None:
-    """Write nothing down."""
+    """Discard the error."""
 
 
 def check_place(settings: TrainSettings) -> None:
-    """Check, before anything is read or written, that nothing of others is in the way.
+    """Check, before anything is read or written, that no other files are in the way.
 
     Raises:
-        SettingsError: The run would write among its samples.
-        CheckpointError: The save path holds something that no run wrote.
+        SettingsError: The run would write into its samples.
+        CheckpointError: The save path contains files that no run wrote.
     """
     save_path = settings.run.save_path
     check_apart(save_path, (*settings.data.data_path, *settings.data.val_data_path))
@@ -164,7 +164,7 @@ def open_folder(
 def open_logger(
     settings: TrainSettings, folder: RunFolder | None, start: Start, progress: Progress
 ) -> Iterator[SafeLogger | None]:
-    """The metric loggers on rank 0, closed at the end, however it comes."""
+    """The metric loggers on rank 0, closed at the end in every case."""
     if folder is None:
         yield None
         return
@@ -186,7 +186,7 @@ def open_logger(
 def announce(
     settings: TrainSettings, inputs: Inputs, trainer: Trainer, start: Start, progress: Progress
 ) -> None:
-    """Say what is about to run."""
+    """Print a summary of the run that is about to start."""
     samples, ranks = inputs.samples, trainer.ranks
     if start.checkpoint is not None:
         progress.info(
@@ -196,8 +196,8 @@ def announce(
     num_gpus = torch.cuda.device_count() if ranks.device.type == "cuda" else 0
     if ranks.num_ranks == 1 and num_gpus > 1:
         progress.warn(
-            f"One of {num_gpus} visible GPUs is used",
-            hint=f"Pass `--nproc-per-node {num_gpus}` to use all, "
+            f"Only one of {num_gpus} visible GPUs is used",
+            hint=f"Pass `--nproc-per-node {num_gpus}` to use all of them, "
             "or set `CUDA_VISIBLE_DEVICES` to choose one",
         )
     progress.info(
@@ -211,7 +211,7 @@ def announce(
 
 @contextmanager
 def out_of_memory_explained(total_seq_len: int) -> Iterator[None]:
-    """Turn PyTorch's out-of-memory errors into one that states what to lower."""
+    """Turn PyTorch's out-of-memory errors into one with a hint."""
     tokens = f"{total_seq_len:,} tokens per packed sequence"
     try:
         yield
@@ -244,7 +244,7 @@ def make_report(
     was_already_finished: bool,
     is_dry_run: bool,
 ) -> TrainReport:
-    """What the run did, for the caller; all ranks must call."""
+    """The result of the run; all ranks must call."""
     state = trainer.state
     best = state.best or {}
     is_cuda = trainer.ranks.device.type == "cuda"

@@ -1,4 +1,4 @@
-"""How a run ended, written down however it ends: torchrun hides the exit code."""
+"""Records how a run ended, in every case: torchrun hides the exit code."""
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext, suppress
@@ -21,18 +21,18 @@ RESULT_NAME = "result.json"
 
 @contextmanager
 def recording_end(write: Callable[[SpeculatorsError], None]) -> Iterator[None]:
-    """Write down the error that ends the block; what failed to be written does not hide it.
+    """Record the error that ends the block; a failure to write does not hide it.
 
     Raises:
-        StoppedError: A signal came where nothing was there to be saved.
+        StoppedError: A signal arrived while there was nothing to save.
     """
     try:
         yield
     except Interrupted as stop:
         stopped = StoppedError(
-            f"Stopped by signal {stop.signal_number}; nothing was to be saved yet",
+            f"Stopped by signal {stop.signal_number}; there was nothing to save yet",
             signal_number=stop.signal_number,
-            hint="Run the same command again to start over",
+            hint="Rerun the same command to start over",
         )
         with suppress(OSError, SpeculatorsError):
             write(stopped)
@@ -48,17 +48,17 @@ class RunEnd:
     """The end of a run in its save path.
 
     Args:
-        save_path: Made for the record, unless the run ended for what it was given to work with.
+        save_path: Created for the record, unless the settings or inputs ended the run.
     """
 
     def __init__(self, save_path: Path) -> None:
         self.save_path = save_path
-        self.is_begun = False  # whether the run has had its save path to itself
-        self.is_locked = False  # whether it has so now
+        self.is_begun = False  # whether the run has locked its save path before
+        self.is_locked = False  # whether it is locked now
 
     @contextmanager
     def begun(self) -> Iterator[None]:
-        """The save path is locked within the block; the record of an earlier run goes."""
+        """The save path is locked within the block; the record of an earlier run is removed."""
         self.is_begun = self.is_locked = True
         (self.save_path / RESULT_NAME).unlink(missing_ok=True)
         try:
@@ -67,7 +67,7 @@ class RunEnd:
             self.is_locked = False
 
     def write(self, error: SpeculatorsError) -> None:
-        """Write what ended the run, unless another run has the save path."""
+        """Write the error that ended the run, unless another run has locked the save path."""
         if not self.is_begun:
             if isinstance(error, SettingsError):
                 return
@@ -83,5 +83,5 @@ class RunEnd:
 
 
 def error_record(error: SpeculatorsError) -> Mapping[str, Any]:
-    """The error as the record of a run has it."""
+    """The error as fields of the record."""
     return {"error": error.message, "hint": error.hint, "exit_code": error.exit_code}

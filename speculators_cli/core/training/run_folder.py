@@ -1,4 +1,4 @@
-"""Checkpoints of a run: each is absent or complete, whenever the process is killed."""
+"""Checkpoints of a run: each is absent or complete, even if the process is killed."""
 
 import os
 import uuid
@@ -53,37 +53,37 @@ from speculators_cli.core.training.save_path import (
     scratch_of,
 )
 
-MORE_ROOM = "Make room on the disk, then run the same command again to resume"
+MORE_ROOM = "Free space on the disk, then rerun the same command to resume"
 
 
 class RunFolder:
     """The save path of a run, locked; only rank 0 has one.
 
     Args:
-        save_path: Holds the checkpoints and the run's own records.
-        last_id: The run that held the folder last, if that can be resumed in any case.
-        resume: Resume the latest checkpoint; else start over beside the old ones.
+        save_path: Contains the checkpoints and records of the run.
+        last_id: Id of the last run in the folder, if it is resumed regardless of `resume`.
+        resume: Resume the latest checkpoint; otherwise start over beside the old ones.
 
     Raises:
-        CheckpointError: There are checkpoints to resume, and all of them are damaged.
+        CheckpointError: All checkpoints that could be resumed are damaged.
     """
 
     def __init__(self, save_path: Path, *, last_id: str | None, resume: bool) -> None:
         self.save_path = save_path
         self.scratch = scratch_of(save_path)
         whole, damaged = list_checkpoints(save_path)
-        self.damaged: list[Damaged] = []  # found where one to resume was looked for
+        self.damaged: list[Damaged] = []  # found while searching for one to resume
         self.latest: Checkpoint | None = None  # to resume
         if not resume:
             own = [c for c in whole if last_id is not None and c.state.run_id == last_id]
-            # What an elastic restart finds damaged has no run to belong to, and is replaced.
+            # Damaged checkpoints found by an elastic restart have no run id, and are replaced.
             damaged = []
         else:
             own = whole
         if own or damaged:
             self.latest, self.damaged = choose_latest(own, damaged, save_path)
         newest = max((c.state.generation for c in whole), default=0)
-        # Checkpoints of earlier runs, which go once this run has saved one.
+        # Checkpoints of earlier runs, removed after this run has saved one.
         if self.latest is not None:
             state = self.latest.state
             self.run_id, self.generation = state.run_id, state.generation
@@ -94,7 +94,7 @@ class RunFolder:
 
     @property
     def metrics_file(self) -> Path:
-        """One JSON object a line: every log step and validation."""
+        """One JSON object per line: every log step and validation."""
         return self.save_path / METRICS_NAME
 
     @property
@@ -110,15 +110,15 @@ class RunFolder:
     @classmethod
     @contextmanager
     def open(cls, save_path: Path, *, resume: bool, is_restart: bool) -> Iterator["RunFolder"]:
-        """Lock a save path, clean up what a killed run left, choose what to resume.
+        """Lock a save path, clean up after a killed run, choose the checkpoint to resume.
 
         Args:
             save_path: Created if missing.
-            resume: Resume the latest checkpoint; else start over beside the old ones.
-            is_restart: The launcher started this run again: it resumes itself in any case.
+            resume: Resume the latest checkpoint; otherwise start over beside the old ones.
+            is_restart: The launcher restarted this run: it resumes regardless of `resume`.
 
         Raises:
-            CheckpointError: Another run holds the folder, it has files of others in the way, or its
+            CheckpointError: Another run has locked the folder, other files are in the way, or its
                 checkpoints are damaged.
             MachineError: The disk is full.
         """
@@ -149,11 +149,11 @@ class RunFolder:
         trainer_tensors: Mapping[str, Tensor],
         state: TrainState,
     ) -> None:
-        """Commit a checkpoint under a name, then drop checkpoints of earlier runs.
+        """Commit a checkpoint under a name, then remove checkpoints of earlier runs.
 
         Raises:
-            MachineError: The disk is full or fails; what was there before is intact.
-            CheckpointError: Something that is not ours has taken the name.
+            MachineError: The disk is full or fails; existing checkpoints are intact.
+            CheckpointError: Another file or folder is in its place.
         """
         num_bytes = sum(x.nbytes for x in (*tensors.values(), *trainer_tensors.values()))
         check_free_space(self.save_path, num_bytes, what="a checkpoint", hint=MORE_ROOM)
@@ -180,11 +180,11 @@ class RunFolder:
         self.old = []
         best = self.save_path / BEST_LINK
         if best.is_symlink() and not best.exists():
-            best.unlink()  # it led to a checkpoint of an earlier run
+            best.unlink()  # it pointed to a checkpoint of an earlier run
         self.scratch.clear()
 
     def set_best(self, name: str) -> None:
-        """Point `checkpoint_best` at a checkpoint, in one step."""
+        """Point `checkpoint_best` at a checkpoint, atomically."""
         with disk_errors(self.save_path):
             new = self.scratch.open() / BEST_LINK
             new.unlink(missing_ok=True)
@@ -193,7 +193,7 @@ class RunFolder:
             self.scratch.clear()
 
     def prune(self, keep: int | None) -> None:
-        """Drop all checkpoints of this run but the `keep` latest and the best."""
+        """Remove all checkpoints of this run except the `keep` latest and the best."""
         if keep is None:
             return
         link = self.save_path / BEST_LINK
@@ -210,13 +210,13 @@ class RunFolder:
             write_json(result, temporary)
 
     def _put_in_place(self, new: Path, folder: Path) -> None:
-        """Give a sealed folder its name; what had it before is removed afterwards."""
+        """Rename a complete folder to its final name; the one it replaces is removed afterwards."""
         if os.path.lexists(folder):
             if folder.is_symlink() or not is_ours(folder) or find_foreign(folder) is not None:
                 self.scratch.clear()
                 raise CheckpointError(
-                    f"`{folder}` cannot be saved: something else has its name",
-                    hint=f"Move `{folder}` elsewhere, then run the same command again to resume",
+                    f"`{folder}` cannot be saved: another file or folder is in its place",
+                    hint=f"Move `{folder}` elsewhere, then rerun the same command to resume",
                 )
             replaced = self.scratch.folder / f"replaced-{folder.name}"
             folder.rename(replaced)
@@ -225,17 +225,17 @@ class RunFolder:
             except OSError:
                 replaced.rename(folder)
                 raise
-            # From here on it must not come back.
+            # From here on it must not be restored.
             replaced.rename(self.scratch.folder / f"removed-{folder.name}")
         else:
             new.rename(folder)
         sync(self.save_path)
 
     def _discard(self, folder: Path) -> None:
-        """Remove a checkpoint of ours; one that holds more, or was renamed, stays."""
+        """Remove a checkpoint; one that was renamed or contains other files is kept."""
         if not is_checkpoint_name(folder.name) or find_foreign(folder) is not None:
             return
-        # Renamed first: a folder half removed must not look like a checkpoint.
+        # Renamed first: a partly removed folder must not look like a checkpoint.
         removed = self.scratch.open() / f"removed-{folder.name}"
         folder.rename(removed)
         remove(removed)
@@ -244,7 +244,7 @@ class RunFolder:
 def choose_latest(
     whole: list[Checkpoint], damaged: list[Damaged], save_path: Path
 ) -> tuple[Checkpoint, list[Damaged]]:
-    """The latest checkpoint whose every byte is as it was saved, and the damaged ones after it.
+    """The latest checkpoint whose checksums match, and the damaged ones after it.
 
     Raises:
         CheckpointError: All checkpoints of the latest run are damaged.
@@ -265,7 +265,7 @@ def choose_latest(
 
 
 def _may_be_later(damaged: Damaged, checkpoint: Checkpoint) -> bool:
-    """Whether a damaged checkpoint may have been saved after another, by its name."""
+    """Whether a damaged checkpoint may be later than another, by its name."""
     name, state = damaged.folder.name, checkpoint.state
     if name.isdecimal():
         return int(name) >= state.epoch

@@ -1,4 +1,4 @@
-"""What a run tells while it trains: log steps, validations, broken samples, speed."""
+"""Reports of a run while it trains: log steps, validations, broken samples, throughput."""
 
 import math
 import time
@@ -16,23 +16,23 @@ from speculators_cli.core.training.distributed import Ranks
 from speculators_cli.core.training.loggers import SafeLogger
 from speculators_cli.core.training.metrics import Metrics, MetricSums
 
-# Broken samples named at one log step, at most; and told of to other ranks in one message.
+# Most broken samples reported at one log step, and shared with other ranks in one message.
 MAX_NAMED = 16
 SHARED_AT_ONCE = 16
-# Share of the time spent waiting for samples from which on it is worth a warning, and the shortest
-# time it is taken of: reading ahead needs a moment to begin.
+# Fraction of the time spent waiting for data above which a warning is given, and the shortest time
+# it is measured over: prefetching takes a moment to start.
 MAX_WAIT_SHARE = 0.05
 WATCHED_SECONDS = 10.0
 
 
 class WaitWatch:
-    """Adds up how long samples were waited for, until it is worth a warning; one is enough."""
+    """Adds up the time spent waiting for data, until a single warning is due."""
 
     def __init__(self) -> None:
         self.waited, self.watched, self.has_warned = 0.0, 0.0, False
 
     def add(self, waited: float, seconds: float) -> float | None:
-        """Take in a time and what of it was waited; the share to warn of, if there is one."""
+        """Add a time span and how much of it was waiting; returns the fraction to warn about."""
         self.waited += waited
         self.watched += seconds
         if self.watched < WATCHED_SECONDS or self.has_warned:
@@ -44,16 +44,16 @@ class WaitWatch:
 
 
 class RunLog:
-    """Adds up steps on the device and tells of them at log steps.
+    """Accumulates steps on the device and reports them at log steps.
 
     Args:
         ranks: The processes of the run, connected.
-        samples: The training samples, to name broken ones.
+        samples: The training samples, for the paths of broken ones.
         draft: The draft being trained.
         num_epochs: Epochs of the run.
         total_steps: Optimizer steps of the run.
-        logger: Where the metrics go; None on other ranks and in a dry run.
-        progress: Who is told.
+        logger: Receives the metrics; None on other ranks and in a dry run.
+        progress: Reports progress.
     """
 
     def __init__(
@@ -79,21 +79,21 @@ class RunLog:
         self.broken: list[tuple[tuple[int, ...], Tensor]] = []
         self.clock, self.clock_step = time.perf_counter(), 0
         self.num_tokens, self.seconds = 0.0, 0.0
-        self.broken_ids: set[int] = set()  # samples left out so far, by any rank
+        self.broken_ids: set[int] = set()  # samples skipped so far, on any rank
 
     @property
     def tokens_per_second(self) -> float:
-        """Tokens trained on a second, over all ranks; time spent elsewhere left out."""
+        """Tokens trained on per second, over all ranks; time spent elsewhere is excluded."""
         return self.num_tokens / self.seconds if self.seconds else 0.0
 
     @property
     def num_broken_samples(self) -> int:
-        """Samples that were left out for what they hold, each counted once."""
+        """Samples that were skipped because of their contents, each counted once."""
         return len(self.broken_ids)
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Leave a time out of what speed is measured over, once the device has done its steps."""
+        """Exclude the block from the measured time, after the device has finished its steps."""
         if self.ranks.device.type == "cuda":
             torch.cuda.synchronize(self.ranks.device)
         began_at = time.perf_counter()
@@ -101,15 +101,15 @@ class RunLog:
         self.clock += time.perf_counter() - began_at
 
     def start_clock(self, step: int) -> None:
-        """Measure speed from here on, after `step` steps."""
+        """Start measuring throughput, after `step` steps."""
         self.clock, self.clock_step = time.perf_counter(), step
 
     def add(self, sums: StepSums, batch: Batch) -> None:
-        """Take in what one batch gave."""
+        """Add the sums of one batch."""
         self.sums.add(sums, batch)
 
     def add_broken(self, sample_ids: tuple[int, ...], is_broken: Tensor) -> None:
-        """Take in which documents of a batch were left out; read at the next log step."""
+        """Record which documents of a batch were skipped; read at the next log step."""
         self.broken.append((sample_ids, is_broken))
 
     def log_step(
@@ -122,7 +122,7 @@ class RunLog:
         skipped: int,
         wait_seconds: float,
     ) -> None:
-        """Reduce what was added up since the last log step, and tell of it. All ranks call."""
+        """Reduce the sums since the last log step and report them. All ranks must call."""
         metrics = self.sums.reduce(self.ranks)
         self.sums = MetricSums.of(self.draft)
         now = time.perf_counter()
@@ -141,7 +141,7 @@ class RunLog:
             "num_broken_samples": self.num_broken_samples,
             "data_wait_share": wait_share,
         }
-        # The first samples always take their time.
+        # Reading the first samples is always slow.
         if step > 1:
             self._warn_of_waiting(step, wait_share * seconds, seconds)
         self._log("train", step, epoch, metrics)
@@ -160,21 +160,21 @@ class RunLog:
         )
 
     def log_validation(self, step: int, epoch: int, metrics: Metrics, *, is_best: bool) -> None:
-        """Tell of a validation, and warn of one that measures nothing."""
+        """Report a validation, and warn about one without metrics."""
         self._log("val", step, epoch, metrics)
         loss = metrics["loss"]
         if loss is None:
             self.progress.warn(
-                f"The validation of epoch {epoch + 1} measures nothing: no validation sample has a "
-                "position to score",
-                hint="Pass validation samples with supervised tokens by `--val-data-path`",
+                f"The validation of epoch {epoch + 1} has no metrics: no validation sample has a "
+                "supervised position",
+                hint="Pass validation samples that have supervised tokens as `--val-data-path`",
             )
             return
         if not math.isfinite(loss):
             self.progress.warn(
                 f"The validation loss of epoch {epoch + 1} is not finite, so the epoch is not "
                 "compared with the best one",
-                hint="Lower `--lr`, and go on from a checkpoint before it by `--from-checkpoint`",
+                hint="Lower `--lr`, and start from an earlier checkpoint with `--from-checkpoint`",
             )
         self.progress.validated(
             ValidationReport(
@@ -194,12 +194,12 @@ class RunLog:
         share = self.waits.add(waited, seconds)
         if share is not None:
             self.progress.warn(
-                f"{share:.0%} of the time up to step {step:,} went by waiting for samples",
+                f"{share:.0%} of the time up to step {step:,} was spent waiting for data",
                 hint="Raise `--num-workers`, or put the samples on a faster disk",
             )
 
     def _name_broken(self) -> None:
-        """Warn of samples whose hidden states are not finite, wherever they were met first."""
+        """Warn about samples whose hidden states are not finite, found on any rank."""
         own = {
             sample_ids[index]
             for sample_ids, is_broken in self.broken
@@ -208,7 +208,7 @@ class RunLog:
         self.broken.clear()
         new, num_named = sorted(own - self.broken_ids), 0
         for share in range(int(self.ranks.max(math.ceil(len(new) / SHARED_AT_ONCE)))):
-            # A row for each rank; ids count from 1 there, 0 is empty.
+            # One row per rank; ids are offset by 1, and 0 means empty.
             ids = torch.zeros(self.ranks.num_ranks, SHARED_AT_ONCE, dtype=torch.int64)
             some = new[share * SHARED_AT_ONCE : (share + 1) * SHARED_AT_ONCE]
             ids[self.ranks.rank, : len(some)] = torch.tensor(some, dtype=torch.int64) + 1

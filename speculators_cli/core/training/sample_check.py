@@ -1,4 +1,4 @@
-"""Whether samples are what they say they are: asked of a few, before the first step."""
+"""Checks a few samples against the verifier's LM head, before the first step."""
 
 from collections import defaultdict
 from collections.abc import Callable, Sequence
@@ -15,30 +15,30 @@ from speculators_cli.core.models.verifier import FrozenVerifier
 from speculators_cli.core.progress import Progress
 
 NUM_LOOKED_AT = 128  # samples whose scale is compared with their mark
-NUM_ASKED = 32  # samples that the head is asked about, over all groups
+NUM_ASKED = 32  # samples checked against the LM head, over all groups
 MAX_ASKED = 8  # of one group
 MIN_ASKED = 2
 MAX_GROUPS = 32
-MIN_POSITIONS = 64  # fewer decide nothing
+MIN_POSITIONS = 64  # fewer are inconclusive
 
 
 def check_samples(
     samples: SampleSource, verifier: FrozenVerifier, *, folder: Path, progress: Progress
 ) -> None:
-    """Ask the verifier's head whether it predicts the samples, with its final norm and without.
+    """Check a few samples against the verifier's LM head, with and without its final norm.
 
-    Each folder and each marking is judged by itself, from a few samples. The scale of the states
-    tells of more samples whether single ones are marked wrongly. All ranks look at the same
-    samples, so that all of them go on or none does.
+    Each folder and each value of the mark is checked separately, from a few samples. The scale of
+    the hidden states shows, for more samples, whether single ones are marked incorrectly. All ranks
+    check the same samples, so that either all continue or none does.
 
     Args:
         samples: To train on.
         verifier: Its frozen parts.
         folder: Of the samples, for messages.
-        progress: Who hears of what is only likely wrong.
+        progress: Reports problems that are only likely.
 
     Raises:
-        DataError: The last hidden states are normed where they are marked as not, or the reverse:
+        DataError: The last hidden states are normed but marked as not normed, or the reverse:
             training would learn the wrong distribution.
     """
     groups = _group(samples)
@@ -51,15 +51,15 @@ def check_samples(
     for wrong in find_wrong_marks(verifier, _readers(samples, looked_at)):
         files = [samples.path(looked_at[i]) for i in wrong.indices]
         raise DataError(
-            f"{len(files):,} of {len(looked_at):,} samples looked at in `{folder}` are marked "
-            f"wrongly, such as `{files[0]}`: each {wrong.problem}",
+            f"{len(files):,} of {len(looked_at):,} samples checked in `{folder}` are marked "
+            f"incorrectly, such as `{files[0]}`: each {wrong.problem}",
             hint=f"{_hint(folder)}, and capture or mark these again; or pass `--no-check-samples` "
             "to train on them as they are marked",
         )
 
 
 def _group(samples: SampleSource) -> list[list[int]]:
-    """Ids of the samples that have tokens to predict, by folder and mark; some, if many."""
+    """Ids of samples that are not empty, by folder and mark; a subset if there are many."""
     groups: defaultdict[tuple[Path, bool], list[int]] = defaultdict(list)
     for i in np.flatnonzero(samples.lengths).tolist():
         groups[samples.path(i).parent, samples.headers[i].is_normed].append(i)
@@ -87,7 +87,7 @@ def _check_group(
 
 
 def _hint(folder: Path) -> str:
-    return f"Run `speculators inspect-data {folder} --verifier-name-or-path ...` to see more"
+    return f"Run `speculators inspect-data {folder} --verifier-name-or-path ...` for details"
 
 
 def _spread(ids: Sequence[int], most: int) -> list[int]:

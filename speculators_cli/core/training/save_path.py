@@ -1,6 +1,6 @@
-"""What may lie in a save path: this program's own files, told by their contents, and no others.
+"""Which files a save path may contain: those of this program, identified by their contents.
 
-Nothing is removed or replaced because of its name.
+Nothing is removed or replaced because of its name only.
 """
 
 import os
@@ -24,7 +24,7 @@ from speculators_cli.core.training.run_end import RESULT_NAME
 
 LOCK_NAME, INDEX_NAME = "run.lock", "data_index.json"
 SETTINGS_NAME, METRICS_NAME = "settings.json", "metrics.jsonl"
-# How each record of a run begins. An empty file has nothing to lose.
+# How each record of a run begins. An empty file can be replaced without loss.
 RECORDS = {
     LOCK_NAME: rb'\{"pid": \d+, "host": ',
     INDEX_NAME: rb'\{"index_version": \d+, "format": ',
@@ -34,24 +34,24 @@ RECORDS = {
 }
 SCRATCH_NAME = ".speculators-run"
 LEFTOVER = re.compile(rf"{re.escape(TEMPORARY)}({'|'.join(map(re.escape, RECORDS))})\.\d+(-\d+)?")
-REPLACED = ".replaced-"  # named so by versions that had no scratch folder
+REPLACED = ".replaced-"  # prefix used by versions without a scratch folder
 
 
 def scratch_of(save_path: Path) -> Scratch:
-    """The folder of a save path for what is not whole yet."""
+    """The folder in a save path for incomplete files."""
     return Scratch(save_path / SCRATCH_NAME)
 
 
 def check_apart(save_path: Path, data_paths: tuple[Path, ...]) -> None:
-    """Check that a run does not write among its samples.
+    """Check that a run does not write into its samples.
 
     Raises:
-        SettingsError: The save path is a folder of samples, or lies in one.
+        SettingsError: The save path is a folder of samples, or inside one.
     """
     resolved = save_path.resolve()
     for data_path in data_paths:
         if data_path.resolve() in (resolved, *resolved.parents):
-            place = "is" if data_path.resolve() == resolved else "lies in"
+            place = "is" if data_path.resolve() == resolved else "is inside"
             raise SettingsError(
                 f"`--save-path`: `{save_path}` {place} the folder of samples `{data_path}`",
                 hint="Choose a `--save-path` outside the samples",
@@ -59,14 +59,14 @@ def check_apart(save_path: Path, data_paths: tuple[Path, ...]) -> None:
 
 
 def check_save_path(save_path: Path, *, resume: bool) -> None:
-    """Check, without writing, that nothing of others is in the way of a run.
+    """Check, without writing, that no other files are in the way of a run.
 
     Args:
         save_path: May be missing.
         resume: Whether its checkpoints are resumed, or replaced.
 
     Raises:
-        CheckpointError: Something is.
+        CheckpointError: Another file or folder is in the way.
     """
     for path in sorted(save_path.iterdir()) if save_path.is_dir() else []:
         problem = _find_problem(path, resume=resume)
@@ -79,12 +79,12 @@ def check_save_path(save_path: Path, *, resume: bool) -> None:
 
 def _find_problem(path: Path, *, resume: bool) -> str | None:
     if path.name in RECORDS:
-        return None if _is_record(path, path.name) else "is not a record of `speculators train`"
+        return None if _is_record(path, path.name) else "was not written by `speculators train`"
     if path.name == BEST_LINK:
         is_own = path.is_symlink() and is_checkpoint_name(str(path.readlink()))
-        return None if is_own else "is not the link that `speculators train` makes"
+        return None if is_own else "is not a link written by `speculators train`"
     if path.name == SCRATCH_NAME:
-        return None if Scratch(path).is_own else "is not a folder of `speculators train`"
+        return None if Scratch(path).is_own else "is not a folder written by `speculators train`"
     if is_checkpoint_name(path.name):
         return _find_problem_of_checkpoint(path, resume=resume)
     looks_like_one = (
@@ -99,16 +99,16 @@ def _find_problem(path: Path, *, resume: bool) -> str | None:
 
 def _find_problem_of_checkpoint(path: Path, *, resume: bool) -> str | None:
     if path.is_symlink() or not is_ours(path):
-        return "is in the way: `speculators train` did not write it"
+        return "was not written by `speculators train`"
     foreign = find_foreign(path)
-    # One that is whole and resumed stays as it is; any other may be replaced.
+    # A complete checkpoint that is resumed is kept; any other may be replaced.
     if foreign is not None and not (resume and read_checkpoint(path) is not None):
-        return f"cannot be replaced: it holds `{foreign.name}`, which `train` did not write"
+        return f"cannot be replaced: `{foreign.name}` in it was not written by `train`"
     return None
 
 
 def _is_record(path: Path, name: str) -> bool:
-    """Whether a file begins as a record of a run does; an empty one has nothing to lose."""
+    """Whether a file begins like a record of a run, or is empty."""
     if path.is_symlink() or not path.is_file():
         return False
     with path.open("rb") as stream:
@@ -117,7 +117,7 @@ def _is_record(path: Path, name: str) -> bool:
 
 
 def clear_save_path(save_path: Path) -> None:
-    """Remove what runs wrote; `check_save_path` has allowed it. Anything else stays."""
+    """Remove files written by runs, after `check_save_path`; all others are kept."""
     if not save_path.is_dir():
         return
     remove_leftovers(save_path)
@@ -128,12 +128,12 @@ def clear_save_path(save_path: Path) -> None:
         elif is_checkpoint_name(path.name):
             remove(scratch_move(scratch, path))
     scratch.clear()
-    with suppress(OSError):  # it holds something else
+    with suppress(OSError):  # it contains other files
         save_path.rmdir()
 
 
 def remove_leftovers(save_path: Path) -> None:
-    """Bring back a checkpoint that was about to be replaced; remove what is not whole."""
+    """Restore a checkpoint that was being replaced; remove incomplete files."""
     scratch = scratch_of(save_path)
     if scratch.exists:
         for replaced in scratch.folder.glob("replaced-*"):
@@ -155,14 +155,14 @@ def remove_leftovers(save_path: Path) -> None:
 
 
 def scratch_move(scratch: Scratch, path: Path) -> Path:
-    """Move something of ours to where it may be removed half; returns its new place."""
+    """Move a file or folder of a run into the scratch folder; returns its new path."""
     place = scratch.open() / f"removed-{path.name}"
     path.rename(place)
     return place
 
 
 def _find_old_leftovers(save_path: Path) -> Iterator[Path]:
-    """What a killed run of an earlier version left, where its contents prove whose it is."""
+    """Leftovers of a killed run of an earlier version, identified by their contents."""
     for path in list(save_path.iterdir()):
         for prefix in (REPLACED, TEMPORARY):
             name = path.name.removeprefix(prefix)

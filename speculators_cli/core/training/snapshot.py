@@ -1,4 +1,4 @@
-"""The whole state of weights and optimizer, gathered from all ranks and given back to them."""
+"""The full state of weights and optimizer, gathered from all ranks and restored on them."""
 
 from collections.abc import Iterable, Mapping
 
@@ -14,13 +14,13 @@ STEP = "step"  # a scalar
 
 
 def gather_weights(module: nn.Module) -> dict[str, Tensor]:
-    """Whole parameters by name, on the CPU of rank 0; empty elsewhere. All ranks must call."""
+    """Full parameters by name, on the CPU of rank 0; empty elsewhere. All ranks must call."""
     _reshard(module)
     return _gather(module.named_parameters())
 
 
 def gather_moments(module: nn.Module, optimizer: Optimizer) -> dict[str, Tensor]:
-    """Whole optimizer state as `{parameter}.{kind}`; where and when as `gather_weights`."""
+    """Full optimizer state as `{parameter}.{kind}`; otherwise like `gather_weights`."""
     _reshard(module)
     return _gather(
         (f"{name}.{kind}", optimizer.state[parameter][kind])
@@ -38,7 +38,7 @@ def restore(
     weights: Mapping[str, Tensor],
     moments: Mapping[str, Tensor],
 ) -> None:
-    """Give every rank its part of a saved state, which only rank 0 holds. All ranks must call."""
+    """Restore a saved state on every rank; only rank 0 has it. All ranks must call."""
     for name, parameter in module.named_parameters():
         parameter.copy_(_spread(weights.get(name), like=parameter))
         if parameter.requires_grad:
@@ -51,7 +51,7 @@ def restore(
 
 
 def _reshard(module: nn.Module) -> None:
-    """Bring back the parameters the optimizer knows: a validation leaves them gathered."""
+    """Restore the sharded parameters of the optimizer: a validation leaves them gathered."""
     if isinstance(module, FSDPModule):
         module.reshard()
 

@@ -1,4 +1,4 @@
-"""Trainer: the loop."""
+"""Trainer: the training loop."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -26,7 +26,7 @@ class Trainer:
     """Trains a draft model from a state to the last step."""
 
     optimizer_step: OptimizerStep
-    rate: Callable[[int], float]  # learning rate of the step after so many finished ones
+    rate: Callable[[int], float]  # learning rate by number of finished steps
     loader: BatchSource  # training batches of this rank
     validation_loader: BatchSource | None  # None without validation
     state: TrainState
@@ -35,7 +35,7 @@ class Trainer:
     log_every_steps: int
     max_skipped_steps: int  # in a row
     checkpoint_every_steps: int | None  # None: only after each epoch
-    keep_checkpoints: int | None  # latest ones beside the best; None: all
+    keep_checkpoints: int | None  # latest ones in addition to the best; None: all
     folder: RunFolder | None  # on rank 0, unless it is a dry run
     log: RunLog
     signals: StopSignals = field(default_factory=StopSignals)  # open
@@ -49,26 +49,26 @@ class Trainer:
         self.feed = DeviceFeed(self.ranks.device)
 
     def close(self) -> None:
-        """Stop reading samples, however training ended."""
+        """Stop reading samples, in every case."""
         self.loader.close()
         if self.validation_loader is not None:
             self.validation_loader.close()
 
     @property
     def is_epoch_whole(self) -> bool:
-        """Whether all steps of the epoch are done; it is not yet validated and saved."""
+        """Whether all steps of the epoch are done, before it is validated and saved."""
         return self.state.step_in_epoch == self.loader.steps_in(self.state.epoch)
 
     @property
     def is_finished(self) -> bool:
-        """Whether nothing is left to do: an epoch whose steps are done still wants its end."""
+        """Whether the run is complete, including validation and checkpoint of the last epoch."""
         return self.state.step >= self.total_steps and not self.is_epoch_whole
 
     def fit(self) -> None:
-        """Train from the current step to the last one; a signal saves, wherever it comes.
+        """Train from the current step to the last one; a signal saves a checkpoint.
 
         Raises:
-            StoppedError: A signal came.
+            StoppedError: A signal arrived.
         """
         self.signals.defer()
         try:
@@ -105,13 +105,13 @@ class Trainer:
         """The batches of the next step, None at the end.
 
         Raises:
-            Interrupted: A signal came while they were waited for.
+            Interrupted: A signal arrived while waiting for them.
         """
         with self.between_steps():
             return next(steps, None)
 
     def between_steps(self) -> AbstractContextManager[None]:
-        """Where a single process may leave at any line; ranks leave together, after a step."""
+        """Lets a single process stop at any line; several ranks stop together, after a step."""
         return self.signals.interruptible() if self.ranks.num_ranks == 1 else nullcontext()
 
     def train_step(self, batches: Sequence[Batch]) -> None:
@@ -144,7 +144,7 @@ class Trainer:
         """All metrics over the validation samples; None if there are none.
 
         Raises:
-            Interrupted: A signal came; all ranks leave at the same batch.
+            Interrupted: A signal arrived; all ranks stop at the same batch.
         """
         if self.validation_loader is None:
             return None
@@ -176,8 +176,8 @@ class Trainer:
     def is_better(self, metrics: Metrics) -> bool:
         """Whether a validation beats the best one so far.
 
-        By simulated acceptance length, if the algorithm has one; of equal ones, as at the start of
-        a run, by the loss. One without a loss, or whose loss is not finite, never does.
+        Compared by simulated acceptance length, if the algorithm has one; ties, as at the start of
+        a run, by the loss. A validation without a finite loss is never better.
         """
         rank, best_rank = _rank(metrics), _rank(self.state.best or {})
         return rank is not None and (best_rank is None or rank > best_rank)
@@ -201,21 +201,21 @@ class Trainer:
         self.is_saved = True
 
     def leave_if_asked(self) -> None:
-        """Leave if a stop signal reached any rank; all ranks must call.
+        """Stop if any rank received a stop signal; all ranks must call.
 
         Raises:
-            Interrupted: One did.
+            Interrupted: A rank received one.
         """
         number = int(self.ranks.max(self.signals.received))
         if number:
             raise Interrupted(number)
 
     def stop(self, number: int) -> NoReturn:
-        """Log and save what is not logged and saved yet, and end the run.
+        """Log and save the current state if it is not yet, and end the run.
 
         Raises:
             StoppedError: The state is saved.
-            Interrupted: There is none before the first step.
+            Interrupted: There is no state to save before the first step.
         """
         if self.state.step == 0:
             raise Interrupted(number)
@@ -233,23 +233,23 @@ class Trainer:
         )
 
     def check_gradients(self) -> None:
-        """Stop a run whose gradients were not finite for too many steps in a row."""
+        """Stop a run whose gradients were not finite for too many consecutive steps."""
         in_a_row = int(self.optimizer.most_skipped_in_a_row)
         if in_a_row >= self.max_skipped_steps:
             raise DivergedError(
-                f"Training diverged: {in_a_row} steps in a row had no finite gradient, "
+                f"Training diverged: {in_a_row} steps in a row without a finite gradient, "
                 f"up to step {self.state.step:,}",
                 hint="Lower `--lr`, or check the samples for extreme hidden states",
             )
 
     def is_log_due(self) -> bool:
-        """Whether the step just done is logged: regular ones, the first, an epoch's last."""
+        """Whether the current step is logged: every N steps, the first, the last of an epoch."""
         step, last = self.state.step, self.loader.steps_in(self.state.epoch)
         is_last = step == self.total_steps or self.state.step_in_epoch == last
         return is_last or step == 1 or step % self.log_every_steps == 0
 
     def is_checkpoint_due(self) -> bool:
-        """Whether a checkpoint is saved in the middle of the epoch, after the step just done."""
+        """Whether a checkpoint is due in the middle of an epoch, after the current step."""
         every = self.checkpoint_every_steps
         return every is not None and self.state.step % every == 0 and not self.is_epoch_whole
 
@@ -258,7 +258,7 @@ BEST_KEYS = ("acceptance_length", "loss")
 
 
 def _rank(metrics: Mapping[str, Any]) -> tuple[float, float] | None:
-    """What validations are compared by; None: it measures nothing, or something not finite."""
+    """Sort key of a validation; None if it has no metrics, or one is not finite."""
     length, loss = metrics.get("acceptance_length"), metrics.get("loss")
     if loss is None or not are_finite(loss, 0.0 if length is None else length):
         return None

@@ -1,4 +1,4 @@
-"""Warm start: a run that begins with the weights of a trained draft, and keeps its shape."""
+"""Warm start: a run that starts from the weights of a trained draft, and keeps its shape."""
 
 from typing import Any
 
@@ -22,11 +22,11 @@ ROUNDING = 2**-7  # bfloat16 keeps 8 bits; either side may have been rounded
 
 
 def read_warm_start(settings: TrainSettings) -> tuple[TrainSettings, TrainedDraft | None]:
-    """The draft to begin with, if any, and the settings with what it fixes filled in.
+    """The draft to start from, if any, and the settings with the values that it fixes.
 
     Raises:
-        SettingsError: A setting that was given contradicts the draft.
-        CheckpointError: It is no complete draft.
+        SettingsError: A setting contradicts the draft.
+        CheckpointError: The draft is incomplete.
         MachineError: The hub cannot be reached.
     """
     draft = settings.draft
@@ -53,14 +53,14 @@ def read_warm_start(settings: TrainSettings) -> tuple[TrainSettings, TrainedDraf
         },
         config.algorithm: source.algorithm.fixed_settings(config),
     }
-    # What was left out stays so: maps that were not given are not compared with the draft's.
+    # Unset fields stay unset: only maps that were passed are compared with the draft's.
     content = settings.model_dump(exclude_unset=True)
     for section, values in fixed.items():
         given = getattr(settings, section)
         for name, value in values.items():
             if name in given.model_fields_set and getattr(given, name) != value:
                 raise SettingsError(
-                    f"`--{name.replace('_', '-')}` is `{getattr(given, name)}`, the draft in "
+                    f"`--{name.replace('_', '-')}` is `{getattr(given, name)}`, but the draft in "
                     f"`{source.name}` has `{value}`",
                     hint=f"Leave it out: `{FLAG}` fixes the shape of the draft",
                 )
@@ -72,7 +72,7 @@ def check_fit(source: TrainedDraft, verifier: VerifierShape, vocab_size: int) ->
     """Check that a draft is for a verifier.
 
     Raises:
-        SettingsError: It is for one of other sizes.
+        SettingsError: The sizes differ.
     """
     config = source.config
     for word, found, expected in (
@@ -92,7 +92,7 @@ def check_embedding(source: TrainedDraft, files: VerifierFiles, verifier: Verifi
     """Check that a draft's own embedding is the verifier's, which training uses.
 
     Raises:
-        SettingsError: It is another.
+        SettingsError: They differ.
         MachineError: A file of the hub cannot be fetched.
     """
     if source.embedding is None:
@@ -101,8 +101,8 @@ def check_embedding(source: TrainedDraft, files: VerifierFiles, verifier: Verifi
     rows = zip(source.embedding.split(ROWS_AT_ONCE), embedding.split(ROWS_AT_ONCE), strict=True)
     if not all(_is_close(own.float(), given.float()) for own, given in rows):
         raise SettingsError(
-            f"`{FLAG}`: `{source.name}` has an embedding of its own, other than that of verifier "
-            f"`{verifier.name_or_path}`, which training uses",
+            f"`{FLAG}`: `{source.name}` has its own embedding, which differs from that of "
+            f"verifier `{verifier.name_or_path}` used in training",
             hint="Pass the verifier that the draft was trained for as `--verifier-name-or-path`",
         )
 
@@ -114,10 +114,10 @@ def _is_close(own: Tensor, given: Tensor) -> bool:
 
 
 def choose_vocab_map(source: TrainedDraft, settings: TrainSettings) -> VocabMap:
-    """The draft's own vocabulary, which maps that were given must agree with.
+    """The draft's own vocabulary; maps that were passed must match it.
 
     Raises:
-        SettingsError: They do not.
+        SettingsError: They do not match.
     """
     draft = settings.draft
     are_given = {"d2t_path", "t2d_path"} & draft.model_fields_set
@@ -127,7 +127,7 @@ def choose_vocab_map(source: TrainedDraft, settings: TrainSettings) -> VocabMap:
         if given.hash != source.vocab_map.hash:
             raise SettingsError(
                 f"`{draft.d2t_path}` is not the draft vocabulary of `{source.name}`",
-                hint=f"Leave out `--d2t-path` and `--t2d-path`: `{FLAG}` brings its own",
+                hint=f"Leave out `--d2t-path` and `--t2d-path`: `{FLAG}` has its own",
             )
     return source.vocab_map
 
@@ -135,13 +135,13 @@ def choose_vocab_map(source: TrainedDraft, settings: TrainSettings) -> VocabMap:
 def choose_layer_ids(
     source: TrainedDraft, found: LayerIds, *, is_given: bool, progress: Progress
 ) -> LayerIds:
-    """The layers of the samples, which are the draft's; who knows them decides.
+    """The layers of the samples, which must be the draft's.
 
-    The layers of a draft are assumed for samples that state none: still a guess. Where neither
-    knows, the guess is the one of a run from scratch on the same samples.
+    Samples without layer ids are assumed to have the layers of the draft, which is still a guess.
+    If both were assumed, the guess is the same as for a run from scratch on these samples.
 
     Raises:
-        DataError: The samples hold other layers.
+        DataError: The samples have other layers.
     """
     own = source.config.target_layer_ids
     is_as_many = len(found.ids) == len(own)
@@ -156,7 +156,7 @@ def choose_layer_ids(
     if found.is_assumed and is_as_many:
         return LayerIds(own, is_assumed=True)
     raise DataError(
-        f"The samples hold the verifier layers {list(found.ids)}, the draft in `{source.name}` "
+        f"The samples have the verifier layers {list(found.ids)}, the draft in `{source.name}` "
         f"reads {list(own)}",
         hint="Capture samples of those layers, or pass `--target-layer-ids` to train on these",
     )

@@ -136,7 +136,7 @@ def test_a_logger_that_fails_changes_nothing(
     train(tiny.settings(run={"save_path": tiny.folder / "quiet"}), progress=SilentProgress())
 
     told = [text for text in warnings.warnings if "Logger" in text]
-    assert told == ["Logger `tensorboard` failed and is left out from here on: the server is gone"]
+    assert told == ["Logger `tensorboard` failed and is disabled from here on: the server is gone"]
     ends = [find_checkpoints(path)[-1] for path in (tiny.save_path, tiny.folder / "quiet")]
     weights, expected = (end.read_tensors() for end in ends)
     assert all(torch.equal(weights[name], tensor) for name, tensor in expected.items())

@@ -235,7 +235,7 @@ def test_a_tie_in_acceptance_goes_to_the_lower_loss(
 
 @pytest.mark.parametrize(
     ("loss", "message"),
-    [(math.nan, "loss of epoch 1 is not finite"), (None, "of epoch 1 measures nothing")],
+    [(math.nan, "loss of epoch 1 is not finite"), (None, "of epoch 1 has no metrics")],
 )
 def test_a_validation_without_a_finite_loss_is_warned_of_and_never_the_best(
     tiny: TinyInputs, monkeypatch: pytest.MonkeyPatch, loss: float | None, message: str
@@ -466,9 +466,12 @@ def test_samples_captured_anew_are_noticed_on_resume(tiny: TinyInputs, data_dir:
         ({"rope_parameters": {"rope_type": "default", "rope_theta": 1e4}}, "`RoPE rope_theta`"),
         (
             {"rope_parameters": {"rope_type": "linear", "rope_theta": 5e4, "factor": 2.0}},
-            "`RoPE rope_type` `default`, this run would be with `linear`",
+            "`RoPE rope_type` `default`, but the verifier's config.json has `linear`",
         ),
-        ({"rms_norm_eps": 1e-3}, "`rms_norm_eps` `1e-06`, this run would be with `0.001`"),
+        (
+            {"rms_norm_eps": 1e-3},
+            "`rms_norm_eps` `1e-06`, but the verifier's config.json has `0.001`",
+        ),
     ],
 )
 def test_layers_that_compute_otherwise_are_refused_on_resume(

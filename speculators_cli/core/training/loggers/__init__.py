@@ -34,13 +34,13 @@ def build_loggers(
     """Open metrics.jsonl and the named loggers.
 
     Args:
-        names: Keys of `LOGGERS`; none leaves the log folder uncreated.
-        metrics_file: Cut back to `resumed_step`, or started anew.
-        log_dir: Loggers write into a sub-folder of the run's name.
+        names: Keys of `LOGGERS`; without any, the log folder is not created.
+        metrics_file: Truncated to `resumed_step`, or created anew.
+        log_dir: Loggers write into a subfolder with the name of the run.
         run_name: None: the name of the save path.
-        settings: Shown beside the metrics.
-        resumed_step: The step a resumed run goes on from.
-        warn: Told, once each, of loggers that fail later.
+        settings: Logged with the metrics.
+        resumed_step: The step that the run is resumed from.
+        warn: Called once for each logger that fails later.
 
     Raises:
         MachineError: A logger's package is missing, or it cannot start.
@@ -52,9 +52,9 @@ def build_loggers(
             opened[name] = LOGGERS[name](log_dir / run_name, run_name, settings, resumed_step)
         except SpeculatorsError:
             raise
-        except Exception as error:  # noqa: BLE001 - another project's code, of any error
+        except Exception as error:  # noqa: BLE001 - third-party code may raise anything
             raise MachineError(
                 f"`--logger {name}` cannot start: {error}",
-                hint=f"Check `--log-dir {log_dir}`, or leave the logger out",
+                hint=f"Check `--log-dir {log_dir}`, or remove the logger",
             ) from None
     return SafeLogger(JsonlLogger(metrics_file, resumed_step), opened, warn)

@@ -1,4 +1,4 @@
-"""metrics.jsonl: one JSON object a line."""
+"""metrics.jsonl: one JSON object per line."""
 
 import json
 import math
@@ -12,14 +12,14 @@ from speculators_cli.core.reading import opening, refusing
 
 
 class JsonlLogger:
-    """Appends a line at each call.
+    """Appends one line per call.
 
     Args:
-        file: Cut back to the lines up to `resumed_step`, or started anew where that is None.
-        resumed_step: The step a resumed run goes on from.
+        file: Truncated to the lines up to `resumed_step`, or created anew if that is None.
+        resumed_step: The step that the run is resumed from.
 
     Raises:
-        SettingsError: What lies at `file` is no file, or may not be read.
+        SettingsError: `file` is not a regular file, or cannot be read.
     """
 
     def __init__(self, file: Path, resumed_step: int | None) -> None:
@@ -29,7 +29,7 @@ class JsonlLogger:
         self._stream = file.open("a", encoding="utf-8", buffering=1)
 
     def log(self, step: int, split: str, metrics: Mapping[str, float | None]) -> None:
-        """Append the metrics of a step; what is not a number is null, since JSON has no NaN."""
+        """Append the metrics of a step; non-finite values become null, since JSON has no NaN."""
         known = {
             name: value if value is not None and math.isfinite(value) else None
             for name, value in metrics.items()
@@ -42,11 +42,11 @@ class JsonlLogger:
 
 
 def _read_lines(file: Path, last_step: int) -> list[str]:
-    """Lines up to a step; a line that a kill has torn is left out."""
+    """Lines up to a step; a line truncated by a kill is skipped."""
     if not file.exists():
         return []
     kept = []
-    # One line at a time: it is as long as the run was. Bytes that are not UTF-8 make no JSON.
+    # One line at a time: the file may be large. Bytes that are not UTF-8 are not valid JSON.
     with (
         refusing(SettingsError),
         opening(file) as descriptor,

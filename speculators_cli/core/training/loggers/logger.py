@@ -1,4 +1,4 @@
-"""MetricLogger: where metrics go; a logger that fails never stops a run."""
+"""MetricLogger: a destination of metrics; a failing logger never stops a run."""
 
 from collections.abc import Callable, Mapping
 from typing import Protocol
@@ -7,32 +7,32 @@ from speculators_cli.core.errors import MachineError
 
 
 class MetricRecords(Protocol):
-    """The run's own record, which has a place for figures that are not known."""
+    """The record of the run, which also keeps unknown values."""
 
     def log(self, step: int, split: str, metrics: Mapping[str, float | None]) -> None:
-        """Keep the metrics of an optimizer step; `split` is `train` or `val`."""
+        """Log the metrics of an optimizer step; `split` is `train` or `val`."""
 
     def close(self) -> None:
-        """Write what is still held back."""
+        """Flush and close."""
 
 
 class MetricLogger(Protocol):
-    """One place that keeps metrics."""
+    """One destination of metrics."""
 
     def log(self, step: int, split: str, metrics: Mapping[str, float]) -> None:
-        """Keep the metrics of an optimizer step; `split` is `train` or `val`."""
+        """Log the metrics of an optimizer step; `split` is `train` or `val`."""
 
     def close(self) -> None:
-        """Write what is still held back."""
+        """Flush and close."""
 
 
 class SafeLogger:
-    """Several loggers as one; those that fail are left out with a warning.
+    """Several loggers as one; those that fail are disabled with a warning.
 
     Args:
-        records: The run's own record, whose failure is an error.
-        others: The loggers the user asked for, by name.
-        warn: Told of each logger that fails, once.
+        records: The record of the run, whose failure is an error.
+        others: The loggers set by `--logger`, by name.
+        warn: Called once for each logger that fails.
     """
 
     def __init__(
@@ -43,7 +43,7 @@ class SafeLogger:
         self.warn = warn
 
     def log(self, step: int, split: str, metrics: Mapping[str, float | None]) -> None:
-        """Keep the metrics everywhere; those that are not known in the record alone."""
+        """Log the metrics everywhere; unknown values only to the record."""
         self.records.log(step, split, metrics)
         known = {name: value for name, value in metrics.items() if value is not None}
         self._each(lambda logger: logger.log(step, split, known))
@@ -57,9 +57,9 @@ class SafeLogger:
         for name, logger in list(self.others.items()):
             try:
                 action(logger)
-            except Exception as error:  # noqa: BLE001 - another project's code, of any error
+            except Exception as error:  # noqa: BLE001 - third-party code may raise anything
                 del self.others[name]
-                self.warn(f"Logger `{name}` failed and is left out from here on: {error}")
+                self.warn(f"Logger `{name}` failed and is disabled from here on: {error}")
 
 
 def missing(name: str) -> MachineError:

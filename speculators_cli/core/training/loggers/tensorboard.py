@@ -28,5 +28,5 @@ class TensorboardLogger:
             self._writer.add_scalar(f"{split}/{name}", value, step)
 
     def close(self) -> None:
-        """Write what is held back."""
+        """Flush and close."""
         self._writer.close()

@@ -1,4 +1,4 @@
-"""Trackio, kept on this machine."""
+"""Trackio, stored on this machine."""
 
 import contextlib
 import io
@@ -13,7 +13,7 @@ PROJECT = "speculators"
 
 
 class TrackioLogger:
-    """Logs to the project `speculators` in the log folder, unless `TRACKIO_DIR` names another."""
+    """Logs to the project `speculators` in the log folder, unless `TRACKIO_DIR` is set."""
 
     def __init__(
         self, log_dir: Path, run_name: str, settings: Mapping[str, Any], resumed_step: int | None
@@ -25,7 +25,7 @@ class TrackioLogger:
         except ImportError:
             raise missing("trackio") from None
         self._finish: Callable[[], None] = trackio.finish
-        # It greets on stdout, which belongs to the result.
+        # It prints to stdout, which is reserved for the result.
         with contextlib.redirect_stdout(io.StringIO()):
             self._run = trackio.init(
                 project=PROJECT,
@@ -42,5 +42,5 @@ class TrackioLogger:
     def close(self) -> None:
         """Wait until everything is on disk."""
         with contextlib.redirect_stdout(io.StringIO()):
-            # Not the run's own `finish`: trackio would then finish it again at exit, and say so.
+            # Not `finish` of the run: trackio would then finish it again at exit, with a message.
             self._finish()

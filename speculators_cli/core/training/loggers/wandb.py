@@ -11,7 +11,7 @@ PROJECT = "speculators"
 
 
 class WandbLogger:
-    """Logs to the project `speculators`; wandb's own variables choose account and mode."""
+    """Logs to the project `speculators`; wandb's variables set account and mode."""
 
     def __init__(
         self, log_dir: Path, run_name: str, settings: Mapping[str, Any], resumed_step: int | None
