@@ -1,4 +1,4 @@
-"""Algorithm: how a draft model drafts, as the rest of the package sees it."""
+"""Algorithm: the interface between a drafting algorithm and the rest of the package."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
@@ -22,9 +22,9 @@ SettingsT = TypeVar("SettingsT", bound=Settings)
 
 
 class Algorithm(ABC, Generic[ConfigT, SettingsT]):
-    """One way of drafting: its config, its training, its drafter and its cost."""
+    """A drafting algorithm: its config, training, drafter and cost model."""
 
-    name: ClassVar[str]  # in `--algorithm`, in checkpoints and in settings: the section's name
+    name: ClassVar[str]  # in `--algorithm` and checkpoints, and of the settings section
     settings_class: ClassVar[type[Settings]]  # the section of `speculators train`
     alignment: ClassVar[Alignment]  # which rows of a sample it trains on
     cost: CostModel[ConfigT, SettingsT]  # of a training step
@@ -41,15 +41,15 @@ class Algorithm(ABC, Generic[ConfigT, SettingsT]):
     def read_config(
         self, content: Mapping[str, Any], overrides: Overrides, *, name: str
     ) -> ConfigT:
-        """The config of a trained draft, whoever wrote it.
+        """The config of a trained draft, from any tool.
 
         Args:
             content: Of its config.json.
-            overrides: Values that replace it, or stand in where it has none.
+            overrides: Values that replace it, or fill in missing ones.
             name: The draft's, for messages.
 
         Raises:
-            CheckpointError: It is no draft of this algorithm, or one that this package does not
+            CheckpointError: It is not a draft of this algorithm, or one that this package does not
                 compute.
         """
 
@@ -58,7 +58,7 @@ class Algorithm(ABC, Generic[ConfigT, SettingsT]):
         content: Mapping[str, Any],  # noqa: ARG002
         config: ConfigT,  # noqa: ARG002
     ) -> Mapping[str, Any]:
-        """Values that a config.json lacks and no tensor shows, as they are read."""
+        """Values missing from config.json that no tensor determines, with their defaults."""
         return {}
 
     def ties_head(self, content: Mapping[str, Any], *, name: str) -> bool:  # noqa: ARG002
@@ -66,16 +66,16 @@ class Algorithm(ABC, Generic[ConfigT, SettingsT]):
         return False
 
     def count_aux_layers(self, config: ConfigT, tensors: Mapping[str, Tensor]) -> int | None:
-        """Verifier layers that the weights, under our names, read; None: not known from them."""
+        """Number of verifier layers that the weights read, under our names; None if unknown."""
         del config, tensors
         return None
 
     def checkpoint_name(self, tensor: str) -> str:
-        """The name that a checkpoint of this package gives a tensor of another tool's draft."""
+        """The name in our checkpoints of a tensor in another tool's draft."""
         return tensor
 
     def find_unread(self, config: ConfigT) -> frozenset[str]:  # noqa: ARG002
-        """Tensors that other tools save with a draft, under our names, and that nothing reads."""
+        """Unused tensors that other tools save with a draft, under our names."""
         return frozenset()
 
     def fit_config(
@@ -84,7 +84,7 @@ class Algorithm(ABC, Generic[ConfigT, SettingsT]):
         content: Mapping[str, Any],  # noqa: ARG002
         tensors: Mapping[str, Tensor],  # noqa: ARG002
     ) -> ConfigT:
-        """The config with what the tensors, under our names, decide."""
+        """The config with the values that the tensors, under our names, determine."""
         return config
 
     @abstractmethod
@@ -112,7 +112,7 @@ class Algorithm(ABC, Generic[ConfigT, SettingsT]):
         return frozenset()
 
     def find_unsupported(self, settings: SettingsT) -> str | None:
-        """Return which of these settings the fast kernels do not compute; None if all."""
+        """Return which of these settings the fast kernels do not support; None if all are."""
         del settings
         return f"algorithm `{self.name}` has none"
 
@@ -146,7 +146,7 @@ class Algorithm(ABC, Generic[ConfigT, SettingsT]):
             weights: Those of `config.tensor_shapes()`.
             embedding: [vocab, hidden]: the verifier's, or the draft's own.
             kept_ids: [draft_vocab], int64: the verifier ids of draft ids.
-            num_draft_tokens: Tokens it proposes for one verifier pass.
+            num_draft_tokens: Draft tokens per verifier forward pass.
         """
 
     @abstractmethod
@@ -155,5 +155,5 @@ class Algorithm(ABC, Generic[ConfigT, SettingsT]):
     ) -> Tensor:
         """Logits of a trained draft over fixed random inputs; [rows, draft_vocab], float32.
 
-        Two drafts that give the same logits compute the same: `export` compares them.
+        `export` compares these logits to check that two drafts are equal.
         """

@@ -1,4 +1,4 @@
-"""What a training step costs, as plans and benchmarks see it: operations, memory and time."""
+"""Cost models of a training step, for plans and benchmarks: operations, memory and time."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
@@ -18,17 +18,17 @@ SettingsT = TypeVar("SettingsT", bound=Settings)
 
 @dataclass(frozen=True)
 class Work:
-    """What a step has to do for one packed sequence."""
+    """The work of a step for one packed sequence."""
 
     num_positions: int  # of documents
     num_targets: int  # supervised
-    num_active: int  # rows whose activations the backward needs
+    num_active: int  # rows whose activations are needed in the backward pass
     flops: float  # of forward and backward: those that the loss and its gradients need
 
 
 @dataclass(frozen=True)
 class Gpu:
-    """The data sheet of a GPU."""
+    """Values from the data sheet of a GPU."""
 
     flops: float  # per second, dense bfloat16
     bandwidth: float  # bytes per second
@@ -86,15 +86,15 @@ class CostModel(ABC, Generic[ConfigT, SettingsT]):
         num_accumulated: int = 1,
         num_shards: int = 1,
     ) -> Mapping[str, int]:
-        """Bytes on a GPU at the peak of a step with the fast kernels, in bfloat16, by what for.
+        """Bytes on a GPU at the peak of a step with the fast kernels, in bfloat16, by purpose.
 
         Args:
             config: Of the draft.
             settings: The algorithm's section.
-            work: Of the packed sequences; the largest decides.
+            work: Of the packed sequences; the largest determines the peak.
             total_seq_len: Positions in one packed sequence.
-            num_accumulated: Packed sequences of one optimizer step.
-            num_shards: GPUs that share the weights.
+            num_accumulated: Packed sequences per optimizer step.
+            num_shards: GPUs that the weights are sharded across.
         """
 
     @abstractmethod

@@ -1,4 +1,4 @@
-"""DraftConfig: what is known of every draft model, whatever its algorithm."""
+"""DraftConfig: the config fields that all draft models have, for any algorithm."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
@@ -10,12 +10,12 @@ from speculators_cli import __version__
 from speculators_cli.core.models.decoder_config import DecoderConfig
 
 PRODUCER = "speculators-cli"
-LAYER_IDS_ASSUMED = "layer_ids_assumed"  # true beside layer ids that are a guess
+LAYER_IDS_ASSUMED = "layer_ids_assumed"  # true if the layer ids are a guess
 
 
 @dataclass(frozen=True, kw_only=True)
 class DraftConfig(DecoderConfig, ABC):
-    """Everything that fixes the shape and the mathematics of a draft model."""
+    """All values that determine the shape and computation of a draft model."""
 
     algorithm: ClassVar[str]  # its name in the table of algorithms, and in config.json
     layer_ids_key: ClassVar[str]  # of `target_layer_ids` in config.json
@@ -26,7 +26,7 @@ class DraftConfig(DecoderConfig, ABC):
     target_layer_ids: tuple[int, ...]  # id k: the verifier's output after k layers
     verifier_name_or_path: str
     verifier_architectures: tuple[str, ...]
-    are_layer_ids_assumed: bool = False  # a guess that nobody confirmed
+    are_layer_ids_assumed: bool = False  # a guess that was not confirmed
 
     @property
     def num_aux_layers(self) -> int:
@@ -36,7 +36,7 @@ class DraftConfig(DecoderConfig, ABC):
     @property
     @abstractmethod
     def num_draft_tokens(self) -> int:
-        """Tokens it was trained to propose for one verifier pass."""
+        """Draft tokens per verifier forward pass that it was trained for."""
 
     @abstractmethod
     def with_num_draft_tokens(self, num_draft_tokens: int) -> Self:
@@ -48,10 +48,10 @@ class DraftConfig(DecoderConfig, ABC):
 
     @abstractmethod
     def tensor_shapes(self) -> dict[str, tuple[int, ...]]:
-        """Name and shape of every weight of the draft itself, as a checkpoint holds them."""
+        """Name and shape of every weight of the draft itself, as in a checkpoint."""
 
     def count_parameters(self) -> int:
-        """Weights of the draft itself, its lm_head among them."""
+        """Number of weights of the draft itself, including its lm_head."""
         return sum(map(prod, self.tensor_shapes().values()))
 
     def speculators_json(self) -> dict[str, Any]:

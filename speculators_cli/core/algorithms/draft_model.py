@@ -1,4 +1,4 @@
-"""DraftModel: all that the training loop knows of a draft model."""
+"""DraftModel: the interface between a draft model and the training loop."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
@@ -13,13 +13,13 @@ from speculators_cli.core.data.batch import Batch
 
 
 class StepSums(NamedTuple):
-    """What a draft adds up over the positions of a packed sequence.
+    """Sums over the positions of a packed sequence.
 
     A named tuple, since FSDP2 must find the loss in what a draft returns: torch 2.11 does not look
     into dataclasses, and silently leaves gradients unreduced.
     """
 
-    loss: Tensor  # float32 scalar: what is trained on; carries the gradient
+    loss: Tensor  # float32 scalar with gradient
     counters: dict[str, Tensor]  # sums and counts by name, each [predictions]
 
     def stacked(self) -> Tensor:
@@ -37,7 +37,7 @@ class Ratio:
 
 
 class DraftModel(nn.Module, ABC):
-    """A draft model being trained; its parameters are what is sharded, trained and saved.
+    """A draft model being trained; its parameters are sharded, trained and saved.
 
     A draft makes one or more predictions at each position: tokens one, two, ... ahead.
     """
@@ -47,7 +47,7 @@ class DraftModel(nn.Module, ABC):
     # Metrics of each prediction. `loss` is among them; of `acceptance_rate`, where it is, the
     # simulated acceptance length is computed.
     ratios: ClassVar[tuple[Ratio, ...]]
-    use_fast_kernels: bool  # whether a step computes with the kernels of a GPU
+    use_fast_kernels: bool  # whether a step uses the fast GPU kernels
 
     @property
     @abstractmethod

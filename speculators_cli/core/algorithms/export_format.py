@@ -15,12 +15,12 @@ LAYER_SIZES = (
     "vocab_size",
     "max_position_embeddings",
 )
-OF_ROPE = ("rope_type", "type", "truncate")  # the values that are no numbers
+OF_ROPE = ("rope_type", "type", "truncate")  # values that are not numbers
 
 
 @dataclass(frozen=True)
 class Rule:
-    """One value that config.json must hold."""
+    """One value that config.json must have."""
 
     key: str  # path of keys, with dots; a number is an index
     expected: str
@@ -33,11 +33,11 @@ class Need:
 
     has_it: Callable[[Any], bool]  # of the draft's config
     since: str
-    before: str  # what older releases do, as the end of a sentence
+    before: str  # behaviour of older releases, as the end of a sentence
 
 
 def keep_name(name: str) -> str:
-    """The name of a tensor as a checkpoint has it."""
+    """The name of a tensor, unchanged from the checkpoint."""
     return name
 
 
@@ -100,7 +100,7 @@ def is_size(value: Any) -> bool:
 
 
 def is_name(value: Any) -> bool:
-    """Whether a value is a text that is not empty."""
+    """Whether a value is a non-empty string."""
     return isinstance(value, str) and value != ""
 
 

@@ -1,4 +1,4 @@
-"""bench(settings): time the training step of a draft, for a verifier without its weights."""
+"""bench(settings): time the training step of a draft, without the verifier's weights."""
 
 import statistics
 import time
@@ -37,13 +37,13 @@ from speculators_cli.settings.bench import BenchSettings
 from speculators_cli.settings.train import OptimizerSettings
 
 ENDLESS = 2**31  # epochs
-NO_TIMEOUT = 1800  # seconds: one rank waits for none
+NO_TIMEOUT = 1800  # seconds; unused, since there is only one rank
 LEARNING_RATE = OptimizerSettings().lr
 
 
 @dataclass(frozen=True)
 class BenchReport:
-    """What was measured; None is unknown, or has no meaning on this device."""
+    """The measurements; None means unknown, or not applicable on this device."""
 
     verifier: str
     device: str
@@ -51,24 +51,24 @@ class BenchReport:
     kernels: str  # `fast` or `plain`
     total_seq_len: int
     supervised_fraction: float
-    ttt_steps: int  # draft tokens that are trained
+    ttt_steps: int  # number of trained draft tokens
     step_ms: float  # median
     step_ms_min: float
     step_ms_max: float
-    tokens_per_second: float  # documents' tokens; padding does not count
+    tokens_per_second: float  # tokens of documents; padding is excluded
     first_step_seconds: float
-    loss: float  # mean of all steps but the first
+    loss: float  # mean over all steps except the first
     peak_memory_bytes: int | None
     estimated_memory_bytes: int  # as `train --plan` estimates it for the fast kernels
     useful_tflop: float  # per step
     useful_tflops: float  # per second
     utilisation: float | None  # of the device's dense bfloat16 peak
     data_wait_share: float
-    launch_ms: float | None  # of the host for a step, without the copy of the next batch
-    idle_share: float | None  # of the last profiled step: no kernel computes
+    launch_ms: float | None  # host time per step, without the copy of the next batch
+    idle_share: float | None  # fraction of the last profiled step without a running kernel
     split_ms: dict[str, float] | None  # by kind of kernel
-    longest_kernels_ms: dict[str, float] | None  # by name, those that took most of a step
-    num_kernels: int | None  # that compute, launched in a step
+    longest_kernels_ms: dict[str, float] | None  # by name, the longest per step
+    num_kernels: int | None  # compute kernels launched per step
 
     def to_json(self) -> dict[str, Any]:
         """The fields."""
@@ -76,12 +76,12 @@ class BenchReport:
 
 
 def bench(settings: BenchSettings, *, progress: Progress = SILENT) -> BenchReport:
-    """Train some steps as `train` does, and time them.
+    """Run and time some training steps, as `train` runs them.
 
     Raises:
         SettingsError: The verifier cannot be used.
         DataError: The samples cannot be used, or are another verifier's.
-        MachineError: Device or memory are in the way.
+        MachineError: The device is missing, or out of memory.
     """
     verifier, vocab_size = find_shape(settings.shape)
     step = settings.step
@@ -95,11 +95,11 @@ def bench(settings: BenchSettings, *, progress: Progress = SILENT) -> BenchRepor
 
 
 class _Run:
-    """Optimizer steps over batches without end.
+    """Optimizer steps over an endless stream of batches.
 
     Args:
-        step: What is timed.
-        loader: Where batches come from.
+        step: The step to time.
+        loader: Source of the batches.
     """
 
     def __init__(self, step: OptimizerStep, loader: BatchSource) -> None:
@@ -114,11 +114,11 @@ class _Run:
         step.draft.train()
 
     def add(self, sums: StepSums, batch: Batch) -> None:
-        """Take in what one batch gave."""
+        """Add the sums of one batch."""
         self.sums.add(sums, batch)
 
     def add_broken(self, sample_ids: tuple[int, ...], is_broken: torch.Tensor) -> None:
-        """Broken documents are left out, and not reported."""
+        """Broken documents are skipped without a report."""
 
     def take(self) -> tuple[Batch, ...]:
         """The batches of the next step; their masks are kept."""
@@ -127,7 +127,7 @@ class _Run:
         return ready
 
     def train(self, ready: tuple[Batch, ...]) -> None:
-        """One optimizer step, as `train` makes it."""
+        """Run one optimizer step, as `train` does."""
         self.step.run(ready, self, epoch=0, lr=LEARNING_RATE)
 
     def train_next(self) -> None:
@@ -137,7 +137,7 @@ class _Run:
 
 @dataclass(frozen=True)
 class _Times:
-    """What the clock showed."""
+    """The measured times."""
 
     step_ms: list[float]
     first_step_seconds: float
@@ -155,7 +155,7 @@ def _measure(settings: BenchSettings, run: _Run) -> tuple[_Times, float | None, 
 
 
 def _time(run: _Run, settings: BenchSettings) -> _Times:
-    """The first step, the rest of the warm-up, then each step by itself."""
+    """Time the first step, run the rest of the warmup, then time each step."""
     is_cuda = run.device.type == "cuda"
     clock = _Clock(run.device)
     run.train_next()
@@ -183,7 +183,7 @@ def _time(run: _Run, settings: BenchSettings) -> _Times:
 
 
 def _time_launch(run: _Run) -> float:
-    """Milliseconds until the host has launched a step, with a GPU that does not delay it."""
+    """Milliseconds of the host to launch a step, while the GPU is idle."""
     times = []
     for _ in range(3):
         ready = run.take()
@@ -204,7 +204,7 @@ class _Clock:
         self.tick()
 
     def tick(self) -> None:
-        """End a lap, when the device gets here."""
+        """End a lap, once the device reaches this point."""
         if self.is_cuda:
             self.marks.append(
                 torch.cuda.current_stream().record_event(torch.cuda.Event(enable_timing=True))
@@ -283,7 +283,7 @@ def _report(
 
 
 def _loss(run: _Run) -> float:
-    """Mean loss of all steps since the first."""
+    """Mean loss over all steps after the first."""
     loss = run.sums.reduce(run.step.ranks)["loss"]
     assert loss is not None, "its samples have supervised tokens"
     return loss
@@ -292,7 +292,7 @@ def _loss(run: _Run) -> float:
 def _read_samples(
     settings: BenchSettings, verifier: VerifierConfig, vocab_size: int, progress: Progress
 ) -> SampleSource | None:
-    """The samples to train on; None: synthetic ones."""
+    """The samples to train on; None for synthetic ones."""
     samples = settings.samples
     if not samples.data_path:
         return None
@@ -383,5 +383,5 @@ def _random_verifier(
         empty = torch.empty(vocab_size, config.hidden_size, dtype=torch.bfloat16, device=device)
         return empty.normal_(std=0.02, generator=generator)
 
-    gain = torch.ones(config.hidden_size, device=device)
-    return FrozenVerifier(weights(), gain, weights(), config)
+    norm_weight = torch.ones(config.hidden_size, device=device)
+    return FrozenVerifier(weights(), norm_weight, weights(), config)

@@ -1,4 +1,4 @@
-"""Where a GPU's time goes: kernels of a few steps, by kind."""
+"""Breakdown of GPU time: kernels of a few steps, by kind."""
 
 from collections import defaultdict
 from collections.abc import Callable, Sequence
@@ -8,7 +8,7 @@ import torch
 from torch._C._autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
-# A kernel is of the first kind that one of these words in its name tells.
+# A kernel belongs to the first kind with one of these words in its name.
 KINDS = {
     "copy": ("memcpy htod", "memcpy dtoh"),
     "attention": ("flash", "fmha", "_merge_"),
@@ -22,16 +22,16 @@ NUM_LONGEST = 40
 
 @dataclass(frozen=True)
 class KernelTimes:
-    """What a GPU ran in a step."""
+    """Times of the kernels in a step."""
 
-    split_ms: dict[str, float]  # by kind of kernel, `other` among them
-    longest_ms: dict[str, float]  # by kernel, those that took most
+    split_ms: dict[str, float]  # by kind of kernel, including `other`
+    longest_ms: dict[str, float]  # by kernel, the longest ones
     num_kernels: int
-    idle_share: float  # of the last step's time: no kernel computed
+    idle_share: float  # fraction of the last step without a running kernel
 
 
 def profile_steps(step: Callable[[], object], *, num_steps: int = 2) -> KernelTimes:
-    """Profile some steps; times are means a step."""
+    """Profile some steps; times are means per step."""
     torch.cuda.synchronize()
     with profile(activities=[ProfilerActivity.CUDA], acc_events=True) as profiler:
         for _ in range(num_steps):
@@ -52,13 +52,13 @@ def profile_steps(step: Callable[[], object], *, num_steps: int = 2) -> KernelTi
             computing.append((event.time_range.start, event.time_range.end))
             num_kernels += not event.name.lower().startswith("memset")
     longest = sorted(by_name.items(), key=lambda item: -item[1])[:NUM_LONGEST]
-    # The first step still waits for its batch; each launches about as many kernels.
+    # The first step still waits for its batch; all launch about the same number of kernels.
     last_step = sorted(computing)[len(computing) * (num_steps - 1) // num_steps :]
     return KernelTimes(split, dict(longest), num_kernels // num_steps, share_of_gaps(last_step))
 
 
 def share_of_gaps(spans: Sequence[tuple[float, float]]) -> float:
-    """Share of the time from the first start to the last end that no span covers.
+    """Fraction of the time from the first start to the last end not covered by any span.
 
     Args:
         spans: Start and end of each, in the order of their starts.

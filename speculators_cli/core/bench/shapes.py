@@ -1,4 +1,4 @@
-"""Shapes of verifiers, as their config.json give them."""
+"""Shapes of verifiers, from their config.json."""
 
 from speculators_cli.core.models.verifier import VerifierConfig, read_verifier_config
 from speculators_cli.core.models.verifier_files import VerifierFiles
@@ -36,7 +36,7 @@ def _shape(
     )
 
 
-SHAPES: dict[str, tuple[VerifierConfig, int]] = {  # and rows of the embedding
+SHAPES: dict[str, tuple[VerifierConfig, int]] = {  # with the number of embedding rows
     "smollm2-135m": (
         _shape(
             "smollm2-135m", hidden=576, inner=1536, layers=30, heads=9, kv_heads=3, head_dim=64,
@@ -76,7 +76,7 @@ SHAPES: dict[str, tuple[VerifierConfig, int]] = {  # and rows of the embedding
 
 
 def find_shape(settings: BenchShapeSettings) -> tuple[VerifierConfig, int]:
-    """The verifier's config and the rows of its embedding; nothing else of it is read.
+    """The verifier's config and its number of embedding rows; only these are read.
 
     Raises:
         SettingsError: The verifier cannot be used.

@@ -11,21 +11,21 @@ from speculators_cli.core.data.alignment import Alignment
 from speculators_cli.core.data.batch import Batch, collate
 from speculators_cli.core.data.sample import Sample
 
-# Of six documents in a packed sequence, the share of its tokens; the last takes what is left.
+# Fractions of a packed sequence for its six documents; the last one fills the rest.
 SHARES = (0.28125, 0.21875, 0.171875, 0.140625, 0.109375)
 
 
 class SyntheticLoader:
-    """Gives the same few sequences, in pinned memory, over and over.
+    """Repeats the same few sequences, from pinned memory.
 
     Args:
         config: Of the draft.
         alignment: Which rows of a sample are positions.
         total_seq_len: Tokens in one packed sequence.
-        supervised_fraction: Share of each document's tokens that are supervised.
-        per_step: Sequences of an optimizer step.
+        supervised_fraction: Fraction of each document's tokens that are supervised.
+        per_step: Packed sequences per optimizer step.
         dtype: Of the hidden states.
-        pin_memory: Whether a GPU copies from them.
+        pin_memory: Whether to pin the memory for copies to a GPU.
         seed: Of ids, states and the order of documents.
     """
 
@@ -49,7 +49,7 @@ class SyntheticLoader:
             return torch.cat((unread, _two_turns(num_positions, supervised_fraction)))
 
         self.batches = []
-        # Two that differ in their order: the number of active rows may vary.
+        # Two in different order, so that the number of active rows can vary.
         for _ in range(2):
             lengths = _lengths(total_seq_len, generator)
             samples = [
@@ -70,7 +70,7 @@ class SyntheticLoader:
             )
 
     def steps_in(self, epoch: int) -> int:
-        """More than any run takes."""
+        """More steps than any run has."""
         del epoch
         return 2**62
 
@@ -84,7 +84,7 @@ class SyntheticLoader:
             )
 
     def close(self) -> None:
-        """Nothing is read."""
+        """Do nothing: there are no files to close."""
 
 
 def _lengths(total_seq_len: int, generator: torch.Generator) -> Sequence[int]:
@@ -104,7 +104,7 @@ def _sample(
     """A sample of random tokens and states."""
 
     def states(*shape: int) -> Tensor:
-        # Drawn small and repeated: a packed sequence of an 8B verifier holds 134 million numbers.
+        # A few rows, repeated: a packed sequence of an 8B verifier has 134 million numbers.
         few = torch.randn(min(shape[0], 64), *shape[1:], generator=generator).to(dtype)
         return few.repeat(-(-shape[0] // len(few)), *(1 for _ in shape[1:]))[: shape[0]]
 

@@ -1,8 +1,8 @@
-"""ActiveRows: which positions of a packed sequence can reach a loss, known before the forward.
+"""ActiveRows: which positions of a packed sequence can reach a loss, known before the forward pass.
 
 TTT step k >= 1 reads earlier draft steps at its own position only, so a position none of whose
-steps is scored is needed for its step-0 keys and values and for nothing else. All of this follows
-from the loss mask and the lengths of documents, both on the host, so no step waits for the device.
+steps is scored is needed only for its step-0 keys and values. All of this follows from the loss
+mask and the lengths of documents, both on the host, so no step waits for the device.
 """
 
 from dataclasses import dataclass
@@ -29,7 +29,7 @@ class ActiveRows:
     """
 
     rows: Tensor  # [active]: positions that are scored in some TTT step
-    places: Tensor  # [seq_len]: where each position stands in `rows`, or -1
+    places: Tensor  # [seq_len]: index of each position in `rows`, or -1
     num_inside: tuple[int, ...]  # for each step k, the first rows with row + k < seq_len
     shifted_rows: tuple[Tensor, ...]  # for each step k, row + k, at most the last position
     needed: Tensor  # [needed]: positions that are some row + k, ascending
@@ -40,7 +40,7 @@ class ActiveRows:
     all_spans: Spans  # what all positions attend to
 
     def targets_of(self, start: int, stop: int) -> tuple[int, int]:
-        """Bounds of the targets that rows `start` to `stop` score, one row at least."""
+        """Bounds of the targets that rows `start` to `stop` score, at least one row."""
         first, last = self.target_bounds
         return int(first[start]), int(last[stop - 1])
 
@@ -88,14 +88,14 @@ def find_active_rows(batch: Batch, num_steps: int) -> ActiveRows:
 
 
 def _places(rows: Indices, seq_len: int) -> Indices:
-    """Where each position stands in `rows`, or -1."""
+    """Index of each position in `rows`, or -1."""
     places = np.full(seq_len, -1)
     places[rows] = np.arange(len(rows))
     return places
 
 
 def _move(parts: dict[str, Indices], device: torch.device) -> dict[str, Tensor]:
-    """Bring arrays to the device in one copy that nothing waits for."""
+    """Copy arrays to the device in one asynchronous copy."""
     flat = torch.from_numpy(np.concatenate([part.ravel() for part in parts.values()]))
     pieces = move(flat, device).split([part.size for part in parts.values()])
     return {

@@ -1,4 +1,4 @@
-"""EAGLE-3 (arXiv 2503.01840), as the table of algorithms has it."""
+"""EAGLE-3 (arXiv 2503.01840), as an entry of the table of algorithms."""
 
 from collections.abc import Mapping
 from dataclasses import replace
@@ -53,11 +53,11 @@ class Eagle3(Algorithm[Eagle3Config, Eagle3Settings]):
     def read_config(
         self, content: Mapping[str, Any], overrides: Overrides, *, name: str
     ) -> Eagle3Config:
-        """The config of a trained draft, whoever wrote it."""
+        """The config of a trained draft, from any tool."""
         return read_draft_config(content, overrides, name=name)
 
     def find_assumed(self, content: Mapping[str, Any], config: Eagle3Config) -> Mapping[str, Any]:
-        """Values that a config.json lacks and no tensor shows, as they are read."""
+        """Values missing from config.json that no tensor determines, with their defaults."""
         return find_assumed(content, config)
 
     def ties_head(self, content: Mapping[str, Any], *, name: str) -> bool:
@@ -67,7 +67,7 @@ class Eagle3(Algorithm[Eagle3Config, Eagle3Settings]):
     def count_aux_layers(self, config: Eagle3Config, tensors: Mapping[str, Tensor]) -> int | None:
         """Verifier layers that `fc` reads; None if its shape does not fit the config."""
         fusion, size = tensors.get("fc.weight"), config.target_hidden_size
-        # A draft is not wider than its verifier: then a size is wrong, not the number of layers.
+        # A draft is never wider than its verifier; if it seems so, a size is wrong.
         if fusion is None or fusion.dim() != 2 or size < config.hidden_size:
             return None
         if fusion.shape[0] != config.hidden_size or fusion.shape[1] % size:
@@ -105,7 +105,7 @@ class Eagle3(Algorithm[Eagle3Config, Eagle3Settings]):
         return {name: getattr(config, name) for name in SWITCHES}
 
     def frozen_weights(self, settings: Eagle3Settings) -> frozenset[str]:
-        """The LM head, if it stays the verifier's."""
+        """The LM head, if it is frozen."""
         return frozenset() if settings.train_head else frozenset({"lm_head.weight"})
 
     def find_unsupported(self, settings: Eagle3Settings) -> str | None:

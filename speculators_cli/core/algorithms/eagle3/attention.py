@@ -1,7 +1,7 @@
-"""Attention over TTT steps: step 0 is causal in each document, later steps see themselves only.
+"""Attention over TTT steps: step 0 is causal per document, later steps attend only to themselves.
 
-A query of TTT step k at position i sees the keys of step 0 at positions j <= i of its document, and
-the keys of steps 1..k at position i alone (EAGLE-3, arXiv 2503.01840, section 3.2).
+A query of TTT step k at position i attends to the keys of step 0 at positions j <= i of its
+document, and to the keys of steps 1..k only at position i (EAGLE-3, arXiv 2503.01840, section 3.2).
 """
 
 from collections.abc import Sequence
@@ -19,8 +19,8 @@ class TTTMemory:
     """Keys and values of one layer over the TTT steps of one packed sequence.
 
     Args:
-        lengths: Tokens of each document; what is left of the sequence is padding, and attends
-            within itself.
+        lengths: Tokens of each document; the rest of the sequence is padding, which attends
+            only to itself.
     """
 
     def __init__(self, lengths: Sequence[int]) -> None:
@@ -45,7 +45,7 @@ class TTTMemory:
 
 def plain_attention(
     query: Tensor,  # [seq_len, heads, head_dim]
-    bounds: tuple[int, ...],  # where documents begin, and the end of the last
+    bounds: tuple[int, ...],  # starts of documents, and the end of the last one
     *keys_and_values: Tensor,  # keys of all steps, then values, each [seq_len, kv_heads, head_dim]
 ) -> Tensor:
     """Joint softmax over step 0's causal keys and the later steps' own keys, in float32.
@@ -55,7 +55,7 @@ def plain_attention(
     """
     num_steps = len(keys_and_values) // 2
     lengths = [stop - start for start, stop in pairwise(bounds)]
-    # One split each: its backward is one copy, where a slice's would fill the whole sequence.
+    # One split each: its backward is one copy, while that of a slice fills the whole sequence.
     queries, *parts = (tensor.split(lengths) for tensor in (query, *keys_and_values))
     outputs = [
         _document_attention(one, list(own[:num_steps]), list(own[num_steps:]))

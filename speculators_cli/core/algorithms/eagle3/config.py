@@ -8,7 +8,7 @@ from speculators_cli.core.algorithms.draft_config import DraftConfig
 
 @dataclass(frozen=True, kw_only=True)
 class Eagle3Config(DraftConfig):
-    """Everything that fixes the shape and the mathematics of an EAGLE-3 draft."""
+    """All values that determine the shape and computation of an EAGLE-3 draft."""
 
     algorithm: ClassVar[str] = "eagle3"
     layer_ids_key: ClassVar[str] = "eagle_aux_hidden_state_layer_ids"
@@ -21,7 +21,7 @@ class Eagle3Config(DraftConfig):
 
     @property
     def num_draft_tokens(self) -> int:
-        """Tokens it was trained to propose: one for each TTT step."""
+        """Draft tokens that it was trained for: one per TTT step."""
         return self.ttt_steps
 
     def with_num_draft_tokens(self, num_draft_tokens: int) -> Self:
@@ -48,7 +48,7 @@ class Eagle3Config(DraftConfig):
         }
 
     def tensor_shapes(self) -> dict[str, tuple[int, ...]]:
-        """Name and shape of every weight of the draft itself, as a checkpoint holds them."""
+        """Name and shape of every weight of the draft itself, as in a checkpoint."""
         size, target = self.hidden_size, self.target_hidden_size
         shapes: dict[str, tuple[int, ...]] = {
             "fc.weight": (size, self.num_aux_layers * target),
@@ -60,7 +60,7 @@ class Eagle3Config(DraftConfig):
         if self.fc_norm:
             shapes |= {f"fc_norm.{i}.weight": (target,) for i in range(self.num_aux_layers)}
         for index in range(self.num_layers):
-            # The first layer reads the token's embedding beside the hidden states.
+            # The first layer also reads the token's embedding.
             layer = self.layer_shapes(input_size=2 * size if index == 0 else size)
             if index == 0:
                 layer["hidden_norm.weight"] = (size,)

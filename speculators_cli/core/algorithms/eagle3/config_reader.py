@@ -58,7 +58,7 @@ def read_draft_config(
 
 
 def has_plain_layers(content: Mapping[str, Any]) -> bool:
-    """Whether the class in a plain config.json has layers of llama, whatever their type."""
+    """Whether the class in a plain config.json has llama layers, regardless of the model type."""
     architectures = content.get("architectures")
     if isinstance(architectures, list):
         architectures = next(iter(architectures), None)
@@ -66,7 +66,7 @@ def has_plain_layers(content: Mapping[str, Any]) -> bool:
 
 
 def find_assumed(content: Mapping[str, Any], config: DraftConfig) -> dict[str, Any]:
-    """Values that a config.json lacks and no tensor determines, as they are read."""
+    """Values missing from config.json that no tensor determines, with their defaults."""
     layers = content["transformer_layer_config"] if is_speculators(content) else content
     found = {key: getattr(config, key) for key in _UNSEEN if layers.get(key) is None}
     rope = layers.get("rope_scaling") or layers.get("rope_parameters") or {}
@@ -256,7 +256,7 @@ def _refuse_other_layers(values: Values, layers: Values) -> None:
     for key, (value, expected) in found.items():
         if value != expected:
             raise CheckpointError(
-                f"`{values.name}` has `{key}` `{value}`, this package supports `{expected}`",
+                f"`{values.name}` has `{key}` `{value}`, but only `{expected}` is supported",
                 hint=CONVERT_HINT,
             )
 

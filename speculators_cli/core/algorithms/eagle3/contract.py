@@ -1,4 +1,4 @@
-"""What engines read of an EAGLE-3 draft: config.json, names of tensors, values they rely on."""
+"""The export contract of an EAGLE-3 draft: config.json, tensor names and required values."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -55,7 +55,7 @@ def _find_obstacles(config: Eagle3Config) -> list[str]:
 
 
 def _find_plain_obstacles(config: Eagle3Config) -> list[str]:
-    """What engines that read plain EAGLE-3 do not compute."""
+    """Options that engines for plain EAGLE-3 do not support."""
     found = [
         f"its `{name}` is on, and the format has no such norm"
         for name in ("norm_before_fc", "fc_norm", "norm_output")

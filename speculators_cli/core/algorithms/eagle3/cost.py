@@ -1,8 +1,8 @@
-"""What an EAGLE-3 training step costs.
+"""Cost model of an EAGLE-3 training step.
 
-Operations are those that a loss and its gradients need, and no others: matrix products at 2 per
-multiply-add, attention over the keys that a query sees. Norms, rotations and activations are left
-out; they are a few operations per value. Memory and time are models of the fast kernels' step,
+Only operations that the loss and its gradients need are counted: matrix products at 2 per
+multiply-add, attention over the keys that a query attends to. Norms, rotations and activations are
+excluded; they are a few operations per value. Memory and time are models of the fast kernels' step,
 fitted to an H100; docs/how-to/measure-speed.md has their errors.
 """
 
@@ -20,22 +20,22 @@ from speculators_cli.core.algorithms.eagle3.objective import scored_positions
 from speculators_cli.core.kernels.logit_chunks import chunk_size
 from speculators_cli.settings.algorithms.eagle3 import Eagle3Settings
 
-# Share of the data sheet's operations that the step's part in proportion to them reached, and bytes
-# moved for each trained parameter: casts, gradients, norm and optimizer.
+# Fraction of the data sheet's FLOPS that the compute-bound part of a step reaches, and bytes moved
+# per trained parameter: casts, gradients, gradient norm and optimizer.
 FLOPS_REACHED = 0.617
 BYTES_PER_PARAMETER = 75
 
 
 @dataclass(frozen=True)
 class RowCounts:
-    """How many rows of a packed sequence what part of a step works on."""
+    """Number of rows of a packed sequence for each part of a step."""
 
     num_positions: int  # of documents
     num_active: int  # are scored in some TTT step
     num_needed: int  # are read as some active position's token
     num_targets: int  # supervised
-    num_pairs: int  # of an active row and a key it sees in step 0
-    num_all_pairs: int  # of any position and a key it sees
+    num_pairs: int  # of an active row and a key that it attends to in step 0
+    num_all_pairs: int  # of any position and a key that it attends to
 
 
 class Eagle3Cost(CostModel[Eagle3Config, Eagle3Settings]):
@@ -58,7 +58,7 @@ class Eagle3Cost(CostModel[Eagle3Config, Eagle3Settings]):
         lengths: NDArray[np.int64],
         num_targets: NDArray[np.int64],
     ) -> Work:
-        """The same from headers only, as if supervised positions lay evenly over a document."""
+        """The same from headers only, assuming evenly distributed supervised positions."""
         sizes, targets = lengths, np.minimum(num_targets, lengths)
         # One turn per document: a few positions before its first supervised one are active too.
         active = np.minimum(targets + config.ttt_steps - 1, sizes) * (targets > 0)
@@ -89,13 +89,13 @@ class Eagle3Cost(CostModel[Eagle3Config, Eagle3Settings]):
         num_accumulated: int = 1,
         num_shards: int = 1,
     ) -> Mapping[str, int]:
-        """Bytes on a GPU at the peak of a step in bfloat16, by what for.
+        """Bytes on a GPU at the peak of a step in bfloat16, by purpose.
 
-        The peak comes either in the loss, when a chunk's logits are there, or in the first layer of
-        the backward, when its feed-forward weights' gradients are: by then no other gradient is but
-        the LM head's, unless an earlier sequence of the step left its own. Gradients of activations
-        take the place of activations. All sequences of a step are on the GPU, and those of the
-        next.
+        The peak is either in the loss, with the logits of a chunk, or in the first layer of the
+        backward pass, with the gradients of its feed-forward weights: at that point only the LM
+        head has gradients, unless an earlier sequence of the step was accumulated. Gradients of
+        activations replace activations. All sequences of a step and of the next one are on the
+        GPU.
         """
         num_active = max(part.num_active for part in work)
         num_targets = max(part.num_targets for part in work)
@@ -111,7 +111,7 @@ class Eagle3Cost(CostModel[Eagle3Config, Eagle3Settings]):
         if config.draft_vocab_size != config.vocab_size:
             verifier += 2 * head
         rows = total_seq_len * config.num_aux_layers + num_targets
-        # Of a layer: inputs of its products and norms, what attention and the gate keep.
+        # Per layer: inputs of its products and norms, tensors saved by attention and the gate.
         row = 2 * (3 * size + 2 * query + kv + kv // 2 + 3 * inner)
         chunk = chunk_size(steps, config.draft_vocab_size)
         pairs = steps * min(num_active, chunk) + min(num_targets, chunk)

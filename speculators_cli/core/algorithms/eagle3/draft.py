@@ -18,7 +18,7 @@ from speculators_cli.core.models.layers import (
 
 
 class FirstLayer(nn.Module):
-    """The first decoder layer: reads the token's embedding beside the hidden states."""
+    """The first decoder layer: reads the token's embedding and the hidden states."""
 
     def __init__(self, config: Eagle3Config) -> None:
         super().__init__()
@@ -49,8 +49,8 @@ class Eagle3Draft(nn.Module):
     """An EAGLE-3 draft.
 
     Args:
-        config: Shape and mathematics.
-        embedding: The verifier's, [vocab, hidden]; frozen, and no parameter of the draft.
+        config: Of the draft.
+        embedding: The verifier's, [vocab, hidden]; frozen, and not a parameter of the draft.
     """
 
     config: Eagle3Config
@@ -79,7 +79,7 @@ class Eagle3Draft(nn.Module):
         self,
         aux_hidden_states: Tensor,  # [seq_len, aux*hidden]
     ) -> Tensor:
-        """Bring the verifier's aux hidden states to the draft's width; [seq_len, hidden]."""
+        """Project aux hidden states to the draft's hidden size; [seq_len, hidden]."""
         fused: Tensor = self.fc(self.normed_aux(aux_hidden_states))
         return fused
 
@@ -106,7 +106,7 @@ class Eagle3Draft(nn.Module):
         """Run all decoder layers once.
 
         Returns:
-            What `lm_head` reads, and the hidden states of the next step; each [seq_len, hidden].
+            The input of `lm_head`, and the hidden states of the next step; each [seq_len, hidden].
         """
         embedded, rope = self.embed(tokens, hidden.dtype), self.rotary(position_ids)
         hidden = self.layers[0](embedded, hidden, rope, memories[0])

@@ -8,7 +8,7 @@ from speculators_cli.core.models.attention import CausalMemory
 
 
 class Eagle3Drafter:
-    """Drafts for one sequence after the other.
+    """Drafts for one sequence at a time.
 
     Position p reads the verifier's aux hidden states of token p and the embedding of token p+1, and
     predicts token p+2. Further tokens of a chain come from the draft's own hidden states and
@@ -37,7 +37,7 @@ class Eagle3Drafter:
         tokens: Tensor,  # [new], int64: the verified tokens after those positions
         aux_hidden_states: tuple[Tensor, ...],  # [new, hidden] each, of positions not yet seen
     ) -> list[int]:
-        """Take in newly verified positions, then draft a chain after the last of `tokens`."""
+        """Process newly verified positions, then draft a chain after the last of `tokens`."""
         fused = self.draft.fuse(torch.cat(aux_hidden_states, dim=-1))
         normed, hidden = self._step(tokens, fused)
         self.num_positions += len(tokens)

@@ -1,7 +1,7 @@
-"""Training-time test: which positions each TTT step scores, and what it counts.
+"""Training-time test: the positions that each TTT step scores, and its counters.
 
-TTT step k at position i scores the verifier's distribution of position i+k, if that lies in the
-same document and is supervised (EAGLE-3, arXiv 2503.01840, section 3.2).
+TTT step k at position i scores the verifier's distribution of position i+k, if that is in the
+same document and supervised (EAGLE-3, arXiv 2503.01840, section 3.2).
 """
 
 import torch
@@ -54,9 +54,9 @@ def sum_steps(
     losses: Tensor,  # [steps, seq_len], float32
     agreed: Tensor,  # [steps, seq_len], bool: the draft's token is the verifier's
     scored: Tensor,  # [steps, seq_len], bool
-    weights: Tensor | None = None,  # [steps]: what a position of each step weighs in the loss
+    weights: Tensor | None = None,  # [steps]: weight of a position of each step in the loss
 ) -> StepSums:
-    """Add up what the TTT steps found."""
+    """Sum the results of the TTT steps."""
     losses = losses.masked_fill(~scored, 0.0).sum(-1)
     chains = _all_so_far(scored)
     agreed_chains = _all_so_far(scored & agreed)

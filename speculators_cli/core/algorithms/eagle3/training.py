@@ -21,7 +21,7 @@ from speculators_cli.core.data.vocab_map import VocabMap
 from speculators_cli.core.models.losses import Loss
 from speculators_cli.core.models.verifier import FrozenVerifier
 
-# Standard deviation of fresh weights, as Llama's.
+# Standard deviation of initial weights, as in Llama.
 INIT_STD = 0.02
 
 
@@ -29,13 +29,13 @@ class Eagle3Training(Eagle3Draft, DraftModel):
     """An EAGLE-3 draft that is trained on the verifier's distributions.
 
     Args:
-        config: Shape and mathematics.
+        config: Of the draft.
         verifier: Frozen embedding, final norm and LM head.
         vocab_map: Which verifier tokens the draft can propose.
-        loss: Distance of each position.
+        loss: Loss function per position.
         loss_decay: TTT step k is weighted by `loss_decay**k`.
         train_head: Whether the LM head is trained.
-        use_fast_kernels: Whether a step computes only what reaches the loss, with kernels of a GPU.
+        use_fast_kernels: Whether to compute only rows that reach the loss, with GPU kernels.
     """
 
     config: Eagle3Config
@@ -64,7 +64,7 @@ class Eagle3Training(Eagle3Draft, DraftModel):
         self.lm_head.requires_grad_(train_head)
 
     def initialise(self, seed: int) -> None:
-        """Fill the weights: norms one, matrices normal, lm_head the verifier's rows."""
+        """Initialize norm weights to one, matrices normally, lm_head from the verifier."""
         generator = torch.Generator(self.fc.weight.device).manual_seed(seed)
         with torch.no_grad():
             for parameter in self.parameters():
@@ -104,7 +104,7 @@ class Eagle3Training(Eagle3Draft, DraftModel):
         return sum_steps(torch.stack(losses), torch.stack(agreed), self._scored(batch), weights)
 
     def _unroll_fast(self, batch: Batch, weights: Tensor | None) -> StepSums:
-        # Triton is installed where a GPU is.
+        # Triton is only available with a GPU.
         from speculators_cli.core.algorithms.eagle3.fast_step import find_targets, unroll
 
         if weights is None:
