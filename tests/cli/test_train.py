@@ -82,7 +82,8 @@ def test_a_finished_run_hints_at_more_epochs(tiny: TinyInputs, capsys: Capture) 
     code = run(["train", *tiny.flags(epochs=1)])
 
     assert code == 0
-    assert "hint: The run was already finished" in capsys.readouterr().err
+    hint = "hint: Raise `--epochs` to train further: the run was already finished"
+    assert hint in capsys.readouterr().err
 
 
 def test_waiting_for_samples_is_warned_of(
@@ -303,7 +304,7 @@ def test_foreign_checkpoints_in_the_save_path_are_left_alone(
     for flags in (tiny.flags(), tiny.flags(no_resume_from_checkpoint=True)):
         code, err = fails(flags, capsys)
         assert code == 4
-        assert "did not write" in err
+        assert "was not written by" in err
 
     assert (foreign / "config.json").read_text() == "{}"
 
