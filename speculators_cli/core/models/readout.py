@@ -62,7 +62,7 @@ def measure_readout(family: Family) -> Readout:
     with _seeded():
         for attempt in _attempts(family):
             try:
-                return _measure(family, *attempt)
+                return _measure(family, attempt)
             except UnsupportedReadoutError:
                 raise
             except Exception as error:  # noqa: BLE001 - third-party code, on any config
@@ -82,29 +82,47 @@ def _seeded() -> Iterator[None]:
         yield
 
 
-def _attempts(family: Family) -> Iterator[tuple[Any, PreTrainedConfig, int, bool]]:
-    """Yield ways to run the family's own model: class, config, layers, whether RoPE runs."""
+@dataclass(frozen=True)
+class _Attempt:
+    """One way to run the family's own model."""
+
+    model_class: Any
+    config: PreTrainedConfig
+    num_layers: int
+    runs_rope: bool  # whether its rotary embeddings run; without layers they are unused
+    keeps_rope: bool  # whether the RoPE is that of the config, which may be of an unknown type
+
+    def build(self, *, num_layers: int, device: str = "cpu") -> nn.Module:
+        """Build the model, without initialized weights."""
+        model: nn.Module = build_small(
+            self.model_class,
+            self.config,
+            num_layers=num_layers,
+            device=device,
+            keep_rope=self.keeps_rope,
+        )
+        return model
+
+
+def _attempts(family: Family) -> Iterator[_Attempt]:
+    """Yield ways to run the family's own model, the closest to the verifier first."""
     classes = list(model_classes(family))
     # Some families need one or two layers.
     for num_layers in (0, 1, 2):
-        for keep_rope in (True, False):
+        for runs_rope, keeps_rope in ((True, True), (False, True), (False, False)):
             for model_class, config in classes:
-                yield model_class, config, num_layers, keep_rope
+                yield _Attempt(model_class, config, num_layers, runs_rope, keeps_rope)
 
 
-def _measure(
-    family: Family, model_class: Any, config: PreTrainedConfig, num_layers: int, keep_rope: bool
-) -> Readout:
+def _measure(family: Family, attempt: _Attempt) -> Readout:
+    num_layers = attempt.num_layers
     if num_layers:
-        shapes = build_small(
-            model_class, config, num_layers=num_layers, device="meta", keep_rope=keep_rope
-        )
+        shapes = attempt.build(num_layers=num_layers, device="meta")
         if sum(parameter.numel() for parameter in shapes.parameters()) > MAX_PARAMETERS:
             raise ValueError("its layers are too large")
-    model = build_small(model_class, config, num_layers=num_layers, keep_rope=keep_rope)
-    probe = _Probe(model, keep_rope)
+    probe = _Probe(attempt.build(num_layers=num_layers), runs_rope=attempt.runs_rope)
     if num_layers == 0:
-        _check_is_last(probe, model_class, config, keep_rope)
+        _check_is_last(probe, attempt)
     return probe.fit(_floats(family))
 
 
@@ -122,10 +140,10 @@ class _Probe:
 
     Args:
         model: The model, without initialized weights.
-        keep_rope: Whether its rotary embeddings run; without layers they are unused.
+        runs_rope: Whether its rotary embeddings run; without layers they are unused.
     """
 
-    def __init__(self, model: nn.Module, keep_rope: bool) -> None:
+    def __init__(self, model: nn.Module, *, runs_rope: bool) -> None:
         self.model = model
         names = {id(module): name for name, module in reversed(list(model.named_modules()))}
         self.embedding: Any = model.get_input_embeddings()  # type: ignore[operator]
@@ -133,7 +151,7 @@ class _Probe:
         if getattr(self.head, "weight", None) is None or id(self.head) not in names:
             raise UnsupportedReadoutError("has no LM head that is one linear layer")
         self.embedding_name, self.head_name = names[id(self.embedding)], names[id(self.head)]
-        if not keep_rope:
+        if not runs_rope:
             for module in model.modules():
                 if "Rotary" in type(module).__name__:
                     module.forward = lambda *_, **__: (None, None)
@@ -347,9 +365,7 @@ class _ReachedError(Exception):
     """Execution has reached the first layer."""
 
 
-def _check_is_last(
-    probe: _Probe, model_class: Any, config: PreTrainedConfig, keep_rope: bool
-) -> None:
+def _check_is_last(probe: _Probe, attempt: _Attempt) -> None:
     """Check that the final norm comes after the layers in a model that has some.
 
     Raises:
@@ -358,9 +374,7 @@ def _check_is_last(
     without = {name for name, _ in probe.model.named_modules()}
     for device in ("meta", "cpu"):
         try:
-            model = build_small(
-                model_class, config, num_layers=1, device=device, keep_rope=keep_rope
-            )
+            model = attempt.build(num_layers=1, device=device)
             num_before = _count_before_layers(model, probe.norm_name, without, device)
         except Exception:  # noqa: BLE001, S112 - third-party code; the next device may work
             continue

@@ -434,3 +434,27 @@ def test_files_under_a_familys_original_names_are_read(
     assert torch.equal(verifier.embedding, tensors["model.embed_tokens.weight"])
     assert torch.equal(verifier.norm_weight, tensors["model.norm.weight"])
     assert torch.equal(verifier.head, tensors["lm_head.weight"])
+
+
+@pytest.mark.parametrize("rope", [MROPE, {"rope_type": "default", "rope_theta": 1e6}])
+def test_a_head_size_that_the_rope_does_not_fit_hinders_no_measurement(
+    rope: dict[str, Any], tmp_path: Path
+) -> None:
+    # Without `mrope_section` this family takes one for heads of 128; its vision tower has axial
+    # RoPE only.
+    model = save_verifier(
+        transformers.Qwen2VLConfig(
+            text_config=SIZES | {"rope_parameters": rope}, vision_config={"depth": 1}
+        ),
+        tmp_path,
+    )
+
+    _, verifier = load(tmp_path)
+
+    states = torch.randn(5, 24, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected = model.lm_head(model.model.language_model.norm(states))
+    normed = verifier.normed(states, torch.zeros(5).bool())
+    logits = verifier.logits(normed, verifier.head)
+    # Both round in float32, at most a few times a value.
+    assert (logits - expected).abs().max() <= 1e-6 * expected.abs().max()
