@@ -19,7 +19,7 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 from speculators_cli.core.signals import StopSignals
-from tests.tiny import TinyInputs, write_inputs
+from tests.tiny_run import TinyInputs, write_inputs
 
 ONE_AT_A_TIME = {"gpu", "multi_gpu", "vllm", "sglang", "demo"}  # each takes the machine for itself
 MAX_WORKERS = 8

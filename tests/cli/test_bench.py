@@ -9,8 +9,8 @@ import torch
 
 from speculators_cli.cli.app import run
 from speculators_cli.core.training.optimizer_step import OptimizerStep
-from tests.drafts import KERNELS
-from tests.tiny import TinyInputs
+from tests.tiny_drafts import KERNELS
+from tests.tiny_run import TinyInputs
 
 # As small as its kernels allow: the interpreter takes its time for each row.
 SEQ_LENS = {"plain": "64", "fast": "16"}

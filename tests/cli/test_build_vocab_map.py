@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerFast
 from speculators_cli.cli.app import run
 from speculators_cli.core.data.vocab_map import VocabMap
 from tests.cli.golden import assert_golden
-from tests.tiny import VOCAB, TinyInputs
+from tests.tiny_run import VOCAB, TinyInputs
 
 Capture = pytest.CaptureFixture[str]
 

@@ -8,7 +8,7 @@ import pytest
 from speculators_cli.cli.app import run
 from speculators_cli.cli.commands import COMMANDS
 from speculators_cli.cli.flags import CONFIG
-from tests.tiny import TinyInputs
+from tests.tiny_run import TinyInputs
 
 Capture = pytest.CaptureFixture[str]
 CONFIGURED = [name for name in COMMANDS if name != "env"]

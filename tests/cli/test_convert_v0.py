@@ -17,7 +17,7 @@ from speculators_cli.cli.app import run
 from speculators_cli.core.data.formats import v1
 from speculators_cli.core.models import verifier
 from tests.cli.golden import assert_golden
-from tests.tiny import HIDDEN, TinyInputs
+from tests.tiny_run import HIDDEN, TinyInputs
 
 Capture = pytest.CaptureFixture[str]
 

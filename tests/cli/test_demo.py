@@ -29,7 +29,7 @@ from speculators_cli.core.progress import SilentProgress
 from speculators_cli.core.training.report import TrainReport
 from speculators_cli.core.training.run import train
 from tests.cache_free_draft_and_verify import CacheFreeDraft, draft_and_verify, load_verifier
-from tests.tiny import TinyInputs
+from tests.tiny_run import TinyInputs
 
 Capture = pytest.CaptureFixture[str]
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from speculators_cli.cli.app import run
 from speculators_cli.core.export.contract import find_problems
 from speculators_cli.core.export.weights import cast_tensors
-from tests.tiny import TinyInputs
+from tests.tiny_run import TinyInputs
 
 Capture = pytest.CaptureFixture[str]
 CAST = "speculators_cli.core.export.export.cast_tensors"  # where the command looks it up

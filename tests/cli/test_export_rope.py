@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from speculators_cli.cli.app import run
-from tests.drafts import make_config, write_draft
+from tests.tiny_drafts import make_config, write_draft
 
 Capture = pytest.CaptureFixture[str]
 LENGTH = {"original_max_position_embeddings": 64}

@@ -18,7 +18,7 @@ from speculators_cli.core.data.sample import Sample
 from speculators_cli.core.demo.demo import VERIFIER_DIR, read_prompts
 from speculators_cli.core.preparation import inspection
 from tests.cli.golden import assert_golden
-from tests.tiny import VOCAB, TinyInputs, write_as_specforge
+from tests.tiny_run import VOCAB, TinyInputs, write_as_specforge
 
 Capture = pytest.CaptureFixture[str]
 Content = dict[str, Any]

@@ -13,7 +13,7 @@ from speculators_cli.cli.output import Output
 from speculators_cli.cli.streams import LastingFile
 from speculators_cli.core.errors import DataError
 from speculators_cli.core.escaping import escape, escape_message
-from tests.tiny import TinyInputs
+from tests.tiny_run import TinyInputs
 
 Capture = pytest.CaptureFixture[str]
 # An OSC that sets the clipboard, a C1 CSI, a bidi override, a line separator.

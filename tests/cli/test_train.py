@@ -15,7 +15,7 @@ from speculators_cli.cli.app import run
 from speculators_cli.core.data.folder import SampleFolder
 from speculators_cli.core.data.formats import FORMATS, v1
 from speculators_cli.core.data.sample import Sample
-from tests.tiny import TinyInputs, write_as_specforge
+from tests.tiny_run import TinyInputs, write_as_specforge
 
 Capture = pytest.CaptureFixture[str]
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from speculators_cli.cli.app import run
-from tests.tiny import TinyInputs
+from tests.tiny_run import TinyInputs
 
 
 def test_a_plan_says_what_the_run_then_does(

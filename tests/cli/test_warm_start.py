@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from speculators_cli.cli.app import run
-from tests.tiny import TinyInputs
+from tests.tiny_run import TinyInputs
 
 Capture = pytest.CaptureFixture[str]
 

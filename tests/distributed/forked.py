@@ -20,7 +20,7 @@ import transformers
 import speculators_cli.core.training.run  # noqa: F401 - before the forks
 from speculators_cli.cli.app import run as run_command
 from speculators_cli.core.training.trainer import Trainer
-from tests.tiny import TinyInputs
+from tests.tiny_run import TinyInputs
 
 TIMEOUT_SECONDS = 4
 Environment = Mapping[str, str]

@@ -11,7 +11,7 @@ import pytest
 
 from speculators_cli.core.drafts.checkpoint_reader import find_checkpoints
 from tests.distributed.forked import TIMEOUT_SECONDS
-from tests.tiny import TinyInputs, write_inputs
+from tests.tiny_run import TinyInputs, write_inputs
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.tiny import TinyInputs
+from tests.tiny_run import TinyInputs
 
 
 def train(tiny: TinyInputs, save_path: Path, *, num_ranks: int, **changes: object) -> str:

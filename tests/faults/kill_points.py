@@ -33,7 +33,7 @@ from speculators_cli.core.export.export import export
 from speculators_cli.core.progress import SilentProgress
 from speculators_cli.core.training.run import train
 from speculators_cli.settings.export import ExportSettings
-from tests.tiny import TinyInputs
+from tests.tiny_run import TinyInputs
 
 CHANGES = {"os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.symlink", "shutil.rmtree"}
 SHARES = (0.02, 0.5, 0.98)  # of a file of weights, at which it is torn

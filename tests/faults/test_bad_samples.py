@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from speculators_cli.cli.app import run
-from tests.tiny import HIDDEN, VOCAB, TinyInputs
+from tests.tiny_run import HIDDEN, VOCAB, TinyInputs
 
 Capture = pytest.CaptureFixture[str]
 Content = dict[str, Any]

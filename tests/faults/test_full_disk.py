@@ -7,7 +7,7 @@ import torch
 
 from speculators_cli.cli.app import run
 from tests.full_disk import no_file_over
-from tests.tiny import TinyInputs
+from tests.tiny_run import TinyInputs
 
 Capture = pytest.CaptureFixture[str]
 

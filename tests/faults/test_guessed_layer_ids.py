@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from speculators_cli.cli.app import run
-from tests.tiny import TinyInputs
+from tests.tiny_run import TinyInputs
 
 Capture = pytest.CaptureFixture[str]
 CONFIRMED = "3,5,7"

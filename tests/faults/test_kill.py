@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.tiny import TinyInputs
+from tests.tiny_run import TinyInputs
 
 Report = dict[str, Any]
 

@@ -12,7 +12,7 @@ import transformers
 from speculators_cli.cli.app import run
 from speculators_cli.core.models.verifier import load_frozen_verifier, read_verifier_config
 from speculators_cli.core.models.verifier_files import VerifierFiles
-from tests.tiny import HIDDEN, VOCAB, TinyInputs, write_verifier
+from tests.tiny_run import HIDDEN, VOCAB, TinyInputs, write_verifier
 
 Capture = pytest.CaptureFixture[str]
 NUM_SAMPLES = 120

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from speculators_cli.cli.app import run
-from tests.tiny import TinyInputs, split_samples
+from tests.tiny_run import TinyInputs, split_samples
 
 Capture = pytest.CaptureFixture[str]
 TOTAL_SEQ_LEN = 32

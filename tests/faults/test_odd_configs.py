@@ -11,7 +11,7 @@ from speculators_cli.cli.app import run
 from speculators_cli.core.models.special_tokens import find_special_ids
 from speculators_cli.core.models.verifier import read_verifier_config
 from speculators_cli.core.models.verifier_files import VerifierFiles
-from tests.tiny import TinyInputs
+from tests.tiny_run import TinyInputs
 
 Capture = pytest.CaptureFixture[str]
 # The class of the config refuses each of these, and none of them is needed.

@@ -16,7 +16,7 @@ from speculators_cli.core.kernels.causal_attention import can_use_flash
 from speculators_cli.core.kernels.spans import Spans
 from speculators_cli.core.training.optimizer import Optimizer
 from speculators_cli.settings.train import OptimizerSettings
-from tests.drafts import attend_from, filled_draft, make_config, make_sample, pack
+from tests.tiny_drafts import attend_from, filled_draft, make_config, make_sample, pack
 
 pytestmark = pytest.mark.gpu
 CUDA = torch.device("cuda")

@@ -6,7 +6,7 @@ import shutil
 import pytest
 
 from speculators_cli.cli.app import run
-from tests.tiny import TinyInputs
+from tests.tiny_run import TinyInputs
 
 pytestmark = pytest.mark.gpu
 

@@ -19,7 +19,7 @@ from speculators_cli import (
     train,
 )
 from tests.recorded_progress import RecordedProgress
-from tests.tiny import TinyInputs
+from tests.tiny_run import TinyInputs
 
 PAGE = Path(__file__).parents[2] / "docs" / "reference" / "library.md"
 

@@ -35,7 +35,7 @@ from speculators_cli.settings.algorithms import ALGORITHM_SETTINGS
 from speculators_cli.settings.bench import BenchSettings
 from speculators_cli.settings.loading import load_settings
 from speculators_cli.settings.train import TrainSettings
-from tests.tiny import HIDDEN, TinyInputs
+from tests.tiny_run import HIDDEN, TinyInputs
 from tests.toy_algorithm import Toy, ToyConfig, ToySettings, ToyTrainSettings
 
 PAGE = Path(__file__).parents[3] / "docs/how-to/add-an-algorithm.md"

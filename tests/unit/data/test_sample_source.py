@@ -17,7 +17,7 @@ from speculators_cli.core.errors import DataError
 from speculators_cli.core.progress import Progress, SilentProgress
 from speculators_cli.core.training.report import TrainReport
 from speculators_cli.core.training.run import train
-from tests.tiny import HIDDEN, VOCAB, TinyInputs
+from tests.tiny_run import HIDDEN, VOCAB, TinyInputs
 
 RECIPE = "recipe.txt"  # a folder with such a file holds no samples, but how many to make
 LENGTHS = (12, 40, 9, 33, 25, 17, 30, 21)

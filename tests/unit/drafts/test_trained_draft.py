@@ -20,8 +20,8 @@ from speculators_cli.core.algorithms.overrides import Overrides
 from speculators_cli.core.drafts.trained_draft import read_draft
 from speculators_cli.core.errors import CheckpointError
 from speculators_cli.core.models.rope import find_frequencies
-from tests.drafts import make_config, make_draft
-from tests.tiny import write_verifier
+from tests.tiny_drafts import make_config, make_draft
+from tests.tiny_run import write_verifier
 
 VERIFIER = Overrides(verifier_name_or_path="example/verifier", verifier_architectures=("Any",))
 

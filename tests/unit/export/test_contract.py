@@ -16,7 +16,7 @@ from speculators_cli.core.export.export import export
 from speculators_cli.core.progress import SilentProgress
 from speculators_cli.core.training.run import train
 from speculators_cli.settings.export import ExportSettings
-from tests.tiny import DRAFT_VOCAB, VOCAB, TinyInputs
+from tests.tiny_run import DRAFT_VOCAB, VOCAB, TinyInputs
 
 
 def read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:

@@ -14,7 +14,7 @@ from speculators_cli.core.export.engine_rope import (
 from speculators_cli.core.export.targets import TARGETS
 from speculators_cli.core.export.targets.sglang import sglang_rope
 from speculators_cli.core.export.targets.vllm import vllm_rope
-from tests.drafts import make_config
+from tests.tiny_drafts import make_config
 from tests.unit.models.test_rope import (
     HEAD_DIM,
     LENGTH,

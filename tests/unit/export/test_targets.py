@@ -8,7 +8,7 @@ from speculators_cli.cli.app import run
 from speculators_cli.core.algorithms import ALGORITHMS
 from speculators_cli.core.export.contract import find_problems
 from speculators_cli.core.export.targets import TARGETS
-from tests.drafts import make_config, write_draft
+from tests.tiny_drafts import make_config, write_draft
 
 EAGLE3 = ALGORITHMS["eagle3"]
 

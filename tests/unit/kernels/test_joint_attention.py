@@ -7,8 +7,8 @@ from torch import Tensor
 from speculators_cli.core.algorithms.eagle3.attention import plain_attention
 from speculators_cli.core.kernels.joint_attention import joint_attention
 from speculators_cli.core.kernels.spans import Spans
-from tests.drafts import attend_from
 from tests.gradients import assert_same
+from tests.tiny_drafts import attend_from
 
 CPU = torch.device("cpu")
 

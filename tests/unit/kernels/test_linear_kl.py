@@ -11,8 +11,8 @@ from speculators_cli.core.kernels.linear_kl import Targets, linear_kl
 from speculators_cli.core.kernels.shared import SharedWeight
 from speculators_cli.core.models.losses import kl_loss
 from speculators_cli.core.models.verifier import FrozenVerifier
-from tests.drafts import filled_draft, make_config
 from tests.gradients import ATOL, RTOL
+from tests.tiny_drafts import filled_draft, make_config
 
 
 def make_verifier(

@@ -7,8 +7,8 @@ from torch import Tensor
 from speculators_cli.core.kernels.rotary import rotate
 from speculators_cli.core.kernels.spans import Spans
 from speculators_cli.core.models import layers
-from tests.drafts import lay_out, make_config
 from tests.gradients import assert_same
+from tests.tiny_drafts import lay_out, make_config
 
 CPU = torch.device("cpu")
 

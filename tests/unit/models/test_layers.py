@@ -10,7 +10,7 @@ from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer
 from speculators_cli.core.algorithms.eagle3.attention import TTTMemory
 from speculators_cli.core.models.layers import DecoderLayer, Linear, RMSNorm, RotaryEmbedding
 from speculators_cli.core.models.rope import ROPE_TYPES
-from tests.drafts import make_config
+from tests.tiny_drafts import make_config
 
 SCALED_ROPE = {
     "rope_type": "llama3",

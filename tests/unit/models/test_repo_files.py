@@ -14,7 +14,7 @@ from speculators_cli.core.models import repo_files
 from speculators_cli.core.models.repo_files import RepoFiles
 from speculators_cli.core.models.verifier import load_frozen_verifier, read_verifier_config
 from speculators_cli.core.models.verifier_files import VerifierFiles
-from tests.tiny import write_verifier
+from tests.tiny_run import write_verifier
 
 INDEX = "model.safetensors.index.json"
 WEIGHTS = "model.safetensors"

@@ -23,7 +23,7 @@ from speculators_cli.core.models.rope import (
     gather_rope,
     read_rope,
 )
-from tests.drafts import make_config
+from tests.tiny_drafts import make_config
 
 HEAD_DIM, LONGEST = 16, 512
 SHORT, LONG = [1.0 + i / 10 for i in range(8)], [2.0 + i for i in range(8)]

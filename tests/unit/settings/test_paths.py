@@ -10,7 +10,7 @@ from speculators_cli.cli.app import run
 from speculators_cli.settings.base import changes_on_resume
 from speculators_cli.settings.loading import load_settings
 from speculators_cli.settings.train import TrainSettings
-from tests.tiny import TinyInputs
+from tests.tiny_run import TinyInputs
 
 Capture = pytest.CaptureFixture[str]
 

@@ -19,7 +19,7 @@ from speculators_cli.core.errors import CheckpointError
 from speculators_cli.core.progress import SilentProgress
 from speculators_cli.core.training.run import train
 from tests.recorded_progress import RecordedProgress
-from tests.tiny import TinyInputs
+from tests.tiny_run import TinyInputs
 
 
 def flip(file: Path) -> None:

@@ -7,7 +7,7 @@ from speculators_cli.core.progress import SilentProgress
 from speculators_cli.core.training.report import TrainReport
 from speculators_cli.core.training.run import train
 from speculators_cli.core.training.trainer import Trainer
-from tests.tiny import TinyInputs
+from tests.tiny_run import TinyInputs
 
 STEPS_PER_EPOCH = 8
 

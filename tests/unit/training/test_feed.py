@@ -8,7 +8,7 @@ import torch
 
 from speculators_cli.core.data.batch import Batch
 from speculators_cli.core.training.feed import DeviceFeed
-from tests.drafts import make_config, make_sample, pack
+from tests.tiny_drafts import make_config, make_sample, pack
 
 
 class Event:

@@ -22,7 +22,7 @@ from speculators_cli.core.progress import SilentProgress
 from speculators_cli.core.training.run import train
 from speculators_cli.core.training.run_folder import RunFolder
 from tests.full_disk import no_file_over
-from tests.tiny import TinyInputs
+from tests.tiny_run import TinyInputs
 
 
 def names(folder: Path) -> set[str]:

@@ -12,7 +12,7 @@ from speculators_cli.core.models.losses import LOSSES, Loss
 from speculators_cli.core.progress import SilentProgress
 from speculators_cli.core.training.run import train
 from speculators_cli.settings.train import TrainSettings
-from tests.tiny import TinyInputs
+from tests.tiny_run import TinyInputs
 
 
 def total_variation(draft_logits: Tensor, verifier_log_probs: Tensor) -> Tensor:

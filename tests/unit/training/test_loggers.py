@@ -19,7 +19,7 @@ from speculators_cli.core.training.loggers import LOGGERS
 from speculators_cli.core.training.loggers.jsonl import JsonlLogger
 from speculators_cli.core.training.run import train
 from tests.recorded_progress import RecordedProgress
-from tests.tiny import TinyInputs
+from tests.tiny_run import TinyInputs
 
 
 def metrics_lines(tiny: TinyInputs) -> list[dict[str, Any]]:

@@ -8,7 +8,7 @@ from torch import nn
 
 from speculators_cli.core.training.optimizer import Optimizer, learning_rate
 from speculators_cli.settings.train import OptimizerSettings, ScheduleSettings
-from tests.drafts import KERNELS
+from tests.tiny_drafts import KERNELS
 
 
 def test_linear_rises_over_the_warm_up_and_reaches_zero_at_the_end() -> None:

@@ -10,7 +10,7 @@ from speculators_cli.core.drafts.checkpoint_reader import find_checkpoints
 from speculators_cli.core.errors import MachineError
 from speculators_cli.core.progress import SilentProgress
 from speculators_cli.core.training.run import train
-from tests.tiny import TinyInputs
+from tests.tiny_run import TinyInputs
 
 ON_GPU = r"The GPU is out of memory: 64 tokens per packed sequence, peak \S+ "
 ON_CPU = "The machine is out of memory: 64 tokens per packed sequence"

@@ -7,7 +7,7 @@ import pytest
 
 from speculators_cli.core.progress import SilentProgress
 from speculators_cli.core.training.run import train
-from tests.tiny import TinyInputs
+from tests.tiny_run import TinyInputs
 
 NAMES = ("model.safetensors", "trainer/optimizer.safetensors")
 

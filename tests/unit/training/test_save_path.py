@@ -14,7 +14,7 @@ from speculators_cli.core.files import check_output_dir
 from speculators_cli.core.progress import SilentProgress
 from speculators_cli.core.training.run import train
 from speculators_cli.core.training.run_folder import RunFolder
-from tests.tiny import TinyInputs
+from tests.tiny_run import TinyInputs
 
 NOBODY = 65534
 

@@ -20,7 +20,7 @@ from speculators_cli.core.progress import SilentProgress, StepReport
 from speculators_cli.core.signals import SAME_PRESS_SECONDS, STOP_SIGNALS, StopSignals
 from speculators_cli.core.training.run import train
 from speculators_cli.core.training.trainer import Trainer
-from tests.tiny import TinyInputs
+from tests.tiny_run import TinyInputs
 
 
 class Signaller(SilentProgress):

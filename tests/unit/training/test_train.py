@@ -24,7 +24,7 @@ from speculators_cli.core.training.report import TrainReport
 from speculators_cli.core.training.run import train
 from speculators_cli.core.training.trainer import Trainer
 from tests.recorded_progress import RecordedProgress
-from tests.tiny import DRAFT_VOCAB, HIDDEN, LAYER_IDS, VOCAB, TinyInputs
+from tests.tiny_run import DRAFT_VOCAB, HIDDEN, LAYER_IDS, VOCAB, TinyInputs
 
 
 def run(tiny: TinyInputs, **changes: Any) -> TrainReport:

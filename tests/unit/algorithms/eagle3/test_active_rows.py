@@ -6,7 +6,7 @@ import torch
 from speculators_cli.core.algorithms.eagle3.active_rows import find_active_rows
 from speculators_cli.core.algorithms.eagle3.objective import scored_positions
 from speculators_cli.core.kernels.spans import Spans
-from tests.drafts import make_config, make_sample, pack
+from tests.tiny_drafts import make_config, make_sample, pack
 
 
 def test_active_rows_are_those_that_reach_a_loss(rng: torch.Generator) -> None:

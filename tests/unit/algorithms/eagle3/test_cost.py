@@ -17,7 +17,7 @@ from speculators_cli.core.algorithms.eagle3.cost import (
 )
 from speculators_cli.core.bench.shapes import SHAPES
 from speculators_cli.settings.algorithms.eagle3 import Eagle3Settings
-from tests.drafts import filled_draft, make_config
+from tests.tiny_drafts import filled_draft, make_config
 
 # GiB, by `speculators bench`, NVIDIA H100 80GB, torch 2.11: shape, changes of the draft, tokens,
 # supervised fraction.

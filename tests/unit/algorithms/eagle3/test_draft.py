@@ -13,7 +13,7 @@ from speculators_cli.core.algorithms.eagle3.config import Eagle3Config
 from speculators_cli.core.algorithms.eagle3.training import Eagle3Training
 from speculators_cli.core.data.sample import Sample
 from speculators_cli.core.models.verifier import FrozenVerifier
-from tests.drafts import KERNELS, filled_draft, make_config, make_draft, make_sample, pack
+from tests.tiny_drafts import KERNELS, filled_draft, make_config, make_draft, make_sample, pack
 
 KEPT_IDS = torch.arange(0, 37, 2)
 DECAY = 0.7

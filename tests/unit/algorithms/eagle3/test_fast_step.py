@@ -9,8 +9,8 @@ import torch.nn.functional as F
 
 from speculators_cli.core.algorithms.eagle3.training import Eagle3Training
 from speculators_cli.core.data.batch import collate
-from tests.drafts import filled_draft, make_config, make_sample, pack
 from tests.gradients import ATOL, RTOL
+from tests.tiny_drafts import filled_draft, make_config, make_sample, pack
 
 LENGTHS = (5, 7, 3)  # two documents, and padding
 POSITIONS = torch.arange(sum(LENGTHS))

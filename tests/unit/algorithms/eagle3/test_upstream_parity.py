@@ -17,7 +17,7 @@ from torch import Tensor
 from speculators_cli.core.algorithms.draft_model import StepSums
 from speculators_cli.core.algorithms.eagle3.training import Eagle3Training
 from speculators_cli.core.data.batch import Batch
-from tests.drafts import make_config, make_draft
+from tests.tiny_drafts import make_config, make_draft
 
 ORACLE_DIR = Path(__file__).parents[3] / "oracle"
 NUM_STEPS = 3
