@@ -52,7 +52,7 @@ COUNT = ["build-vocab-map", "--target-vocab-size", "37", "--draft-vocab-size", "
         ([*TRAIN, "file"], 2, "`--data-path`: `file` is not a folder", "Pass its folder, `.`"),
         ([*TRAIN, "none/below"], 2, "`none/below` does not exist", "Correct the path: of it, only"),
         ([*TRAIN, "empty"], 3, "`empty` holds no samples", "capture samples into it: it has no"),
-        ([*TRAIN, "other"], 3, "`other` holds no samples", "such as `notes.txt`, and no `*.pt`"),
+        ([*TRAIN, "other"], 3, "`other` holds no samples", "such as `notes.txt`, and no `.pt`"),
         (
             [*TRAIN, "data", "--d2t-path", "empty"],
             *(2, "`--d2t-path`: `empty` is a folder", "Pass the file in it, such as `empty/d2t"),
