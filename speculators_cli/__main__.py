@@ -10,12 +10,13 @@ from speculators_cli.cli.streams import open_missing_descriptors
 
 # How idle OpenMP threads wait: variables of the standard, of GCC's and of LLVM's runtime.
 WAIT_VARIABLES = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
+SPIN_COUNT = 1000  # GCC's own where there are more threads than cores; else it spins 300,000 times
 
 
 def main() -> None:
     """Run the command named on the command line and exit with its code."""
     open_missing_descriptors()
-    let_idle_threads_sleep()
+    limit_spinning()
     codes: list[int] = []
     # The first of those that the command and its libraries register, so it is called last.
     atexit.register(_leave, codes)
@@ -27,14 +28,15 @@ def main() -> None:
     sys.exit(codes[0])
 
 
-def let_idle_threads_sleep() -> None:
-    """Let idle OpenMP threads sleep instead of spin, unless the environment sets how they wait.
+def limit_spinning() -> None:
+    """Let idle OpenMP threads spin briefly, then sleep, unless the environment sets how they wait.
 
     Call before torch is imported. On a core that another process shares, threads that spin wait
-    for one that is not scheduled: small models become ten times slower, not two.
+    for one that is not scheduled: small models become ten times slower, not two. Threads that
+    sleep at once take longer to wake up than the work of a small model takes.
     """
     if not any(name in os.environ for name in WAIT_VARIABLES):
-        os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
+        os.environ["GOMP_SPINCOUNT"] = str(SPIN_COUNT)
 
 
 def _leave(codes: list[int]) -> None:

@@ -34,4 +34,6 @@ if __name__ == "__main__":
     parser.add_argument("--port", type=int, default=29731)
     arguments = parser.parse_args()
     for num_ranks in arguments.ranks:
-        mp.spawn(time_rank, (num_ranks, arguments.port + num_ranks), nprocs=num_ranks)
+        mp.spawn(  # type: ignore[attr-defined, no-untyped-call]
+            time_rank, (num_ranks, arguments.port + num_ranks), nprocs=num_ranks
+        )

@@ -9,13 +9,13 @@ from contextlib import contextmanager
 
 import pytest
 
-from speculators_cli.__main__ import WAIT_VARIABLES, let_idle_threads_sleep
+from speculators_cli.__main__ import SPIN_COUNT, WAIT_VARIABLES, limit_spinning
 
 # Products of a small model's size, each of them the work of a team of threads.
 WORK = """
 import time
-from speculators_cli.__main__ import let_idle_threads_sleep
-let_idle_threads_sleep()
+from speculators_cli.__main__ import limit_spinning
+limit_spinning()
 import torch
 a, b = torch.randn(2, 256, 256)
 for _ in range(200):
@@ -27,13 +27,13 @@ print(time.perf_counter() - started_at)
 """
 
 
-def test_idle_threads_sleep(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_idle_threads_spin_briefly(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in WAIT_VARIABLES:
         monkeypatch.delenv(name, raising=False)
 
-    let_idle_threads_sleep()
+    limit_spinning()
 
-    assert os.environ["OMP_WAIT_POLICY"] == "PASSIVE"
+    assert os.environ["GOMP_SPINCOUNT"] == str(SPIN_COUNT)
 
 
 @pytest.mark.parametrize("name", WAIT_VARIABLES)
@@ -42,7 +42,7 @@ def test_how_threads_wait_is_the_users_choice(name: str, monkeypatch: pytest.Mon
         monkeypatch.delenv(other, raising=False)
     monkeypatch.setenv(name, "1")
 
-    let_idle_threads_sleep()
+    limit_spinning()
 
     assert {other: os.environ.get(other) for other in WAIT_VARIABLES} == {
         other: "1" if other == name else None for other in WAIT_VARIABLES
