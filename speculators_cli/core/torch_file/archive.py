@@ -3,8 +3,7 @@
 import struct
 from hashlib import sha256
 from pathlib import Path
-from types import TracebackType
-from typing import TYPE_CHECKING, Any, BinaryIO, Self
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,7 +11,7 @@ from numpy.typing import NDArray
 from speculators_cli.core.files import open_regular, read_parts
 from speculators_cli.core.torch_file.errors import TorchFileError
 from speculators_cli.core.torch_file.gzip_file import is_gzip, unpack
-from speculators_cli.core.torch_file.open_file import OpenFile
+from speculators_cli.core.torch_file.open_file import OpenFile, TensorFile
 from speculators_cli.core.torch_file.structure import read_structure
 from speculators_cli.core.torch_file.tensor_spec import ITEM_BYTES, TensorSpec
 from speculators_cli.core.torch_file.zip_records import (
@@ -43,7 +42,7 @@ def _open(file: Path) -> BinaryIO:
         return unpack(stream)
 
 
-class Archive:
+class Archive(TensorFile):
     """An open `.pt` file: its `content`, and access to its tensors.
 
     Only the directory is read. `content` has a `TensorSpec` in place of each tensor.
@@ -55,9 +54,8 @@ class Archive:
     content: object
 
     def __init__(self, file: Path) -> None:
-        self.source = OpenFile(_open(file), file)
+        super().__init__(OpenFile(_open(file), file))
         self.file, self.num_bytes = self.source.descriptor, self.source.num_bytes
-        self._is_lent = False
         self._prefix = ""
         self._records: dict[str, Record] = {}
         try:
@@ -65,19 +63,6 @@ class Archive:
         except BaseException:
             self.source.close()
             raise
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        """Close the file, unless it was lent."""
-        if error is not None or not self._is_lent:
-            self.source.close()
 
     @property
     def fingerprint(self) -> str:
@@ -130,11 +115,6 @@ class Archive:
         if spec.span:
             self.source.fill(flat.view(torch.uint8).numpy(), self.locate(spec))
         return flat.as_strided(spec.shape, spec.stride)
-
-    def lend(self) -> OpenFile:
-        """The file, which then stays open as long as it is referenced."""
-        self._is_lent = True
-        return self.source
 
     def locate(self, spec: TensorSpec) -> int:
         """The file offset of the first element of a tensor."""

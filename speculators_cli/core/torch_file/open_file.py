@@ -8,7 +8,8 @@ import errno
 import os
 import weakref
 from pathlib import Path
-from typing import BinaryIO
+from types import TracebackType
+from typing import BinaryIO, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -81,6 +82,36 @@ class OpenFile:
                 begun = num_read - (int(ends[num_done - 1]) if num_done else 0)
                 pieces = pieces.copy()
                 pieces[0] += (begun, -begun)
+
+
+class TensorFile:
+    """A file of tensors, closed at the end of a `with` block unless it was lent.
+
+    Args:
+        source: The open file.
+    """
+
+    def __init__(self, source: OpenFile) -> None:
+        self.source = source
+        self._is_lent = False
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        """Close the file; a lent one only after an error."""
+        if error is not None or not self._is_lent:
+            self.source.close()
+
+    def lend(self) -> OpenFile:
+        """The file, which then stays open as long as it is referenced."""
+        self._is_lent = True
+        return self.source
 
 
 def _preadv(descriptor: int, pieces: NDArray[np.int64], start: int) -> int:

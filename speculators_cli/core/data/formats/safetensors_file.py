@@ -9,8 +9,7 @@ import struct
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,7 +18,7 @@ from speculators_cli.core.data.sample import BadSampleError, refusing_sample
 from speculators_cli.core.data.stored import StoredStates
 from speculators_cli.core.files import open_regular
 from speculators_cli.core.reading import UnreadableError, check_content
-from speculators_cli.core.torch_file.open_file import OpenFile
+from speculators_cli.core.torch_file.open_file import OpenFile, TensorFile
 from speculators_cli.core.torch_file.tensor_spec import ITEM_BYTES
 
 LENGTH = struct.Struct("<Q")
@@ -59,7 +58,7 @@ class StoredTensor:
         return DTYPES.get(self.kind, "")
 
 
-class SafetensorsFile:
+class SafetensorsFile(TensorFile):
     """An open `.safetensors` file, with its header read and checked.
 
     Raises:
@@ -68,26 +67,12 @@ class SafetensorsFile:
     """
 
     def __init__(self, file: Path) -> None:
-        self.source = OpenFile(open_regular(file), file)
-        self._is_lent = False  # states are still to be read from it
+        super().__init__(OpenFile(open_regular(file), file))
         try:
             self.tensors = _read_header(self.source)
         except (ValueError, TypeError, LookupError, RecursionError, struct.error) as error:
             self.source.close()
             raise BadSampleError(f"is not a safetensors file: {_explain(file, error)}") from None
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        """Close the file, unless states are still to be read: it is closed with them."""
-        if error is not None or not self._is_lent:
-            self.source.close()
 
     @refusing_sample()
     def read(self, name: str) -> NDArray[Any]:
@@ -100,12 +85,11 @@ class SafetensorsFile:
 
     def states(self, name: str, layer: int) -> StoredStates:
         """Return one layer of a tensor [seq_len, layers, hidden], to be read on use."""
-        self._is_lent = True
         tensor = self.tensors[name]
         rows, num_layers, width = tensor.shape
         start = tensor.start + layer * width * ITEM_BYTES[tensor.dtype]
         shape, stride = (rows, width), (num_layers * width, 1)
-        return StoredStates(self.source, tensor.dtype, start, shape, stride)
+        return StoredStates(self.lend(), tensor.dtype, start, shape, stride)
 
 
 def _explain(file: Path, error: Exception) -> str:
