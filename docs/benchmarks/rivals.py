@@ -20,6 +20,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from random_verifier import write_verifier
 
@@ -28,8 +29,12 @@ from speculators_cli.core.bench.shapes import SHAPES
 from speculators_cli.core.bench.synthetic import SyntheticLoader
 from speculators_cli.core.data.alignment import NEXT_TOKEN
 from speculators_cli.core.data.batch import Batch
-from speculators_cli.core.data.data_config import default_layer_ids
+from speculators_cli.core.data.data_config import LayerIds, default_layer_ids
+from speculators_cli.core.data.vocab_map import VocabMap
 from speculators_cli.core.models.verifier import VerifierConfig
+from speculators_cli.core.training.inputs import fresh_config
+from speculators_cli.settings.algorithms.eagle3 import Eagle3Settings
+from speculators_cli.settings.train import DraftArch
 
 CUDA = torch.device("cuda")
 Step = Callable[[Batch], torch.Tensor]
@@ -105,29 +110,18 @@ def draft_config(
     options: argparse.Namespace, verifier: VerifierConfig, vocab_size: int
 ) -> Eagle3Config:
     """The draft that `speculators bench` times, for the sizes of batches."""
-    return Eagle3Config(
-        arch="llama",
-        hidden_size=verifier.hidden_size,
-        target_hidden_size=verifier.hidden_size,
-        intermediate_size=verifier.intermediate_size,
+    num_kept = vocab_size if options.full_vocab else options.draft_vocab_size
+    config = fresh_config(
+        "eagle3",
+        Eagle3Settings(ttt_steps=options.ttt_steps),
+        verifier,
+        VocabMap.choose(np.zeros(vocab_size, np.int64), num_kept),
+        LayerIds(default_layer_ids(verifier.num_layers), is_assumed=True),
+        arch=DraftArch.LLAMA,
         num_layers=options.num_layers,
-        num_heads=verifier.num_heads,
-        num_kv_heads=verifier.num_kv_heads,
-        head_dim=verifier.head_dim,
-        rms_norm_eps=verifier.rms_norm_eps,
-        rope_parameters=verifier.rope_parameters,
-        max_position_embeddings=verifier.max_position_embeddings,
-        vocab_size=vocab_size,
-        draft_vocab_size=vocab_size if options.full_vocab else options.draft_vocab_size,
-        target_layer_ids=default_layer_ids(verifier.num_layers),
-        norm_before_residual=True,
-        norm_before_fc=False,
-        fc_norm=False,
-        norm_output=False,
-        ttt_steps=options.ttt_steps,
-        verifier_name_or_path=verifier.name_or_path,
-        verifier_architectures=("LlamaForCausalLM",),
     )
+    assert isinstance(config, Eagle3Config)
+    return config
 
 
 def layer_config(config: Eagle3Config) -> dict[str, Any]:
