@@ -89,10 +89,9 @@ def check_can_run(source: TrainedDraft, served: DraftConfig, target: Target) -> 
     Raises:
         ExportError: The draft is refused, or its algorithm has no format for the target.
     """
-    formats = source.algorithm.export_formats
-    target.find_format(source.algorithm)
     obstacles = target.find_obstacles(served)
     if obstacles:
+        formats = source.algorithm.export_formats
         others = [x for name, x in TARGETS.items() if name in formats and x is not target]
         able = next((x for x in others if not x.find_obstacles(served)), None)
         raise ExportError(

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from speculators_cli.core.algorithms.draft_config import DraftConfig
 from speculators_cli.core.algorithms.overrides import Overrides
-from speculators_cli.core.drafts.trained_draft import TrainedDraft, read_draft
+from speculators_cli.core.drafts.trained_draft import EMBEDDING, TrainedDraft, read_draft
 from speculators_cli.core.errors import ExportError
 from speculators_cli.core.export.contract import find_problems
 from speculators_cli.core.export.targets import TARGETS
@@ -73,7 +73,7 @@ def find_broken_values(source: TrainedDraft) -> list[str]:
     """Names of tensors that contain NaN or infinity."""
     tensors = dict(source.weights)
     if source.embedding is not None:
-        tensors["embed_tokens.weight"] = source.embedding
+        tensors[EMBEDDING] = source.embedding
     return [name for name, tensor in tensors.items() if not tensor.isfinite().all()]
 
 
