@@ -15,7 +15,7 @@ from speculators_cli.settings.base import (
     SettingField,
     Settings,
     choices_of,
-    plain_types,
+    find_mark,
     setting_fields,
 )
 
@@ -38,14 +38,14 @@ def flags_of(settings_class: type[Settings], own: tuple[Flag, ...] = ()) -> tupl
 def setting_flag(field: SettingField, settings_class: type[Settings]) -> Flag:
     """The flag of a setting."""
     is_switch = field.info.annotation is bool
-    off = next((m.flag for m in field.info.metadata if isinstance(m, OffFlag)), None)
+    off = find_mark(field.info, OffFlag)
     return Flag(
         field.name,
         (field.flag,),
         build_help(field.info),
         settings_class.model_fields[field.section].title or field.section,
         None if is_switch else field.flag if field.positional else metavar(field.info),
-        (off or f"--no-{field.flag[2:]}",) if is_switch else (),
+        (off.flag if off else f"--no-{field.flag[2:]}",) if is_switch else (),
         bool if is_switch else list[str] if is_list(field.info) else str,
         complete=_completion(field.info),
         is_positional=field.positional is not None,
@@ -93,19 +93,21 @@ def metavar(info: FieldInfo) -> str:
     choices = choices_of(info)
     if choices:
         return f"<{'|'.join(choices)}{',...' if _takes_several(info) else ''}>"
-    kinds = set(plain_types(info.annotation))
-    if tuple[int, ...] in _alternatives(info.annotation):
+    parts = list(_parts(info.annotation))
+    if tuple[int, ...] in parts:
         return "<int,int,...>"
     for kind in (Path, int, float):
-        if kind in kinds:
+        if kind in parts:
             return f"<{kind.__name__.lower()}>"
     return "<str>"
 
 
 def _takes_several(info: FieldInfo) -> bool:
-    return any(isinstance(m, ListOf) for m in info.metadata)
+    return find_mark(info, ListOf) is not None
 
 
-def _alternatives(annotation: Any) -> Iterator[Any]:
+def _parts(annotation: Any) -> Iterator[Any]:
+    """An annotation and all that it is made of."""
     yield annotation
-    yield from get_args(annotation)
+    for part in get_args(annotation):
+        yield from _parts(part)

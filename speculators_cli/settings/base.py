@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from enum import Enum
 from itertools import pairwise
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, get_args, get_origin
+from typing import Annotated, Any, ClassVar, Literal, TypeVar, get_args, get_origin
 
 from pydantic import (
     AfterValidator,
@@ -25,6 +25,7 @@ from pydantic_core import PydanticCustomError
 from speculators_cli.core.files import find_existing, replacing, write_json
 
 LARGEST = 2**63 - 1  # whole number of a setting
+Mark = TypeVar("Mark")
 
 
 @dataclass(frozen=True)
@@ -132,7 +133,7 @@ class SettingField:
     @property
     def positional(self) -> Positional | None:
         """How it is named, if it is set without a flag."""
-        return next((m for m in self.info.metadata if isinstance(m, Positional)), None)
+        return find_mark(self.info, Positional)
 
     @property
     def flag(self) -> str:
@@ -168,11 +169,17 @@ def _expand(value: object) -> object:
     return f"{Path.home()}{str(value)[1:]}" if is_below_home else value
 
 
+def find_mark(info: FieldInfo, kind: type[Mark]) -> Mark | None:
+    """The mark of a kind that a setting is annotated with, if any."""
+    return next((mark for mark in info.metadata if isinstance(mark, kind)), None)
+
+
 def choices_of(info: FieldInfo) -> tuple[str, ...]:
     """The values that a setting may have, where they are few."""
-    listed = next((m.choices for m in info.metadata if isinstance(m, ListOf)), None)
-    table = next((m.table for m in info.metadata if isinstance(m, KeyOf)), None)
-    return listed or tuple(table or ()) or tuple(map(str, _choices(info.annotation)))
+    listed, key = find_mark(info, ListOf), find_mark(info, KeyOf)
+    if listed and listed.choices:
+        return listed.choices
+    return tuple(key.table if key else ()) or tuple(map(str, _choices(info.annotation)))
 
 
 def _choices(annotation: Any) -> Iterator[object]:
@@ -183,17 +190,6 @@ def _choices(annotation: Any) -> Iterator[object]:
     else:
         for part in get_args(annotation):
             yield from _choices(part)
-
-
-def plain_types(annotation: Any) -> Iterator[type]:
-    """The types of the values that an annotation allows."""
-    if get_origin(annotation) is Literal:
-        yield from map(type, get_args(annotation))
-    elif get_args(annotation):
-        for part in get_args(annotation):
-            yield from plain_types(part)
-    else:
-        yield annotation
 
 
 def _printable(text: str) -> str:
@@ -314,6 +310,14 @@ Kernels = Annotated[
         "attention and noise on GPU; auto is fast where supported"
     ),
 ]
+TotalSeqLen = Annotated[int, Field(ge=2, description="Length of a packed sequence, in tokens")]
+MaxBadSamples = Annotated[
+    int | None,
+    Field(
+        ge=0,
+        description="Maximum number of invalid samples to leave out; default: 1% of the folder",
+    ),
+]
 LayerIdsSetting = Annotated[
     tuple[int, ...] | None, BeforeValidator(_split), AfterValidator(_check_layer_ids)
 ]
@@ -330,12 +334,12 @@ def changes_on_resume(old: Mapping[str, Any], new: Settings) -> list[Change]:
     current = new.model_dump(mode="json")
     changes = []
     for field in setting_fields(type(new)):
-        kind = next((m.change for m in field.info.metadata if isinstance(m, OnResume)), None)
+        mark = find_mark(field.info, OnResume)
         now = current[field.section][field.name]
         # A run begun before there was such a setting did what is now its default.
         before = old.get(field.section, {}).get(field.name, field.info.get_default())
         if MODEL_NAME in field.info.metadata and isinstance(before, str):
             before = _absolute(before)
-        if kind is not None and before != now:
-            changes.append(Change(field.flag, before, now, kind))
+        if mark is not None and before != now:
+            changes.append(Change(field.flag, before, now, mark.change))
     return changes

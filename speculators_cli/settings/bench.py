@@ -13,6 +13,7 @@ from speculators_cli.settings.base import (
     FormatVersion,
     Kernels,
     Settings,
+    TotalSeqLen,
     TrustRemoteCode,
 )
 from speculators_cli.settings.train import (
@@ -23,7 +24,6 @@ from speculators_cli.settings.train import (
     NumLayers,
     NumWorkers,
     PrefetchFactor,
-    TotalSeqLen,
 )
 
 Shape = Literal["smollm2-135m", "llama-3.1-8b", "llama-3.3-70b", "qwen3-8b", "qwen3-32b"]

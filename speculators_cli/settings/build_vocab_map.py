@@ -9,6 +9,7 @@ from speculators_cli.settings.base import (
     DataFormat,
     Folders,
     FormatVersion,
+    MaxBadSamples,
     Settings,
     TrustRemoteCode,
     missing_path,
@@ -31,11 +32,7 @@ class CountSettings(Settings):
     data_format: DataFormat = "auto"
     data_format_version: FormatVersion = 1
     all_tokens: bool = Field(False, description="Count all tokens, not only supervised ones")
-    max_bad_samples: int | None = Field(
-        None,
-        ge=0,
-        description="Maximum number of invalid samples to leave out; default: 1% of the folder",
-    )
+    max_bad_samples: MaxBadSamples = None
 
     @model_validator(mode="after")
     def _one_source_that_exists(self) -> Self:

@@ -5,7 +5,7 @@ from typing import Annotated
 
 from pydantic import Field
 
-from speculators_cli.settings.base import Folder, Positional, Settings, TrustRemoteCode
+from speculators_cli.settings.base import Folder, Positional, Settings, TotalSeqLen, TrustRemoteCode
 
 
 class InspectSettings(Settings):
@@ -34,7 +34,7 @@ class InspectSettings(Settings):
         min_length=1,
         description="Hub id or folder of the verifier, whose LM head is compared with the samples",
     )
-    total_seq_len: int = Field(8192, ge=2, description="Length of a packed sequence, in tokens")
+    total_seq_len: TotalSeqLen = 8192
     tokens_per_second: float = Field(
         120_000.0,
         gt=0,

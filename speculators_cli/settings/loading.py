@@ -141,10 +141,7 @@ def _shorten(value: object) -> str:
 def _describe_section(
     name: str, value: object, settings_class: type[Settings], config_file: Path | None
 ) -> tuple[str, str | None]:
-    section = settings_class.model_fields[name].annotation
-    assert isinstance(section, type), "a section is a settings class"
-    assert issubclass(section, Settings), "a section is a settings class"
-    example = next(iter(section.model_fields))
+    example = next(field.name for field in setting_fields(settings_class) if field.section == name)
     return (
         f"`{name}` in `{config_file}` must be a section of settings, got `{_shorten(value)}`",
         f"Write the settings below it, such as `{name}.{example}`",

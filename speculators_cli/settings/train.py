@@ -4,7 +4,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, Field, field_validator
+from pydantic import AfterValidator, Field, ValidationInfo, field_validator
 
 from speculators_cli.settings.algorithms import ALGORITHM_SETTINGS
 from speculators_cli.settings.algorithms.eagle3 import Eagle3Settings
@@ -21,7 +21,9 @@ from speculators_cli.settings.base import (
     KeyOf,
     LayerIdsSetting,
     ListOf,
+    MaxBadSamples,
     Settings,
+    TotalSeqLen,
     TrustRemoteCode,
     not_a_choice,
     path_error,
@@ -49,7 +51,6 @@ ArchSetting = Annotated[
     DraftArch, Field(description="Architecture of the draft model's decoder layers")
 ]
 NumLayers = Annotated[int, Field(ge=1, description="Number of decoder layers of the draft model")]
-TotalSeqLen = Annotated[int, Field(ge=2, description="Length of a packed sequence, in tokens")]
 NoiseStd = Annotated[
     float,
     Field(ge=0, description="Noise added to aux hidden states during training, uniform in [-x, x]"),
@@ -150,11 +151,7 @@ class DataSettings(Settings):
     noise_std: Annotated[NoiseStd, WARNED_ON_RESUME] = 0.05
     num_workers: NumWorkers = None
     prefetch_factor: PrefetchFactor = 2
-    max_bad_samples: int | None = Field(
-        None,
-        ge=0,
-        description="Maximum number of invalid samples to leave out; default: 1% of the folder",
-    )
+    max_bad_samples: MaxBadSamples = None
     check_samples: bool = Field(
         True,
         description="Check a few samples against the verifier's LM head before training; hidden "
@@ -202,15 +199,13 @@ class DraftSettings(Settings):
 
     @field_validator("d2t_path", "t2d_path")
     @classmethod
-    def _map_exists(cls, value: Path, info: object) -> Path:
-        known = getattr(info, "data", {})
-        is_needed = not known.get("full_vocab") and known.get("from_checkpoint") is None
-        if is_needed and value.is_dir():
-            inside = value / (
-                "d2t.npy" if getattr(info, "field_name", "") == "d2t_path" else "t2d.npy"
-            )
+    def _map_exists(cls, value: Path, info: ValidationInfo) -> Path:
+        if info.data.get("full_vocab") or info.data.get("from_checkpoint") is not None:
+            return value
+        if value.is_dir():
+            inside = value / ("d2t.npy" if info.field_name == "d2t_path" else "t2d.npy")
             raise path_error(value, "is a folder", hint=f"Pass the file in it, such as `{inside}`")
-        if is_needed and not value.is_file():
+        if not value.is_file():
             raise path_error(
                 value,
                 "does not exist",
