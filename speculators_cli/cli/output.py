@@ -26,6 +26,7 @@ from rich.text import Text
 from speculators_cli.core.errors import SpeculatorsError
 from speculators_cli.core.escaping import escape, escape_line, escape_message
 from speculators_cli.core.progress import StepReport, Task, ValidationReport
+from speculators_cli.core.training.place import is_first_rank
 
 SCHEMA_VERSION = 1
 
@@ -221,11 +222,6 @@ def format_duration(seconds: float) -> str:
     if hours:
         return f"{hours}h {minutes:02}m"
     return f"{minutes}m {rest:02}s" if minutes else f"{seconds:.1f}s"
-
-
-def is_first_rank() -> bool:
-    """Whether this process is the one of a run that writes its result."""
-    return (os.environ.get("RANK") or "0") == "0"
 
 
 def _rank_prefix() -> str:

@@ -9,8 +9,9 @@ from speculators_cli.cli.flags import Flag
 from speculators_cli.cli.imports import importing
 from speculators_cli.cli.launch import launch
 from speculators_cli.cli.options import with_settings
-from speculators_cli.cli.output import Output, format_duration, format_speed, is_first_rank
+from speculators_cli.cli.output import Output, format_duration, format_speed
 from speculators_cli.core.files import format_bytes
+from speculators_cli.core.training.place import is_first_rank
 from speculators_cli.settings.train import TrainSettings
 
 EXAMPLES = (

@@ -72,18 +72,14 @@ def _check_mode(mode: int, file: Path) -> None:
 
 
 @contextmanager
-def replacing(file: Path, *, within: Path | None = None) -> Iterator[Path]:
+def replacing(file: Path) -> Iterator[Path]:
     """Yield a path to write to, which replaces `file` atomically after the block.
-
-    Args:
-        file: May exist.
-        within: Folder on the same disk for the incomplete file; None: the folder of the file.
 
     Raises:
         MachineError: The disk is full or fails.
     """
     with disk_errors(file.parent):
-        temporary = _create_new(within or file.parent, file.name)
+        temporary = _create_new(file.parent, file.name)
         try:
             yield temporary
             temporary.replace(file)
@@ -104,19 +100,18 @@ def _create_new(folder: Path, name: str) -> Path:
 
 
 @contextmanager
-def disk_errors(folder: Path, *, num_bytes: int | None = None) -> Iterator[None]:
+def disk_errors(folder: Path) -> Iterator[None]:
     """Convert disk errors of the system to one with the folder and its free bytes.
 
     Args:
         folder: The folder being written to; may be missing.
-        num_bytes: Number of bytes about to be written, if known.
     """
     try:
         yield
     except OSError as error:
         if error.errno not in DISK_ERRORS:
             raise
-        raise disk_error(folder, str(error.strerror), num_bytes=num_bytes) from None
+        raise disk_error(folder, str(error.strerror)) from None
 
 
 def disk_error(folder: Path, reason: str, *, num_bytes: int | None = None) -> MachineError:

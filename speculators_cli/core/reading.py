@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 MAX_JSON_BYTES = 64 * 2**20  # the largest index.json and tokenizer.json have a few dozen MB
 MAX_HEADER_BYTES = 100_000_000  # of a safetensors file, as in its library
+HEAD_BYTES = 4096  # searched for common placeholders
 DOWNLOAD_AGAIN = "Download it again"
 
 
@@ -165,7 +166,7 @@ def check_content(file: Path, *, fix: str = DOWNLOAD_AGAIN) -> None:
         UnreadableError: It is missing, empty, filled with zeros, an LFS pointer or a web page.
     """
     with opening(file) as descriptor:
-        _check_content(file, os.pread(descriptor, 4096, 0), fix)
+        _check_content(file, os.pread(descriptor, HEAD_BYTES, 0), fix)
 
 
 def _check_content(file: Path, head: bytes, fix: str) -> None:
@@ -245,11 +246,11 @@ def open_safetensors(file: Path, *, fix: str = DOWNLOAD_AGAIN) -> Iterator[Tenso
     """
     from safetensors import SafetensorError, safe_open
 
-    check_content(file, fix=fix)
     with opening(file) as descriptor:
-        num_bytes, length = os.fstat(descriptor).st_size, os.pread(descriptor, 8, 0)
-    header_bytes = int.from_bytes(length, "little")
-    if len(length) < 8 or header_bytes > MAX_HEADER_BYTES:
+        num_bytes, head = os.fstat(descriptor).st_size, os.pread(descriptor, HEAD_BYTES, 0)
+    _check_content(file, head, fix)
+    header_bytes = int.from_bytes(head[:8], "little")
+    if len(head) < 8 or header_bytes > MAX_HEADER_BYTES:
         raise UnreadableError(file, "is not a safetensors file: it has no header", hint=fix)
     if 8 + header_bytes > num_bytes:
         reason = f"is truncated: it has {num_bytes:,} bytes, fewer than its header"
@@ -257,7 +258,7 @@ def open_safetensors(file: Path, *, fix: str = DOWNLOAD_AGAIN) -> Iterator[Tenso
     try:
         with opening(file) as descriptor:
             content = safe_open(_utf8_name(file, descriptor), framework="pt")
-    except (SafetensorError, OSError) as error:
+    except SafetensorError as error:
         reason = _first_line(error)
         if "not fully covered" in reason:
             reason = f"is truncated or damaged: its header does not match {num_bytes:,} bytes"

@@ -62,12 +62,10 @@ def build_trainer(
     optimizer = Optimizer(draft, settings.optimizer, use_fast_kernels=draft.use_fast_kernels)
     if start.is_resumed:
         checkpoint = start.checkpoint
-        tensors = checkpoint.read_tensors() if checkpoint else {}
-        frozen = draft.frozen_tensors()
         restore(
             draft,
             optimizer.adamw,
-            weights={name: tensor for name, tensor in tensors.items() if name not in frozen},
+            weights=checkpoint.read_tensors() if checkpoint else {},
             moments=checkpoint.read_trainer_tensors() if checkpoint else {},
         )
         optimizer.num_skipped.fill_(start.state.num_skipped_steps)

@@ -1,5 +1,6 @@
 """The rank of this process, read from the environment variables of the launcher."""
 
+import os
 import re
 from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass
@@ -76,6 +77,11 @@ def adopt_slurm(environment: MutableMapping[str, str]) -> bool:
     }
     environment.update({name: environment.get(name) or value for name, value in values.items()})
     return True
+
+
+def is_first_rank() -> bool:
+    """Whether this process writes the result of its run; also valid before ranks connect."""
+    return (os.environ.get("RANK") or "0") == "0"
 
 
 def first_host(nodes: str) -> str:

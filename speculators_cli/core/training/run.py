@@ -10,13 +10,13 @@ import torch
 from speculators_cli.core.data.data_config import LayerIds
 from speculators_cli.core.errors import MachineError, SpeculatorsError
 from speculators_cli.core.files import check_output_dir, format_bytes
-from speculators_cli.core.progress import SILENT, Progress, SilentProgress
+from speculators_cli.core.progress import SILENT, Progress
 from speculators_cli.core.signals import StopSignals
 from speculators_cli.core.training.build import build_trainer
 from speculators_cli.core.training.distributed import Ranks, end_process, start_ranks
 from speculators_cli.core.training.inputs import Inputs, read_inputs
 from speculators_cli.core.training.loggers import SafeLogger, build_loggers
-from speculators_cli.core.training.place import adopt_slurm
+from speculators_cli.core.training.place import adopt_slurm, is_first_rank
 from speculators_cli.core.training.report import TrainReport
 from speculators_cli.core.training.resume import Start, find_start
 from speculators_cli.core.training.run_end import RunEnd, recording_end
@@ -55,20 +55,21 @@ def train(
     check_output_dir(settings.run.save_path, flag="--save-path")
     if settings.run.logger_names:
         check_output_dir(settings.run.log_dir, flag="--log-dir")
-    if is_recorded(dry_run=dry_run):
+    is_recorded = not dry_run and is_first_rank()
+    if is_recorded:
         check_place(settings)
     end = RunEnd(settings.run.save_path)
+    record = end.write if is_recorded else forget
 
     def end_now(error: SpeculatorsError) -> None:
-        if is_recorded(dry_run=dry_run):
-            with suppress(OSError, SpeculatorsError):
-                end.write(error)
+        with suppress(OSError, SpeculatorsError):
+            record(error)
         speaker.error(error)
         end_process(error)
 
     speaker = progress
     with (
-        recording_end(end.write if is_recorded(dry_run=dry_run) else forget),
+        recording_end(record),
         StopSignals() as signals,
         start_ranks(
             settings.distributed.device,
@@ -77,7 +78,7 @@ def train(
             end=end_now,
         ) as ranks,
     ):
-        progress = progress if ranks.is_first else SilentProgress()
+        progress = progress if ranks.is_first else SILENT
         index_file = None if dry_run else settings.run.save_path / INDEX_NAME
         settings, source = ranks.first_then_others("draft", lambda: read_warm_start(settings))
         inputs = ranks.first_then_others(
@@ -119,11 +120,6 @@ def train(
             if folder is not None:
                 folder.write_result({**report.to_json(), "exit_code": 0})
             return report
-
-
-def is_recorded(*, dry_run: bool) -> bool:
-    """Whether this process records the end of the run; also valid before ranks are connected."""
-    return not dry_run and (os.environ.get("RANK") or "0") == "0"
 
 
 def forget(_error: SpeculatorsError) -> None:

@@ -15,8 +15,7 @@ from speculators_cli.core.errors import (
 )
 from speculators_cli.core.files import locking, replacing, write_json
 from speculators_cli.core.signals import Interrupted
-
-RESULT_NAME = "result.json"
+from speculators_cli.core.training.save_path import LOCK_NAME, RESULT_NAME
 
 
 @contextmanager
@@ -74,7 +73,7 @@ class RunEnd:
             if isinstance(error, DataError | CheckpointError) and not self.save_path.exists():
                 return
             self.save_path.mkdir(parents=True, exist_ok=True)
-        lock = locking(self.save_path / "run.lock", in_use=lambda _: error)
+        lock = locking(self.save_path / LOCK_NAME, in_use=lambda _: error)
         with (
             nullcontext() if self.is_locked else lock,
             replacing(self.save_path / RESULT_NAME) as temporary,

@@ -42,14 +42,14 @@ from speculators_cli.core.files import (
 from speculators_cli.core.models.repo_files import CONFIG_NAME, WEIGHTS_NAME
 from speculators_cli.core.models.train_state import TrainState, is_checkpoint_name
 from speculators_cli.core.scratch import remove
-from speculators_cli.core.training.run_end import RESULT_NAME
 from speculators_cli.core.training.save_path import (
-    INDEX_NAME,
     LOCK_NAME,
     METRICS_NAME,
+    RESULT_NAME,
     SETTINGS_NAME,
     check_save_path,
     remove_leftovers,
+    scratch_move,
     scratch_of,
 )
 
@@ -101,11 +101,6 @@ class RunFolder:
     def settings_file(self) -> Path:
         """All settings of the run, defaults included."""
         return self.save_path / SETTINGS_NAME
-
-    @property
-    def index_file(self) -> Path:
-        """Headers of the samples, for the next scan of them."""
-        return self.save_path / INDEX_NAME
 
     @classmethod
     @contextmanager
@@ -236,9 +231,7 @@ class RunFolder:
         if not is_checkpoint_name(folder.name) or find_foreign(folder) is not None:
             return
         # Renamed first: a partly removed folder must not look like a checkpoint.
-        removed = self.scratch.open() / f"removed-{folder.name}"
-        folder.rename(removed)
-        remove(removed)
+        remove(scratch_move(self.scratch, folder))
 
 
 def choose_latest(

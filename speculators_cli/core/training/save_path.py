@@ -20,10 +20,9 @@ from speculators_cli.core.files import TEMPORARY
 from speculators_cli.core.models.repo_files import CONFIG_NAME
 from speculators_cli.core.models.train_state import is_checkpoint_name
 from speculators_cli.core.scratch import Scratch, remove
-from speculators_cli.core.training.run_end import RESULT_NAME
 
 LOCK_NAME, INDEX_NAME = "run.lock", "data_index.json"
-SETTINGS_NAME, METRICS_NAME = "settings.json", "metrics.jsonl"
+SETTINGS_NAME, METRICS_NAME, RESULT_NAME = "settings.json", "metrics.jsonl", "result.json"
 # How each record of a run begins. An empty file can be replaced without loss.
 RECORDS = {
     LOCK_NAME: rb'\{"pid": \d+, "host": ',
