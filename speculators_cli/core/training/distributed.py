@@ -141,6 +141,7 @@ def start_ranks(
     *,
     signals: StopSignals | None = None,
     end: Callable[[SpeculatorsError], None] = end_process,
+    is_slurm: bool = False,
 ) -> Iterator[Ranks]:
     """Determine the rank and its device; the process group is destroyed at a clean end.
 
@@ -149,12 +150,13 @@ def start_ranks(
         timeout_seconds: Of collectives.
         signals: Used to stop the run if its launcher has exited.
         end: Reports an error and ends the process, from threads that cannot raise it.
+        is_slurm: Whether the caller has adopted the variables of a Slurm task already.
 
     Raises:
         SettingsError: The environment variables are inconsistent.
         LostRanksError: Other ranks failed, died or hang.
     """
-    is_slurm = adopt_slurm(os.environ)
+    is_slurm = adopt_slurm(os.environ) or is_slurm
     place = read_place(os.environ)
     if place.num_ranks == 1:
         yield Ranks(0, 1, 0, 1, _choose_device(device, 0), None)

@@ -51,7 +51,7 @@ def train(
         StoppedError: A signal stopped the run; its state is saved, if there is one.
     """
     started_at = time.perf_counter()
-    adopt_slurm(os.environ)
+    is_slurm = adopt_slurm(os.environ)
     check_output_dir(settings.run.save_path, flag="--save-path")
     if settings.run.logger_names:
         check_output_dir(settings.run.log_dir, flag="--log-dir")
@@ -76,6 +76,7 @@ def train(
             settings.distributed.timeout_seconds,
             signals=signals,
             end=end_now,
+            is_slurm=is_slurm,
         ) as ranks,
     ):
         progress = progress if ranks.is_first else SILENT

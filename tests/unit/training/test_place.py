@@ -1,9 +1,18 @@
 """What launchers and schedulers leave in the environment."""
 
-import pytest
+import os
+from contextlib import nullcontext
+from types import SimpleNamespace
+from typing import Any
 
-from speculators_cli.core.errors import SettingsError
+import pytest
+import torch
+
+from speculators_cli.core.errors import MachineError, SettingsError
+from speculators_cli.core.training import distributed
 from speculators_cli.core.training.place import Place, adopt_slurm, first_host, read_place
+from speculators_cli.core.training.run import train
+from tests.tiny_run import TinyInputs
 
 TORCHRUN = {
     "RANK": "5",
@@ -108,6 +117,30 @@ def test_slurm_without_a_step_of_several_tasks_is_left_alone(change: dict[str, s
     adopt_slurm(environment)
 
     assert read_place(environment) == Place()
+
+
+@pytest.mark.parametrize(("num_gpus", "device"), [(1, "cuda:0"), (3, "cuda:1")])
+def test_a_task_of_slurm_may_see_its_own_gpu_alone(
+    num_gpus: int, device: str, tiny: TinyInputs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    watch = SimpleNamespace(watching=nullcontext, store=None)
+    chosen: list[torch.device] = []
+
+    def stop_at(**fields: Any) -> None:
+        chosen.append(fields["device"])
+        raise MachineError("far enough")
+
+    monkeypatch.setattr(os, "environ", {**os.environ, **SRUN, "RANK": ""})
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: num_gpus)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda _: None)
+    monkeypatch.setattr(torch, "set_num_threads", lambda _: None)
+    monkeypatch.setattr(distributed, "RankWatch", lambda *_, **__: watch)
+    monkeypatch.setattr(distributed, "Ranks", stop_at)
+
+    with pytest.raises(MachineError, match="far enough"):
+        train(tiny.settings(distributed={"device": "cuda"}))
+
+    assert chosen == [torch.device(device)]
 
 
 def test_what_is_set_wins_over_slurm() -> None:
