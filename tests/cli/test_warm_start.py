@@ -1,6 +1,7 @@
 """`speculators train --from-checkpoint` as the user types it."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,7 +17,8 @@ Capture = pytest.CaptureFixture[str]
 
 
 def train(tiny: TinyInputs, name: str, *flags: str, **changes: object) -> int:
-    return run(["train", *tiny.flags(save_path=tiny.folder / name, **changes), *flags])
+    given = {"verifier_name_or_path": tiny.verifier_dir.resolve(), **changes}
+    return run(["train", *tiny.flags(save_path=tiny.folder / name, **given), *flags])
 
 
 def losses(save_path: Path) -> list[float]:
@@ -24,12 +26,19 @@ def losses(save_path: Path) -> list[float]:
     return [line["loss"] for line in lines]
 
 
-@pytest.fixture
-def trained(tiny: TinyInputs) -> Path:
-    """A trained draft of another shape than the default."""
+@pytest.fixture(scope="module")
+def trained_once(shared_inputs: TinyInputs, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A trained draft of another shape than the default; nothing may be written into it."""
+    own = shared_inputs.flags(save_path=tmp_path_factory.mktemp("run") / "first")
     flags = ("--num-layers", "2", "--draft-arch", "qwen3", "--no-norm-before-residual")
-    assert train(tiny, "first", "--norm-output", *flags) == 0
-    return tiny.folder / "first"
+    assert run(["train", *own, "--norm-output", *flags]) == 0
+    return Path(own[own.index("--save-path") + 1])
+
+
+@pytest.fixture
+def trained(trained_once: Path, tiny: TinyInputs) -> Path:
+    """A copy of it beside the tiny inputs."""
+    return Path(shutil.copytree(trained_once, tiny.folder / "first", symlinks=True))
 
 
 @pytest.mark.parametrize("kind", ["save path", "epoch", "export"])

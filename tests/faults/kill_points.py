@@ -129,10 +129,21 @@ class Job:
     def prepare(self, folder: Path) -> None:
         """What is there before the job."""
 
+    def trained_before(self, name: str, **run: int) -> Path:
+        """The save path of a run that no kill disturbs, made once."""
+        path = self.inputs.folder / name
+        if not path.exists():
+            settings = self.inputs.settings(run={"save_path": path, **run}, data={"num_workers": 0})
+            assert wait(fork(lambda: train(settings, progress=SilentProgress()), path)) == 0
+        return path
+
     def work(self, folder: Path) -> Callable[[], object]:
         """The job, as it is started first."""
+        return self._train(folder)
+
+    def _train(self, folder: Path, *, resume: bool = True) -> Callable[[], object]:
         settings = self.inputs.settings(
-            run={"save_path": folder, "epochs": 2},
+            run={"save_path": folder, "epochs": 2, "resume_from_checkpoint": resume},
             checkpoints={"checkpoint_every_steps": 1, "keep_checkpoints": 1},
             data={"num_workers": 0, "total_seq_len": 256},
             distributed={"device": "cpu", "timeout_seconds": 20},
@@ -192,12 +203,7 @@ class Over(Job):
     """Train over an old run."""
 
     def prepare(self, folder: Path) -> None:
-        old = self.inputs.folder / "old"
-        if not old.exists():
-            settings = self.inputs.settings(
-                run={"save_path": old, "epochs": 2, "seed": 1}, data={"num_workers": 0}
-            )
-            assert wait(fork(lambda: train(settings, progress=SilentProgress()), old)) == 0
+        old = self.trained_before("old", epochs=2, seed=1)
         shutil.copytree(old, folder, symlinks=True)
 
     def work(self, folder: Path) -> Callable[[], object]:
@@ -214,14 +220,6 @@ class Over(Job):
         if found[-1].state.generation == 1:
             assert [c.folder.name for c in found] == ["0", "1"], "the old run went too early"
 
-    def _train(self, folder: Path, *, resume: bool) -> Callable[[], object]:
-        settings = self.inputs.settings(
-            run={"save_path": folder, "epochs": 2, "resume_from_checkpoint": resume},
-            checkpoints={"checkpoint_every_steps": 1, "keep_checkpoints": 1},
-            data={"num_workers": 0, "total_seq_len": 256},
-        )
-        return lambda: train(settings, progress=SilentProgress())
-
 
 class TwoRanks(Job):
     """Train on two ranks."""
@@ -233,12 +231,7 @@ class Export(Job):
     """Export a checkpoint, over an older export."""
 
     def prepare(self, folder: Path) -> None:
-        source = self.inputs.folder / "source"
-        if not source.exists():
-            settings = self.inputs.settings(
-                run={"save_path": source, "epochs": 1}, data={"num_workers": 0}
-            )
-            assert wait(fork(lambda: train(settings, progress=SilentProgress()), source)) == 0
+        self.trained_before("source", epochs=1)
         folder.mkdir()
 
     def work(self, folder: Path) -> Callable[[], object]:

@@ -7,6 +7,7 @@ import subprocess
 import time
 from concurrent.futures import ThreadPoolExecutor
 from itertools import count
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -37,11 +38,8 @@ class Signaller(SilentProgress):
 
 @pytest.mark.parametrize("number", STOP_SIGNALS)
 def test_a_signal_saves_and_the_next_run_goes_on_as_if_there_was_none(
-    tiny: TinyInputs, number: signal.Signals
+    tiny: TinyInputs, trained_once: Path, number: signal.Signals
 ) -> None:
-    whole = tiny.settings(run={"save_path": tiny.folder / "whole"})
-    train(whole, progress=SilentProgress())
-
     with pytest.raises(StoppedError) as stopped:
         train(tiny.settings(), progress=Signaller(number, step=3))
     saved = find_checkpoints(tiny.save_path)
@@ -49,7 +47,7 @@ def test_a_signal_saves_and_the_next_run_goes_on_as_if_there_was_none(
 
     assert stopped.value.exit_code == 128 + number
     assert [(c.folder.name, c.state.step) for c in saved] == [("step-3", 3)]
-    ends = [find_checkpoints(path)[-1] for path in (tiny.save_path, tiny.folder / "whole")]
+    ends = [find_checkpoints(path)[-1] for path in (tiny.save_path, trained_once)]
     weights, expected = (end.read_tensors() for end in ends)
     assert all(torch.equal(weights[name], tensor) for name, tensor in expected.items())
 

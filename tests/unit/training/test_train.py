@@ -59,11 +59,9 @@ def test_training_lowers_the_loss_and_raises_the_acceptance(tiny: TinyInputs) ->
     assert report.acceptance_length == val[-1]["acceptance_length"]
 
 
-def test_each_epoch_leaves_a_checkpoint_in_the_speculators_format(tiny: TinyInputs) -> None:
-    run(tiny)
-
+def test_each_epoch_leaves_a_checkpoint_in_the_speculators_format(trained_once: Path) -> None:
     for epoch in (0, 1):
-        folder = tiny.save_path / str(epoch)
+        folder = trained_once / str(epoch)
         assert [f.name for f in folder.glob("*.safetensors")] == ["model.safetensors"]
         tensors = load_file(folder / "model.safetensors")
         layer = "layers.0."
@@ -88,12 +86,10 @@ def test_each_epoch_leaves_a_checkpoint_in_the_speculators_format(tiny: TinyInpu
         assert config["producer"]["name"] == "speculators-cli"
 
 
-def test_the_verifier_does_not_move_and_the_head_does(tiny: TinyInputs) -> None:
+def test_the_verifier_does_not_move_and_the_head_does(trained: TinyInputs) -> None:
     # Trap: a head that is silently frozen.
-    run(tiny)
-
-    verifier = load_file(tiny.verifier_dir / "model.safetensors")
-    draft = load_file(tiny.save_path / "1" / "model.safetensors")
+    verifier = load_file(trained.verifier_dir / "model.safetensors")
+    draft = load_file(trained.save_path / "1" / "model.safetensors")
     kept = torch.arange(0, VOCAB, 2)
     assert torch.equal(draft["embed_tokens.weight"], verifier["model.embed_tokens.weight"])
     assert not torch.equal(draft["lm_head.weight"], verifier["lm_head.weight"][kept])
@@ -162,14 +158,13 @@ def test_resuming_after_an_epoch_equals_going_on(tiny: TinyInputs, tmp_path: Pat
     assert any("epochs" in line for line in messages.warnings)
 
 
-def test_running_a_finished_run_again_changes_nothing(tiny: TinyInputs) -> None:
-    run(tiny)
-    before = all_tensors(tiny.save_path / "1")
+def test_running_a_finished_run_again_changes_nothing(trained: TinyInputs) -> None:
+    before = all_tensors(trained.save_path / "1")
 
-    report = run(tiny)
+    report = run(trained)
 
     assert report.was_already_finished
-    after = all_tensors(tiny.save_path / "1")
+    after = all_tensors(trained.save_path / "1")
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 
