@@ -233,7 +233,7 @@ class Tensors:
         try:
             return read(name)
         except (SafetensorError, TypeError, AttributeError, KeyError, RuntimeError) as error:
-            reason = f"has a tensor `{name}` that cannot be read: {_first_line(error)}"
+            reason = f"has a tensor `{name}` that cannot be read: {first_line(error)}"
             raise UnreadableError(self.file, reason, hint=self._fix) from None
 
 
@@ -259,7 +259,7 @@ def open_safetensors(file: Path, *, fix: str = DOWNLOAD_AGAIN) -> Iterator[Tenso
         with opening(file) as descriptor:
             content = safe_open(_utf8_name(file, descriptor), framework="pt")
     except SafetensorError as error:
-        reason = _first_line(error)
+        reason = first_line(error)
         if "not fully covered" in reason:
             reason = f"is truncated or damaged: its header does not match {num_bytes:,} bytes"
         else:
@@ -292,7 +292,7 @@ def read_npy(file: Path, *, fix: str = DOWNLOAD_AGAIN) -> "NDArray[np.generic]":
             # Mapped first: fails if the header claims more data than the file has.
             return np.array(np.lib.format.open_memmap(file, mode="r"))
     except (ValueError, ArithmeticError, OSError, SyntaxError, TokenError, TypeError) as error:
-        reason = _first_line(error)
+        reason = first_line(error)
         if "mmap length" in reason:
             reason = "is truncated: it has less data than its header claims"
         else:
@@ -300,7 +300,8 @@ def read_npy(file: Path, *, fix: str = DOWNLOAD_AGAIN) -> "NDArray[np.generic]":
         raise UnreadableError(file, reason, hint=fix) from None
 
 
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message, shortened; the name of its class if it has none."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
 
 

@@ -75,9 +75,10 @@ class Agreement:
 
 def spread(
     positions: Tensor,  # [positions], int64
+    most: int = MAX_POSITIONS,
 ) -> Tensor:
-    """Select at most `MAX_POSITIONS` positions, evenly spaced."""
-    keep = torch.linspace(0, len(positions) - 1, min(len(positions), MAX_POSITIONS)).long()
+    """Select at most `most` positions, evenly spaced."""
+    keep = torch.linspace(0, len(positions) - 1, min(len(positions), most)).long()
     return positions[keep]
 
 
@@ -165,14 +166,11 @@ def looks_normed(verifier: FrozenVerifier, sample: Sample) -> bool:
 
     Divided by the norm weights, a normed state has a root mean square of one at every token.
     """
-    rows = torch.linspace(
-        0, sample.num_tokens - 1, min(sample.num_tokens, NUM_SCALE_POSITIONS)
-    ).long()
+    rows = spread(torch.arange(sample.num_tokens), NUM_SCALE_POSITIONS)
     states = sample.last_hidden_states[rows].float()
     weight = verifier.norm_weight.to(states.device)
-    bias = getattr(verifier, "norm_bias", None)
-    if bias is not None:
-        states = states - bias.to(states.device)
+    if verifier.norm_bias is not None:
+        states = states - verifier.norm_bias.to(states.device)
     used = weight != 0
     scale = (states[:, used] / weight[used]).pow(2).mean(-1).sqrt()
     return bool(((scale - 1).abs() < SCALE_ERROR).all())

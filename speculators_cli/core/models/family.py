@@ -2,7 +2,7 @@
 
 import copy
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -157,7 +157,7 @@ def read_family(name: str, content: Mapping[str, Any], *, trust_remote_code: boo
         SettingsError: The content does not describe a model.
     """
     _check_sizes(name, content)
-    kept: dict[str, Any] = _without_unused(content)
+    kept = _without(content, UNUSED_KEYS)
     kind = str(kept.get("model_type"))
     left_out: frozenset[str] = frozenset()
     config, problem = None, None
@@ -197,14 +197,6 @@ def _parts(content: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
             yield from _parts(value)
 
 
-def _without_unused(content: Mapping[str, Any]) -> dict[str, Any]:
-    return {
-        key: _without_unused(value) if isinstance(value, dict) else value
-        for key, value in content.items()
-        if key not in UNUSED_KEYS
-    }
-
-
 def _repair(config_class: Any, content: dict[str, Any]) -> tuple[PreTrainedConfig, frozenset[str]]:
     """Build the config, without keys that its class rejects and that are not needed."""
     left_out: set[str] = set()
@@ -232,7 +224,7 @@ def _find_refused(message: str, content: Mapping[str, Any]) -> set[str]:
     )
 
 
-def _without(content: Mapping[str, Any], keys: set[str]) -> dict[str, Any]:
+def _without(content: Mapping[str, Any], keys: Collection[str]) -> dict[str, Any]:
     return {
         key: _without(value, keys) if isinstance(value, dict) else value
         for key, value in content.items()

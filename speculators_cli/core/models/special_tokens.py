@@ -3,9 +3,9 @@
 from contextlib import suppress
 
 from speculators_cli.core.errors import MachineError, SettingsError, SpeculatorsError
-from speculators_cli.core.models.family import read_family
 from speculators_cli.core.models.repo_files import CONFIG_NAME, RepoFiles
 from speculators_cli.core.models.tokenizer import load_tokenizer
+from speculators_cli.core.models.verifier_shape import open_family
 
 GENERATION_CONFIG_NAME = "generation_config.json"
 
@@ -34,8 +34,7 @@ def find_special_ids(
 
 def _read_end_ids(files: RepoFiles, *, trust_remote_code: bool) -> set[int]:
     # The class of a config may be strict, or not exist in transformers.
-    content = files.read_json(CONFIG_NAME)
-    family = read_family(files.name_or_path, content, trust_remote_code=trust_remote_code)
+    family = open_family(files, trust_remote_code=trust_remote_code)
     ids = _as_set(family.value("eos_token_id"), CONFIG_NAME)
     with suppress(MachineError):  # not every verifier has one, and it may not be available offline
         if files.find(GENERATION_CONFIG_NAME) is not None:

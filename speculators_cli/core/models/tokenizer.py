@@ -8,7 +8,7 @@ from transformers.utils import logging
 
 from speculators_cli.core.errors import SpeculatorsError
 from speculators_cli.core.models.repo_files import RepoFiles
-from speculators_cli.core.reading import read_json_object, refusing
+from speculators_cli.core.reading import first_line, read_json_object, refusing
 
 CONFIG_NAME = "tokenizer_config.json"
 # Those of a folder are checked here; those of the hub were checked on download.
@@ -53,7 +53,7 @@ def _check_local(files: RepoFiles) -> None:
 
 
 def _explain(files: RepoFiles, error: Exception) -> SpeculatorsError:
-    reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
+    reason = first_line(error)
     package = re.search(r"pip install ['`\"]?([A-Za-z][\w.\-]*)", str(error))
     if "custom code" in str(error) or "trust_remote_code" in str(error):
         reason = "it requires custom code"

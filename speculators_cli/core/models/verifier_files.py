@@ -3,6 +3,7 @@
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import takewhile
 
 from speculators_cli.core.errors import SettingsError
@@ -22,8 +23,8 @@ _NORMS = (
     "norm", "final_layernorm", "norm_f", "ln_f", "embedding_norm", "final_layer_norm", "final_norm"
 )  # fmt: skip
 _HEADS = ("lm_head", "embed_out", "output_projection", "output", "unembed", "head")
-# Suffixes of the tensors of a quantised weight.
-QUANTISED_ENDINGS = (".weight_packed", ".qweight", ".weight_blocks", ".blocks")
+# Suffixes of the tensor of a weight; all but the first are of a quantised one.
+_WEIGHT_ENDINGS = (".weight", ".weight_packed", ".qweight", ".weight_blocks", ".blocks")
 
 
 @dataclass(frozen=True)
@@ -95,19 +96,23 @@ class VerifierFiles(RepoFiles):
     def find_stored(self, name: str) -> str:
         """Return the stored name of a weight, which may be quantised."""
         stem = name.removesuffix(".weight")
-        stored = (stem + ending for ending in (".weight", *QUANTISED_ENDINGS))
+        stored = (stem + ending for ending in _WEIGHT_ENDINGS)
         return next((x for x in stored if x in self.weight_map), name)
+
+    @cached_property
+    def _stems(self) -> frozenset[str]:
+        """Names of the text model's modules that have a weight."""
+        return frozenset(
+            name.removesuffix(ending)
+            for name in self.weight_map
+            for ending in _WEIGHT_ENDINGS
+            if name.endswith(ending) and not _SIDE_PARTS.search(name)
+        )
 
     def _find(self, modules: Iterable[str]) -> str | None:
         """Return the weight of the first of these modules that the text model has."""
-        stems = {
-            name.removesuffix(ending)
-            for name in self.weight_map
-            for ending in (".weight", *QUANTISED_ENDINGS)
-            if name.endswith(ending) and not _SIDE_PARTS.search(name)
-        }
         for module in modules:
-            found = [s for s in stems if s == module or s.endswith(f".{module}")]
+            found = [s for s in self._stems if s == module or s.endswith(f".{module}")]
             if found:
                 return min(found, key=lambda s: (len(s), s)) + ".weight"
         return None

@@ -6,7 +6,7 @@ from typing import Any
 
 from speculators_cli.core.errors import SettingsError
 from speculators_cli.core.models.family import Family, read_family
-from speculators_cli.core.models.repo_files import CONFIG_NAME
+from speculators_cli.core.models.repo_files import CONFIG_NAME, RepoFiles
 from speculators_cli.core.models.rope import choose_rope
 from speculators_cli.core.models.verifier_files import VerifierFiles
 
@@ -55,7 +55,7 @@ def hint_of(family: Family) -> str:
     return "Choose a verifier of a family in `docs/reference/verifiers.md`"
 
 
-def open_family(files: VerifierFiles, *, trust_remote_code: bool) -> Family:
+def open_family(files: RepoFiles, *, trust_remote_code: bool) -> Family:
     """Read config.json.
 
     Raises:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from speculators_cli.core.algorithms.algorithm import Algorithm
-from speculators_cli.core.algorithms.eagle3.config import Eagle3Config
+from speculators_cli.core.algorithms.eagle3.config import SWITCHES, Eagle3Config
 from speculators_cli.core.algorithms.eagle3.config_reader import (
     find_assumed,
     has_plain_layers,
@@ -16,7 +16,7 @@ from speculators_cli.core.algorithms.eagle3.config_reader import (
     read_draft_config,
     ties_head,
 )
-from speculators_cli.core.algorithms.eagle3.contract import FORMATS, SWITCHES
+from speculators_cli.core.algorithms.eagle3.contract import FORMATS
 from speculators_cli.core.algorithms.eagle3.cost import Eagle3Cost
 from speculators_cli.core.algorithms.eagle3.draft import Eagle3Draft
 from speculators_cli.core.algorithms.eagle3.drafter import Eagle3Drafter

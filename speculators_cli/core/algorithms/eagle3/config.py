@@ -5,6 +5,8 @@ from typing import Any, ClassVar, Self
 
 from speculators_cli.core.algorithms.draft_config import DraftConfig
 
+SWITCHES = ("norm_before_residual", "norm_before_fc", "fc_norm", "norm_output")
+
 
 @dataclass(frozen=True, kw_only=True)
 class Eagle3Config(DraftConfig):

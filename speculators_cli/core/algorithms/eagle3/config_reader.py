@@ -11,7 +11,7 @@ from speculators_cli.core.algorithms.draft_config import (
     DraftConfig,
     is_speculators,
 )
-from speculators_cli.core.algorithms.eagle3.config import Eagle3Config
+from speculators_cli.core.algorithms.eagle3.config import SWITCHES, Eagle3Config
 from speculators_cli.core.algorithms.overrides import Overrides
 from speculators_cli.core.data.data_config import default_layer_ids
 from speculators_cli.core.errors import CheckpointError
@@ -23,8 +23,7 @@ PLAIN_ARCHITECTURES = ("LlamaForCausalLMEagle3", "Eagle3LlamaForCausalLM")
 LLAMA_LAYERS = ("llama", "mistral", "qwen2", "phi3")
 DEFAULT_NUM_TOKENS = 3  # if config.json has no number of draft tokens
 CONVERT_HINT = "Train it again with `speculators train`"
-FLAGS = ("norm_before_residual", "norm_before_fc", "fc_norm", "norm_output")
-_IDS = "eagle_aux_hidden_state_layer_ids"
+_IDS = Eagle3Config.layer_ids_key
 # Values that no tensor determines, and for which engines have a default.
 _UNSEEN = ("rms_norm_eps", "max_position_embeddings")
 _THETA_KEYS = ("rope_theta", "rotary_emb_base")
@@ -33,7 +32,7 @@ _THETA_KEYS = ("rope_theta", "rotary_emb_base")
 def is_eagle3(content: Mapping[str, Any]) -> bool:
     """Whether the content of a config.json is of an EAGLE-3 draft, speculators or plain."""
     if is_speculators(content):
-        return bool(content["speculators_model_type"] == "eagle3")
+        return bool(content["speculators_model_type"] == Eagle3Config.algorithm)
     return has_plain_layers(content) or "draft_vocab_size" in content
 
 
@@ -67,7 +66,7 @@ def has_plain_layers(content: Mapping[str, Any]) -> bool:
 
 def find_assumed(content: Mapping[str, Any], config: DraftConfig) -> dict[str, Any]:
     """Values missing from config.json that no tensor determines, with their defaults."""
-    layers = content["transformer_layer_config"] if is_speculators(content) else content
+    layers = _layers_of(content)
     found = {key: getattr(config, key) for key in _UNSEEN if layers.get(key) is None}
     rope = layers.get("rope_scaling") or layers.get("rope_parameters") or {}
     if all(x is None for x in (rope.get("rope_theta"), *map(layers.get, _THETA_KEYS))):
@@ -77,8 +76,13 @@ def find_assumed(content: Mapping[str, Any], config: DraftConfig) -> dict[str, A
 
 def ties_head(content: Mapping[str, Any], name: str) -> bool:
     """Whether a config.json ties the LM head to the embedding."""
-    layers = content["transformer_layer_config"] if is_speculators(content) else content
+    layers = _layers_of(content)
     return any(Values(part, name).switch("tie_word_embeddings") for part in (content, layers))
+
+
+def _layers_of(content: Mapping[str, Any]) -> Any:
+    """The part of a config.json that describes the decoder layers."""
+    return content["transformer_layer_config"] if is_speculators(content) else content
 
 
 def _from_speculators(values: Values, overrides: Overrides) -> Eagle3Config:
@@ -90,7 +94,7 @@ def _from_speculators(values: Values, overrides: Overrides) -> Eagle3Config:
     speculators = values.part("speculators_config")
     verifier = speculators.part("verifier")
     method = speculators.first_part("proposal_methods")
-    flags = {key: values.switch(key) or False for key in FLAGS}
+    flags = {key: values.switch(key) or False for key in SWITCHES}
     if "norm_before_residual" not in values.content:
         # The engine of this format has it on by default.
         flags["norm_before_residual"] = True
@@ -120,7 +124,7 @@ def _from_plain(values: Values, overrides: Overrides) -> Eagle3Config:
         values,
         values,
         overrides,
-        flags={key: _read_flag(values, eagle, key) for key in FLAGS},
+        flags={key: _read_flag(values, eagle, key) for key in SWITCHES},
         num_tokens=None,
         layer_ids=layer_ids,
         verifier=(None, ()),

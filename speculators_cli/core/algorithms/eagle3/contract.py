@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from speculators_cli.core.algorithms.eagle3.config import Eagle3Config
+from speculators_cli.core.algorithms.eagle3.config import SWITCHES, Eagle3Config
 from speculators_cli.core.algorithms.export_format import (
     ExportFormat,
     Need,
@@ -16,8 +16,7 @@ from speculators_cli.core.algorithms.export_format import (
 )
 
 ARCHITECTURE = "LlamaForCausalLMEagle3"
-IDS = "eagle_aux_hidden_state_layer_ids"
-SWITCHES = ("norm_before_residual", "norm_before_fc", "fc_norm", "norm_output")
+IDS = Eagle3Config.layer_ids_key
 
 SPECULATORS_RULES = (
     Rule(
