@@ -345,11 +345,16 @@ def _warn_of_short(entries: Sequence[Entry], progress: Progress) -> None:
     """Warn of valid samples without tokens to predict."""
     short = [entry for entry in entries if entry.header.num_tokens < 2]
     if short:
-        lines = [f"  `{entry.file}` has {entry.header.num_tokens}" for entry in short[:MAX_NAMED]]
-        if len(short) > MAX_NAMED:
-            lines.append(f"  and {len(short) - MAX_NAMED:,} more")
+        lines = _list_some([f"`{entry.file}` has {entry.header.num_tokens}" for entry in short])
         text = f"{len(short):,} of {len(entries):,} samples have fewer than two tokens"
         progress.warn("\n".join([f"{text}, and are not used", *lines]))
+
+
+def _list_some(lines: Sequence[str]) -> list[str]:
+    """Indent the first lines, and say how many are left out."""
+    num_more = len(lines) - MAX_NAMED
+    more = [f"  and {num_more:,} more"] if num_more > 0 else []
+    return [*(f"  {line}" for line in lines[:MAX_NAMED]), *more]
 
 
 def _judge_bad(
@@ -359,9 +364,7 @@ def _judge_bad(
     if not bad:
         return
     limit = math.ceil(BAD_SHARE * num_files) if max_bad_samples is None else max_bad_samples
-    lines = [f"  `{sample.file}` {sample.problem}" for sample in bad[:MAX_NAMED]]
-    if len(bad) > MAX_NAMED:
-        lines.append(f"  and {len(bad) - MAX_NAMED:,} more")
+    lines = _list_some([f"`{sample.file}` {sample.problem}" for sample in bad])
     if len(bad) == num_files or len(bad) > limit:
         raise DataError(
             "\n".join([f"{len(bad):,} of {num_files:,} samples cannot be used", *lines]),

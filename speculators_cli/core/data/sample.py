@@ -142,6 +142,13 @@ class BadSampleError(DataError):
         self.other_format = other_format
 
 
+def reason_of(error: BadSampleError | OSError) -> str:
+    """What is wrong with a file of a sample; completes a sentence that begins with its name."""
+    if isinstance(error, BadSampleError):
+        return error.reason
+    return f"cannot be read: {error.strerror}"
+
+
 class ChangedSampleError(BadSampleError):
     """A sample's file has changed since it was found."""
 

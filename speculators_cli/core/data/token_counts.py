@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from speculators_cli.core.data.alignment import NEXT_TOKEN, Alignment
+from speculators_cli.core.data.alignment import NEXT_TOKEN
 from speculators_cli.core.data.sample import SampleTokens
 from speculators_cli.core.errors import DataError, SettingsError
 from speculators_cli.core.files import replacing
@@ -26,19 +26,11 @@ class TokenCounts:
     Args:
         vocab_size: Vocabulary size of the verifier; None: derived from the highest id.
         all_tokens: Count every token, not only supervised ones.
-        alignment: Which tokens are targets.
     """
 
-    def __init__(
-        self,
-        vocab_size: int | None,
-        *,
-        all_tokens: bool = False,
-        alignment: Alignment = NEXT_TOKEN,
-    ) -> None:
+    def __init__(self, vocab_size: int | None, *, all_tokens: bool = False) -> None:
         self.vocab_size = vocab_size
         self.all_tokens = all_tokens
-        self.alignment = alignment
         self._counts = np.zeros(vocab_size or 0, dtype=np.int64)
         self._held_back: list[NDArray[np.int64]] = []
         self._num_held_back = 0
@@ -57,7 +49,7 @@ class TokenCounts:
                 hint="Pass the verifier that the samples were captured from",
             )
         ids = tokens.input_ids
-        targets = self.alignment.find_targets(tokens.loss_mask)
+        targets = NEXT_TOKEN.find_targets(tokens.loss_mask)
         self._held_back.append(ids if self.all_tokens else ids[targets])
         self._num_held_back += len(self._held_back[-1])
         if self._num_held_back >= HELD_BACK_TOKENS:

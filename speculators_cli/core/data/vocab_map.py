@@ -45,6 +45,13 @@ class VocabMap:
         """Return the verifier id of each draft token; [draft_vocab], int64, ascending."""
         return self.d2t + torch.arange(self.draft_vocab_size, device=self.d2t.device)
 
+    def measure_coverage(
+        self,
+        counts: NDArray[np.int64],  # [vocab]: how often each verifier token is counted
+    ) -> float:
+        """Return the fraction of the counted tokens within the draft vocabulary."""
+        return float(counts[self.t2d.numpy()].sum() / counts.sum())
+
     @cached_property
     def hash(self) -> str:
         """Return a hash of the vocabulary."""

@@ -187,7 +187,7 @@ def choose_vocabulary(
     counts = token_counts.total()
     vocab_map = VocabMap.choose(counts, DRAFT_VOCAB_SIZE, always=verifier.end_ids)
     vocab_map.save(output_dir / "d2t.npy", output_dir / "t2d.npy")
-    return float(counts[vocab_map.t2d.numpy()].sum() / counts.sum())
+    return vocab_map.measure_coverage(counts)
 
 
 def train_settings(output_dir: Path, seed: int) -> TrainSettings:

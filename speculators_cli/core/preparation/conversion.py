@@ -21,7 +21,7 @@ from speculators_cli.core.data.data_config import (
 )
 from speculators_cli.core.data.folder import find_files, hint_of_no_samples, is_sample_name
 from speculators_cli.core.data.formats import FORMATS
-from speculators_cli.core.data.sample import BadSampleError, Problem
+from speculators_cli.core.data.sample import BadSampleError, Problem, SampleHeader, reason_of
 from speculators_cli.core.errors import DataError, MachineError, SettingsError
 from speculators_cli.core.files import (
     DISK_ERRORS,
@@ -58,8 +58,13 @@ class Job:
     source: Path
     output: Path
     num_bytes: int  # of the source
-    bytes_per_value: int  # of its hidden states
+    header: SampleHeader  # of the source
     is_converted: bool  # by an earlier run
+
+    @property
+    def bytes_per_value(self) -> int:
+        """Bytes of one value of the source's hidden states."""
+        return ITEM_BYTES[self.header.dtype]
 
 
 @dataclass(frozen=True)
@@ -215,14 +220,12 @@ def list_jobs(
             if any(folder.is_symlink() for folder in folders_below(output_dir, output)):
                 raise BadSampleError(f"would be written through a link, to `{output}`")
             num_bytes = source.stat().st_size
-        except BadSampleError as error:
-            problems.append(Problem(source, error.reason))
-        except OSError as error:
-            problems.append(Problem(source, f"cannot be read: {error.strerror}"))
+        except (BadSampleError, OSError) as error:
+            problems.append(Problem(source, reason_of(error)))
         else:
             taken.add(output)
             done = is_converted(source, output, changes)
-            jobs.append(Job(source, output, num_bytes, ITEM_BYTES[header.dtype], done))
+            jobs.append(Job(source, output, num_bytes, header, done))
     return jobs, problems
 
 
@@ -240,7 +243,7 @@ def find_layer_ids(
     """Return the layer ids passed or in the data; None if they depend on an unknown verifier."""
     given = settings.verifier.target_layer_ids
     configs = [read_data_config(f) for f in found if f.name == data_config.FILE_NAME]
-    num_aux_layers = FORMATS["v0"].read_tokens(jobs[0].source).num_aux_layers
+    num_aux_layers = jobs[0].header.num_aux_layers
     if verifier is not None:
         num_layers: int | None = verifier[1].num_layers
     else:

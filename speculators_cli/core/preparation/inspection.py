@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -114,11 +115,7 @@ def draw(scans: Sequence[Scan], num_samples: int) -> list[Scan]:
 
 def drawn_samples(scans: Sequence[Scan]) -> list[Callable[[], Sample]]:
     """Return readers of samples, to keep only one at a time in memory."""
-
-    def reader(s: Scan) -> Callable[[], Sample]:
-        return lambda: read_again(s.file, s.format)
-
-    return [reader(s) for s in scans]
+    return [partial(read_again, s.file, s.format) for s in scans]
 
 
 def measure_verifier(
@@ -219,7 +216,7 @@ def make_report(
     lengths = np.array([s.header.num_tokens for s in usual], dtype=np.int64)
     supervised = np.array([s.header.num_supervised_tokens for s in usual], dtype=np.int64)
     packing = plan_epoch(
-        np.maximum(lengths - NEXT_TOKEN.shift, 0),
+        np.array([NEXT_TOKEN.count_positions(n) for n in lengths.tolist()], dtype=np.int64),
         total_seq_len=wanted.total_seq_len,
         seed=0,
         epoch=0,

@@ -10,7 +10,13 @@ from typing import TypeVar
 
 from speculators_cli.core.data.alignment import NEXT_TOKEN
 from speculators_cli.core.data.formats.detect import detect, verify
-from speculators_cli.core.data.sample import BadSampleError, Problem, SampleHeader, SampleTokens
+from speculators_cli.core.data.sample import (
+    BadSampleError,
+    Problem,
+    SampleHeader,
+    SampleTokens,
+    reason_of,
+)
 from speculators_cli.core.data.token_counts import TokenCounts
 from speculators_cli.core.progress import Progress
 
@@ -58,10 +64,8 @@ def scan(file: Path) -> tuple[Scan, SampleTokens] | str:
             is_mask_full=bool(tokens.loss_mask.all()),
         )
         return found, tokens
-    except BadSampleError as error:
-        return error.reason
-    except OSError as error:
-        return f"cannot be read: {error.strerror}"
+    except (BadSampleError, OSError) as error:
+        return reason_of(error)
 
 
 def find_outliers(scans: Sequence[Scan]) -> tuple[list[Scan], list[Problem]]:

@@ -4,7 +4,7 @@ from itertools import groupby
 
 from speculators_cli.core.data.folder import find_files, hint_of_no_samples, is_sample_name
 from speculators_cli.core.data.formats.detect import detect
-from speculators_cli.core.data.sample import BadSampleError
+from speculators_cli.core.data.sample import BadSampleError, reason_of
 from speculators_cli.core.errors import DataError, SettingsError
 from speculators_cli.core.models.tokenizer import load_tokenizer
 from speculators_cli.core.models.verifier_files import VerifierFiles
@@ -42,13 +42,9 @@ def read_text(settings: InspectSettings) -> list[tuple[str, bool]]:
     file = files[index]
     try:
         _, tokens = detect(file)
-    except BadSampleError as error:
+    except (BadSampleError, OSError) as error:
         raise DataError(
-            f"`{file}` {error.reason}", hint="Pass the number of another sample"
-        ) from None
-    except OSError as error:
-        raise DataError(
-            f"`{file}` cannot be read: {error.strerror}", hint="Pass the number of another sample"
+            f"`{file}` {reason_of(error)}", hint="Pass the number of another sample"
         ) from None
     pairs = zip(tokens.input_ids.tolist(), tokens.loss_mask.tolist(), strict=True)
     try:

@@ -92,7 +92,7 @@ def build_vocab_map(
         vocab_size=vocab_size,
         num_counted_tokens=int(counts.sum()),
         num_special_tokens=len(always),
-        coverage=covered(counts, vocab_map),
+        coverage=vocab_map.measure_coverage(counts),
         coverage_by_size=compare_sizes(counts, always, vocab_map.draft_vocab_size),
         probability_mass=mass,
         d2t_path=d2t_path,
@@ -158,18 +158,13 @@ def count(
     return samples, counts.total()
 
 
-def covered(counts: NDArray[np.int64], vocab_map: VocabMap) -> float:
-    """Return the fraction of the counted tokens within a draft vocabulary."""
-    return float(counts[vocab_map.t2d.numpy()].sum() / counts.sum())
-
-
 def compare_sizes(
     counts: NDArray[np.int64], always: Collection[int], chosen_size: int
 ) -> dict[int, float]:
     """Return the coverage of common sizes below the verifier's, and of the chosen one."""
     sizes = {size for size in COMPARED_SIZES if len(always) <= size < len(counts)} | {chosen_size}
     return {
-        size: covered(counts, VocabMap.choose(counts, size, always=always))
+        size: VocabMap.choose(counts, size, always=always).measure_coverage(counts)
         for size in sorted(sizes)
     }
 

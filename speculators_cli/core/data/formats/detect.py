@@ -3,12 +3,15 @@
 from pathlib import Path
 
 from speculators_cli.core.data.formats import FORMATS, v1
+from speculators_cli.core.data.formats.format import SampleFormat
 from speculators_cli.core.data.sample import (
     BadSampleError,
     ChangedSampleError,
     Sample,
     SampleTokens,
+    refusing_sample,
 )
+from speculators_cli.core.torch_file.archive import Archive
 
 
 def detect(file: Path) -> tuple[str, SampleTokens]:
@@ -21,12 +24,15 @@ def detect(file: Path) -> tuple[str, SampleTokens]:
     for form in FORMATS.values():
         if form.has_own_names and form.is_named(file.name):
             return form.name, form.read_tokens(file)
-    try:
-        return v1.FORMAT.name, v1.FORMAT.read_tokens(file)
-    except BadSampleError as error:
-        if error.other_format is None:
-            raise
-        return error.other_format, FORMATS[error.other_format].read_tokens(file)
+    with refusing_sample(), Archive(file) as archive:
+        try:
+            return v1.FORMAT.name, v1.FORMAT.read_tokens_in(archive)
+        except BadSampleError as error:
+            if error.other_format is None:
+                raise
+            form = FORMATS[error.other_format]
+        assert isinstance(form, SampleFormat), "others are recognised by their file names"
+        return form.name, form.read_tokens_in(archive)
 
 
 def read_again(file: Path, data_format: str) -> Sample:

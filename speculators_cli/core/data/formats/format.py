@@ -130,18 +130,25 @@ class SampleFormat(Format):
             OSError: It cannot be opened.
         """
         with Archive(file) as archive:
-            layout = self.read_layout(archive)
-            input_ids, loss_mask = _read_tokens(archive, layout)
-            is_normed = _read_flag(archive, layout.is_normed)
-            fingerprint = archive.fingerprint
+            return self.read_tokens_in(archive)
+
+    @refusing_sample()
+    def read_tokens_in(self, archive: Archive) -> SampleTokens:
+        """Read header, ids and mask of the sample in an open file.
+
+        Raises:
+            BadSampleError: The file is not a sample of this format.
+        """
+        layout = self.read_layout(archive)
+        input_ids, loss_mask = _read_tokens(archive, layout)
         return SampleTokens(
             input_ids,
             loss_mask,
             hidden_size=layout.hidden_states[-1].shape[1],
             num_aux_layers=len(layout.hidden_states) - 1,
             dtype=find_common(spec.dtype for spec in layout.hidden_states),
-            is_normed=is_normed,
-            fingerprint=fingerprint,
+            is_normed=_read_flag(archive, layout.is_normed),
+            fingerprint=archive.fingerprint,
         )
 
     @refusing_sample()
