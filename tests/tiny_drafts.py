@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from speculators_cli.core.algorithms.eagle3.config import Eagle3Config
@@ -72,7 +72,18 @@ def write_draft(folder: Path, config: Eagle3Config, **changes: Any) -> Path:
     tensors["t2d"] = torch.zeros(config.vocab_size, dtype=torch.bool).index_fill_(0, kept_ids, True)
     content = config.to_json()
     content["transformer_layer_config"] |= changes
-    folder.mkdir(parents=True)
+    return write_folder(folder, content, tensors)
+
+
+def read_folder(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The config.json of a draft, and its tensors."""
+    content: dict[str, Any] = json.loads((folder / "config.json").read_text())
+    return content, load_file(folder / "model.safetensors")
+
+
+def write_folder(folder: Path, content: dict[str, Any], tensors: dict[str, Tensor]) -> Path:
+    """Write the config.json of a draft, and its tensors."""
+    folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(content))
     save_file(tensors, folder / "model.safetensors")
     return folder

@@ -17,6 +17,7 @@ from speculators_cli.cli.app import run
 from speculators_cli.core.data.formats import v1
 from speculators_cli.core.models import verifier
 from tests.cli.golden import assert_golden
+from tests.run_files import read_losses
 from tests.tiny_run import HIDDEN, TinyInputs
 
 Capture = pytest.CaptureFixture[str]
@@ -56,11 +57,6 @@ def v0_dir(tiny: TinyInputs) -> Path:
     return folder
 
 
-def losses(save_path: Path) -> list[float]:
-    lines = [json.loads(line) for line in (save_path / "metrics.jsonl").read_text().splitlines()]
-    return [line["loss"] for line in lines]
-
-
 def test_the_tree_and_every_value_are_kept(tiny: TinyInputs, v0_dir: Path, capsys: Capture) -> None:
     out_dir = tiny.folder / "v1"
     before = {file: file.read_bytes() for file in v0_dir.rglob("*.*")}
@@ -97,8 +93,8 @@ def test_training_on_either_gives_the_same_losses(tiny: TinyInputs, v0_dir: Path
     run(["train", *tiny.flags(data_path=v0_dir, data_format_version=0, save_path=one)])
     run(["train", *tiny.flags(data_path=out_dir, save_path=two)])
 
-    assert losses(one) == losses(two)
-    assert len(losses(one)) > 4
+    assert read_losses(one) == read_losses(two)
+    assert len(read_losses(one)) > 4
 
 
 def test_layers_of_different_types_are_trained_on_and_converted_as_they_are(
@@ -123,7 +119,7 @@ def test_layers_of_different_types_are_trained_on_and_converted_as_they_are(
         flags = tiny.flags(data_path=folder, data_format_version=version, save_path=save_path)
         assert run(["train", *flags]) == 0
 
-    first, *others = (losses(tiny.folder / "runs" / folder.name) for folder in folders)
+    first, *others = (read_losses(tiny.folder / "runs" / folder.name) for folder in folders)
     assert others == [first, first]
     for kind in ("v1", "half"):
         for file in v0_dir.rglob("*.pt"):

@@ -29,6 +29,7 @@ from speculators_cli.core.progress import SilentProgress
 from speculators_cli.core.training.report import TrainReport
 from speculators_cli.core.training.run import train
 from tests.cache_free_draft_and_verify import CacheFreeDraft, draft_and_verify, load_verifier
+from tests.run_files import tree
 from tests.tiny_run import TinyInputs
 
 Capture = pytest.CaptureFixture[str]
@@ -122,10 +123,6 @@ def make_demo(folder: Path) -> None:
         (place / "data" / "data_0.pt").write_text("states")
         (place / "d2t.npy").write_text("map")
     demo.write_result({"acceptance_length": 2.0})
-
-
-def tree(folder: Path) -> dict[str, bytes]:
-    return {str(f.relative_to(folder)): f.read_bytes() for f in folder.rglob("*") if f.is_file()}
 
 
 @pytest.mark.parametrize(

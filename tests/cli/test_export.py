@@ -11,12 +11,13 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from speculators_cli.cli.app import run
 from speculators_cli.core.export.contract import find_problems
 from speculators_cli.core.export.weights import cast_tensors
+from tests.tiny_drafts import read_folder, write_folder
 from tests.tiny_run import TinyInputs
 
 Capture = pytest.CaptureFixture[str]
@@ -25,17 +26,6 @@ CAST = "speculators_cli.core.export.export.cast_tensors"  # where the command lo
 
 def export(*flags: object) -> int:
     return run(["export", *map(str, flags)])
-
-
-def read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    content: dict[str, Any] = json.loads((folder / "config.json").read_text())
-    return content, load_file(folder / "model.safetensors")
-
-
-def write(folder: Path, content: dict[str, Any], tensors: dict[str, Tensor]) -> None:
-    folder.mkdir(exist_ok=True)
-    (folder / "config.json").write_text(json.dumps(content))
-    save_file(tensors, folder / "model.safetensors")
 
 
 @pytest.fixture(scope="module")
@@ -90,8 +80,8 @@ def test_an_export_is_the_checkpoint_in_another_type(
     code = export(save_path, "--output-dir", tmp_path / "served", "--dtype", dtype, "--json")
 
     report = json.loads(capsys.readouterr().out)
-    content, tensors = read(tmp_path / "served")
-    _, source = read(Path(report["source"]))
+    content, tensors = read_folder(tmp_path / "served")
+    _, source = read_folder(Path(report["source"]))
     assert code == 0
     assert (report["is_verified"], report["is_verifier_checked"]) == (True, True)
     assert tensors.keys() == source.keys()
@@ -121,7 +111,7 @@ def test_the_best_checkpoint_of_a_run_is_taken(checkpoints: Path, tmp_path: Path
 def test_an_export_can_be_exported_again(served: Path, tmp_path: Path) -> None:
     assert export(served, "--output-dir", tmp_path / "again", "--dtype", "float32") == 0
 
-    assert read(tmp_path / "again")[0] == read(served)[0]
+    assert read_folder(tmp_path / "again")[0] == read_folder(served)[0]
     assert (tmp_path / "again/model.safetensors").read_bytes() == (
         served / "model.safetensors"
     ).read_bytes()
@@ -295,7 +285,7 @@ def test_large_weights_are_split_over_files(served: Path, tmp_path: Path) -> Non
 
     shards = sorted((tmp_path / "split").glob("*.safetensors"))
     joined = {name: tensor for shard in shards for name, tensor in load_file(shard).items()}
-    whole = read(served)[1]
+    whole = read_folder(served)[1]
     assert len(shards) > 2
     assert joined.keys() == whole.keys()
     assert all(torch.equal(joined[name], whole[name]) for name in whole)
@@ -306,13 +296,13 @@ def test_the_embedding_can_be_left_to_the_verifier(served: Path, tmp_path: Path)
 
     assert export(served, "--output-dir", out, "--without-embeddings") == 0
 
-    assert "embed_tokens.weight" not in read(out)[1]
+    assert "embed_tokens.weight" not in read_folder(out)[1]
 
 
 def test_another_embedding_is_not_left_out(served: Path, tmp_path: Path, capsys: Capture) -> None:
-    content, tensors = read(served)
+    content, tensors = read_folder(served)
     tensors["embed_tokens.weight"][3, 4] += 1
-    write(tmp_path / "changed", content, tensors)
+    write_folder(tmp_path / "changed", content, tensors)
 
     code = export(tmp_path / "changed", "--output-dir", tmp_path / "small", "--without-embeddings")
 
@@ -340,9 +330,9 @@ def test_a_wrong_export_is_not_kept(
 def test_weights_that_are_not_finite_are_refused(
     served: Path, tmp_path: Path, capsys: Capture
 ) -> None:
-    content, tensors = read(served)
+    content, tensors = read_folder(served)
     tensors["fc.weight"][2, 3] = torch.nan
-    write(tmp_path / "broken", content, tensors)
+    write_folder(tmp_path / "broken", content, tensors)
 
     assert export(tmp_path / "broken", "--output-dir", tmp_path / "out") == 4
 
@@ -350,9 +340,9 @@ def test_weights_that_are_not_finite_are_refused(
 
 
 def test_a_value_beyond_float16_is_refused(served: Path, tmp_path: Path, capsys: Capture) -> None:
-    content, tensors = read(served)
+    content, tensors = read_folder(served)
     tensors["fc.weight"][2, 3] = 1e5
-    write(tmp_path / "large", content, tensors)
+    write_folder(tmp_path / "large", content, tensors)
 
     assert export(tmp_path / "large", "--output-dir", tmp_path / "o", "--dtype", "float16") == 4
 
@@ -362,11 +352,11 @@ def test_a_value_beyond_float16_is_refused(served: Path, tmp_path: Path, capsys:
 def test_gains_that_never_moved_are_warned_of(
     served: Path, tmp_path: Path, capsys: Capture
 ) -> None:
-    content, tensors = read(served)
+    content, tensors = read_folder(served)
     assert export(served, "--output-dir", tmp_path / "one") == 0
     assert "exactly 1.0" not in capsys.readouterr().err
     gains = {name: torch.ones_like(x) for name, x in tensors.items() if "norm" in name}
-    write(tmp_path / "unmoved", content, tensors | gains)
+    write_folder(tmp_path / "unmoved", content, tensors | gains)
 
     assert export(tmp_path / "unmoved", "--output-dir", tmp_path / "two") == 0
 
@@ -582,7 +572,7 @@ def test_two_exports_into_one_folder_do_not_mix(
     assert (code, first.returncode) == (2, 0)
     assert f"is being written by process {first.pid} on" in capsys.readouterr().err
     assert find_problems(out, "vllm") == []
-    assert read(out)[1]["fc.weight"].dtype == torch.bfloat16
+    assert read_folder(out)[1]["fc.weight"].dtype == torch.bfloat16
     assert [path.name for path in tmp_path.iterdir()] == ["served"]
 
 
@@ -615,7 +605,7 @@ def test_an_export_that_ended_meanwhile_is_not_replaced(
     assert export(checkpoints, "--output-dir", out) == 2
 
     assert "is not empty" in capsys.readouterr().err
-    assert read(out)[1]["fc.weight"].dtype == torch.float32
+    assert read_folder(out)[1]["fc.weight"].dtype == torch.float32
 
 
 @pytest.mark.parametrize("target", ["eagle", "sglang"])
@@ -630,8 +620,8 @@ def test_plain_formats_hold_the_same_draft(
     code = export(save_path, "--output-dir", out, "--target", target, "--dtype", dtype, "--json")
 
     report = json.loads(capsys.readouterr().out)
-    content, tensors = read(out)
-    _, source = read(Path(report["source"]))
+    content, tensors = read_folder(out)
+    _, source = read_folder(Path(report["source"]))
     named = {name.replace("layers.0.", "midlayer."): x for name, x in source.items()}
     assert code == 0
     assert report["is_verified"] is True
@@ -648,7 +638,7 @@ def test_plain_formats_hold_the_same_draft(
     )
     assert find_problems(out, target) == []
     tensors.pop("midlayer.hidden_norm.weight")
-    write(out, content, tensors)
+    write_folder(out, content, tensors)
     assert find_problems(out, target) == ["`layers.0.hidden_norm.weight` is missing"]
 
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from speculators_cli.cli.app import run
+from tests.run_files import read_metrics
 from tests.tiny_run import TinyInputs
 
 
@@ -27,7 +28,7 @@ def test_a_plan_says_what_the_run_then_does(
     size = sum(f.stat().st_size for f in last.rglob("*.safetensors"))
     # What else lies there: headers of the two files, d2t, t2d, steps of the optimizer.
     assert plan["checkpoint_bytes"] == pytest.approx(size, rel=0.1)
-    lines = [json.loads(x) for x in (tiny.save_path / "metrics.jsonl").read_text().splitlines()]
+    lines = read_metrics(tiny.save_path)
     last_step = next(x for x in reversed(lines) if x["split"] == "train")
     assert plan["supervised_fraction"] == pytest.approx(last_step["supervised_fraction"], abs=0.15)
 

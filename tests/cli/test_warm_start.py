@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from speculators_cli.cli.app import run
+from tests.run_files import read_losses
 from tests.tiny_run import TinyInputs
 
 Capture = pytest.CaptureFixture[str]
@@ -19,11 +20,6 @@ Capture = pytest.CaptureFixture[str]
 def train(tiny: TinyInputs, name: str, *flags: str, **changes: object) -> int:
     given = {"verifier_name_or_path": tiny.verifier_dir.resolve(), **changes}
     return run(["train", *tiny.flags(save_path=tiny.folder / name, **given), *flags])
-
-
-def losses(save_path: Path) -> list[float]:
-    lines = [json.loads(line) for line in (save_path / "metrics.jsonl").read_text().splitlines()]
-    return [line["loss"] for line in lines]
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +66,7 @@ def test_a_run_begins_with_the_draft_it_is_given(
 def test_the_first_loss_is_that_of_the_trained_draft(tiny: TinyInputs, trained: Path) -> None:
     train(tiny, "on", "--from-checkpoint", str(trained), epochs=1)
 
-    assert losses(tiny.folder / "on")[0] < 0.9 * losses(trained)[0]
+    assert read_losses(tiny.folder / "on")[0] < 0.9 * read_losses(trained)[0]
 
 
 def test_the_maps_are_not_needed(tiny: TinyInputs, trained: Path) -> None:
@@ -139,7 +135,7 @@ def test_the_run_can_be_resumed_and_repeated(tiny: TinyInputs, trained: Path) ->
     again = ["train", "--config", str(tiny.folder / "second/settings.json")]
     assert run([*again, "--save-path", str(tiny.folder / "third")]) == 0
     assert (tiny.folder / "second/1/config.json").exists()
-    assert len(losses(tiny.folder / "third")) > 4
+    assert len(read_losses(tiny.folder / "third")) > 4
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,5 @@
 """Two ranks, on gloo or NCCL, against one rank on the same global batches."""
 
-import json
 import os
 import shlex
 import subprocess
@@ -12,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from tests.run_files import read_metrics
 from tests.tiny_run import TinyInputs
 
 
@@ -35,7 +35,7 @@ def largest_difference(one: Path, other: Path) -> float:
 
 def gradient_norms(save_path: Path) -> list[float]:
     """Of the first steps, before their weights part in the last bits."""
-    lines = [json.loads(line) for line in (save_path / "metrics.jsonl").read_text().splitlines()]
+    lines = read_metrics(save_path)
     return [line["grad_norm"] for line in lines if line["split"] == "train"][:4]
 
 

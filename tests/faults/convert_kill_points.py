@@ -19,13 +19,9 @@ from speculators_cli.core.preparation.conversion import convert_v0
 from speculators_cli.core.progress import SilentProgress
 from speculators_cli.settings.convert_v0 import ConvertV0Settings
 from tests.faults.kill_points import SHARES, Point, fork, wait
+from tests.run_files import tree
 
 TEMPORARY = re.compile(r"open .*/\.tmp-(.+\.pt)\.\d+")
-
-
-def tree(folder: Path) -> dict[str, bytes]:
-    """Every file below a folder."""
-    return {str(f.relative_to(folder)): f.read_bytes() for f in folder.rglob("*") if f.is_file()}
 
 
 def list_points(changes: Sequence[str], expected: Mapping[str, bytes]) -> list[Point]:

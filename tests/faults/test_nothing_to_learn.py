@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from speculators_cli.cli.app import run
+from tests.run_files import read_metrics
 from tests.tiny_run import TinyInputs, split_samples
 
 Capture = pytest.CaptureFixture[str]
@@ -100,7 +101,7 @@ def test_the_last_token_of_a_packed_sequence_is_a_target(
 
     code, _ = train(tiny, capsys, data_path=data_dir)
 
-    lines = [json.loads(x) for x in (tiny.save_path / "metrics.jsonl").read_text().splitlines()]
+    lines = read_metrics(tiny.save_path)
     assert code == 0
     assert lines[0]["loss"] > 0.1
 
@@ -147,7 +148,7 @@ def test_validation_samples_without_a_target_validate_nothing(
 
     assert code == 0
     assert "None of the 5 validation samples has a supervised token" in err
-    lines = [json.loads(x) for x in (tiny.save_path / "metrics.jsonl").read_text().splitlines()]
+    lines = read_metrics(tiny.save_path)
     assert {line["split"] for line in lines} == {"train"}
     result: dict[str, Any] = json.loads((tiny.save_path / "result.json").read_text())
     assert result["validation_loss"] is None

@@ -1,6 +1,5 @@
 """An algorithm that only the tests have runs through every command, without a change elsewhere."""
 
-import json
 import re
 from pathlib import Path
 from typing import Any
@@ -35,6 +34,7 @@ from speculators_cli.settings.algorithms import ALGORITHM_SETTINGS
 from speculators_cli.settings.bench import BenchSettings
 from speculators_cli.settings.loading import load_settings
 from speculators_cli.settings.train import TrainSettings
+from tests.run_files import read_metrics
 from tests.tiny_run import HIDDEN, TinyInputs
 from tests.toy_algorithm import Toy, ToyConfig, ToySettings, ToyTrainSettings
 
@@ -56,11 +56,6 @@ def toy_settings(tiny: TinyInputs, **changes: Any) -> TrainSettings:
 
 def run(tiny: TinyInputs, **changes: Any) -> TrainReport:
     return train(toy_settings(tiny, **changes), progress=QUIET)
-
-
-def metric_lines(tiny: TinyInputs, split: str) -> list[dict[str, Any]]:
-    lines = (tiny.save_path / "metrics.jsonl").read_text().splitlines()
-    return [line for line in map(json.loads, lines) if line["split"] == split]
 
 
 def test_its_settings_are_flags_under_its_name_and_its_name_is_a_choice(tiny: TinyInputs) -> None:
@@ -89,13 +84,13 @@ def test_every_algorithm_has_a_section_of_its_own_settings() -> None:
 def test_it_trains_and_its_own_counters_are_logged(tiny: TinyInputs) -> None:
     report = run(tiny, run={"epochs": 8})
 
-    first, *_, last = metric_lines(tiny, "val")
+    first, *_, last = read_metrics(tiny.save_path, "val")
     assert last["loss_0"] == last["loss"] < 0.9 * first["loss"]
     assert 0.0 < first["hit_rate_0"] < last["hit_rate_0"] <= 1.0
     assert 1 / 19 < last["mean_confidence_0"] < 1.0
     # It counts no acceptance rate, so the best epoch is the one of the lowest loss.
     assert last["acceptance_length"] is None
-    losses = [line["loss"] for line in metric_lines(tiny, "val")]
+    losses = [line["loss"] for line in read_metrics(tiny.save_path, "val")]
     assert report.best_epoch == losses.index(min(losses))
     assert report.validation_loss == last["loss"]
 
@@ -160,7 +155,7 @@ def test_a_run_is_planned_over_its_own_positions(tiny: TinyInputs) -> None:
     report = run(tiny)
     assert found.total_steps == report.total_steps
     # Two tokens of each sample have no position.
-    lines = metric_lines(tiny, "train")
+    lines = read_metrics(tiny.save_path, "train")
     assert sum(line["tokens_per_second"] > 0 for line in lines) == len(lines)
     checkpoint = read_draft(str(report.checkpoint), Overrides(), flag="CHECKPOINT")
     assert found.num_parameters == sum(x.numel() for x in checkpoint.weights.values())

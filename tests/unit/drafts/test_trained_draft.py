@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from speculators_cli.core.algorithms.eagle3.config import Eagle3Config
@@ -20,7 +19,7 @@ from speculators_cli.core.algorithms.overrides import Overrides
 from speculators_cli.core.drafts.trained_draft import read_draft
 from speculators_cli.core.errors import CheckpointError
 from speculators_cli.core.models.rope import find_frequencies
-from tests.tiny_drafts import make_config, make_draft
+from tests.tiny_drafts import make_config, make_draft, write_folder
 from tests.tiny_run import write_verifier
 
 VERIFIER = Overrides(verifier_name_or_path="example/verifier", verifier_architectures=("Any",))
@@ -85,10 +84,7 @@ def upstream_config(**changes: Any) -> dict[str, Any]:
 
 
 def write(folder: Path, content: dict[str, Any], tensors: dict[str, Tensor]) -> str:
-    folder.mkdir(exist_ok=True)
-    (folder / "config.json").write_text(json.dumps(content))
-    save_file(tensors, folder / "model.safetensors")
-    return str(folder)
+    return str(write_folder(folder, content, tensors))
 
 
 def as_eagle(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

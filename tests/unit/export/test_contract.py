@@ -1,6 +1,5 @@
 """The contract of an export: every single fault of a folder is found without an engine."""
 
-import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -8,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from speculators_cli.core.export.contract import find_problems
@@ -16,17 +14,8 @@ from speculators_cli.core.export.export import export
 from speculators_cli.core.progress import SilentProgress
 from speculators_cli.core.training.run import train
 from speculators_cli.settings.export import ExportSettings
+from tests.tiny_drafts import read_folder, write_folder
 from tests.tiny_run import DRAFT_VOCAB, VOCAB, TinyInputs
-
-
-def read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    content: dict[str, Any] = json.loads((folder / "config.json").read_text())
-    return content, load_file(folder / "model.safetensors")
-
-
-def write(folder: Path, content: dict[str, Any], tensors: dict[str, Tensor]) -> None:
-    (folder / "config.json").write_text(json.dumps(content))
-    save_file(tensors, folder / "model.safetensors")
 
 
 @pytest.fixture(scope="module")
@@ -172,9 +161,9 @@ FAULTS: dict[str, Any] = {
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_single_fault_is_found_without_an_engine(served: Path, fault: str) -> None:
     assert find_problems(served, "vllm") == []
-    content, tensors = read(served)
+    content, tensors = read_folder(served)
     FAULTS[fault](content, tensors)
-    write(served, content, tensors)
+    write_folder(served, content, tensors)
 
     assert find_problems(served, "vllm") != []
 

@@ -19,16 +19,12 @@ from speculators_cli.core.training.loggers import LOGGERS
 from speculators_cli.core.training.loggers.jsonl import JsonlLogger
 from speculators_cli.core.training.run import train
 from tests.recorded_progress import RecordedProgress
+from tests.run_files import read_metrics
 from tests.tiny_run import TinyInputs
 
 
-def metrics_lines(tiny: TinyInputs) -> list[dict[str, Any]]:
-    text = (tiny.save_path / "metrics.jsonl").read_text()
-    return [json.loads(line) for line in text.splitlines()]
-
-
 def expected_values(tiny: TinyInputs, split: str, name: str) -> dict[int, float]:
-    return {x["step"]: x[name] for x in metrics_lines(tiny) if x["split"] == split}
+    return {x["step"]: x[name] for x in read_metrics(tiny.save_path) if x["split"] == split}
 
 
 def train_with(tiny: TinyInputs, logger: str, **run: Any) -> None:

@@ -14,6 +14,7 @@ from speculators_cli.core.files import check_output_dir
 from speculators_cli.core.progress import SilentProgress
 from speculators_cli.core.training.run import train
 from speculators_cli.core.training.run_folder import RunFolder
+from tests.run_files import tree
 from tests.tiny_run import TinyInputs
 
 NOBODY = 65534
@@ -52,10 +53,6 @@ def test_a_save_path_below_a_file_is_refused(tmp_path: Path) -> None:
 
     with pytest.raises(SettingsError, match="is not a folder"):
         check_output_dir(tmp_path / "file" / "checkpoints", flag="--save-path")
-
-
-def tree(folder: Path) -> dict[str, bytes]:
-    return {str(f.relative_to(folder)): f.read_bytes() for f in folder.rglob("*") if f.is_file()}
 
 
 def train_tiny(tiny: TinyInputs, **changes: Any) -> None:

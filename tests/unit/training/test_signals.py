@@ -21,6 +21,7 @@ from speculators_cli.core.progress import SilentProgress, StepReport
 from speculators_cli.core.signals import SAME_PRESS_SECONDS, STOP_SIGNALS, StopSignals
 from speculators_cli.core.training.run import train
 from speculators_cli.core.training.trainer import Trainer
+from tests.run_files import read_metrics
 from tests.tiny_run import TinyInputs
 
 
@@ -103,10 +104,7 @@ def test_a_signal_while_validating_saves_a_state_that_is_validated_on_resume(
     steps = expected.total_steps // 2
     assert [(c.folder.name, c.state.step_in_epoch) for c in saved] == [(f"step-{steps}", steps)]
     assert (stopped.value.exit_code, ended["exit_code"]) == (128 + 15, 128 + 15)
-    lines = [
-        [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-        for folder in (tiny.save_path, whole.run.save_path)
-    ]
+    lines = [read_metrics(folder) for folder in (tiny.save_path, whole.run.save_path)]
     val = [[x["loss"] for x in part if x["split"] == "val"] for part in lines]
     assert val[0] == val[1]
     assert len(val[0]) == 2

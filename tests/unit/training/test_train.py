@@ -24,16 +24,12 @@ from speculators_cli.core.training.report import TrainReport
 from speculators_cli.core.training.run import train
 from speculators_cli.core.training.trainer import Trainer
 from tests.recorded_progress import RecordedProgress
+from tests.run_files import read_metrics
 from tests.tiny_run import DRAFT_VOCAB, HIDDEN, LAYER_IDS, VOCAB, TinyInputs
 
 
 def run(tiny: TinyInputs, **changes: Any) -> TrainReport:
     return train(tiny.settings(**changes), progress=SilentProgress())
-
-
-def metric_lines(tiny: TinyInputs, split: str) -> list[dict[str, Any]]:
-    lines = (tiny.save_path / "metrics.jsonl").read_text().splitlines()
-    return [line for line in map(json.loads, lines) if line["split"] == split]
 
 
 def all_tensors(folder: Path) -> dict[str, torch.Tensor]:
@@ -51,7 +47,7 @@ def assert_same_bits(one: Path, other: Path) -> None:
 def test_training_lowers_the_loss_and_raises_the_acceptance(tiny: TinyInputs) -> None:
     report = run(tiny, run={"epochs": 8})
 
-    val = metric_lines(tiny, "val")
+    val = read_metrics(tiny.save_path, "val")
     assert len(val) == 8
     assert val[-1]["loss"] < 0.9 * val[0]["loss"]
     assert report.step == report.total_steps
@@ -118,9 +114,9 @@ def test_metrics_lines_hold_every_documented_key(tiny: TinyInputs) -> None:
     per_step = ("loss", "full_acc", "cond_acc", "acceptance_rate")
     shared = {"step", "epoch", "split", "loss", "acceptance_length", "supervised_fraction"}
     shared |= {f"{name}_{k}" for name in per_step for k in range(3)}
-    (val,) = metric_lines(tiny, "val")
+    (val,) = read_metrics(tiny.save_path, "val")
     assert shared <= set(val)
-    for line in metric_lines(tiny, "train"):
+    for line in read_metrics(tiny.save_path, "train"):
         assert shared | {"lr", "grad_norm", "tokens_per_second"} <= set(line)
 
 
@@ -175,7 +171,7 @@ def test_starting_over_replaces_the_old_run(tiny: TinyInputs) -> None:
 
     assert not report.is_resumed
     assert not (tiny.save_path / "2").exists()
-    assert {line["epoch"] for line in metric_lines(tiny, "val")} == {0}
+    assert {line["epoch"] for line in read_metrics(tiny.save_path, "val")} == {0}
 
 
 def test_another_shape_is_refused_on_resume(tiny: TinyInputs) -> None:
@@ -223,7 +219,7 @@ def test_a_tie_in_acceptance_goes_to_the_lower_loss(
 
     report = run(tiny, run={"epochs": 3})
 
-    losses = [line["loss"] for line in metric_lines(tiny, "val")]
+    losses = [line["loss"] for line in read_metrics(tiny.save_path, "val")]
     assert losses[2] < losses[0]
     assert report.best_epoch == losses.index(min(losses))
 
@@ -260,7 +256,11 @@ def test_a_validation_without_a_finite_loss_is_warned_of_and_never_the_best(
     assert (last.best_epoch, best.readlink()) == (1, Path("1"))
     lines = (tiny.save_path / "metrics.jsonl").read_text()
     assert "NaN" not in lines
-    assert [line["loss"] is None for line in metric_lines(tiny, "val")] == [True, False, True]
+    assert [line["loss"] is None for line in read_metrics(tiny.save_path, "val")] == [
+        True,
+        False,
+        True,
+    ]
 
 
 def test_the_end_of_an_epoch_is_saved_once(tiny: TinyInputs) -> None:
