@@ -21,7 +21,7 @@ def find_special_ids(
     Raises:
         SettingsError: A config cannot be read.
     """
-    ids = _read_end_ids(files, trust_remote_code=trust_remote_code)
+    ids = read_end_ids(files, trust_remote_code=trust_remote_code)
     try:
         tokenizer = load_tokenizer(files, trust_remote_code=trust_remote_code)
     except SpeculatorsError as error:
@@ -32,7 +32,12 @@ def find_special_ids(
     return frozenset(ids | control | _as_set(tokenizer.eos_token_id, "the tokenizer")), None
 
 
-def _read_end_ids(files: RepoFiles, *, trust_remote_code: bool) -> set[int]:
+def read_end_ids(files: RepoFiles, *, trust_remote_code: bool) -> set[int]:
+    """Return the end tokens in config.json and the generation config.
+
+    Raises:
+        SettingsError: A config cannot be read.
+    """
     # The class of a config may be strict, or not exist in transformers.
     family = open_family(files, trust_remote_code=trust_remote_code)
     ids = _as_set(family.value("eos_token_id"), CONFIG_NAME)

@@ -1,0 +1,336 @@
+"""TransformersEngine: the verifier in this process, on a GPU or the CPU."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import accumulate, pairwise
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForMultimodalLM,
+    GenerationConfig,
+    LogitsProcessorList,
+)
+from transformers.utils import logging
+
+from speculators_cli.core.engines import packed_attention
+from speculators_cli.core.engines.engine import (
+    Answer,
+    CapturedStates,
+    Packed,
+    Prompt,
+    Sampling,
+)
+from speculators_cli.core.engines.packed_attention import Packing, packing
+from speculators_cli.core.engines.sampling import SamplingProcessor
+from speculators_cli.core.engines.verifier_layers import VerifierLayers, find_layers
+from speculators_cli.core.errors import MachineError, SettingsError
+from speculators_cli.core.models.family import quietly
+from speculators_cli.core.reading import first_line
+
+ROUND_TOKENS = 256  # packed sequences are padded to a multiple of it: few shapes to compile
+CPU_BATCH = 64  # prompts answered together
+CACHE_SHARE = 0.5  # of the free memory of a GPU, for the keys and values of a batch
+MAX_BATCH = 512
+# Of random tokens, packed against alone. A document that sees another one differs by far more.
+MAX_PACKING_ERROR = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.05}
+CHECKED_TOKENS = (24, 40)  # of the two documents
+
+
+class TransformersEngine:
+    """A verifier that answers prompts and computes hidden states in this process.
+
+    Documents are packed end to end, without padding between them and without a mask. For families
+    whose attention cannot be packed, each document is computed alone.
+
+    Args:
+        model: A causal language model of transformers, which it changes.
+        layer_ids: Aux layers, ascending; id k is the output after k layers.
+        end_ids: Tokens that end an answer.
+        name: Of the verifier, for error messages.
+        is_compiled: Whether decoder layers are compiled; None: on a GPU where it pays.
+
+    Raises:
+        SettingsError: The model has another layout than decoder layers and a final norm.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        layer_ids: Sequence[int],
+        *,
+        end_ids: frozenset[int],
+        name: str,
+        is_compiled: bool | None = None,
+    ) -> None:
+        self.model = model
+        self.layer_ids = tuple(layer_ids)
+        self.dtype: torch.dtype = model.dtype
+        self._end_ids = sorted(end_ids)
+        self.parts: VerifierLayers = find_layers(model, name)
+        self._own_attention = self.model.config._attn_implementation  # noqa: SLF001
+        self._attention = self._own_attention
+        self._kept: _Kept | None = None
+        self.parts.hook(self.layer_ids, self._keep_aux, self._keep_last)
+        self.is_packed = self._can_pack()
+        if is_compiled is None:
+            is_spread = len(set(getattr(model, "hf_device_map", {}).values())) > 1
+            is_compiled = self.parts.device.type == "cuda" and not is_spread
+        if is_compiled and self.is_packed and not self.parts.has_experts:
+            # Their forward only, without the hooks: all layers share one compiled graph.
+            for layer in self.parts.layers:
+                layer.forward = torch.compile(layer.forward, dynamic=False)
+
+    @property
+    def fingerprint(self) -> Mapping[str, str]:
+        """Versions and choices that its results depend on."""
+        return {
+            "engine": "transformers",
+            "transformers": transformers.__version__,
+            "torch": torch.__version__,
+            "dtype": str(self.dtype).removeprefix("torch."),
+        }
+
+    @property
+    def hidden_size(self) -> int:
+        """Width of the hidden states."""
+        return int(self.parts.decoder.get_input_embeddings().weight.shape[1])
+
+    @torch.inference_mode()
+    def capture(self, packed: Packed) -> CapturedStates:
+        """Compute the hidden states of packed documents, none of which sees another."""
+        device, size = self.parts.device, self.hidden_size
+        aux = torch.empty(
+            (len(packed.input_ids), len(self.layer_ids) * size), dtype=self.dtype, device=device
+        )
+        last = torch.empty((len(packed.rows), size), dtype=self.dtype, device=device)
+        if self.is_packed:
+            with self._keeping(aux, last, packed.rows.to(device)):
+                self._run_packed(packed.input_ids, packed.lengths)
+            return CapturedStates(aux, last)
+        bounds = [0, *accumulate(packed.lengths)]
+        firsts = torch.searchsorted(packed.rows, torch.tensor(bounds)).tolist()
+        spans = zip(pairwise(bounds), pairwise(firsts), strict=True)
+        for (start, end), (low, high) in spans:
+            rows = (packed.rows[low:high] - start).to(device)
+            with self._keeping(aux[start:end], last[low:high], rows):
+                self._run_alone(packed.input_ids[start:end])
+        return CapturedStates(aux, last)
+
+    @torch.inference_mode()
+    def logits(self, input_ids: Tensor) -> Tensor:
+        """Compute the model's own logits of one document; [tokens, vocab]."""
+        self._use(self._own_attention)
+        ids = input_ids[None].to(self.parts.device)
+        out: Tensor = self.model(input_ids=ids, use_cache=False).logits[0]
+        return out
+
+    def answer(self, prompts: Sequence[Prompt], sampling: Sampling) -> Iterator[Answer]:
+        """Answer prompts, in batches of similar length."""
+        order = sorted(range(len(prompts)), key=lambda i: len(prompts[i].ids))
+        while order:
+            longest = len(prompts[order[-1]].ids) + sampling.max_new_tokens
+            size = self._batch_size(longest)
+            batch, order = order[-size:], order[:-size]
+            found = self._answer_batch([prompts[i] for i in batch], sampling)
+            for index, ids in zip(batch, found, strict=True):
+                is_truncated = not ids or ids[-1] not in self._end_ids
+                yield Answer(index, ids, is_truncated)
+
+    def close(self) -> None:
+        """Release the model's memory."""
+        del self.model, self.parts
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+    @torch.inference_mode()
+    def _answer_batch(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[list[int]]:
+        self._use(self._own_attention)
+        device = self.parts.device
+        longest = max(len(prompt.ids) for prompt in prompts)
+        pad = self._end_ids[0] if self._end_ids else 0
+        padding = [longest - len(prompt.ids) for prompt in prompts]
+        ids = [[pad] * n + list(p.ids) for n, p in zip(padding, prompts, strict=True)]
+        mask = [[0] * n + [1] * (longest - n) for n in padding]
+        processors = LogitsProcessorList()
+        if sampling.temperature > 0:
+            processors.append(SamplingProcessor(prompts, sampling, device))
+        out = self.model.generate(
+            input_ids=torch.tensor(ids, device=device),
+            attention_mask=torch.tensor(mask, device=device),
+            logits_processor=processors,
+            generation_config=GenerationConfig(
+                max_new_tokens=sampling.max_new_tokens,
+                do_sample=False,
+                eos_token_id=self._end_ids or None,
+                pad_token_id=pad,
+            ),
+        )
+        return [self._up_to_end(row) for row in out[:, longest:].tolist()]
+
+    def _up_to_end(self, tokens: list[int]) -> list[int]:
+        ends = (index for index, token in enumerate(tokens) if token in self._end_ids)
+        return tokens[: next(ends, len(tokens) - 1) + 1]
+
+    def _batch_size(self, num_tokens: int) -> int:
+        """Return how many prompts of this length, with their answers, are computed together."""
+        device = self.parts.device
+        if device.type != "cuda":
+            return CPU_BATCH
+        config = self.parts.decoder.config
+        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+        head_dim = getattr(config, "head_dim", None)
+        width = heads * (head_dim or config.hidden_size // config.num_attention_heads)
+        bytes_per_token = 2 * len(self.parts.layers) * width * self.dtype.itemsize
+        free, _ = torch.cuda.mem_get_info(device)
+        free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        most = int(free * CACHE_SHARE / (bytes_per_token * num_tokens))
+        return max(1, min(most, MAX_BATCH))
+
+    def _run_packed(self, input_ids: Tensor, lengths: Sequence[int]) -> Packing:
+        """Run the decoder over packed documents, padded to one of few lengths."""
+        self._use(packed_attention.NAME)
+        device = self.parts.device
+        padding = -len(input_ids) % ROUND_TOKENS if device.type == "cuda" else 0
+        all_lengths = [*lengths, padding] if padding else list(lengths)
+        ids = torch.cat([input_ids, input_ids.new_zeros(padding)])
+        positions = torch.cat([torch.arange(length) for length in all_lengths])
+        with packing(Packing(all_lengths, device)) as documents:
+            self.parts.decoder(
+                input_ids=ids[None].to(device),
+                position_ids=positions[None].to(device),
+                use_cache=False,
+            )
+        return documents
+
+    def _run_alone(self, input_ids: Tensor) -> None:
+        self._use(self._own_attention)
+        self.parts.decoder(input_ids=input_ids[None].to(self.parts.device), use_cache=False)
+
+    def _use(self, attention: str) -> None:
+        """Switch the implementation of attention."""
+        if attention != self._attention:
+            self.model.set_attn_implementation(attention)
+            self._attention = attention
+
+    @contextmanager
+    def _keeping(self, aux: Tensor, last: Tensor, rows: Tensor) -> Iterator[None]:
+        """Write the states that pass the hooks within the block."""
+        self._kept = _Kept(aux, last, rows)
+        try:
+            yield
+        finally:
+            self._kept = None
+
+    def _keep_aux(self, column: int, states: Tensor) -> None:
+        if self._kept is not None:
+            size, aux = self.hidden_size, self._kept.aux
+            aux[:, column * size : (column + 1) * size].copy_(states[0, : len(aux)])
+
+    def _keep_last(self, states: Tensor) -> None:
+        if self._kept is not None:
+            rows = self._kept.rows.to(states.device)
+            self._kept.last.copy_(states[0].index_select(0, rows))
+
+    @torch.inference_mode()
+    def _can_pack(self) -> bool:
+        """Whether packed documents have the states that each has alone; measured on two of them."""
+        if not self.parts.has_known_attention:
+            return False
+        generator = torch.Generator().manual_seed(0)
+        vocab = self.parts.decoder.get_input_embeddings().weight.shape[0]
+        lengths = CHECKED_TOKENS
+        ids = torch.randint(vocab, (sum(lengths),), generator=generator)
+        packed, alone = (self._check_buffers(sum(lengths)) for _ in range(2))
+        rows = torch.arange(sum(lengths), device=self.parts.device)
+        try:
+            with self._keeping(*packed, rows):
+                documents = self._run_packed(ids, lengths)
+        except (NotImplementedError, ValueError):  # it takes no other attention, or builds a mask
+            return False
+        is_called = documents.num_calls > 0 and documents.has_window >= self.parts.has_window
+        bounds = [0, *accumulate(lengths)]
+        for start, end in pairwise(bounds):
+            own = torch.arange(end - start, device=self.parts.device)
+            with self._keeping(alone[0][start:end], alone[1][start:end], own):
+                self._run_alone(ids[start:end])
+        return is_called and _error(packed, alone) <= MAX_PACKING_ERROR[self.dtype]
+
+    def _check_buffers(self, num_tokens: int) -> tuple[Tensor, Tensor]:
+        width = len(self.layer_ids) * self.hidden_size
+        return (
+            torch.empty((num_tokens, width), dtype=self.dtype, device=self.parts.device),
+            torch.empty((num_tokens, self.hidden_size), dtype=self.dtype, device=self.parts.device),
+        )
+
+
+@dataclass(frozen=True)
+class _Kept:
+    """Where the hooks write."""
+
+    aux: Tensor  # [tokens, aux*hidden]
+    last: Tensor  # [rows, hidden]
+    rows: Tensor  # [rows], int64
+
+
+def _error(found: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
+    """Return the median over tokens of the relative error, the larger one of aux and last states.
+
+    A median: the routing of a few tokens of a mixture of experts may flip by rounding.
+    """
+    errors = []
+    for x, y in zip(found, expected, strict=True):
+        difference = (x.float() - y.float()).norm(dim=-1)
+        errors.append(float((difference / y.float().norm(dim=-1).clamp(min=1e-6)).median()))
+    return max(errors)
+
+
+def load_model(
+    name: str,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    device_map: str | None = None,
+    trust_remote_code: bool = False,
+) -> Any:
+    """Load a verifier with its LM head, ready to compute.
+
+    Args:
+        name: A folder or hub id.
+        dtype: Of its weights and computations.
+        device: Where it is loaded, without `device_map`.
+        device_map: As in transformers: places the layers on several devices.
+        trust_remote_code: Whether custom code from the verifier's repository may run.
+
+    Raises:
+        SettingsError: transformers cannot load it.
+        MachineError: There is too little memory.
+    """
+    logging.disable_progress_bar()
+    options: dict[str, Any] = {"dtype": dtype, "trust_remote_code": trust_remote_code}
+    if device_map is not None or device.type == "cuda":
+        options["device_map"] = device_map or device
+    try:
+        with quietly():
+            config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
+            is_causal = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING or trust_remote_code
+            auto = AutoModelForCausalLM if is_causal else AutoModelForMultimodalLM
+            return auto.from_pretrained(name, **options).eval()
+    except torch.OutOfMemoryError:
+        raise MachineError(
+            f"Verifier `{name}` does not fit into the memory of `{device}`",
+            hint="Pass `--device-map auto` to place it on several GPUs, or `--engine vllm` with "
+            "`--tensor-parallel-size`",
+        ) from None
+    except (OSError, ValueError, ImportError, KeyError) as error:
+        raise SettingsError(
+            f"Verifier `{name}` cannot be loaded: {first_line(error)}",
+            hint="Pass a folder or hub id with `config.json` and `.safetensors` weights, or "
+            "`--engine vllm`",
+        ) from None

@@ -1,0 +1,103 @@
+"""Where the hidden states of a transformers model pass: embedding, decoder layers, final norm."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from speculators_cli.core.errors import SettingsError
+
+# Attention that a mask of its own limits, or that carries state from token to token.
+PACKABLE_LAYERS = {"full_attention", "sliding_attention", "attention"}
+
+
+@dataclass(frozen=True)
+class VerifierLayers:
+    """The parts of a verifier that hidden states are taken from."""
+
+    decoder: Any  # the model without its LM head
+    layers: Sequence[nn.Module]
+    norm: nn.Module
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the embedding, which takes the tokens."""
+        weight: Tensor = self.decoder.get_input_embeddings().weight
+        return weight.device
+
+    @property
+    def has_known_attention(self) -> bool:
+        """Whether every layer attends to all earlier tokens, or to a sliding window of them."""
+        config = self.decoder.config
+        kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
+        return kinds <= PACKABLE_LAYERS and not getattr(config, "attention_chunk_size", None)
+
+    @property
+    def has_window(self) -> bool:
+        """Whether a layer has a sliding window."""
+        config = self.decoder.config
+        kinds = getattr(config, "layer_types", None)
+        if kinds is not None:
+            return "sliding_attention" in kinds
+        return getattr(config, "sliding_window", None) is not None
+
+    @property
+    def has_experts(self) -> bool:
+        """Whether layers are mixtures of experts, whose shapes depend on the routing."""
+        return any("expert" in type(module).__name__.lower() for module in self.decoder.modules())
+
+    def hook(
+        self,
+        layer_ids: Sequence[int],
+        on_aux: Callable[[int, Tensor], None],
+        on_last: Callable[[Tensor], None],
+    ) -> None:
+        """Call `on_aux(column, states)` with the output after k layers, and `on_last` at the norm.
+
+        Args:
+            layer_ids: One column each; id 0 is the input of the first layer, id n the input of the
+                final norm.
+            on_aux: Receives [1, tokens, hidden].
+            on_last: Receives [1, tokens, hidden], before the final norm.
+        """
+
+        def after(column: int) -> Callable[..., None]:
+            return lambda _, __, output: on_aux(column, _first(output))
+
+        for column, layer_id in enumerate(layer_ids):
+            if layer_id == len(self.layers):
+                self.norm.register_forward_pre_hook(lambda _, given, c=column: on_aux(c, given[0]))
+            elif layer_id == 0:
+                self.layers[0].register_forward_pre_hook(
+                    lambda _, given, c=column: on_aux(c, given[0])
+                )
+            else:
+                self.layers[layer_id - 1].register_forward_hook(after(column))
+        self.norm.register_forward_pre_hook(lambda _, given: on_last(given[0]))
+
+
+def find_layers(model: Any, name: str) -> VerifierLayers:
+    """Find the decoder layers and the final norm of a causal language model.
+
+    Raises:
+        SettingsError: The model has no such layout.
+    """
+    decoder = model.get_decoder()
+    count = getattr(getattr(decoder, "config", None), "num_hidden_layers", None)
+    lists = [m for m in decoder.children() if isinstance(m, nn.ModuleList) and len(m) == count]
+    norms = [m for m in decoder.children() if "norm" in type(m).__name__.lower()]
+    if decoder is model or len(lists) != 1 or len(norms) != 1:
+        raise SettingsError(
+            f"Hidden states of verifier `{name}` (`{type(model).__name__}`) cannot be taken: its "
+            "decoder is not one list of layers and one final norm",
+            hint="Pass `--engine vllm`",
+        )
+    return VerifierLayers(decoder, list(lists[0]), norms[0])
+
+
+def _first(output: Any) -> Tensor:
+    """Return the hidden states of a layer's output; some families return a tuple."""
+    states: Tensor = output[0] if isinstance(output, tuple) else output
+    return states
