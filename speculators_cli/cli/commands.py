@@ -25,6 +25,9 @@ class Command:
 COMMANDS = {
     command.name: command
     for command in (
+        Command(
+            "generate-data", "Data", "Generate samples from prompts or conversations, by a verifier"
+        ),
         Command("inspect-data", "Data", "Check a folder of samples and describe it"),
         Command("convert-v0", "Data", "Rewrite v0 samples in the v1 format"),
         Command("build-vocab-map", "Data", "Choose the draft vocabulary and write d2t and t2d"),

@@ -41,4 +41,13 @@ OUTPUT = (
     Flag("is_quiet", ("--quiet", "-q"), "Print only warnings and errors", GENERAL, kind=bool),
     Flag("is_verbose", ("--verbose", "-v"), "Print full tracebacks", GENERAL, kind=bool),
 )
+NPROC_PER_NODE = Flag(
+    "nproc_per_node",
+    ("--nproc-per-node",),
+    "Processes to start on this machine, one per GPU",
+    "Distributed",
+    "<int>",
+    kind=int,
+    minimum=1,
+)
 HELP = Flag("help", ("--help", "-h"), "Print this help", GENERAL, kind=bool)

@@ -26,9 +26,10 @@ from rich.text import Text
 from speculators_cli.core.errors import SpeculatorsError
 from speculators_cli.core.escaping import escape, escape_line, escape_message
 from speculators_cli.core.progress import StepReport, Task, ValidationReport
-from speculators_cli.core.training.place import is_first_rank
+from speculators_cli.core.place import is_first_rank
 
 SCHEMA_VERSION = 1
+SECONDS_PER_LINE = 60  # of progress, without a terminal
 
 
 class Output:
@@ -127,7 +128,7 @@ class Output:
         """Show a piece of work of `total` parts, where progress is drawn."""
         self.close()
         if not self.is_live:
-            yield _QuietTask()
+            yield _LoggedTask(self, description, total)
             return
         count = _text("{task.completed:,}/{task.total:,}")
         done = (DownloadColumn(), TransferSpeedColumn()) if is_bytes else (count,)
@@ -178,9 +179,22 @@ def _text(form: str) -> TextColumn:
     return TextColumn(form, markup=False)
 
 
-class _QuietTask:
+class _LoggedTask:
+    """Work without a terminal: a line per minute, none for short work."""
+
+    def __init__(self, output: Output, description: str, total: int) -> None:
+        self.output = output
+        self.description = description
+        self.total = total
+        self.num_done = 0
+        self.shown_at = time.monotonic()
+
     def advance(self, num_done: int = 1) -> None:
-        pass
+        self.num_done += num_done
+        now = time.monotonic()
+        if now - self.shown_at > SECONDS_PER_LINE:
+            self.output.info(f"{self.description}: {self.num_done:,} of {self.total:,}")
+            self.shown_at = now
 
 
 class _LiveTask:

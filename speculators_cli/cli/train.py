@@ -5,13 +5,13 @@ from typing import Any
 
 import typer
 
-from speculators_cli.cli.flags import Flag
+from speculators_cli.cli.flags import NPROC_PER_NODE, Flag
 from speculators_cli.cli.imports import importing
 from speculators_cli.cli.launch import launch
 from speculators_cli.cli.options import with_settings
 from speculators_cli.cli.output import Output, format_duration, format_speed
 from speculators_cli.core.files import format_bytes
-from speculators_cli.core.training.place import is_first_rank
+from speculators_cli.core.place import is_first_rank
 from speculators_cli.settings.train import TrainSettings
 
 EXAMPLES = (
@@ -30,15 +30,7 @@ RUN_FLAGS = (
         "Run",
         kind=bool,
     ),
-    Flag(
-        "nproc_per_node",
-        ("--nproc-per-node",),
-        "Processes to start on this machine, one per GPU",
-        "Distributed",
-        "<int>",
-        kind=int,
-        minimum=1,
-    ),
+    NPROC_PER_NODE,
 )
 
 

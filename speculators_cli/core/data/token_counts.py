@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from io import BytesIO
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -32,7 +33,7 @@ class TokenCounts:
         self.vocab_size = vocab_size
         self.all_tokens = all_tokens
         self._counts = np.zeros(vocab_size or 0, dtype=np.int64)
-        self._held_back: list[NDArray[np.int64]] = []
+        self._held_back: list[NDArray[np.integer[Any]]] = []
         self._num_held_back = 0
 
     def add(self, tokens: SampleTokens) -> None:
@@ -48,9 +49,16 @@ class TokenCounts:
                 f"verifier has {vocab_size:,} tokens",
                 hint="Pass the verifier that the samples were captured from",
             )
-        ids = tokens.input_ids
-        targets = NEXT_TOKEN.find_targets(tokens.loss_mask)
-        self._held_back.append(ids if self.all_tokens else ids[targets])
+        self.add_ids(tokens.input_ids, tokens.loss_mask)
+
+    def add_ids(
+        self,
+        input_ids: NDArray[np.integer[Any]],  # [seq_len], within the vocabulary
+        loss_mask: NDArray[np.bool_],  # [seq_len]
+    ) -> None:
+        """Count ids, or the targets among them."""
+        targets = NEXT_TOKEN.find_targets(loss_mask)
+        self._held_back.append(input_ids if self.all_tokens else input_ids[targets])
         self._num_held_back += len(self._held_back[-1])
         if self._num_held_back >= HELD_BACK_TOKENS:
             self._count()

@@ -5,7 +5,8 @@ that the shard was made from, are in its metadata.
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from safetensors.numpy import save_file
 
 from speculators_cli.core.data.sample import check_ids
 from speculators_cli.core.errors import DataError
-from speculators_cli.core.files import replacing
+from speculators_cli.core.files import check_regular, replacing
 
 FORMAT = "speculators-tokens-1"
 PREFIX, SUFFIX = "tokens-", ".safetensors"
@@ -68,19 +69,11 @@ def read_shard(file: Path) -> TokenShard:
     Raises:
         DataError: It is not a shard, or damaged.
     """
-    try:
-        with safe_open(file, framework="numpy") as content:
-            metadata = content.metadata() or {}
-            if metadata.get("format") != FORMAT:
-                raise _damaged(file, "is not a shard of tokens of this version")
-            ids, mask, lengths = (
-                content.get_tensor(key) for key in ("input_ids", "loss_mask", "lengths")
-            )
+    with _opening(file) as (content, metadata):
+        ids, mask, lengths = (
+            content.get_tensor(key) for key in ("input_ids", "loss_mask", "lengths")
+        )
         names, counts = json.loads(metadata["names"]), json.loads(metadata["counts"])
-    except (SafetensorError, KeyError, ValueError) as error:
-        raise _damaged(file, f"cannot be read: {error}") from None
-    except OSError as error:
-        raise _damaged(file, f"cannot be read: {error.strerror}") from None
     if len(names) != len(lengths) or not len(ids) == len(mask) == lengths.sum():
         raise _damaged(file, "has parts of different lengths")
     check_ids(ids.astype(np.int64), "input_ids")
@@ -90,6 +83,33 @@ def read_shard(file: Path) -> TokenShard:
         TokenRow(name, ids[span], mask[span]) for name, span in zip(names, spans, strict=True)
     )
     return TokenShard(tuple(rows), counts)
+
+
+def read_counts(file: Path) -> dict[str, Any]:
+    """Read the counts of a shard, without its rows.
+
+    Raises:
+        DataError: It is not a shard, or damaged.
+    """
+    with _opening(file) as (_, metadata):
+        counts: dict[str, Any] = json.loads(metadata["counts"])
+        return counts
+
+
+@contextmanager
+def _opening(file: Path) -> Iterator[tuple[Any, Mapping[str, str]]]:
+    """Open a shard; yield its content and its metadata."""
+    try:
+        check_regular(file)
+        with safe_open(file, framework="numpy") as content:
+            metadata = content.metadata() or {}
+            if metadata.get("format") != FORMAT:
+                raise _damaged(file, "is not a shard of tokens of this version")
+            yield content, metadata
+    except (SafetensorError, KeyError, ValueError) as error:
+        raise _damaged(file, f"cannot be read: {error}") from None
+    except OSError as error:
+        raise _damaged(file, f"cannot be read: {error.strerror}") from None
 
 
 def _join(parts: Sequence[NDArray[Any]], dtype: Any) -> NDArray[Any]:

@@ -5,6 +5,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cached_property
+from hashlib import sha256
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -21,11 +22,13 @@ from huggingface_hub.errors import (
 from torch import Tensor
 
 from speculators_cli.core.errors import MachineError, SettingsError, SpeculatorsError
+from speculators_cli.core.files import read_parts
 from speculators_cli.core.models.weights_file import open_weights
 from speculators_cli.core.reading import (
     DOWNLOAD_AGAIN,
     Tensors,
     UnreadableError,
+    opening,
     read_json_object,
     refusing,
 )
@@ -168,6 +171,20 @@ class RepoFiles:
                         )
                     tensors[name], found_in[name] = content.get_tensor(name), file_name
         return tensors
+
+    def hash_parts(self) -> str:
+        """Return a hash of config.json, and of sizes and parts of the weights files.
+
+        Raises:
+            SpeculatorsError: There are no weights.
+            MachineError: The download fails.
+        """
+        digest = sha256(self.file(CONFIG_NAME).read_bytes())
+        for name in sorted(set(self.weight_map.values())):
+            with self._refusing(), opening(self._find_listed(name, None)) as descriptor:
+                digest.update(f"{name}\0{os.fstat(descriptor).st_size}\0".encode())
+                digest.update(read_parts(descriptor))
+        return digest.hexdigest()
 
     def check_unlisted(self, ending: str) -> None:
         """Check that no file of a folder has a tensor that is missing in the index.

@@ -15,7 +15,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 
 from speculators_cli.core.errors import MachineError, SpeculatorsError
 from speculators_cli.core.signals import StopSignals
-from speculators_cli.core.training.place import adopt_slurm, read_place
+from speculators_cli.core.place import adopt_slurm, read_place
 from speculators_cli.core.training.watch import CollectiveError, RankWatch
 
 T = TypeVar("T")

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 import torch.distributed as dist
 
 from speculators_cli.core.errors import MachineError, SpeculatorsError
-from speculators_cli.core.training.place import Place
+from speculators_cli.core.place import Place
 
 T = TypeVar("T")
 

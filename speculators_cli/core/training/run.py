@@ -16,7 +16,7 @@ from speculators_cli.core.training.build import build_trainer
 from speculators_cli.core.training.distributed import Ranks, end_process, start_ranks
 from speculators_cli.core.training.inputs import Inputs, read_inputs
 from speculators_cli.core.training.loggers import SafeLogger, build_loggers
-from speculators_cli.core.training.place import adopt_slurm, is_first_rank
+from speculators_cli.core.place import adopt_slurm, is_first_rank
 from speculators_cli.core.training.report import TrainReport
 from speculators_cli.core.training.resume import Start, find_start
 from speculators_cli.core.training.run_end import RunEnd, recording_end

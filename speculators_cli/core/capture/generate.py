@@ -1,0 +1,227 @@
+"""generate_data(settings): from prompts or conversations to samples of the verifier."""
+
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import closing, nullcontext
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from speculators_cli.core.capture.engines import Engines
+from speculators_cli.core.capture.generated_folder import MANIFEST_NAME, agree
+from speculators_cli.core.capture.job import Job, open_job
+from speculators_cli.core.capture.prompt_files import Prompts, open_prompts
+from speculators_cli.core.capture.report import GenerationReport, StageTime
+from speculators_cli.core.capture.state_stage import StateStage, count_bytes, sum_up_states
+from speculators_cli.core.capture.token_stage import make_tokens, sum_up_tokens
+from speculators_cli.core.data.data_config import write_data_config
+from speculators_cli.core.data.token_counts import FILE_NAME, TokenCounts, write_token_freq
+from speculators_cli.core.data.token_shards import read_counts, read_shard
+from speculators_cli.core.errors import DataError
+from speculators_cli.core.files import check_free_space
+from speculators_cli.core.progress import Progress
+from speculators_cli.settings.generate_data import GenerateDataSettings
+
+POLL_SECONDS = 0.2
+
+
+def generate_data(
+    settings: GenerateDataSettings, *, progress: Progress
+) -> GenerationReport | None:
+    """Write tokens, then samples, into the output folder; what is there already is kept.
+
+    Each rank has shards of its own, from the input to the samples. The first rank waits for the
+    others, and reports.
+
+    Returns:
+        None on ranks other than the first.
+
+    Raises:
+        SettingsError: A setting, the verifier or the output folder cannot be used.
+        DataError: The input cannot be used.
+        MachineError: The disk is full, the engine fails, or hidden states cannot be right.
+    """
+    job = open_job(settings)
+    prompts = open_prompts(settings.input.prompts, split=settings.input.split or None)
+    num_shards = count_shards(prompts, settings)
+    is_first = job.place.rank == 0
+    with (
+        job.folder.locked() if is_first else nullcontext(),
+        closing(Engines(job)) as engines,
+    ):
+        run = _Run(job, prompts, range(num_shards), engines, progress)
+        report = run.make_tokens()
+        if not settings.tokens.tokens_only:
+            report = run.make_states(report)
+    return report if is_first else None
+
+
+def count_shards(prompts: Prompts, settings: GenerateDataSettings) -> int:
+    """Return the number of shards of the input.
+
+    Raises:
+        DataError: The input has no rows.
+    """
+    given = settings.input
+    num_rows = prompts.count_rows()
+    if num_rows == 0:
+        raise DataError(f"`{prompts.name}` has no rows", hint="Pass a file with prompts")
+    if given.max_conversations is not None:
+        num_rows = min(num_rows, given.max_conversations)
+    return -(-num_rows // given.shard_size)
+
+
+class _Run:
+    """The stages of one run, for one rank."""
+
+    def __init__(
+        self,
+        job: Job,
+        prompts: Prompts,
+        shards: Sequence[int],
+        engines: Engines,
+        progress: Progress,
+    ) -> None:
+        self._job = job
+        self._prompts = prompts
+        self._shards = shards
+        self._engines = engines
+        self._progress = progress
+        self._own = [shard for shard in shards if job.is_own(shard)]
+        self._is_first = job.place.rank == 0
+
+    def make_tokens(self) -> GenerationReport:
+        """Write the shards of tokens; report on those of this rank, or of all on the first."""
+        job = self._job
+        self._agree(job.folder.tokens, tokens_manifest(job, self._prompts))
+        before = {shard for shard in self._shards if job.folder.shard(shard).exists()}
+        started_at = time.perf_counter()
+        make_tokens(job, self._prompts, self._own, self._engines, self._progress)
+        shards = self._own
+        if self._is_first:
+            _wait_for(job.folder.shard(shard) for shard in self._shards)
+            shards = list(self._shards)
+        seconds = time.perf_counter() - started_at
+        totals = sum_up_tokens(job, shards)
+        new = [read_counts(job.folder.shard(n)) for n in shards if n not in before]
+        counts = totals.rendered
+        return GenerationReport(
+            output_dir=job.folder.folder,
+            verifier=job.files.name_or_path,
+            layer_ids=job.layer_ids,
+            num_conversations=totals.bad.num_rows,
+            num_bad_rows=totals.bad.num_bad,
+            bad_rows=tuple(f"{row.place} {row.reason}" for row in totals.bad.listed),
+            num_rows=counts.num_rows,
+            num_tokens=counts.num_tokens,
+            num_supervised_tokens=counts.num_supervised_tokens,
+            num_truncated_answers=counts.num_without_end,
+            num_truncated_rows=counts.num_cut,
+            left_out=dict(counts.left_out),
+            num_bytes=totals.num_bytes,
+            tokens_time=StageTime(sum(x["rendered"]["num_tokens"] for x in new), seconds),
+        )
+
+    def make_states(self, tokens: GenerationReport) -> GenerationReport:
+        """Write the samples; on the first rank, complete the folder and the report."""
+        job = self._job
+        self._agree(job.folder.samples, states_manifest(job))
+        missing = [shard for shard in self._shards if not job.folder.done(shard).exists()]
+        if self._is_first:
+            self._check_disk(missing)
+            verifier, layer_ids = job.files.name_or_path, job.layer_ids
+            write_data_config(job.folder.folder, verifier=verifier, layer_ids=layer_ids)
+        started_at = time.perf_counter()
+        stage = StateStage(job, self._engines, self._progress)
+        stage.run(self._own)
+        if not self._is_first:
+            return tokens
+        _wait_for(job.folder.done(shard) for shard in self._shards)
+        seconds = time.perf_counter() - started_at
+        write_token_freq(self._count_tokens().total(), job.folder.folder / FILE_NAME)
+        totals = sum_up_states(job, self._shards)
+        new = [read_counts(job.folder.shard(shard)) for shard in missing]
+        return replace(
+            tokens,
+            num_samples=totals.num_samples,
+            num_non_finite=totals.num_non_finite,
+            num_bytes=tokens.num_bytes + totals.num_bytes,
+            head_agreement=stage.head_agreement,
+            states_time=StageTime(sum(x["rendered"]["num_tokens"] for x in new), seconds),
+        )
+
+    def _agree(self, folder: Path, manifest: Mapping[str, Any]) -> None:
+        if self._is_first:
+            agree(folder, manifest)
+        else:
+            _wait_for([folder / MANIFEST_NAME])
+
+    def _check_disk(self, shards: Sequence[int]) -> None:
+        """Check that the samples of shards fit, before the first one is captured."""
+        job = self._job
+        num_bytes = sum(count_bytes(read_shard(job.folder.shard(n)).rows, job) for n in shards)
+        check_free_space(
+            job.folder.folder,
+            num_bytes,
+            what="the samples",
+            hint="Pass another `--output-dir`, `--storage-dtype float8`, or `--tokens-only` to "
+            "train without stored hidden states",
+        )
+
+    def _count_tokens(self) -> TokenCounts:
+        counts = TokenCounts(self._job.vocab_size)
+        for shard in self._shards:
+            for row in read_shard(self._job.folder.shard(shard)).rows:
+                counts.add_ids(row.input_ids, row.loss_mask)
+        return counts
+
+
+def tokens_manifest(job: Job, prompts: Prompts) -> dict[str, Any]:
+    """Return everything that the tokens depend on."""
+    given, tokens = job.settings.input, job.settings.tokens
+    manifest: dict[str, Any] = {
+        "verifier": job.files.name_or_path,
+        "vocab_size": job.vocab_size,
+        "chat_template": job.template_hash,
+        "end_ids": sorted(job.end_ids),
+        "prompts": prompts.fingerprint(),
+        "max_conversations": given.max_conversations,
+        "shard_size": given.shard_size,
+        "total_seq_len": tokens.total_seq_len,
+        "thinking": tokens.thinking,
+        "regenerate": tokens.regenerate,
+    }
+    if tokens.regenerate:
+        manifest |= {
+            "engine": "endpoint" if job.settings.engine.endpoint else job.settings.engine.engine,
+            "dtype": str(job.dtype).removeprefix("torch."),
+            "weights": job.weights_hash,
+            "temperature": tokens.temperature,
+            "top_p": tokens.top_p,
+            "max_new_tokens": tokens.max_new_tokens,
+            "seed": tokens.seed,
+            "skip_truncated_answers": tokens.skip_truncated_answers,
+        }
+    return manifest
+
+
+def states_manifest(job: Job) -> dict[str, Any]:
+    """Return everything that the hidden states of given tokens depend on."""
+    storage, engine = job.settings.storage, job.settings.engine
+    return {
+        "verifier": job.files.name_or_path,
+        "weights": job.weights_hash,
+        "layer_ids": list(job.layer_ids),
+        "engine": engine.engine,
+        "dtype": str(job.dtype).removeprefix("torch."),
+        "storage_dtype": storage.storage_dtype,
+        "all_last_states": storage.all_last_states,
+        "capture_tokens": engine.capture_tokens,
+    }
+
+
+def _wait_for(files: Iterable[Path]) -> None:
+    """Wait until other ranks have written files; their launcher ends this one if they fail."""
+    for file in files:
+        while not file.exists():
+            time.sleep(POLL_SECONDS)

@@ -1,0 +1,156 @@
+"""Job: the verifier, folder and rank of one run of `generate-data`, checked before it starts."""
+
+import os
+from dataclasses import dataclass
+from functools import cached_property
+from hashlib import sha256
+from typing import Any
+
+import torch
+
+from speculators_cli.core.capture.generated_folder import GeneratedFolder
+from speculators_cli.core.capture.render import Renderer
+from speculators_cli.core.data.data_config import default_layer_ids
+from speculators_cli.core.engines.engine import Sampling
+from speculators_cli.core.errors import MachineError, SettingsError
+from speculators_cli.core.models.special_tokens import read_end_ids
+from speculators_cli.core.models.tokenizer import load_tokenizer
+from speculators_cli.core.models.verifier import VerifierConfig, read_verifier_config
+from speculators_cli.core.models.verifier_files import VerifierFiles
+from speculators_cli.core.place import Place, adopt_slurm, read_place
+from speculators_cli.settings.generate_data import GenerateDataSettings
+
+
+@dataclass(frozen=True)
+class Job:
+    """Everything that both stages need, except the verifier's weights."""
+
+    settings: GenerateDataSettings
+    folder: GeneratedFolder
+    files: VerifierFiles
+    config: VerifierConfig
+    tokenizer: Any
+    end_ids: frozenset[int]
+    vocab_size: int
+    layer_ids: tuple[int, ...]
+    device: torch.device
+    dtype: torch.dtype
+    place: Place
+
+    @property
+    def trusts_remote_code(self) -> bool:
+        """Whether custom code of the verifier may run."""
+        return self.settings.verifier.trust_remote_code
+
+    @property
+    def sampling(self) -> Sampling:
+        """How answers are chosen."""
+        tokens = self.settings.tokens
+        return Sampling(tokens.max_new_tokens, tokens.temperature, tokens.top_p)
+
+    def is_own(self, shard: int) -> bool:
+        """Whether a shard is of this rank."""
+        return shard % self.place.num_ranks == self.place.rank
+
+    def build_renderer(self) -> Renderer:
+        """Return a renderer of the verifier's tokenizer and chat template."""
+        tokens = self.settings.tokens
+        return Renderer(
+            self.tokenizer,
+            end_ids=self.end_ids,
+            thinking=None if tokens.thinking is None else tokens.thinking == "on",
+            max_tokens=tokens.total_seq_len,
+            vocab_size=self.vocab_size,
+        )
+
+    @cached_property
+    def weights_hash(self) -> str:
+        """Hash of the verifier's config, and of parts of its weights."""
+        return self.files.hash_parts()[:16]
+
+    @cached_property
+    def template_hash(self) -> str | None:
+        """Hash of the chat template; None if there is none."""
+        template = self.tokenizer.chat_template
+        return None if not template else sha256(str(template).encode()).hexdigest()[:16]
+
+
+def open_job(settings: GenerateDataSettings) -> Job:
+    """Read the verifier's config and tokenizer, and find the device and the rank.
+
+    Raises:
+        SettingsError: The verifier or a setting cannot be used.
+        MachineError: There is no such device, or the hub cannot be reached.
+    """
+    adopt_slurm(os.environ)
+    place = read_place(os.environ)
+    given = settings.verifier
+    files = VerifierFiles(given.verifier_name_or_path)
+    config = read_verifier_config(files, trust_remote_code=given.trust_remote_code)
+    tokenizer = load_tokenizer(files, trust_remote_code=given.trust_remote_code)
+    end_ids = read_end_ids(files, trust_remote_code=given.trust_remote_code)
+    own_end = tokenizer.eos_token_id
+    if own_end is not None and not end_ids:
+        end_ids = {own_end}
+    vocab_size = files.read_vocab_size(config.modules)
+    if len(tokenizer) > vocab_size:
+        raise SettingsError(
+            f"The tokenizer of `{files.name_or_path}` has {len(tokenizer):,} tokens, its embedding "
+            f"{vocab_size:,}",
+            hint="Download the verifier again: its tokenizer is of another model",
+        )
+    device = choose_device(settings.engine.device, place)
+    return Job(
+        settings=settings,
+        folder=GeneratedFolder(settings.input.output_dir),
+        files=files,
+        config=config,
+        tokenizer=tokenizer,
+        end_ids=frozenset(end_ids),
+        vocab_size=vocab_size,
+        layer_ids=choose_layer_ids(given.target_layer_ids, config.num_layers),
+        device=device,
+        dtype=choose_dtype(given.dtype, device),
+        place=place,
+    )
+
+
+def choose_layer_ids(given: tuple[int, ...] | None, num_layers: int) -> tuple[int, ...]:
+    """Return the aux layers: the given ones, or early, middle and late.
+
+    Raises:
+        SettingsError: The verifier does not have them.
+    """
+    ids = default_layer_ids(num_layers) if given is None else given
+    if list(ids) != sorted(set(ids)) or ids[0] < 0 or ids[-1] > num_layers:
+        raise SettingsError(
+            f"`--target-layer-ids`: layers `{','.join(map(str, ids))}` are not strictly ascending "
+            f"between 0 and the verifier's {num_layers} layers",
+            hint="Pass `--target-layer-ids` with layers that the verifier has",
+        )
+    return tuple(ids)
+
+
+def choose_device(name: str, place: Place) -> torch.device:
+    """Return the device of this rank.
+
+    Raises:
+        MachineError: There is no GPU for it.
+    """
+    num_gpus = torch.cuda.device_count()
+    if name == "cpu" or (name == "auto" and num_gpus == 0):
+        return torch.device("cpu")
+    if place.local_rank >= num_gpus:
+        raise MachineError(
+            f"Rank {place.rank} has no GPU: this machine has {num_gpus}",
+            hint="Lower `--nproc-per-node`, or pass `--device cpu`",
+        )
+    return torch.device("cuda", place.local_rank)
+
+
+def choose_dtype(name: str, device: torch.device) -> torch.dtype:
+    """Return the precision of the verifier."""
+    if name == "auto":
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    dtype: torch.dtype = getattr(torch, name)
+    return dtype
