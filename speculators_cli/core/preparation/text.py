@@ -1,11 +1,10 @@
 """The text of one sample, with its supervised tokens marked."""
 
-from itertools import groupby
-
 from speculators_cli.core.data.folder import find_files, hint_of_no_samples, is_sample_name
 from speculators_cli.core.data.formats.detect import detect
 from speculators_cli.core.data.sample import BadSampleError, reason_of
 from speculators_cli.core.errors import DataError, SettingsError
+from speculators_cli.core.models.marked_text import mark_supervised
 from speculators_cli.core.models.tokenizer import load_tokenizer
 from speculators_cli.core.models.verifier_files import VerifierFiles
 from speculators_cli.settings.inspect_data import InspectSettings
@@ -46,12 +45,8 @@ def read_text(settings: InspectSettings) -> list[tuple[str, bool]]:
         raise DataError(
             f"`{file}` {reason_of(error)}", hint="Pass the number of another sample"
         ) from None
-    pairs = zip(tokens.input_ids.tolist(), tokens.loss_mask.tolist(), strict=True)
     try:
-        return [
-            (str(tokenizer.decode([token_id for token_id, _ in run])), is_supervised)
-            for is_supervised, run in groupby(pairs, key=lambda pair: pair[1])
-        ]
+        return mark_supervised(tokenizer, tokens.input_ids.tolist(), tokens.loss_mask.tolist())
     except (LookupError, ArithmeticError, TypeError, ValueError) as error:
         raise DataError(
             f"`{file}` has token ids that the tokenizer of `{name}` lacks: {error}",
