@@ -1,6 +1,8 @@
 """Hidden states as float8 values, with one float32 scale per token."""
 
+import threading
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -18,7 +20,9 @@ MIN_SCALE = 2.0**-126  # the smallest normal float32: smaller ones would be inex
 NAN_CODE = 0x7F  # of float8_e4m3fn, without the sign
 HALF_FACTOR = 2.0**8  # the exponent bias of float16 is larger by 8
 HALF_FIELDS = -1 - 0x4000  # mask of all bits of a float16 but the highest of its exponent
-SCALED_AT_ONCE = 2**17  # values, whose buffers fit into a core's cache
+READ_AT_ONCE = 2**20  # values: a call costs as much as reading some thousand
+SCALED_AT_ONCE = 2**18  # values, so that intermediate results stay in a core's cache
+_local = threading.local()
 
 
 class ScaledStates:
@@ -70,21 +74,78 @@ class ScaledStates:
         """
         import torch
 
-        at_once = max(SCALED_AT_ONCE // self.shape[1], 1)
+        factors = self.scales[torch.from_numpy(rows)] * HALF_FACTOR
+        width = self.shape[1]
+        at_once = max(READ_AT_ONCE // width, 1)
+        scratch = _own_scratch(at_once * width)
         for start in range(0, len(rows), at_once):
-            part = rows[start : start + at_once]
-            scales = self.scales[torch.from_numpy(part)]
-            scale_values(self._read_bytes(part), scales, into[start : start + at_once])
+            part = slice(start, start + at_once)
+            codes = scratch.codes[: len(rows[part]) * width].reshape(-1, width)
+            self._read_codes(codes, rows[part])
+            scale_codes(codes, factors[part], into[part], scratch)
 
-    def _read_bytes(self, rows: NDArray[np.int64]) -> Bytes:
+    def _read_codes(self, codes: Bytes, rows: NDArray[np.int64]) -> None:
         import torch
 
         if isinstance(self.values, StoredStates):
-            values = np.empty((len(rows), self.shape[1]), np.uint8)
-            self.values.read_into(values, rows)
-            return values
-        codes: Bytes = self.values.view(torch.uint8).numpy()
-        return codes[rows]
+            self.values.read_into(codes, rows)
+        else:
+            codes[:] = self.values.view(torch.uint8).numpy()[rows]
+
+
+@dataclass(frozen=True, eq=False)
+class Scratch:
+    """Reusable memory for some values: allocating it costs more than the computation."""
+
+    codes: Bytes  # bytes of float8_e4m3fn
+    magnitudes: Bytes
+    halves: NDArray[np.int16]  # bits of float16
+    products: "Tensor"  # float32
+
+
+def _own_scratch(num_values: int) -> Scratch:
+    """Return the scratch memory of this thread."""
+    import torch
+
+    scratch: Scratch | None = getattr(_local, "scratch", None)
+    if scratch is None or len(scratch.codes) < num_values:
+        codes, magnitudes = np.empty(num_values, np.uint8), np.empty(num_values, np.uint8)
+        scratch = Scratch(
+            codes, magnitudes, np.empty(num_values, np.int16), torch.empty(num_values)
+        )
+        _local.scratch = scratch
+    return scratch
+
+
+def scale_codes(
+    codes: Bytes,  # [rows, hidden]: bytes of float8_e4m3fn
+    factors: "Tensor",  # [rows, 1], float32: scales times `HALF_FACTOR`
+    into: "Tensor",  # [rows, hidden], bfloat16
+    scratch: Scratch,
+) -> None:
+    """Multiply float8 values with their scales, in float32, and round the products.
+
+    The fields of a float8_e4m3fn are moved to those of a float16, which are wider: this takes an
+    eighth of the time of torch's own conversion.
+    """
+    import torch
+
+    num_rows, width = codes.shape
+    at_once = max(SCALED_AT_ONCE // width, 1)
+    for start in range(0, num_rows, at_once):
+        part = slice(start, start + at_once)
+        some = codes[part]
+        halves = scratch.halves[: some.size].reshape(some.shape)
+        np.copyto(halves, some.view(np.int8))
+        np.multiply(halves, 2**7, out=halves)  # the extended sign is now in the two highest bits
+        np.bitwise_and(halves, HALF_FIELDS, out=halves)
+        products = scratch.products[: some.size].view(some.shape)
+        products.copy_(torch.from_numpy(halves).view(torch.float16)).mul_(factors[part])
+        into[part].copy_(products)
+    magnitudes = scratch.magnitudes[: codes.size].reshape(codes.shape)
+    np.bitwise_and(codes, NAN_CODE, out=magnitudes)
+    if magnitudes.max(initial=0) == NAN_CODE:
+        into[torch.from_numpy(magnitudes == NAN_CODE)] = torch.nan
 
 
 def quantize_rows(
@@ -103,25 +164,3 @@ def quantize_rows(
     largest = states.abs().amax(-1, keepdim=True).float()
     scales = (largest / MAX_FLOAT8).clamp_(min=MIN_SCALE)
     return (states.float() / scales).to(torch.float8_e4m3fn), scales.squeeze(-1)
-
-
-def scale_values(
-    codes: Bytes,  # [rows, hidden]: bytes of float8_e4m3fn
-    scales: "Tensor",  # [rows, 1], float32
-    into: "Tensor",  # [rows, hidden], bfloat16
-) -> None:
-    """Multiply float8 values with their scales, in float32, and round the products.
-
-    The fields of a float8_e4m3fn are moved to those of a float16, which has wider ones: an eighth
-    of the time of torch's conversion.
-    """
-    import torch
-
-    fields = codes.view(np.int8).astype(np.int16)
-    fields *= 2**7  # the extended sign is now in the two highest bits
-    fields &= HALF_FIELDS
-    products = torch.from_numpy(fields).view(torch.float16).float().mul_(scales * HALF_FACTOR)
-    magnitudes = codes & np.uint8(NAN_CODE)
-    if magnitudes.size and magnitudes.max() == NAN_CODE:
-        products[torch.from_numpy(magnitudes == NAN_CODE)] = torch.nan
-    into.copy_(products)
