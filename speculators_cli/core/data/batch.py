@@ -10,8 +10,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from speculators_cli.core.data.alignment import NEXT_TOKEN, Alignment
+from speculators_cli.core.data.float8 import ScaledStates
 from speculators_cli.core.data.sample import Sample, States
 from speculators_cli.core.data.stored import StoredStates, find_rows
+from speculators_cli.core.data.supervised_rows import SupervisedRows
 
 CAST_AT_ONCE = 1024  # rows
 INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -174,6 +176,8 @@ def copy_rows(
     into: Tensor,  # [rows, hidden], any float dtype
 ) -> None:
     """Copy some rows, with a cast if the dtype differs; no other rows of a file are read."""
+    if isinstance(states, SupervisedRows):
+        rows, states = states.locate(rows), states.held
     bits = _bits(into)
     if states.dtype != into.dtype:
         wanted = torch.from_numpy(find_rows(rows, len(states)))
@@ -182,6 +186,8 @@ def copy_rows(
             bits[part] = _bits(states[wanted[part]].to(into.dtype))
     elif isinstance(states, StoredStates):
         states.read_into(bits.view(np.uint8), find_rows(rows, len(states)))
+    elif isinstance(states, ScaledStates):
+        states.read_into(into, find_rows(rows, len(states)))
     else:
         # Not `np.take`, which copies a non-contiguous source completely.
         bits[:] = _bits(states[:])[rows if isinstance(rows, slice) else rows.numpy()]

@@ -186,39 +186,6 @@ class StoredStates:
         return np.ndarray(self.shape, f"u{self._item_bytes}", data.data, strides=strides)
 
 
-class ScaledStates:
-    """Hidden states stored as float8 with one float32 scale per row; the product is rounded once.
-
-    Args:
-        stored: The float8 values.
-        scales: [seq_len, 1].
-    """
-
-    def __init__(self, stored: StoredStates, scales: "Tensor") -> None:
-        self.stored = stored
-        self.scales = scales
-        self.shape = stored.shape
-
-    @property
-    def dtype(self) -> "torch.dtype":
-        """Dtype of the products."""
-        import torch
-
-        return torch.bfloat16
-
-    def __len__(self) -> int:
-        return len(self.stored)
-
-    def __getitem__(self, rows: "slice | Tensor") -> "Tensor":
-        """Read and scale rows."""
-        return (self.stored[rows].float() * self.scales[rows]).bfloat16()
-
-    def split(self, num_rows: int) -> Iterator["Tensor"]:
-        """Yield all rows scaled, `num_rows` at a time."""
-        for start in range(0, len(self), num_rows):
-            yield self[start : start + num_rows]
-
-
 def find_rows(rows: "slice | Tensor", num_rows: int) -> NDArray[np.int64]:
     """Return the row indices selected by an index."""
     if isinstance(rows, slice):

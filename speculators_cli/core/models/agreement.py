@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from speculators_cli.core.data.sample import Sample
+from speculators_cli.core.data.supervised_rows import held_tokens
 from speculators_cli.core.models.verifier import FrozenVerifier
 
 MAX_POSITIONS = 64  # of each sample, at most, that the accuracy is measured on
@@ -82,12 +83,20 @@ def spread(
     return positions[keep]
 
 
+def find_scored(sample: Sample) -> Tensor:
+    """Return the tokens before a supervised one whose last hidden states exist; [tokens], int64.
+
+    The token before an answer is missing where last hidden states are held at supervised tokens.
+    """
+    return (sample.loss_mask[1:] & held_tokens(sample.last_hidden_states)[:-1]).nonzero().flatten()
+
+
 @torch.no_grad()
 def measure_agreement(verifier: FrozenVerifier, samples: Iterable[Sample]) -> Agreement | None:
     """Measure the top-1 accuracy of the verifier's LM head on the next tokens of samples.
 
-    Measured at the supervised next tokens of a sample, or at all if it has none. `is_normed` of
-    the result is that of most positions.
+    Measured at the supervised next tokens of a sample, or at all if it has none, where last hidden
+    states exist. `is_normed` of the result is that of most positions.
 
     Returns:
         None if the samples have no next tokens.
@@ -96,9 +105,9 @@ def measure_agreement(verifier: FrozenVerifier, samples: Iterable[Sample]) -> Ag
     wanted: list[Tensor] = []
     num_normed = 0
     for sample in samples:
-        positions = sample.loss_mask[1:].nonzero().flatten()
+        positions = find_scored(sample)
         if not len(positions):
-            positions = torch.arange(sample.num_tokens - 1)
+            positions = held_tokens(sample.last_hidden_states)[:-1].nonzero().flatten()
         positions = spread(positions)
         states.append(sample.last_hidden_states[positions].float())
         wanted.append(sample.input_ids[positions + 1])
@@ -145,7 +154,7 @@ def find_wrong_marks(
     contradicted: dict[bool, list[int]] = {False: [], True: []}
     for index, read in enumerate(samples):
         sample = read()
-        if looks_normed(verifier, sample) is not sample.is_normed:
+        if looks_normed(verifier, sample) is (not sample.is_normed):
             contradicted[sample.is_normed].append(index)
     found = []
     for indices in contradicted.values():
@@ -161,12 +170,15 @@ def find_wrong_marks(
 
 
 @torch.no_grad()
-def looks_normed(verifier: FrozenVerifier, sample: Sample) -> bool:
-    """Whether last hidden states have the scale of normed ones.
+def looks_normed(verifier: FrozenVerifier, sample: Sample) -> bool | None:
+    """Whether last hidden states have the scale of normed ones; None if there are none.
 
     Divided by the norm weights, a normed state has a root mean square of one at every token.
     """
-    rows = spread(torch.arange(sample.num_tokens), NUM_SCALE_POSITIONS)
+    rows = held_tokens(sample.last_hidden_states).nonzero().flatten()
+    if not len(rows):
+        return None
+    rows = spread(rows, NUM_SCALE_POSITIONS)
     states = sample.last_hidden_states[rows].float()
     weight = verifier.norm_weight.to(states.device)
     if verifier.norm_bias is not None:

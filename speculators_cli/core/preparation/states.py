@@ -8,8 +8,10 @@ import torch
 from torch import Tensor
 
 from speculators_cli.core.data.sample import ChangedSampleError, Sample, States
+from speculators_cli.core.data.supervised_rows import held_states
 from speculators_cli.core.progress import Progress
 
+NO_SCALE = torch.tensor(torch.nan)
 OUTLIER = 10.0  # times the median scale of a layer over the samples
 ROWS_AT_ONCE = 64
 
@@ -37,22 +39,23 @@ def check_states(samples: Sequence[Callable[[], Sample]], progress: Progress) ->
             problems += [(index, problem) for problem in found]
             if not found:
                 # The median, since the first token has a scale of thousands in many verifiers.
-                scales[index] = torch.stack([r.median() for r in rms])
+                # Without supervised tokens, a sample may have no last hidden states.
+                scales[index] = torch.stack([r.median() if len(r) else NO_SCALE for r in rms])
     if not scales:
         return StatesReport(len(samples), (), tuple(problems))
     table = torch.stack(list(scales.values()))  # [samples, layers]
-    usual = table.median(0).values
+    usual = table.nanmedian(0).values
     for index, row in scales.items():
         ratio = row / usual.clamp(min=1e-12)
         for layer in ((ratio > OUTLIER) | (ratio < 1 / OUTLIER)).nonzero().flatten().tolist():
             factor = float(ratio[layer])
             problems.append((index, f"has layer {layer} at {factor:.2g} times its usual scale"))
-    return StatesReport(len(samples), tuple(usual.tolist()), tuple(problems))
+    return StatesReport(len(samples), tuple(usual.nan_to_num(0.0).tolist()), tuple(problems))
 
 
 def check_sample(sample: Sample) -> tuple[list[str], list[Tensor]]:
     """Return the problems of a sample's states, and the scale of each token in each layer."""
-    layers = (*sample.aux_hidden_states, sample.last_hidden_states)
+    layers = (*sample.aux_hidden_states, held_states(sample.last_hidden_states))
     rms = [root_mean_square(x) for x in layers]
     pairs = zip(layers, rms, strict=True)
     checked = [check_layer(states, r, layer) for layer, (states, r) in enumerate(pairs)]
@@ -76,7 +79,7 @@ def root_mean_square(
 ) -> Tensor:
     """Compute the RMS of each token; [seq_len], float32. Rows are cast to float32 in chunks."""
     parts = [torch.linalg.vector_norm(x.float(), dim=-1) for x in states.split(ROWS_AT_ONCE)]
-    rms: Tensor = torch.cat(parts) / states.shape[-1] ** 0.5
+    rms: Tensor = torch.cat(parts or [torch.empty(0)]) / states.shape[-1] ** 0.5
     return rms
 
 
@@ -90,7 +93,7 @@ def check_layer(
     num_broken = int((~states[~rms.isfinite()].isfinite()).sum())
     if num_broken:
         return f"has {num_broken:,} non-finite values in layer {layer}"
-    if not rms.any():
+    if len(rms) and not rms.any():
         return f"has only zeros in layer {layer}"
     first = states[:1]
     is_constant = len(rms) > 1 and bool((rms == rms[0]).all())

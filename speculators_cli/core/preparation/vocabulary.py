@@ -208,11 +208,11 @@ def sample_mass(
     samples: SampleFolder, sample_id: int, verifier: "FrozenVerifier", vocab_map: VocabMap
 ) -> torch.Tensor:
     """Return the probability within the draft vocabulary at some positions; [positions]."""
-    from speculators_cli.core.models.agreement import spread
+    from speculators_cli.core.models.agreement import find_scored, spread
 
     sample = samples.read(sample_id)
     # The distribution at position i is over the token after it.
-    positions = spread(sample.loss_mask[1:].nonzero().flatten())
+    positions = spread(find_scored(sample))
     states = sample.last_hidden_states[positions].float().to(verifier.head.device)
     is_normed = torch.full((len(states),), sample.is_normed, device=states.device)
     normed = verifier.normed(states, is_normed)

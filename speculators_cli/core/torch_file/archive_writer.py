@@ -7,12 +7,14 @@ from typing import BinaryIO
 
 from speculators_cli.core.torch_file.archive import ORIGIN_NAME, Archive
 from speculators_cli.core.torch_file.errors import TorchFileError
-from speculators_cli.core.torch_file.structure import STORAGE_DTYPES
+from speculators_cli.core.torch_file.structure import STORAGE_DTYPES, UNTYPED_DTYPES
 from speculators_cli.core.torch_file.tensor_spec import ITEM_BYTES, TensorSpec
 from speculators_cli.core.torch_file.zip_records import RecordWriter
 
 PREFIX = "archive/"  # torch requires one, with any name
 STORAGE_NAMES = {dtype: name for name, dtype in reversed(STORAGE_DTYPES.items())}
+DTYPE_NAMES = {dtype: name for name, dtype in UNTYPED_DTYPES.items()}
+UNTYPED_STORAGE = "torch.storage.UntypedStorage"
 
 
 class ArchiveWriter:
@@ -112,15 +114,24 @@ def _pickle(value: object, storage_bytes: Mapping[str, int]) -> Iterator[bytes]:
 
 
 def _pickle_tensor(spec: TensorSpec, num_bytes: int) -> Iterator[bytes]:
-    module, name = STORAGE_NAMES[spec.dtype].rsplit(".", 1)
-    storage_class = pickle.GLOBAL + f"{module}\n{name}\n".encode()
-    num_elements = num_bytes // ITEM_BYTES[spec.dtype]
-    yield pickle.GLOBAL + b"torch._utils\n_rebuild_tensor_v2\n" + pickle.MARK
-    yield from (pickle.MARK, *_pickle("storage", {}), storage_class)
+    # As torch does: without a storage class of their own, the storage is one of bytes.
+    is_untyped = spec.dtype in DTYPE_NAMES
+    storage_name = UNTYPED_STORAGE if is_untyped else STORAGE_NAMES[spec.dtype]
+    num_elements = num_bytes if is_untyped else num_bytes // ITEM_BYTES[spec.dtype]
+    yield _pickle_global(f"torch._utils._rebuild_tensor_v{3 if is_untyped else 2}") + pickle.MARK
+    yield from (pickle.MARK, *_pickle("storage", {}), _pickle_global(storage_name))
     yield from (*_pickle(spec.storage_key, {}), *_pickle("cpu", {}), *_pickle(num_elements, {}))
     yield pickle.TUPLE + pickle.BINPERSID
     yield from _pickle(spec.offset, {})
     for sizes in (spec.shape, spec.stride):
         yield from (pickle.MARK, *(x for size in sizes for x in _pickle(size, {})), pickle.TUPLE)
     # It needs no gradient and has no hooks.
-    yield pickle.NEWFALSE + pickle.NONE + pickle.TUPLE + pickle.REDUCE
+    yield pickle.NEWFALSE + pickle.NONE
+    if is_untyped:
+        yield _pickle_global(DTYPE_NAMES[spec.dtype])
+    yield pickle.TUPLE + pickle.REDUCE
+
+
+def _pickle_global(name: str) -> bytes:
+    module, attribute = name.rsplit(".", 1)
+    return pickle.GLOBAL + f"{module}\n{attribute}\n".encode()

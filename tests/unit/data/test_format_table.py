@@ -11,7 +11,8 @@ from speculators_cli.core.data.data_config import resolve_layer_ids
 from speculators_cli.core.data.folder import read_folders
 from speculators_cli.core.data.formats import FORMATS
 from speculators_cli.core.data.formats.detect import describe_names, detect, verify
-from speculators_cli.core.data.formats.format import Layout, SampleFormat, get_tensor
+from speculators_cli.core.data.formats.format import SampleFormat, get_tensor
+from speculators_cli.core.data.formats.layout import Layout
 from speculators_cli.core.data.sample import BadSampleError
 from speculators_cli.core.errors import DataError
 from speculators_cli.core.progress import SilentProgress

@@ -5,33 +5,19 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-from numpy.typing import NDArray
-
+from speculators_cli.core.data.float8 import ScaledStates
+from speculators_cli.core.data.formats.layout import Layout, Values, check_layout, read_values
 from speculators_cli.core.data.sample import (
     BadSampleError,
     Sample,
     SampleTokens,
-    check_ids,
+    States,
     refusing_sample,
 )
 from speculators_cli.core.data.stored import StoredStates
+from speculators_cli.core.data.supervised_rows import SupervisedRows
 from speculators_cli.core.torch_file.archive import Archive
 from speculators_cli.core.torch_file.tensor_spec import TensorSpec, find_common
-
-HIDDEN_STATE_DTYPES = ("bfloat16", "float16", "float32", "float64")
-INTEGER_DTYPES = ("uint8", "int8", "int16", "int32", "int64", "uint16", "uint32")
-MASK_DTYPES = ("bool", *INTEGER_DTYPES, *HIDDEN_STATE_DTYPES)
-
-
-@dataclass(frozen=True)
-class Layout:
-    """Location of the parts of a sample in its file; nothing has been read."""
-
-    input_ids: TensorSpec  # [seq_len]
-    loss_mask: TensorSpec  # [seq_len]
-    hidden_states: tuple[TensorSpec, ...]  # [seq_len, hidden] each: the aux layers, then the last
-    is_normed: bool | TensorSpec
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,12 +100,13 @@ class SampleFormat(Format):
 
         with Archive(file) as archive:
             layout = self.read_layout(archive)
-            input_ids, loss_mask = _read_tokens(archive, layout)
-            *aux, last = [StoredStates.of(archive, spec) for spec in layout.hidden_states]
-            is_normed = _read_flag(archive, layout.is_normed)
-        return Sample(
-            torch.from_numpy(input_ids), torch.from_numpy(loss_mask), tuple(aux), last, is_normed
-        )
+            values = read_values(archive, layout)
+            *aux, last = _find_states(archive, layout, values)
+        loss_mask = torch.from_numpy(values.loss_mask)
+        if values.is_supervised_only:
+            last = SupervisedRows(last, loss_mask)
+        input_ids = torch.from_numpy(values.input_ids)
+        return Sample(input_ids, loss_mask, tuple(aux), last, values.is_normed)
 
     @refusing_sample()
     def read_tokens(self, file: Path) -> SampleTokens:
@@ -140,14 +127,14 @@ class SampleFormat(Format):
             BadSampleError: The file is not a sample of this format.
         """
         layout = self.read_layout(archive)
-        input_ids, loss_mask = _read_tokens(archive, layout)
+        values = read_values(archive, layout)
         return SampleTokens(
-            input_ids,
-            loss_mask,
+            values.input_ids,
+            values.loss_mask,
             hidden_size=layout.hidden_states[-1].shape[1],
             num_aux_layers=len(layout.hidden_states) - 1,
             dtype=find_common(spec.dtype for spec in layout.hidden_states),
-            is_normed=_read_flag(archive, layout.is_normed),
+            is_normed=values.is_normed,
             fingerprint=archive.fingerprint,
         )
 
@@ -163,8 +150,8 @@ class SampleFormat(Format):
             raise BadSampleError(f"is {_kind(content)}, not a dict of tensors")
         _refuse_foreign(content, self.name)
         layout = self.lay_out(content)
-        _check(layout, archive.num_bytes)
-        for spec in (layout.input_ids, layout.loss_mask, *layout.hidden_states):
+        check_layout(layout, archive.num_bytes)
+        for spec in layout.parts:
             archive.check(spec)
         return layout
 
@@ -211,6 +198,17 @@ def split_columns(
     return [aux.columns(start, start + hidden_size) for start in range(0, width, hidden_size)]
 
 
+def _find_states(archive: Archive, layout: Layout, values: Values) -> list[States]:
+    """Return the rows of each layer, which are read on use."""
+    import torch
+
+    stored = [StoredStates.of(archive, spec) for spec in layout.hidden_states]
+    if not values.scales:
+        return [*stored]
+    scales = [torch.from_numpy(x.copy())[:, None] for x in values.scales]  # else not writable
+    return [ScaledStates(*pair) for pair in zip(stored, scales, strict=True)]
+
+
 def _refuse_foreign(content: Mapping[object, object], name: str) -> None:
     """Reject samples of other formats and of other tools, with a specific message."""
     # The table imports this module.
@@ -223,69 +221,6 @@ def _refuse_foreign(content: Mapping[object, object], name: str) -> None:
         raise BadSampleError("has `token_ids` instead of `input_ids`, as in another tool's format")
     if content and all(isinstance(key, int) for key in content):
         raise BadSampleError("is a table of token counts, not a sample")
-
-
-def _check(layout: Layout, file_bytes: int) -> None:
-    """Check types and shapes, and that the parts together are not larger than the file."""
-    _check_tokens(layout)
-    num_tokens = layout.input_ids.shape[0]
-    last = layout.hidden_states[-1]
-    for index, spec in enumerate(layout.hidden_states):
-        if spec.dtype not in HIDDEN_STATE_DTYPES:
-            raise BadSampleError(f"has hidden states of type {spec.dtype}, expected floats")
-        if len(spec.shape) != 2:
-            raise BadSampleError(f"has hidden states of shape {list(spec.shape)} in layer {index}")
-        if spec.shape[0] != num_tokens:
-            raise BadSampleError(
-                f"has {num_tokens:,} input ids but {spec.shape[0]:,} hidden states in layer {index}"
-            )
-        if spec.shape[1] != last.shape[1]:
-            raise BadSampleError(
-                f"has hidden size {spec.shape[1]:,} in layer {index}, {last.shape[1]:,} in the last"
-            )
-    if len(layout.hidden_states) < 2 or last.shape[1] == 0:
-        raise BadSampleError("has no aux hidden states")
-    parts = (layout.input_ids, layout.loss_mask, *layout.hidden_states)
-    claimed = sum(spec.num_bytes for spec in parts)
-    if claimed > file_bytes:
-        raise BadSampleError(f"claims {claimed:,} bytes of tensors; the file has {file_bytes:,}")
-
-
-def _check_tokens(layout: Layout) -> None:
-    for key, spec, dtypes in (
-        ("input_ids", layout.input_ids, INTEGER_DTYPES),
-        ("loss_mask", layout.loss_mask, MASK_DTYPES),
-    ):
-        if len(spec.shape) != 1:
-            raise BadSampleError(f"has `{key}` of shape {list(spec.shape)}, expected [seq_len]")
-        if spec.dtype not in dtypes:
-            raise BadSampleError(f"has `{key}` of type {spec.dtype}")
-    num_ids, num_mask = layout.input_ids.shape[0], layout.loss_mask.shape[0]
-    if num_ids != num_mask:
-        raise BadSampleError(f"has {num_ids:,} input ids but a loss mask of {num_mask:,}")
-
-
-def _read_tokens(archive: Archive, layout: Layout) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
-    """Read input ids [seq_len] and loss mask [seq_len], in NumPy."""
-    input_ids = archive.read(layout.input_ids).astype(np.int64)
-    mask = archive.read(layout.loss_mask)
-    if mask.dtype == np.bool_:
-        mask = mask.view(np.uint8)  # other bytes than 0 and 1 are invalid
-    is_supervised: NDArray[np.bool_] = mask == 1
-    if not (is_supervised | (mask == 0)).all():
-        raise BadSampleError("has values other than 0 and 1 in `loss_mask`")
-    check_ids(input_ids, "input_ids")
-    return input_ids, is_supervised
-
-
-def _read_flag(archive: Archive, flag: bool | TensorSpec) -> bool:
-    if isinstance(flag, bool):
-        return flag
-    if flag.num_elements != 1 or flag.dtype not in MASK_DTYPES:
-        raise BadSampleError(
-            f"has a flag of shape {list(flag.shape)} and type {flag.dtype}, expected one value"
-        )
-    return bool(archive.read(flag).item())
 
 
 def _kind(value: object) -> str:

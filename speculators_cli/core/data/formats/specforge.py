@@ -3,11 +3,11 @@
 from collections.abc import Mapping
 
 from speculators_cli.core.data.formats.format import (
-    Layout,
     SampleFormat,
     get_tensor,
     split_columns,
 )
+from speculators_cli.core.data.formats.layout import Layout
 
 
 def lay_out(content: Mapping[object, object]) -> Layout:

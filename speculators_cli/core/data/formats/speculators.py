@@ -15,8 +15,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from speculators_cli.core.data.float8 import ScaledStates
 from speculators_cli.core.data.formats.arrow_table import STATE_FILE, TokenTable, read_table
-from speculators_cli.core.data.formats.format import INTEGER_DTYPES, Format
+from speculators_cli.core.data.formats.format import Format
+from speculators_cli.core.data.formats.layout import FLOAT8, HIDDEN_STATE_DTYPES, INTEGER_DTYPES
 from speculators_cli.core.data.formats.safetensors_file import SafetensorsFile
 from speculators_cli.core.data.sample import (
     BadSampleError,
@@ -25,14 +27,11 @@ from speculators_cli.core.data.sample import (
     States,
     check_ids,
 )
-from speculators_cli.core.data.stored import ScaledStates
 from speculators_cli.core.files import read_parts
 
 STATES, SCALES, TOKENS = "hidden_states", "hidden_states_scales", "token_ids"
 LOCK = Lock()
 NAME = re.compile(r"hs_(\d+)\.safetensors")
-FLOAT8 = "float8_e4m3fn"
-STATE_DTYPES = {"bfloat16", "float16", "float32", "float64", FLOAT8}
 
 
 class SpeculatorsFormat(Format):
@@ -62,7 +61,7 @@ class SpeculatorsFormat(Format):
             layers = range(tokens.num_aux_layers + 1)
             states: list[States] = [tensors.states(STATES, layer) for layer in layers]
             if tokens.dtype == FLOAT8:
-                scales = torch.from_numpy(tensors.read(SCALES).reshape(-1, 1).copy())
+                scales = torch.from_numpy(tensors.read(SCALES).reshape(-1, 1).astype(np.float32))
                 states = [ScaledStates(tensors.states(STATES, k), scales) for k in layers]
         *aux, last = states
         return Sample(
@@ -125,7 +124,7 @@ def _check_states(tensors: SafetensorsFile) -> tuple[int, int, int]:
     shape = states.shape
     if len(shape) != 3 or shape[1] < 2 or shape[2] == 0:
         raise BadSampleError(f"has `{STATES}` {list(shape)}, expected [seq_len, layers, hidden]")
-    if states.dtype not in STATE_DTYPES:
+    if states.dtype not in (*HIDDEN_STATE_DTYPES, FLOAT8):
         raise BadSampleError(f"has hidden states of type {states.kind}, expected floats")
     if states.dtype == FLOAT8:
         if SCALES not in names:

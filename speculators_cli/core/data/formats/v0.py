@@ -3,12 +3,12 @@
 from collections.abc import Mapping
 
 from speculators_cli.core.data.formats.format import (
-    Layout,
     SampleFormat,
     get_tensor,
     late_layer_ids,
     split_columns,
 )
+from speculators_cli.core.data.formats.layout import Layout
 
 
 def lay_out(content: Mapping[object, object]) -> Layout:
