@@ -23,7 +23,11 @@ EXAMPLES = (
     "speculators generate-data chats.jsonl --verifier-name-or-path Qwen/Qwen3-8B --show-masks 3",
 )
 DRY_RUN = Flag(
-    "dry_run", ("--dry-run",), "Print time, memory and disk estimates, then exit", "Input", kind=bool
+    "dry_run",
+    ("--dry-run",),
+    "Print time, memory and disk estimates, then exit",
+    "Input",
+    kind=bool,
 )
 
 
@@ -85,8 +89,9 @@ def _rows(report: "GenerationReport") -> Iterator[tuple[str, str]]:
     if report.head_agreement is not None:
         yield "LM head over captured states", f"{report.head_agreement:.1%} the verifier's tokens"
     yield "size", f"{format_bytes(report.num_bytes)} in `{report.output_dir}`"
-    yield "time", "  ".join(
-        (_time("tokens", report.tokens_time), _time("states", report.states_time))
+    yield (
+        "time",
+        "  ".join((_time("tokens", report.tokens_time), _time("states", report.states_time))),
     )
 
 

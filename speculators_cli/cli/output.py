@@ -25,8 +25,8 @@ from rich.text import Text
 
 from speculators_cli.core.errors import SpeculatorsError
 from speculators_cli.core.escaping import escape, escape_line, escape_message
-from speculators_cli.core.progress import StepReport, Task, ValidationReport
 from speculators_cli.core.place import is_first_rank
+from speculators_cli.core.progress import StepReport, Task, ValidationReport
 
 SCHEMA_VERSION = 1
 SECONDS_PER_LINE = 60  # of progress, without a terminal

@@ -196,4 +196,3 @@ def seed_of(seed: int, index: int, turn: int) -> int:
     """Return the seed of one answer, which depends on nothing else."""
     digest = sha256(f"{seed} {index} {turn}".encode()).digest()
     return int.from_bytes(digest[:SEED_BYTES], "big")
-

@@ -25,9 +25,7 @@ from speculators_cli.settings.generate_data import GenerateDataSettings
 POLL_SECONDS = 0.2
 
 
-def generate_data(
-    settings: GenerateDataSettings, *, progress: Progress
-) -> GenerationReport | None:
+def generate_data(settings: GenerateDataSettings, *, progress: Progress) -> GenerationReport | None:
     """Write tokens, then samples, into the output folder; what is there already is kept.
 
     Each rank has shards of its own, from the input to the samples. The first rank waits for the

@@ -1,4 +1,4 @@
-"""The output folder of `generate-data`: shards of tokens, folders of samples, and their manifests."""
+"""The output folder of `generate-data`: shards of tokens, samples, and their manifests."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager

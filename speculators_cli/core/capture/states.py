@@ -42,9 +42,7 @@ class Storage:
         return sizes[self.dtype]
 
 
-def plan_sequences(
-    rows: Sequence[TokenRow], capture_tokens: int
-) -> Iterator[tuple[TokenRow, ...]]:
+def plan_sequences(rows: Sequence[TokenRow], capture_tokens: int) -> Iterator[tuple[TokenRow, ...]]:
     """Pack rows into sequences of at most `capture_tokens` tokens; a longer row is alone.
 
     A function of the rows only, so a row has the same neighbours in every run.
@@ -118,9 +116,7 @@ class SampleWriter:
         finally:
             self._pool.shutdown(cancel_futures=True)
 
-    def add(
-        self, rows: Sequence[TokenRow], states: CapturedStates, shard: WrittenShard
-    ) -> None:
+    def add(self, rows: Sequence[TokenRow], states: CapturedStates, shard: WrittenShard) -> None:
         """Write the samples of a packed sequence, once the device has computed its states."""
         copied = _HostStates(states, self._storage)
         bounds = [0, *accumulate(len(row.input_ids) for row in rows)]
@@ -232,9 +228,7 @@ class _HostStates:
 
     def aux(self, tokens: slice) -> tuple[States, ...]:
         """Return the aux hidden states of a document, a layer each."""
-        return tuple(
-            self._states("aux", tokens, layer, layer) for layer in range(self._num_layers)
-        )
+        return tuple(self._states("aux", tokens, layer, layer) for layer in range(self._num_layers))
 
     def last(self, rows: slice) -> States:
         """Return the last hidden states of a document."""

@@ -14,8 +14,8 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 
 from speculators_cli.core.errors import MachineError, SpeculatorsError
-from speculators_cli.core.signals import StopSignals
 from speculators_cli.core.place import adopt_slurm, read_place
+from speculators_cli.core.signals import StopSignals
 from speculators_cli.core.training.watch import CollectiveError, RankWatch
 
 T = TypeVar("T")

@@ -10,13 +10,13 @@ import torch
 from speculators_cli.core.data.data_config import LayerIds
 from speculators_cli.core.errors import MachineError, SpeculatorsError
 from speculators_cli.core.files import check_output_dir, format_bytes
+from speculators_cli.core.place import adopt_slurm, is_first_rank
 from speculators_cli.core.progress import SILENT, Progress
 from speculators_cli.core.signals import StopSignals
 from speculators_cli.core.training.build import build_trainer
 from speculators_cli.core.training.distributed import Ranks, end_process, start_ranks
 from speculators_cli.core.training.inputs import Inputs, read_inputs
 from speculators_cli.core.training.loggers import SafeLogger, build_loggers
-from speculators_cli.core.place import adopt_slurm, is_first_rank
 from speculators_cli.core.training.report import TrainReport
 from speculators_cli.core.training.resume import Start, find_start
 from speculators_cli.core.training.run_end import RunEnd, recording_end

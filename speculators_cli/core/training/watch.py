@@ -13,8 +13,8 @@ from typing import Any
 import torch.distributed as dist
 
 from speculators_cli.core.errors import MachineError, SpeculatorsError, StoppedError
-from speculators_cli.core.signals import Interrupted, StopSignals
 from speculators_cli.core.place import Place
+from speculators_cli.core.signals import Interrupted, StopSignals
 from speculators_cli.core.training.rank_store import (
     POLL_SECONDS,
     RankFailure,
