@@ -267,6 +267,17 @@ def test_an_answer_that_the_template_drops_is_left_out() -> None:
     assert [left.reason for left in rendered.left_out] == [EMPTY_ANSWER]
 
 
+def test_an_answer_of_only_an_end_token_is_left_out() -> None:
+    # The template does not render tool calls as part of the answer.
+    template = DEEPSEEK_R1.template.replace("message.tool_calls or []", "[]")
+    renderer, _ = make_renderer(Family(template, ("</s>",), "<s>"))
+
+    rendered = renderer.rows_of(parse(*TOOL_CHAT[:2]))
+
+    text = "<s><U>Two and three?<A></s>"
+    assert rendered.left_out == (LeftOut("000007", EMPTY_ANSWER, text),)
+
+
 def test_an_answer_before_any_question_is_not_supervised() -> None:
     renderer, tokenizer = make_renderer(CHATML)
 
@@ -499,22 +510,68 @@ def test_an_input_without_a_supervised_token_is_refused() -> None:
 
 
 CONTENT = st.text(st.characters(codec="utf-8", exclude_characters="<|>"), min_size=1, max_size=20)
+CHATS = st.lists(st.tuples(CONTENT, CONTENT), min_size=1, max_size=4)
+RENDERER = make_renderer(CHATML)
+
+
+def to_conversation(chat: list[tuple[str, str]]) -> Conversation:
+    return parse(*(m for question, answer in chat for m in (user(question), assistant(answer))))
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.lists(st.tuples(CONTENT, CONTENT), min_size=1, max_size=4))
+@given(CHATS)
 def test_supervised_text_is_the_answers_with_their_end_tokens(chat: list[tuple[str, str]]) -> None:
     renderer, tokenizer = RENDERER
-    messages = [m for question, answer in chat for m in (user(question), assistant(answer))]
 
-    rendered = renderer.rows_of(parse(*messages))
+    rendered = renderer.rows_of(to_conversation(chat))
 
     (row,) = rendered.rows
     text = str(tokenizer.decode(row.input_ids[row.loss_mask].tolist()))
     expected = "".join(f"{answer}<|im_end|>" for _, answer in chat)
-    # A newline at the start of an answer may be part of a token of the generation prompt's.
+    # Newlines at the start of an answer may share a token with that of the generation prompt.
     assert text.replace("\n", "") == expected.replace("\n", "")
     assert rendered.left_out == ()
 
 
-RENDERER = make_renderer(CHATML)
+FAMILIES = {
+    "llama 3": LLAMA_3,
+    "chatml": CHATML,
+    "qwen 3": QWEN_3,
+    "deepseek r1": DEEPSEEK_R1,
+    "harmony": HARMONY,
+    "gemma": GEMMA,
+    "mistral": MISTRAL,
+    "plain": PLAIN,
+}
+BOTH = {name: (make_renderer(f), make_renderer(f)[0]) for name, f in FAMILIES.items()}
+for _, plain in BOTH.values():
+    plain._finder._split_token = None  # prompts are encoded whole
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+@settings(max_examples=30, deadline=None)
+@given(CHATS)
+def test_prompts_need_not_be_encoded_whole(name: str, chat: list[tuple[str, str]]) -> None:
+    (renderer, tokenizer), whole = BOTH[name]
+    conversation = to_conversation(chat)
+
+    rendered, expected = renderer.rows_of(conversation), whole.rows_of(conversation)
+
+    assert marked(tokenizer, rendered) == marked(tokenizer, expected)
+    assert names(rendered) == names(expected)
+    assert rendered.left_out == expected.left_out
+    assert len(rendered.rows) + len(rendered.left_out) > 0
+
+
+def test_texts_to_encode_grow_with_the_conversation_not_with_its_square() -> None:
+    renderer, _ = make_renderer(LLAMA_3)
+    encoded: list[str] = []
+    encode = renderer._encoder.encode
+    renderer._encoder.encode = lambda texts: encoded.extend(texts) or encode(texts)  # type: ignore[func-returns-value, method-assign]
+
+    (row,) = renderer.rows_of(to_conversation([("Two and three?", "Five.")] * 50)).rows
+
+    # The conversation itself, and the header of each answer.
+    header = "<|end_header_id|>\n\n"
+    assert encoded[1:] == [header] * 50
+    assert row.loss_mask.sum() > 100
