@@ -142,7 +142,8 @@ def _hint(reasons: Mapping[str, int]) -> str:
 def shorten(text: str) -> str:
     """Return a text of limited length on one line; the beginning is cut off."""
     text = text if len(text) <= MAX_SHOWN_CHARS else f"...{text[-MAX_SHOWN_CHARS:]}"
-    return text.replace("\n", "\\n")
+    # Backticks enclose values of error messages.
+    return text.replace("\n", "\\n").replace("`", "'")
 
 
 class RowBuilder:
