@@ -114,13 +114,9 @@ def _rows_of_estimate(estimate: "Estimate") -> Iterator[tuple[str, str]]:
         f"{most}{estimate.num_tokens:,} in {estimate.num_rows:,} rows, "
         f"{estimate.num_supervised_tokens:,} supervised",
     )
-    yield (
-        "disk",
-        (
-            f"{most}{format_bytes(estimate.num_bytes)} of {format_bytes(estimate.free_bytes)} free, "
-            f"{estimate.bytes_per_token:,.0f} bytes per token"
-        ),
-    )
+    size, free = format_bytes(estimate.num_bytes), format_bytes(estimate.free_bytes)
+    per_token = f"{estimate.bytes_per_token:,.0f} bytes per token"
+    yield "disk", f"{most}{size} of {free} free, {per_token}"
     if estimate.memory_bytes is not None and estimate.device_memory_bytes is not None:
         yield (
             "memory",
