@@ -12,6 +12,7 @@ from speculators_cli.core.capture.render import EngineTurn, Renderer
 from speculators_cli.core.capture.rendered import (
     PROMPT_TOO_LONG,
     TEMPLATE_ERROR,
+    TRUNCATED,
     LeftOut,
     Rendered,
     shorten,
@@ -19,7 +20,6 @@ from speculators_cli.core.capture.rendered import (
 from speculators_cli.core.capture.turns import row_name
 from speculators_cli.core.engines.engine import Answer, Answerer, Prompt, Sampling
 
-TRUNCATED = "answer without an end token"
 SEED_BYTES = 7  # vLLM takes seeds below 2^63
 # Harmony, the format of gpt-oss: a history has the text of each channel under a key of its own.
 _CHANNEL = re.compile(
