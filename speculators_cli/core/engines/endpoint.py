@@ -142,20 +142,11 @@ def _map_unordered(
         waiting.put(index)
     done: queue.SimpleQueue[T | Exception] = queue.SimpleQueue()
     is_over = threading.Event()
-
-    def work() -> None:
-        try:
-            while not is_over.is_set():
-                done.put(function(waiting.get_nowait()))
-        except queue.Empty:
-            return
-        except Exception as error:  # noqa: BLE001 - raised where results are read
-            done.put(error)
-
     try:
         for _ in range(min(num_threads, num_items)):
             # Daemons: a request in flight does not keep an interrupted command alive.
-            threading.Thread(target=work, daemon=True).start()
+            arguments = (function, waiting, done, is_over)
+            threading.Thread(target=_work, args=arguments, daemon=True).start()
         for _ in range(num_items):
             result = done.get()
             if isinstance(result, Exception):
@@ -163,3 +154,21 @@ def _map_unordered(
             yield result
     finally:
         is_over.set()
+
+
+def _work(
+    function: Callable[[int], T],
+    waiting: "queue.SimpleQueue[int]",
+    done: "queue.SimpleQueue[T | Exception]",
+    is_over: threading.Event,
+) -> None:
+    while not is_over.is_set():
+        try:
+            index = waiting.get_nowait()
+        except queue.Empty:
+            return
+        try:
+            done.put(function(index))
+        except Exception as error:  # noqa: BLE001 - raised where results are read
+            done.put(error)
+            return
