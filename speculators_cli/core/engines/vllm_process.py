@@ -31,7 +31,7 @@ OWN_ENVIRONMENT = {
 }
 # Warnings may name errors that vLLM has passed over.
 HARMLESS = re.compile(r"\b(?:WARNING|INFO|DEBUG) \d")
-FIRST_ERROR = re.compile(r"\b\w*(?:Error|Exception): \S.*|\berror: \S.*")
+FIRST_ERROR = re.compile(r"\b[\w.]*(?:Error|Exception): \S.*|\berror: \S.*")
 
 
 class ProcessEndedError(Exception):
