@@ -128,7 +128,7 @@ def test_a_prompt_without_room_for_an_answer_is_refused(engine: VLLMEngine) -> N
 def test_a_killed_engine_is_restarted_with_the_rest(
     engine: VLLMEngine, prompts: list[list[int]], expected: list[list[int]]
 ) -> None:
-    found = {}
+    found: dict[int, list[int]] = {}
     for x in engine.answer([Prompt(ids, 0) for ids in prompts], GREEDY):
         if not found:
             assert engine._process is not None

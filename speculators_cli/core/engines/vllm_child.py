@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 ALIVE_SECONDS = 5  # between signs of life while the engine works
+WATCH_SECONDS = 2  # between looks at the engine's processes
 END_SECONDS = 10  # for the engine to end by itself
 
 
@@ -100,6 +101,7 @@ def serve(engine: Any, requests: "queue.Queue[dict[str, Any] | None]", replies: 
 def submit(engine: Any, request: dict[str, Any], replies: Replies) -> None:
     """Submit a request to the engine."""
     from vllm import SamplingParams
+    from vllm.exceptions import VLLMValidationError
     from vllm.sampling_params import RequestOutputKind
 
     sampling = SamplingParams(
@@ -107,7 +109,7 @@ def submit(engine: Any, request: dict[str, Any], replies: Replies) -> None:
     )
     try:
         engine.add_request(str(request["index"]), {"prompt_token_ids": request["ids"]}, sampling)
-    except ValueError as error:
+    except (ValueError, VLLMValidationError) as error:
         replies.send(index=request["index"], refused=str(error))
 
 
@@ -128,6 +130,15 @@ def read_requests(requests: "queue.Queue[dict[str, Any] | None]", states_dir: st
         requests.put(json.loads(line))
     requests.put(None)
     time.sleep(END_SECONDS)
+    end_group(states_dir)
+
+
+def watch_engine(engine: Any, states_dir: str | None) -> None:
+    """End everything if a process of the engine is killed: vLLM would wait for it without end."""
+    while not engine.engine_core.resources.engine_dead:
+        time.sleep(WATCH_SECONDS)
+    time.sleep(WATCH_SECONDS)  # an error of its own is raised and logged in this time
+    sys.stderr.write("EngineDeadError: a process of the engine has ended\n")
     end_group(states_dir)
 
 
@@ -153,6 +164,7 @@ def main(mode: str, descriptor: str, content: str) -> None:
     threading.Thread(target=read_requests, args=(requests, states_dir), daemon=True).start()
     try:
         engine = start_engine(mode, job)
+        threading.Thread(target=watch_engine, args=(engine, states_dir), daemon=True).start()
         replies.send(ready=True)
         serve(engine, requests, replies)
         engine.engine_core.shutdown()

@@ -54,6 +54,10 @@ class UsageContext:
     LLM_CLASS = "llm"
 
 
+class VLLMValidationError(Exception):
+    pass
+
+
 class ExampleHiddenStatesConnector:
     pass
 
@@ -63,7 +67,9 @@ class LLMEngine:
         self.arguments = arguments.values
         self.requests: list[tuple[str, list[int], dict[str, Any]]] = []
         self.num_finished = 0
-        self.engine_core = SimpleNamespace(shutdown=lambda: note("shutdown"))
+        self.engine_core = SimpleNamespace(
+            shutdown=lambda: note("shutdown"), resources=SimpleNamespace(engine_dead=False)
+        )
         self.num_starts = len(list(FOLDER.glob("start-*")))
         (FOLDER / f"start-{self.num_starts}").write_text(str(os.getpid()))
 
@@ -87,13 +93,14 @@ class LLMEngine:
         ids = prompt["prompt_token_ids"]
         note(f"request {self.num_starts} {request_id}")
         if len(ids) > 20:
-            raise ValueError("The decoder prompt is longer than 20")
+            raise VLLMValidationError("The decoder prompt is longer than 20")
         self.requests.append((request_id, ids, sampling.values))
 
     def step(self) -> list[Any]:
         # Each start of the engine takes its number of answers from the plan, then fails.
         limits = PLAN.get("fails_after", [])
         if self.num_starts < len(limits) and self.num_finished == limits[self.num_starts]:
+            self.engine_core.resources.engine_dead = bool(PLAN.get("is_killed"))
             if PLAN.get("hangs"):
                 subprocess.run(["sleep", "600"], check=False)
             sys.stderr.write("torch.OutOfMemoryError: CUDA out of memory\n")
@@ -145,6 +152,7 @@ own = sys.modules[__name__]
 own.FlexibleArgumentParser = ArgumentParser  # type: ignore[attr-defined]
 own.example_hidden_states_connector = own  # type: ignore[attr-defined]
 for name in (
+    "exceptions",
     "sampling_params",
     "usage.usage_lib",
     "utils.argparse_utils",

@@ -132,6 +132,18 @@ def test_a_hung_process_is_restarted(vllm: FakeVLLM) -> None:
     assert have_ended(vllm.pids())
 
 
+def test_a_process_whose_engine_is_killed_is_restarted(vllm: FakeVLLM) -> None:
+    vllm.plan(fails_after=[2], hangs=True, is_killed=True)
+    engine = vllm.engine()  # which would wait for minutes
+    started_at = time.monotonic()
+
+    found = answer(engine)
+
+    engine.close()
+    assert found == ANSWERS
+    assert time.monotonic() - started_at < 60
+
+
 def test_states_survive_a_restart(vllm: FakeVLLM) -> None:
     vllm.plan(fails_after=[1])
     engine = vllm.engine(layer_ids=(2,))
