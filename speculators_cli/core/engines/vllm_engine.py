@@ -1,8 +1,6 @@
 """VLLMEngine: answers and hidden states of a verifier that vLLM runs, in a process of its own."""
 
-import re
 import shutil
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -18,19 +16,22 @@ from speculators_cli.core.engines.vllm_process import (
     ProcessEndedError,
     VLLMProcess,
     first_error,
-    run_once,
     tail,
 )
-from speculators_cli.core.errors import DataError, MachineError, SettingsError
+from speculators_cli.core.engines.vllm_version import (
+    OLDEST_ANSWER,
+    OLDEST_CAPTURE,
+    check_version,
+    find_python,
+    read_versions,
+)
+from speculators_cli.core.errors import DataError, MachineError
 from speculators_cli.core.files import format_bytes
 from speculators_cli.core.reading import UnreadableError, open_safetensors
 
 T = TypeVar("T")
 
 ANSWER, CAPTURE = "answer", "capture"
-# Of vLLM. Before 0.24 the states of a prompt that is computed in several steps were cut wrongly.
-OLDEST = {ANSWER: (0, 18), CAPTURE: (0, 24)}
-VERSION_SECONDS = 120.0  # for an interpreter to start and look at its packages
 LOAD_SECONDS = 3600.0
 SILENT_SECONDS = 600.0  # far longer than a step of the engine
 FILE_POLL_SECONDS = 0.001
@@ -38,7 +39,6 @@ SHARED_DIR = Path("/dev/shm")  # noqa: S108 -- a folder of our own is made in it
 # States of a packed sequence: 8192 tokens, 4 layers, 8192 hidden, 2 bytes are 0.5 GiB.
 SHARED_BYTES = 2 * 2**30
 FAILED = ".failed"  # as in vllm_connector.py
-FLAG = "--vllm-python"
 
 
 class VLLMEngine:
@@ -79,7 +79,7 @@ class VLLMEngine:
         self._verifier = verifier
         self._layer_ids = sorted(set(layer_ids))
         self._captured_ids = sorted({*layer_ids, num_layers})
-        self._python = _find_python(vllm_python)
+        self._python = find_python(vllm_python)
         self._silent_seconds = silent_seconds
         dtype_name = str(dtype).removeprefix("torch.")
         self._flags = [
@@ -96,8 +96,8 @@ class VLLMEngine:
         self._num_restarts = 0
         self._log_dir: Path | None = None
         self._states_dir: Path | None = None
-        self._versions = _read_versions(self._python)
-        _check_version(self._versions, ANSWER, self._python)
+        self._versions = read_versions(self._python)
+        check_version(self._versions, OLDEST_ANSWER, self._python, what="Answers")
         self._fingerprint = {
             "engine": "vllm",
             **{name: self._versions[name] for name in sorted(self._versions)},
@@ -137,7 +137,7 @@ class VLLMEngine:
             DataError: vLLM refuses a document: it is too long, say.
             MachineError: vLLM cannot be loaded, has failed twice, or has computed other tokens.
         """
-        _check_version(self._versions, CAPTURE, self._python)
+        check_version(self._versions, OLDEST_CAPTURE, self._python, what="Hidden states")
         documents = [x.tolist() for x in packed.input_ids.split(list(packed.lengths))]
         requests = [
             {"index": index, "ids": ids, "sampling": {"max_tokens": 1, "temperature": 0.0}}
@@ -294,48 +294,3 @@ def _make_states_dir() -> Path:
     is_usable = SHARED_DIR.is_dir() and shutil.disk_usage(SHARED_DIR).free >= SHARED_BYTES
     parent = SHARED_DIR if is_usable else None
     return Path(tempfile.mkdtemp(prefix="speculators-vllm-states-", dir=parent))
-
-
-def _find_python(python: Path | None) -> Path:
-    if python is None:
-        return Path(sys.executable)
-    if (found := shutil.which(python)) is None:
-        raise SettingsError(
-            f"`{FLAG}`: `{python}` is not an executable file",
-            hint="Pass the `bin/python` of an environment with vLLM",
-        )
-    return Path(found).absolute()
-
-
-def _read_versions(python: Path) -> dict[str, str]:
-    with tempfile.TemporaryDirectory(prefix="speculators-vllm-") as folder:
-        log_file = Path(folder, "versions.log")
-        try:
-            versions = run_once(python, "versions", log_file=log_file, seconds=VERSION_SECONDS)
-        except OSError as error:
-            reason = str(error.strerror)
-        except ProcessEndedError as error:
-            reason = first_error(log_file) or f"it {error}"
-        else:
-            return versions
-    raise SettingsError(
-        f"`{FLAG}`: `{python}` does not run: {reason}",
-        hint="Pass the `bin/python` of an environment with vLLM",
-    )
-
-
-def _check_version(versions: Mapping[str, str], mode: str, python: Path) -> None:
-    found = versions.get("vllm")
-    if found is None:
-        raise MachineError(
-            f"vLLM is not installed for `{python}`",
-            hint=f"Install it in an environment of its own, and pass its interpreter with `{FLAG}`",
-        )
-    numbers = re.match(r"(\d+)\.(\d+)", found)
-    if numbers and (int(numbers[1]), int(numbers[2])) < OLDEST[mode]:
-        what = "Answers" if mode == ANSWER else "Hidden states"
-        oldest = ".".join(map(str, OLDEST[mode]))
-        raise MachineError(
-            f"{what} need vLLM {oldest} or newer; `{python}` has {found}",
-            hint=f"Upgrade vLLM there, or pass another interpreter with `{FLAG}`",
-        )

@@ -50,6 +50,7 @@ class VLLMProcess:
 
     def __init__(self, python: Path, mode: str, job: Mapping[str, Any], *, log_file: Path) -> None:
         self.log_file = log_file
+        self._is_ended = False
         self._replies: queue.SimpleQueue[dict[str, Any] | None] = queue.SimpleQueue()
         self._requests: queue.SimpleQueue[str | None] = queue.SimpleQueue()
         descriptor, theirs = os.pipe()
@@ -116,6 +117,9 @@ class VLLMProcess:
 
     def kill(self) -> None:
         """End the process and all those it has started, at once."""
+        if self._is_ended:
+            return
+        self._is_ended = True
         with suppress(ProcessLookupError, PermissionError):
             os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait()
