@@ -212,6 +212,9 @@ class VLLMEngine:
             self._process.kill()  # so that the log is complete
             reason = first_error(log_file, start=self._log_start) or f"it {error}"
             raise self._failed(f"vLLM cannot load `{self._verifier}`: {reason}") from None
+        except BaseException:
+            self._process.kill()  # while it loads it would end late by itself
+            raise
         return self._process
 
     def _recover(self, error: ProcessEndedError) -> None:
@@ -219,12 +222,9 @@ class VLLMEngine:
         assert self._process is not None
         self._process.kill()
         if self._num_restarts:
-            reason = (
-                f": {found}"
-                if (found := first_error(self._process.log_file, start=self._log_start))
-                else ""
-            )
-            raise self._failed(f"vLLM {error}, for the second time{reason}") from None
+            found = first_error(self._process.log_file, start=self._log_start)
+            reason = f"{error}, for the second time" + (f": {found}" if found else "")
+            raise self._failed(f"vLLM {reason}") from None
         self._num_restarts += 1
         self._stop()
 

@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from argparse import ArgumentParser, Namespace
 from pathlib import Path
 from types import SimpleNamespace
@@ -77,6 +78,7 @@ class LLMEngine:
     def from_engine_args(cls, arguments: EngineArgs, usage_context: str) -> Self:
         assert usage_context == UsageContext.LLM_CLASS
         note(json.dumps(vars(arguments.values)))
+        time.sleep(PLAN.get("load_seconds", 0))
         if PLAN.get("load_error"):
             sys.stderr.write("WARNING 01-01 00:00:00 [x.py:1] ImportError: harmless\n")
             sys.stderr.write("(EngineCore) ERROR 01-01 00:00:00 [x.py:2] ValueError: no memory\n")

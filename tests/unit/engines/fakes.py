@@ -32,9 +32,9 @@ class FakeVLLM:
         Args:
             plan: `fails_after`: of each start, the number of answers after which the process
                 ends; with `hangs` it does nothing any more instead, with `is_killed` too because
-                its engine has ended; `load_error`; `finish_reason`; `other_tokens`: the document
-                whose states are of other tokens; `disk_is_full`; `helper`: whether the engine
-                starts a process; `version`.
+                its engine has ended; `load_error`; `load_seconds`; `finish_reason`;
+                `other_tokens`: the document whose states are of other tokens; `disk_is_full`;
+                `helper`: whether the engine starts a process; `version`.
         """
         content = {"version": "0.33.0", "folder": str(self.folder), **plan}
         self.monkeypatch.setenv("FAKE_VLLM", json.dumps(content))

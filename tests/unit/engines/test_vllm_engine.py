@@ -13,6 +13,7 @@ import torch
 
 from speculators_cli.core.engines.engine import Answer, Prompt, Sampling
 from speculators_cli.core.engines.vllm_engine import VLLMEngine
+from speculators_cli.core.engines.vllm_process import VLLMProcess
 from speculators_cli.core.errors import DataError, MachineError, SettingsError
 from tests.unit.engines.fakes import FakeVLLM, have_ended, pack, write_fake_vllm
 
@@ -255,6 +256,24 @@ def test_an_error_at_load_is_the_first_of_the_log(vllm: FakeVLLM) -> None:
     assert first == "vLLM cannot load `org/verifier`: ValueError: no memory"
     assert rest[-1] == "RuntimeError: Engine core initialization failed"
     assert len(list(vllm.folder.glob("speculators-vllm-*/answer.log"))) == 1
+
+
+def test_an_interrupted_load_ends_at_once(vllm: FakeVLLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(*_: object, **__: object) -> None:
+        while not vllm.notes("{"):  # until it loads
+            time.sleep(0.01)
+        raise KeyboardInterrupt
+
+    vllm.plan(load_seconds=600)
+    engine = vllm.engine()
+    monkeypatch.setattr(VLLMProcess, "receive", interrupt)
+    started_at = time.monotonic()
+
+    with pytest.raises(KeyboardInterrupt):
+        answer(engine)
+
+    engine.close()
+    assert time.monotonic() - started_at < 8  # a child that loads ends by itself after 10
 
 
 def test_a_flag_that_vllm_lacks_is_an_error_at_load(vllm: FakeVLLM) -> None:
