@@ -13,7 +13,7 @@ import json
 import os
 import queue
 import shutil
-import signal
+import subprocess
 import sys
 import threading
 import time
@@ -27,6 +27,16 @@ from typing import Any
 ALIVE_SECONDS = 5  # between signs of life while the engine works
 WATCH_SECONDS = 2  # between looks at the engine's processes
 END_SECONDS = 10  # for the engine to end by itself
+
+# Python's resource tracker ignores SIGTERM: it removes the shared memory of those that end.
+END_GROUP = """
+kill -TERM -$1
+for trial in 1 2 3 4 5 6 7 8 9 10; do
+    kill -0 -$1 || exit
+    sleep 0.3
+done
+kill -KILL -$1
+"""
 
 
 class Replies:
@@ -143,12 +153,19 @@ def watch_engine(engine: Any, states_dir: str | None) -> None:
 
 
 def end_group(states_dir: str | None) -> None:
-    """Remove the states and end every process of the group."""
+    """Remove the states and end every process of the group, this one first."""
     if states_dir is not None:
         shutil.rmtree(states_dir, ignore_errors=True)
     sys.stderr.flush()
     if os.getpgrp() == os.getpid():
-        os.killpg(0, signal.SIGKILL)
+        # A process of another group, since the last ones may ignore SIGTERM.
+        subprocess.Popen(  # noqa: S603
+            ["sh", "-c", END_GROUP, "sh", str(os.getpid())],  # noqa: S607
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+        )
     os._exit(1)
 
 

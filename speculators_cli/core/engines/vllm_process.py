@@ -17,6 +17,7 @@ from typing import IO, Any
 CHILD_FILE = Path(__file__).with_name("vllm_child.py")
 POLL_SECONDS = 1.0
 END_SECONDS = 20.0  # more than the child takes to end by itself
+KILL_SECONDS, KILL_POLL_SECONDS = 5.0, 0.01  # until SIGKILL
 JOIN_SECONDS = 5.0  # longer only if a process has left the group with the descriptors
 TAIL_LINES, TAIL_BYTES = 20, 64 * 1024
 # What a launcher sets for the ranks of its own job.
@@ -120,12 +121,25 @@ class VLLMProcess:
         if self._is_ended:
             return
         self._is_ended = True
-        with suppress(ProcessLookupError, PermissionError):
-            os.killpg(self._process.pid, signal.SIGKILL)
+        # Python's resource tracker ignores SIGTERM: it removes shared memory of those that end.
+        self._signal_group(signal.SIGTERM)
+        give_up_at = time.monotonic() + KILL_SECONDS
+        while self._signal_group(0) and time.monotonic() < give_up_at:
+            self._process.poll()  # a process that nobody has waited for counts as well
+            time.sleep(KILL_POLL_SECONDS)
+        self._signal_group(signal.SIGKILL)
         self._process.wait()
         self._requests.put(None)
         self._writer.join(JOIN_SECONDS)
         self._reader.join(JOIN_SECONDS)
+
+    def _signal_group(self, number: int) -> bool:
+        """Send a signal to the process and all it has started; False if none is left."""
+        try:
+            os.killpg(self._process.pid, number)
+        except (ProcessLookupError, PermissionError):
+            return False
+        return True
 
     def _read(self, stream: IO[str]) -> None:
         with stream:

@@ -84,7 +84,7 @@ class LLMEngine:
             sys.stderr.write("(EngineCore) ERROR 01-01 00:00:00 [x.py:2] ValueError: no memory\n")
             raise RuntimeError("Engine core initialization failed")
         if PLAN.get("helper"):
-            helper = subprocess.Popen(["sleep", "600"])
+            helper = subprocess.Popen(["sh", "-c", PLAN["helper"]])
             (FOLDER / "helper").write_text(str(helper.pid))
         return cls(arguments)
 

@@ -34,7 +34,7 @@ class FakeVLLM:
                 ends; with `hangs` it does nothing any more instead, with `is_killed` too because
                 its engine has ended; `load_error`; `load_seconds`; `finish_reason`;
                 `other_tokens`: the document whose states are of other tokens; `disk_is_full`;
-                `helper`: whether the engine starts a process; `version`.
+                `helper`: a command that the engine starts and leaves running; `version`.
         """
         content = {"version": "0.33.0", "folder": str(self.folder), **plan}
         self.monkeypatch.setenv("FAKE_VLLM", json.dumps(content))

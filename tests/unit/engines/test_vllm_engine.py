@@ -22,6 +22,8 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="vLLM runs on Li
 PROMPTS = [Prompt([10 + i, 20 + i, 30 + i][: 1 + i % 3], seed=i) for i in range(5)]
 ANSWERS = {i: (*reversed(prompt.ids), 1) for i, prompt in enumerate(PROMPTS)}
 SAMPLING = Sampling(max_new_tokens=8)
+SLEEP = "exec sleep 600"
+IGNORE_SIGTERM = "trap '' TERM; while :; do sleep 1; done"
 
 
 @pytest.fixture
@@ -285,8 +287,9 @@ def test_a_flag_that_vllm_lacks_is_an_error_at_load(vllm: FakeVLLM) -> None:
     engine.close()
 
 
-def test_close_leaves_no_process(vllm: FakeVLLM) -> None:
-    vllm.plan(helper=True)
+@pytest.mark.parametrize("helper", [SLEEP, IGNORE_SIGTERM])
+def test_close_leaves_no_process(vllm: FakeVLLM, helper: str) -> None:
+    vllm.plan(helper=helper)
     engine = vllm.engine()
     answer(engine)
     pids = vllm.pids()
@@ -299,7 +302,7 @@ def test_close_leaves_no_process(vllm: FakeVLLM) -> None:
 
 
 def test_an_abandoned_call_leaves_no_process(vllm: FakeVLLM) -> None:
-    vllm.plan(helper=True)
+    vllm.plan(helper=SLEEP)
     engine = vllm.engine()
     answers = engine.answer(PROMPTS, SAMPLING)
     next(answers)
@@ -326,7 +329,7 @@ time.sleep(600)
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
 def test_the_engine_ends_with_its_parent(vllm: FakeVLLM, number: int) -> None:
-    vllm.plan(helper=True)
+    vllm.plan(helper=IGNORE_SIGTERM)
     paths = [os.environ["PYTHONPATH"], *filter(None, sys.path)]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
     command = [sys.executable, "-c", PARENT]
