@@ -204,9 +204,10 @@ def test_a_server_of_vllm_answers_the_same(
 
         found = list(answerer.answer([Prompt(ids, 0) for ids in prompts], GREEDY))
     finally:
+        server.terminate()  # so that it removes its shared memory
+        server.wait(60)
         with suppress(ProcessLookupError):
             os.killpg(server.pid, signal.SIGKILL)
-        server.wait()
     by_index = sorted(found, key=lambda x: x.index)
     assert [list(x.ids) for x in by_index] == expected
     assert [x.is_truncated for x in by_index] == [
