@@ -86,7 +86,9 @@ def read_shard(file: Path) -> TokenShard:
     check_ids(ids.astype(np.int64), "input_ids")
     ends = np.cumsum(lengths)
     spans = [slice(end - length, end) for end, length in zip(ends, lengths, strict=True)]
-    rows = (TokenRow(name, ids[span], mask[span]) for name, span in zip(names, spans, strict=True))
+    rows = (
+        TokenRow(name, ids[span], mask[span]) for name, span in zip(names, spans, strict=True)
+    )
     return TokenShard(tuple(rows), counts)
 
 
