@@ -103,6 +103,11 @@ def open_job(settings: GenerateDataSettings) -> Job:
             f"{vocab_size:,}",
             hint="Download the verifier again: its tokenizer is of another model",
         )
+    if settings.engine.engine == "vllm" and place.num_ranks > 1:
+        raise SettingsError(
+            f"`--engine vllm` on {place.num_ranks} ranks: vLLM divides the work itself",
+            hint="Pass `--tensor-parallel-size` instead of `--nproc-per-node`",
+        )
     device = choose_device(settings.engine.device, place)
     return Job(
         settings=settings,
