@@ -71,7 +71,7 @@ class RenderCounts:
             num_supervised_tokens=sum(int(row.loss_mask.sum()) for row in rows),
             num_cut=rendered.num_cut,
             num_without_end=rendered.num_without_end,
-            left_out=Counter(left.reason for left in rendered.left_out),
+            left_out=dict(Counter(left.reason for left in rendered.left_out)),
         )
 
     @classmethod
