@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from safetensors.numpy import save_file
+from safetensors.numpy import save
 
 from speculators_cli.core.data.sample import check_ids
 from speculators_cli.core.errors import DataError
@@ -65,8 +65,9 @@ def write_shard(shard: TokenShard, file: Path) -> None:
         "names": json.dumps([row.name for row in rows]),
         "counts": json.dumps(shard.counts, sort_keys=True),
     }
+    # Not by safetensors itself, whose errors do not tell a full disk.
     with replacing(file) as temporary:
-        save_file(tensors, temporary, metadata)
+        temporary.write_bytes(save(tensors, metadata))
 
 
 def read_shard(file: Path) -> TokenShard:
