@@ -78,7 +78,7 @@ class RowMaker:
             self._job.tokenizer,
             sampling=self._job.sampling,
             seed=tokens.seed,
-            max_tokens=tokens.total_seq_len,
+            max_tokens=self._job.max_tokens,
             keeps_truncated=not tokens.skip_truncated_answers,
         )
         return regeneration.answer_all(sources)
