@@ -112,9 +112,9 @@ def make_tokens(
             for shard in group:
                 made = list(islice(rendered, len(shard.sources)))
                 write_shard(build_shard(shard, made), job.folder.shard(shard.number))
+                bad.num_rows += len(shard.sources)
                 for row in shard.bad:
                     bad.add(row)
-                bad.num_rows += len(shard.sources)
                 task.advance(settings.shard_size)
 
 
