@@ -191,7 +191,7 @@ class _Run:
         check_free_space(
             job.folder.folder,
             num_bytes,
-            what="the samples",
+            what="the set of samples",
             hint="Pass another `--output-dir`, `--storage-dtype float8`, or `--tokens-only` to "
             "train without stored hidden states",
         )

@@ -74,8 +74,8 @@ class GeneratedFolder:
 
         file = self.folder / LOCK_NAME
         with locking(file, in_use=in_use) as lock:
-            lock.write()
             try:
+                lock.write()
                 yield
             finally:
                 file.unlink(missing_ok=True)
