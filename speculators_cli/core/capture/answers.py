@@ -13,6 +13,7 @@ from speculators_cli.core.capture.rendered import (
     MAX_SHOWN_CHARS,
     PROMPT_TOO_LONG,
     TEMPLATE_ERROR,
+    TRUNCATED,
     LeftOut,
     Rendered,
     shorten,
@@ -20,7 +21,6 @@ from speculators_cli.core.capture.rendered import (
 from speculators_cli.core.capture.turns import row_name
 from speculators_cli.core.engines.engine import Answer, Answerer, Prompt, Sampling
 
-TRUNCATED = "answer without an end token"
 SEED_BYTES = 7  # vLLM takes seeds below 2^63
 # Harmony, the format of gpt-oss: a history has the text of each channel under a key of its own.
 _CHANNEL = re.compile(
