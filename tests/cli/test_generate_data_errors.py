@@ -3,6 +3,10 @@
 import json
 import os
 import shutil
+import signal
+import subprocess
+import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,7 +16,7 @@ import pytest
 
 from speculators_cli.cli.app import run
 from speculators_cli.core.capture import state_stage
-from speculators_cli.core.capture.generated_folder import GeneratedFolder
+from speculators_cli.core.capture.generated_folder import LOCK_NAME, GeneratedFolder
 from speculators_cli.core.data.token_shards import read_shard
 from speculators_cli.core.demo.demo import VERIFIER_DIR
 from speculators_cli.core.engines.engine import CapturedStates
@@ -273,6 +277,21 @@ def test_a_folder_of_other_flags_is_refused_with_the_difference(
     assert "hint: Choose another `--output-dir`" in err
 
 
+def test_every_rank_refuses_a_folder_of_other_flags(
+    out: Path, generate: Generate, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert generate()[0] == 0
+    place = {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2"}
+    for name, value in (place | {"MASTER_ADDR": "localhost", "MASTER_PORT": "1"}).items():
+        monkeypatch.setenv(name, value)
+
+    with unchanged(out):
+        code, err = generate("--shard-size", 1)
+
+    assert code == 2
+    assert "shard_size: `512` then, `1` now" in err
+
+
 def test_a_folder_of_another_verifier_is_refused(
     tmp_path: Path, out: Path, generate: Generate
 ) -> None:
@@ -418,6 +437,33 @@ def test_samples_with_states_that_are_not_finite_are_left_out_unless_many(
     if code:
         assert "20 of 30 samples have hidden states that are not finite" in err
         assert not list(out.rglob("done.json"))
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_stopped_run_keeps_what_is_whole_and_goes_on(
+    tmp_path: Path, out: Path, verifier: Path, generate: Generate, number: signal.Signals
+) -> None:
+    rows = write_rows(tmp_path / "many.jsonl", [CHAT] * 16)
+    flags = ("--shard-size", 2, "--regenerate", "--max-new-tokens", 60)
+    command = [sys.executable, "-m", "speculators_cli", "generate-data", rows, *flags]
+    command += ["--verifier-name-or-path", verifier, "--output-dir", out, "--device", "cpu"]
+    with subprocess.Popen([str(x) for x in command], stderr=subprocess.PIPE, text=True) as process:
+        deadline = time.monotonic() + 60
+        while len(list(out.rglob("*.safetensors"))) < 2 and time.monotonic() < deadline:
+            time.sleep(0.01)
+        process.send_signal(number)
+        _, err = process.communicate(timeout=60)
+
+    assert process.returncode in (128 + number, -number), err
+    assert "Traceback" not in err
+    stopped = tree(out)
+    code, err = generate(*flags, rows=rows)
+    assert code == 0, err
+    finished = tree(out)
+    whole = {name for name in stopped if "/." not in name and name != LOCK_NAME}
+    assert {name: stopped[name] for name in whole} == {name: finished[name] for name in whole}
+    assert 2 <= len(whole) < len(finished)
+    assert len(list(out.rglob("0*.pt"))) == 16
 
 
 def test_flags_that_change_nothing_are_refused(out: Path, generate: Generate) -> None:

@@ -7,14 +7,13 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 from speculators_cli.core.capture.answers import (
-    TRUNCATED,
     Regeneration,
     read_answer,
     seed_of,
     write_script,
 )
 from speculators_cli.core.capture.prompts import Conversation, Message, Source, parse_row
-from speculators_cli.core.capture.rendered import PROMPT_TOO_LONG, Rendered
+from speculators_cli.core.capture.rendered import PROMPT_TOO_LONG, TRUNCATED, Rendered
 from speculators_cli.core.engines.engine import Answer, Prompt, Sampling
 from tests.unit.capture.chat_templates import (
     BASE,
