@@ -70,6 +70,8 @@ class TransformersEngine:
         is_compiled: bool | None = None,
     ) -> None:
         self.model = model
+        # What `generate` is not told comes from there, such as a penalty on repeated tokens.
+        model.generation_config = GenerationConfig()
         self.layer_ids = tuple(layer_ids)
         self.dtype: torch.dtype = model.dtype
         self._end_ids = sorted(end_ids)
