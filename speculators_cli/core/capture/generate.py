@@ -23,7 +23,7 @@ from speculators_cli.core.data.token_counts import FILE_NAME, TokenCounts, write
 from speculators_cli.core.data.token_shards import read_counts, read_shard
 from speculators_cli.core.errors import DataError
 from speculators_cli.core.files import check_free_space
-from speculators_cli.core.progress import SILENT, Progress
+from speculators_cli.core.progress import Progress
 from speculators_cli.settings.generate_data import GenerateDataSettings
 
 POLL_SECONDS = 0.2
