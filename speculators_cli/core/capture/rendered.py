@@ -116,6 +116,8 @@ def check_left_out(counts: RenderCounts, examples: Sequence[LeftOut]) -> None:
         if not reason.startswith((TOO_LONG, PROMPT_TOO_LONG, TRUNCATED))
     }
     num_left_out = sum(judged.values())
+    if counts.num_sources == 0:  # a rank without shards
+        return
     if counts.num_supervised_tokens == 0:
         problem = f"No token of {counts.num_sources:,} rows is supervised"
         judged = dict(counts.left_out)
