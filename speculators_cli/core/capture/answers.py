@@ -6,8 +6,6 @@ from dataclasses import dataclass, field, replace
 from hashlib import sha256
 from typing import Any
 
-from speculators_cli.core.capture.chat_template import RenderError
-from speculators_cli.core.capture.prompts import Conversation, Message, RawPrompt, Source
 from speculators_cli.core.capture.render import EngineTurn, Renderer
 from speculators_cli.core.capture.rendered import (
     PROMPT_TOO_LONG,
@@ -17,6 +15,8 @@ from speculators_cli.core.capture.rendered import (
     shorten,
 )
 from speculators_cli.core.capture.turns import row_name
+from speculators_cli.core.conversations.chat_template import RenderError
+from speculators_cli.core.conversations.prompts import Conversation, Message, RawPrompt, Source
 from speculators_cli.core.engines.engine import Answer, Answerer, Prompt, Sampling
 
 TRUNCATED = "answer without an end token"
@@ -117,10 +117,10 @@ class Regeneration:
         """Make a prompt the next one, unless it cannot be answered."""
         try:
             if isinstance(prompt, RawPrompt):
-                ids = self._renderer.render_raw(prompt)
+                ids = self._renderer.prompts.render_raw(prompt)
             else:
                 assert isinstance(dialogue.source, Conversation)
-                ids = self._renderer.render_prompt(prompt, dialogue.source.tools)
+                ids = self._renderer.prompts.render(prompt, dialogue.source.tools)
         except RenderError as error:
             where = f"message {error.index}"
             dialogue.left_out.append(LeftOut(dialogue.name, f"{TEMPLATE_ERROR}{error}", where))

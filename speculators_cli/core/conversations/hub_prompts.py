@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from speculators_cli.core.capture.json_rows import Decode
-from speculators_cli.core.capture.table_rows import BATCH_ROWS, TableRows
+from speculators_cli.core.conversations.json_rows import Decode
+from speculators_cli.core.conversations.table_rows import BATCH_ROWS, TableRows
 from speculators_cli.core.errors import MachineError, SettingsError
 from speculators_cli.core.reading import first_line
 
