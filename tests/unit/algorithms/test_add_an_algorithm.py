@@ -10,6 +10,7 @@ from pydantic import Field
 
 from speculators_cli.cli.setting_flags import flags_of
 from speculators_cli.core.algorithms import ALGORITHMS
+from speculators_cli.core.algorithms.drafter import Verified
 from speculators_cli.core.algorithms.overrides import Overrides
 from speculators_cli.core.bench.bench import bench
 from speculators_cli.core.capture.capture import capture
@@ -219,18 +220,18 @@ def test_drafting_predicts_what_training_predicted(tiny: TinyInputs) -> None:
     )
     drafter = draft.build_drafter(verifier.embedding, num_draft_tokens=1)
 
-    chains = [
-        drafter.propose(
-            sample.input_ids[p + 1 : p + 2],
-            tuple(states[p : p + 1] for states in sample.aux_hidden_states),
-        )
-        for p in range(sample.num_tokens - 1)
-    ]
+    aux = torch.cat([states[:] for states in sample.aux_hidden_states], dim=-1)
+    drafter.start(1, sample.num_tokens)
+    chains = []
+    for p in range(sample.num_tokens - 1):
+        tokens, row = sample.input_ids[None, p + 1 : p + 2], 0 if p == 0 else None
+        drafter.read(Verified(tokens, aux[None, p : p + 1], [p], [1], row))
+        chains.append(drafter.propose())
 
     expected = draft.vocab_map.kept_ids[training.logits(batch).argmax(-1)]
     assert batch.lengths == (sample.num_tokens - 2,)
-    assert chains[0] == []
-    drafted = torch.tensor([token for chain in chains for token in chain])
+    # The first position waits for a second token.
+    drafted = torch.cat(chains[1:])[:, 0]
     assert len(drafted) == sample.num_tokens - 2
     assert drafted[batch.targets].tolist() == expected.tolist()
 
