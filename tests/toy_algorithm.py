@@ -17,15 +17,15 @@ from speculators_cli.core.algorithms.algorithm import Algorithm
 from speculators_cli.core.algorithms.cost import CostModel, Gpu, Work
 from speculators_cli.core.algorithms.draft_config import LAYER_IDS_ASSUMED, DraftConfig
 from speculators_cli.core.algorithms.draft_model import DraftModel, Ratio, StepSums
+from speculators_cli.core.algorithms.drafter import Verified
 from speculators_cli.core.algorithms.overrides import Overrides
 from speculators_cli.core.data.alignment import Alignment
 from speculators_cli.core.data.batch import Batch
 from speculators_cli.core.data.vocab_map import VocabMap
-from speculators_cli.core.algorithms.drafter import Verified
 from speculators_cli.core.models.attention import AttentionMemory, CausalMemory
-from speculators_cli.core.models.row_memory import RowMemory, RowPositions
 from speculators_cli.core.models.layers import DecoderLayer, Linear, RMSNorm, RotaryEmbedding
 from speculators_cli.core.models.losses import kl_loss
+from speculators_cli.core.models.row_memory import RowMemory, RowPositions
 from speculators_cli.core.models.verifier import FrozenVerifier
 from speculators_cli.settings.base import WARNED_ON_RESUME, Settings
 from speculators_cli.settings.train import TrainSettings

@@ -7,6 +7,9 @@ from speculators_cli.core.capture.job import Job
 from speculators_cli.core.engines.engine import Answerer, Capturer
 from speculators_cli.core.engines.transformers_engine import TransformersEngine, load_model
 
+# A server is busy to the end of a batch only if many prompts are answered together.
+SERVER_SHARDS = 8
+
 
 class Engines:
     """The engines of a job.
@@ -21,8 +24,9 @@ class Engines:
     @property
     def num_shards_at_once(self) -> int:
         """Shards whose prompts are answered together."""
-        is_server = self._job.settings.engine.engine == "vllm" or self._job.settings.engine.endpoint
-        return 8 if is_server else 1
+        given = self._job.settings
+        is_server = given.engine.engine == "vllm" or given.engine.endpoint is not None
+        return SERVER_SHARDS if given.tokens.regenerate and is_server else 1
 
     @property
     def answerer(self) -> Answerer:

@@ -4,16 +4,20 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import closing, nullcontext
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from speculators_cli.core.capture.engines import Engines
 from speculators_cli.core.capture.generated_folder import MANIFEST_NAME, agree
 from speculators_cli.core.capture.job import Job, open_job
+from speculators_cli.core.capture.rendered import RenderCounts, check_left_out
 from speculators_cli.core.capture.report import GenerationReport, StageTime
+from speculators_cli.core.capture.show_masks import MarkedRow, mark_row
 from speculators_cli.core.capture.state_stage import StateStage, count_bytes, sum_up_states
-from speculators_cli.core.capture.token_stage import make_tokens, sum_up_tokens
-from speculators_cli.core.conversations.prompt_files import Prompts, open_prompts
+from speculators_cli.core.capture.token_stage import RowMaker, make_tokens, sum_up_tokens
+from speculators_cli.core.conversations.bad_rows import BadRows
+from speculators_cli.core.conversations.prompt_files import Prompts, open_prompts, read_prompts
 from speculators_cli.core.data.data_config import write_data_config
 from speculators_cli.core.data.token_counts import FILE_NAME, TokenCounts, write_token_freq
 from speculators_cli.core.data.token_shards import read_counts, read_shard
@@ -41,7 +45,7 @@ def generate_data(settings: GenerateDataSettings, *, progress: Progress) -> Gene
     """
     job = open_job(settings)
     prompts = open_prompts(settings.input.prompts, split=settings.input.split or None)
-    num_shards = count_shards(prompts, settings)
+    num_shards = -(-count_rows(prompts, settings) // settings.input.shard_size)
     is_first = job.place.rank == 0
     with (
         job.folder.locked() if is_first else nullcontext(),
@@ -54,19 +58,39 @@ def generate_data(settings: GenerateDataSettings, *, progress: Progress) -> Gene
     return report if is_first else None
 
 
-def count_shards(prompts: Prompts, settings: GenerateDataSettings) -> int:
-    """Return the number of shards of the input.
+def count_rows(prompts: Prompts, settings: GenerateDataSettings) -> int:
+    """Return the number of rows of the input that are read.
 
     Raises:
         DataError: The input has no rows.
     """
-    given = settings.input
     num_rows = prompts.count_rows()
     if num_rows == 0:
         raise DataError(f"`{prompts.name}` has no rows", hint="Pass a file with prompts")
-    if given.max_conversations is not None:
-        num_rows = min(num_rows, given.max_conversations)
-    return -(-num_rows // given.shard_size)
+    return min(num_rows, settings.input.max_conversations or num_rows)
+
+
+def read_masked_rows(settings: GenerateDataSettings, number: int) -> list[MarkedRow]:
+    """Return the first rows of tokens as text; nothing is written.
+
+    Raises:
+        SettingsError: A setting or the verifier cannot be used.
+        DataError: The input cannot be used, or no token is supervised.
+        MachineError: The engine fails.
+    """
+    job = open_job(settings)
+    prompts = open_prompts(settings.input.prompts, split=settings.input.split or None)
+    bad = BadRows(settings.input.max_bad_rows)
+    sources = read_prompts(prompts, bad, vocab_size=job.vocab_size)
+    with closing(Engines(job)) as engines:
+        rendered = RowMaker(job, lambda: engines.answerer).make(list(islice(sources, number)))
+    rows = [row for one in rendered for row in one.rows][:number]
+    if not rows:
+        check_left_out(
+            RenderCounts.total(map(RenderCounts.of, rendered)),
+            [left for one in rendered for left in one.left_out],
+        )
+    return [MarkedRow(row.name, tuple(mark_row(job.tokenizer, row))) for row in rows]
 
 
 class _Run:

@@ -12,6 +12,7 @@ from speculators_cli.core.conversations.bad_rows import BadRow, BadRows
 from speculators_cli.core.conversations.prompt_files import Prompts
 from speculators_cli.core.conversations.prompts import BadRowError, Source, parse_row
 from speculators_cli.core.data.token_shards import TokenShard, read_counts, write_shard
+from speculators_cli.core.engines.engine import Answerer
 from speculators_cli.core.progress import Progress
 
 NUM_EXAMPLES = 2  # of what was left out, per shard
@@ -58,18 +59,13 @@ class RowMaker:
 
     Args:
         job: The verifier and the settings.
-        engines: Generate answers.
+        get_answerer: Loads what generates answers, when it is needed.
     """
 
-    def __init__(self, job: Job, engines: Engines) -> None:
+    def __init__(self, job: Job, get_answerer: Callable[[], Answerer]) -> None:
         self._job = job
-        self._engines = engines
+        self._get_answerer = get_answerer
         self._renderer = job.build_renderer()
-
-    @property
-    def num_shards_at_once(self) -> int:
-        """Shards whose prompts are answered together; more keep an engine busy to the end."""
-        return self._engines.num_shards_at_once if self._job.settings.tokens.regenerate else 1
 
     def make(self, sources: Sequence[Source]) -> list[Rendered]:
         """Return the rows of each source."""
@@ -78,7 +74,7 @@ class RowMaker:
             return list(self._renderer.rows_of_all(sources))
         regeneration = Regeneration(
             self._renderer,
-            self._engines.answerer,
+            self._get_answerer(),
             self._job.tokenizer,
             sampling=self._job.sampling,
             seed=tokens.seed,
@@ -100,7 +96,7 @@ def make_tokens(
     if not missing:
         return
     settings = job.settings.input
-    maker = RowMaker(job, engines)
+    maker = RowMaker(job, lambda: engines.answerer)
     bad = BadRows(settings.max_bad_rows)
     found = read_shards(
         prompts,
@@ -111,7 +107,7 @@ def make_tokens(
     )
     verb = "Answering" if job.settings.tokens.regenerate else "Rendering"
     with progress.task(f"{verb} conversations", len(missing) * settings.shard_size) as task:
-        while group := list(islice(found, maker.num_shards_at_once)):
+        while group := list(islice(found, engines.num_shards_at_once)):
             rendered = iter(maker.make([source for shard in group for source in shard.sources]))
             for shard in group:
                 made = list(islice(rendered, len(shard.sources)))

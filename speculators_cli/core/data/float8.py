@@ -162,5 +162,6 @@ def quantize_rows(
     import torch
 
     largest = states.abs().amax(-1, keepdim=True).float()
-    scales = (largest / MAX_FLOAT8).clamp_(min=MIN_SCALE)
+    # By a tensor: a GPU would multiply with the reciprocal of a number, and round differently.
+    scales = (largest / torch.full_like(largest, MAX_FLOAT8)).clamp_(min=MIN_SCALE)
     return (states.float() / scales).to(torch.float8_e4m3fn), scales.squeeze(-1)
