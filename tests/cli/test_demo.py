@@ -28,7 +28,7 @@ from speculators_cli.core.evaluation.draft_and_verify import EvaluationReport
 from speculators_cli.core.progress import SilentProgress
 from speculators_cli.core.training.report import TrainReport
 from speculators_cli.core.training.run import train
-from tests.cache_free_draft_and_verify import CacheFreeDraft, draft_and_verify, load_verifier
+from tests.cache_free_draft_and_verify import CacheFreeDraft, draft_and_verify, load_plain
 from tests.run_files import tree
 from tests.tiny_run import TinyInputs
 
@@ -224,7 +224,7 @@ def test_the_whole_demo_holds_what_it_reports(tmp_path: Path) -> None:
 
 def check_acceptance(checkpoint_dir: Path, report: dict[str, object]) -> None:
     """The reported figures are those of a loop without caches over the saved checkpoint."""
-    verifier, draft = load_verifier(VERIFIER_DIR), CacheFreeDraft(checkpoint_dir)
+    verifier, draft = load_plain(VERIFIER_DIR), CacheFreeDraft(checkpoint_dir)
     begin = verifier.config.bos_token_id
     accepted: list[int] = []
     for prompt in encode(read_prompts()[:NUM_EVALUATION_PROMPTS]):

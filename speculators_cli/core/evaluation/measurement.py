@@ -7,8 +7,13 @@ from itertools import pairwise
 
 from speculators_cli.core.algorithms.drafter import Drafter
 from speculators_cli.core.engines.engine import Prompt, Sampling
-from speculators_cli.core.engines.row_verifier import RowVerifier
-from speculators_cli.core.evaluation.draft_and_verify import Answer, PassTimes, draft_and_verify
+from speculators_cli.core.evaluation.draft_and_verify import (
+    Answer,
+    DraftedAnswers,
+    PassTimes,
+    draft_and_verify,
+)
+from speculators_cli.core.evaluation.verifier import LoadedVerifier
 from speculators_cli.core.progress import Progress
 
 
@@ -55,15 +60,26 @@ class Measurement:
         return self.num_different == 0
 
 
+@dataclass(frozen=True)
+class Work:
+    """The answers to generate, for every draft alike."""
+
+    prompts: Sequence[Prompt]
+    sampling: Sampling
+    batch_size: int  # maximum number of prompts computed together
+
+
+def answer_alone(verifier: LoadedVerifier, work: Work, progress: Progress) -> DraftedAnswers:
+    """Generate the verifier's own answers, one token per pass."""
+    return _answer(verifier, None, work, progress)
+
+
 def measure(
-    verifier: RowVerifier,
+    verifier: LoadedVerifier,
     drafter: Drafter,
-    prompts: Sequence[Prompt],
-    sampling: Sampling,
+    work: Work,
     own: Sequence[Answer],
     *,
-    end_ids: frozenset[int],
-    batch_size: int,
     progress: Progress,
 ) -> Measurement:
     """Draft and verify answers to prompts, and compare each with the verifier's own.
@@ -71,23 +87,12 @@ def measure(
     Args:
         verifier: The verifier.
         drafter: The draft.
-        prompts: Token ids and seeds.
-        sampling: How tokens are chosen.
-        own: The answers that `draft_and_verify` generates without a draft.
-        end_ids: The verifier's end tokens.
-        batch_size: Maximum number of prompts computed together.
+        work: The answers to generate.
+        own: Those of `answer_alone`.
         progress: Reports finished answers.
     """
     started_at = time.perf_counter()
-    drafted = draft_and_verify(
-        verifier,
-        drafter,
-        prompts,
-        sampling,
-        end_ids=end_ids,
-        batch_size=batch_size,
-        progress=progress,
-    )
+    drafted = _answer(verifier, drafter, work, progress)
     pairs = zip(drafted.answers, own, strict=True)
     return Measurement(
         num_draft_tokens=drafter.num_draft_tokens,
@@ -95,4 +100,18 @@ def measure(
         num_different=sum(answer.tokens != other.tokens for answer, other in pairs),
         times=drafted.times,
         duration_seconds=time.perf_counter() - started_at,
+    )
+
+
+def _answer(
+    verifier: LoadedVerifier, drafter: Drafter | None, work: Work, progress: Progress
+) -> DraftedAnswers:
+    return draft_and_verify(
+        verifier.rows,
+        drafter,
+        work.prompts,
+        work.sampling,
+        end_ids=verifier.tokens.end_ids,
+        batch_size=work.batch_size,
+        progress=progress,
     )

@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from speculators_cli.core.capture import json_rows
+from speculators_cli.core.conversations import json_rows
 from speculators_cli.core.conversations.bad_rows import BadRow, BadRows
 from speculators_cli.core.conversations.prompt_files import open_prompts, read_prompts
 from speculators_cli.core.conversations.prompts import (
