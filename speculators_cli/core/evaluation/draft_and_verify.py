@@ -254,7 +254,8 @@ class _Batch:
         starts = [len(row.tokens) for row in rows]
         uniforms = torch.cat([x[n : n + num_new] for x, n in zip(drawn, starts, strict=True)])
         flat = choose_tokens(logits.flatten(0, 1), uniforms.to(logits.device), self.sampling)
-        return flat.unflatten(0, logits.shape[:2])
+        chosen: Tensor = flat.unflatten(0, logits.shape[:2])
+        return chosen
 
 
 class _Clock:
