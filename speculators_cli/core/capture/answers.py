@@ -3,7 +3,6 @@
 import re
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass, field, replace
-from hashlib import sha256
 from typing import Any
 
 from speculators_cli.core.capture.render import EngineTurn, Renderer
@@ -18,9 +17,9 @@ from speculators_cli.core.capture.turns import row_name
 from speculators_cli.core.conversations.chat_template import RenderError
 from speculators_cli.core.conversations.prompts import Conversation, Message, RawPrompt, Source
 from speculators_cli.core.engines.engine import Answer, Answerer, Prompt, Sampling
+from speculators_cli.core.engines.sampling import seed_of
 
 TRUNCATED = "answer without an end token"
-SEED_BYTES = 7  # vLLM takes seeds below 2^63
 # Harmony, the format of gpt-oss: a history has the text of each channel under a key of its own.
 _CHANNEL = re.compile(
     r"<\|channel\|>(\w+)[^<]*<\|message\|>(.*?)(?:<\|(?:end|return|call)\|>|$)", re.DOTALL
@@ -190,9 +189,3 @@ def read_answer(tokenizer: Any, ids: Sequence[int]) -> Message:
         }
     content = tokenizer.decode(list(ids), skip_special_tokens=True)
     return {"role": "assistant", "content": content.strip()}
-
-
-def seed_of(seed: int, index: int, turn: int) -> int:
-    """Return the seed of one answer, which depends on nothing else."""
-    digest = sha256(f"{seed} {index} {turn}".encode()).digest()
-    return int.from_bytes(digest[:SEED_BYTES], "big")

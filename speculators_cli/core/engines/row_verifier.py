@@ -39,9 +39,11 @@ class RowVerifier(Protocol):
     def device(self) -> torch.device:
         """Where tokens are computed."""
 
-    @property
-    def max_rows(self) -> int | None:
-        """Largest batch; None: any."""
+    def limit_rows(self, num_positions: int) -> int | None:
+        """Return the largest batch of rows of this length; None: any."""
+
+    def select_layers(self, layer_ids: Sequence[int]) -> None:
+        """Return aux hidden states of only these layers from now on."""
 
     def start(self, num_rows: int, num_positions: int) -> None:
         """Begin a batch.
@@ -82,6 +84,8 @@ class HookedModel:
     def __init__(self, model: Any, layer_ids: Sequence[int], *, name: str) -> None:
         self.model = model
         self.parts: VerifierLayers = find_layers(model, name)
+        self._layer_ids = tuple(layer_ids)
+        self._columns = tuple(range(len(layer_ids)))  # that are returned
         self._aux: list[Tensor | None] = [None] * len(layer_ids)
         self.parts.hook(layer_ids, self._keep, lambda _: None)
         names = inspect.signature(model.forward).parameters
@@ -99,9 +103,14 @@ class HookedModel:
         if self._takes_num_logits:
             given["logits_to_keep"] = num_logits
         out = self.model(input_ids=tokens, use_cache=False, **given)
-        aux = [states.to(self.device) for states in self._aux if states is not None]
-        assert len(aux) == len(self._aux), "every hook has run"
-        return RowOutput(out.logits[:, -num_logits:], torch.cat(aux, dim=-1))
+        aux = [states for states in (self._aux[i] for i in self._columns) if states is not None]
+        assert len(aux) == len(self._columns), "every hook has run"
+        states = torch.cat([x.to(self.device) for x in aux], dim=-1)
+        return RowOutput(out.logits[:, -num_logits:], states)
+
+    def select_layers(self, layer_ids: Sequence[int]) -> None:
+        """Return aux hidden states of only these layers from now on."""
+        self._columns = tuple(self._layer_ids.index(layer_id) for layer_id in layer_ids)
 
     def _keep(self, column: int, states: Tensor) -> None:
         self._aux[column] = states
@@ -114,8 +123,6 @@ class CachedRows:
         model: Whose attention is the one registered here.
     """
 
-    max_rows = None
-
     def __init__(self, model: HookedModel) -> None:
         self._model = model
         self._memories: dict[nn.Module, RowMemory] = {}
@@ -127,6 +134,18 @@ class CachedRows:
     def device(self) -> torch.device:
         """Where tokens are computed."""
         return self._model.device
+
+    def select_layers(self, layer_ids: Sequence[int]) -> None:
+        """Return aux hidden states of only these layers from now on."""
+        self._model.select_layers(layer_ids)
+
+    def limit_rows(self, num_positions: int) -> int | None:
+        """Return the largest batch of rows of this length: what fits on the GPU."""
+        if self.device.type != "cuda":
+            return None
+        self._memories.clear()
+        dtype: torch.dtype = self._model.model.dtype
+        return max(1, self._model.parts.count_rows_that_fit(num_positions, dtype))
 
     def start(self, num_rows: int, num_positions: int) -> None:
         """Begin a batch."""
@@ -180,8 +199,6 @@ class WholeRows:
         model: With its own attention.
     """
 
-    max_rows = 1
-
     def __init__(self, model: HookedModel) -> None:
         self._model = model
         self._tokens = torch.empty(0, dtype=torch.int64)
@@ -191,9 +208,17 @@ class WholeRows:
         """Where tokens are computed."""
         return self._model.device
 
+    def select_layers(self, layer_ids: Sequence[int]) -> None:
+        """Return aux hidden states of only these layers from now on."""
+        self._model.select_layers(layer_ids)
+
+    def limit_rows(self, num_positions: int) -> int:  # noqa: ARG002
+        """Return the largest batch: one row."""
+        return 1
+
     def start(self, num_rows: int, num_positions: int) -> None:  # noqa: ARG002
         """Begin a batch."""
-        assert num_rows <= self.max_rows
+        assert num_rows <= 1
 
     def keep(self, rows: Sequence[int]) -> None:
         """Keep the only row, or none."""

@@ -83,7 +83,8 @@ def draft_and_verify(
     batch = _Batch(verifier, drafter, prompts, sampling, end_ids)
     description = "Generating without draft" if drafter is None else "Drafting and verifying"
     with progress.task(description, len(prompts)) as task:
-        batch.start(min(batch_size, len(prompts), verifier.max_rows or batch_size))
+        limit = verifier.limit_rows(batch.num_positions) or batch_size
+        batch.start(min(batch_size, len(prompts), limit))
         task.advance(batch.num_finished)
         while batch.rows:
             num_before = batch.num_finished

@@ -7,11 +7,13 @@ import torch
 from torch import Tensor
 
 from speculators_cli.core.conversations.encoder import Encoder
-from speculators_cli.core.engines.row_verifier import RowVerifier, open_rows
+from speculators_cli.core.engines.row_verifier import CachedRows, RowVerifier, open_rows
 from speculators_cli.core.engines.transformers_engine import load_model
 from speculators_cli.core.models.verifier import VerifierConfig, read_verifier_config
 from speculators_cli.core.models.verifier_files import VerifierFiles
 from speculators_cli.core.models.verifier_tokens import VerifierTokens, load_verifier_tokens
+
+MEMORY_HINT = "Pass `--dtype bfloat16`, or a machine with more memory"
 
 
 @dataclass(frozen=True, eq=False)
@@ -22,6 +24,7 @@ class LoadedVerifier:
     rows: RowVerifier
     tokens: VerifierTokens
     embedding: Tensor  # [vocab, hidden]
+    is_batched: bool  # False: one prompt at a time, without a KV cache
 
     def encode(self, text: str) -> list[int]:
         """Encode a text as token ids, after the begin token if the verifier has one."""
@@ -60,7 +63,10 @@ def load_verifier(
         dtype=dtype,
         device=device or torch.device("cpu"),
         trust_remote_code=trust_remote_code,
+        memory_hint=MEMORY_HINT,
     )
     rows = open_rows(model, tuple(layer_ids), name=files.name_or_path)
     embedding = model.get_input_embeddings().weight.detach()
-    return LoadedVerifier(files.name_or_path, rows, tokens, embedding)
+    return LoadedVerifier(
+        files.name_or_path, rows, tokens, embedding, is_batched=isinstance(rows, CachedRows)
+    )

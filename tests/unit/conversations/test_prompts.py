@@ -370,11 +370,14 @@ def loaded(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
     """What the package `datasets` was asked for."""
     calls: list[tuple[Any, ...]] = []
 
-    def load_dataset(name: str, *, split: str, data_files: str | None) -> FakeTable:
-        calls.append((name, split, data_files))
+    def load_dataset(
+        path: str, name: str | None, *, split: str, data_files: str | None
+    ) -> FakeTable:
+        assert name is None
+        calls.append((path, split, data_files))
         if split == "no":
             raise ValueError('Unknown split "no". Should be one of ["train"].')
-        if name == "some/private":
+        if path == "some/private":
             raise ConnectionError("offline")
         return FakeTable()
 

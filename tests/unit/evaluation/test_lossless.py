@@ -93,11 +93,13 @@ def test_answers_do_not_depend_on_the_draft_or_the_batch(family: str, temperatur
 class Table:
     """A verifier whose next token depends on the last one only."""
 
-    max_rows = None
     device = torch.device("cpu")
 
     def __init__(self, logits: Tensor) -> None:
         self.logits = logits  # [vocab, vocab]
+
+    def limit_rows(self, num_positions: int) -> None:
+        pass
 
     def start(self, num_rows: int, num_positions: int) -> None:
         pass

@@ -1,0 +1,266 @@
+"""evaluate(settings): what a trained draft reaches on prompts, with its verifier."""
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+
+from speculators_cli.core.algorithms.drafter import Drafter
+from speculators_cli.core.conversations.prompt_ids import PromptRenderer
+from speculators_cli.core.drafts.trained_draft import TrainedDraft
+from speculators_cli.core.engines.devices import choose_device, choose_dtype
+from speculators_cli.core.engines.engine import Prompt, Sampling
+from speculators_cli.core.engines.sampling import seed_of
+from speculators_cli.core.errors import DataError, MachineError
+from speculators_cli.core.evaluation.checks import (
+    check_fit,
+    check_num_draft_tokens,
+    read_source,
+)
+from speculators_cli.core.evaluation.draft_and_verify import Answer
+from speculators_cli.core.evaluation.intervals import length_interval
+from speculators_cli.core.evaluation.measurement import Measurement, Work, answer_alone, measure
+from speculators_cli.core.evaluation.questions import Questions, read_questions
+from speculators_cli.core.evaluation.report import (
+    Comparison,
+    EvaluationReport,
+    compare,
+    count_categories,
+    count_context_lengths,
+    share_refused_outside,
+)
+from speculators_cli.core.evaluation.speedup import (
+    Speedups,
+    fill_between,
+    predict_speedups,
+    time_drafter,
+    time_verifier,
+)
+from speculators_cli.core.evaluation.verifier import MEMORY_HINT, LoadedVerifier, load_verifier
+from speculators_cli.core.models.verifier import VerifierConfig, read_verifier_config
+from speculators_cli.core.models.verifier_files import VerifierFiles
+from speculators_cli.core.models.verifier_tokens import VerifierTokens, load_verifier_tokens
+from speculators_cli.core.place import Place
+from speculators_cli.core.progress import SILENT, Progress
+from speculators_cli.settings.evaluate import EvaluateSettings
+
+CPU_BATCH, GPU_BATCH = 16, 64
+
+
+def evaluate(settings: EvaluateSettings, *, progress: Progress = SILENT) -> EvaluationReport:
+    """Draft and verify answers to prompts, and compare them with the verifier's own.
+
+    Raises:
+        SettingsError: A setting or the verifier cannot be used.
+        DataError: The prompts cannot be used.
+        CheckpointError: The draft is incomplete, or is another verifier's.
+        MachineError: Memory is short, or the hub cannot be reached.
+    """
+    started_at = time.perf_counter()
+    job = _Job(settings, progress)
+    found = job.questions
+    with memory_explained():
+        work = job.work
+        own = answer_alone(job.verifier, work, progress).answers
+        measured = measure(
+            job.verifier, job.build_drafter(job.source), work, own, progress=progress
+        )
+        if measured.num_passes == 0:
+            raise DataError(
+                "Every answer ends with its first token: there is nothing to draft",
+                hint="Pass other prompts: these are not what the verifier was trained on",
+            )
+        against = job.compare(measured, own)
+        speedups = job.predict_speedups(measured)
+    seed, drafting = settings.drafting.seed, settings.drafting
+    return EvaluationReport(
+        draft=job.source.name,
+        verifier=job.files.name_or_path,
+        prompts=str(settings.prompts.prompts),
+        num_bad_rows=found.num_bad_rows,
+        num_too_long=found.num_too_long,
+        max_new_tokens=drafting.max_new_tokens,
+        temperature=drafting.temperature,
+        dtype=str(job.dtype).removeprefix("torch."),
+        device=job.device_name,
+        batch_size=work.batch_size,
+        measured=measured,
+        interval=length_interval(measured.answers, seed=seed),
+        categories=count_categories(found.questions, measured.answers, seed=seed),
+        context_lengths=count_context_lengths(measured.answers),
+        refused_outside_vocab=share_refused_outside(measured.answers, job.source.vocab_map.t2d),
+        speedups=speedups,
+        peak_memory_bytes=torch.cuda.max_memory_allocated() if job.is_cuda else None,
+        against=against,
+        min_acceptance_length=settings.check.min_acceptance_length,
+        duration_seconds=time.perf_counter() - started_at,
+    )
+
+
+@dataclass
+class _Job:
+    """What an evaluation needs, read and checked in the order in which it is cheap."""
+
+    settings: EvaluateSettings
+    progress: Progress
+
+    def __post_init__(self) -> None:
+        given = self.settings.source
+        self.device = choose_device(self.settings.engine.device, Place())
+        self.dtype = choose_dtype(self.settings.engine.dtype, self.device)
+        self.source = read_source(given.checkpoint, given, "CHECKPOINT", self.progress)
+        self.files = VerifierFiles(self.source.config.verifier_name_or_path)
+        self.num_draft_tokens = (
+            self.settings.drafting.num_speculative_tokens or self.source.config.num_draft_tokens
+        )
+        self.other: TrainedDraft | None = None
+        self._check(self.source)
+        if given.against is not None:
+            self.other = read_source(given.against, given, "--against", self.progress)
+            self._check(self.other)
+
+    @property
+    def is_cuda(self) -> bool:
+        """Whether the verifier is on a GPU."""
+        return self.device.type == "cuda"
+
+    @property
+    def device_name(self) -> str:
+        """Name of the GPU, or `cpu`."""
+        return torch.cuda.get_device_name(self.device) if self.is_cuda else "cpu"
+
+    @cached_property
+    def config(self) -> VerifierConfig:
+        """Config of the verifier."""
+        trusts = self.settings.source.trust_remote_code
+        return read_verifier_config(self.files, trust_remote_code=trusts)
+
+    @cached_property
+    def tokens(self) -> VerifierTokens:
+        """Tokenizer and vocabulary of the verifier."""
+        trusts = self.settings.source.trust_remote_code
+        return load_verifier_tokens(self.files, self.config, trust_remote_code=trusts)
+
+    @cached_property
+    def questions(self) -> Questions:
+        """The prompts."""
+        thinking = self.settings.prompts.thinking
+        vocab_size = self.tokens.vocab_size
+        renderer = PromptRenderer(
+            self.tokens.tokenizer,
+            thinking=None if thinking is None else thinking == "on",
+            vocab_size=vocab_size,
+        )
+        # The last chain may begin one token before the end of an answer.
+        num_new = self.settings.drafting.max_new_tokens + self.num_draft_tokens
+        max_tokens = max(self.config.max_position_embeddings - num_new, 1)
+        found = read_questions(
+            self.settings.prompts, renderer, vocab_size=vocab_size, max_tokens=max_tokens
+        )
+        if found.num_too_long:
+            self.progress.warn(
+                f"{found.num_too_long:,} prompts are left out: they have more than "
+                f"{max_tokens:,} tokens, and the verifier's maximum length is "
+                f"{self.config.max_position_embeddings:,}"
+            )
+        return found
+
+    @cached_property
+    def work(self) -> Work:
+        """The answers to generate."""
+        drafting = self.settings.drafting
+        prompts = [
+            Prompt(question.ids, seed_of(drafting.seed, question.index))
+            for question in self.questions.questions
+        ]
+        given = self.settings.engine.batch_size
+        return Work(
+            prompts,
+            Sampling(drafting.max_new_tokens, drafting.temperature),
+            given or (GPU_BATCH if self.is_cuda else CPU_BATCH),
+        )
+
+    @cached_property
+    def verifier(self) -> LoadedVerifier:
+        """The verifier, loaded when it is first needed."""
+        sources = [self.source] if self.other is None else [self.source, self.other]
+        layer_ids = {k for source in sources for k in source.config.target_layer_ids}
+        loaded = load_verifier(
+            self.files,
+            sorted(layer_ids),
+            dtype=self.dtype,
+            device=self.device,
+            config=self.config,
+            trust_remote_code=self.settings.source.trust_remote_code,
+        )
+        if not loaded.is_batched:
+            self.progress.warn(
+                f"The layers of verifier `{loaded.name}` cannot keep keys and values by position: "
+                "prompts are answered one at a time, and every pass computes all tokens",
+                hint="Lower `--max-prompts` or `--max-new-tokens`",
+            )
+        return loaded
+
+    def build_drafter(self, source: TrainedDraft, num_draft_tokens: int | None = None) -> Drafter:
+        """A drafter on the device of the verifier, which returns the states of its layers."""
+        self.verifier.rows.select_layers(source.config.target_layer_ids)
+        embedding = self.verifier.embedding
+        if source.embedding is not None:
+            embedding = source.embedding.to(embedding.device)
+        drafter = source.build_drafter(
+            embedding, num_draft_tokens=num_draft_tokens or self.num_draft_tokens
+        )
+        if num_draft_tokens is None:
+            check_num_draft_tokens(drafter, self.num_draft_tokens, source)
+        return drafter
+
+    def compare(self, measured: Measurement, own: Sequence[Answer]) -> Comparison | None:
+        """Measure the draft of `--against` on the same prompts."""
+        if self.other is None:
+            return None
+        drafter = self.build_drafter(self.other)
+        found = measure(self.verifier, drafter, self.work, own, progress=self.progress)
+        return compare(self.other.name, measured, found, seed=self.settings.drafting.seed)
+
+    def predict_speedups(self, measured: Measurement) -> Speedups:
+        """Time single passes after a prompt of median length, and predict the speedups."""
+        lengths = sorted(self.work.prompts, key=lambda prompt: len(prompt.ids))
+        prompt = lengths[len(lengths) // 2].ids
+        rows, num_draft_tokens = self.verifier.rows, self.num_draft_tokens
+        drafting = [
+            time_drafter(self.build_drafter(self.source, count), rows, prompt)
+            for count in dict.fromkeys((1, num_draft_tokens))
+        ]
+        return predict_speedups(
+            measured.acceptance_rates,
+            time_verifier(rows, prompt, num_draft_tokens),
+            fill_between(drafting[0], drafting[-1], num_draft_tokens),
+        )
+
+    def _check(self, source: TrainedDraft) -> None:
+        vocab_size = self.files.read_vocab_size(self.config.modules)
+        check_fit(source, self.config, vocab_size, self.progress)
+
+
+@contextmanager
+def memory_explained() -> Iterator[None]:
+    """Turn PyTorch's out-of-memory errors into one with a hint.
+
+    Raises:
+        MachineError: Memory is short.
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise MachineError(
+            "The GPU is out of memory", hint=f"Lower `--batch-size`. {MEMORY_HINT}"
+        ) from None
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, MemoryError) and "DefaultCPUAllocator" not in str(error):
+            raise
+        raise MachineError(
+            "The machine is out of memory", hint=f"Lower `--batch-size`. {MEMORY_HINT}"
+        ) from None
