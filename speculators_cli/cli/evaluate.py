@@ -14,6 +14,7 @@ from speculators_cli.settings.evaluate import EvaluateSettings
 if TYPE_CHECKING:
     from speculators_cli.core.evaluation.intervals import Interval
     from speculators_cli.core.evaluation.report import Comparison, EvaluationReport
+    from speculators_cli.core.evaluation.simulation import SimulationReport
 
 EXAMPLES = (
     "speculators evaluate checkpoints --prompts mt_bench.jsonl --num-speculative-tokens 3",
@@ -27,7 +28,15 @@ def evaluate(*, settings: EvaluateSettings, output: Output) -> None:
     """Evaluate a draft, and report what it reached."""
     with importing():
         from speculators_cli.core.evaluation import evaluate as core
+        from speculators_cli.core.evaluation.simulation import simulate
 
+    if settings.simulation.simulate is not None:
+        simulated = simulate(settings, progress=output)
+        if output.is_json:
+            output.result("evaluate", simulated.to_json())
+        else:
+            show_simulated(simulated, output)
+        return
     report = core.evaluate(settings, progress=output)
     if output.is_json:
         output.result("evaluate", report.to_json())
@@ -35,6 +44,19 @@ def evaluate(*, settings: EvaluateSettings, output: Output) -> None:
         show(report, output)
     if not report.is_long_enough:
         raise typer.Exit(1)
+
+
+def show_simulated(report: "SimulationReport", output: Output) -> None:
+    """Write the table of an estimate."""
+    output.table(
+        ("position", "simulated acceptance rate"),
+        [(str(k), f"{rate:.2f}") for k, rate in enumerate(report.acceptance_rates, start=1)],
+    )
+    output.line(
+        f"Simulated acceptance length {report.acceptance_length:.2f} over "
+        f"{report.num_chains[0]:,} supervised tokens of {report.num_samples:,} samples, with "
+        "teacher forcing; `--prompts` measures the real one"
+    )
 
 
 def show(report: "EvaluationReport", output: Output) -> None:

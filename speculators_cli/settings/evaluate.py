@@ -137,6 +137,12 @@ class EvaluateSettings(Settings):
     def _has_one_input(self) -> Self:
         if (self.prompts.prompts is None) == (self.simulation.simulate is None):
             raise ValueError("needs either `--prompts` or `--simulate`")
-        if self.simulation.simulate is not None and self.source.against is not None:
-            raise ValueError("`--against` needs `--prompts`")
+        if self.simulation.simulate is not None:
+            needing = {
+                "--against": self.source.against,
+                "--min-acceptance-length": self.check.min_acceptance_length,
+            }
+            for flag, value in needing.items():
+                if value is not None:
+                    raise ValueError(f"`{flag}` needs `--prompts`")
         return self

@@ -98,6 +98,9 @@ class Table:
     def __init__(self, logits: Tensor) -> None:
         self.logits = logits  # [vocab, vocab]
 
+    def select_layers(self, layer_ids: Sequence[int]) -> None:
+        pass
+
     def limit_rows(self, num_positions: int) -> None:
         pass
 
