@@ -9,6 +9,7 @@ from speculators_cli.core.capture.render import EngineTurn, Renderer
 from speculators_cli.core.capture.rendered import (
     PROMPT_TOO_LONG,
     TEMPLATE_ERROR,
+    TRUNCATED,
     LeftOut,
     Rendered,
     shorten,
@@ -19,7 +20,6 @@ from speculators_cli.core.conversations.prompts import Conversation, Message, Ra
 from speculators_cli.core.engines.engine import Answer, Answerer, Prompt, Sampling
 from speculators_cli.core.engines.sampling import seed_of
 
-TRUNCATED = "answer without an end token"
 # Harmony, the format of gpt-oss: a history has the text of each channel under a key of its own.
 _CHANNEL = re.compile(
     r"<\|channel\|>(\w+)[^<]*<\|message\|>(.*?)(?:<\|(?:end|return|call)\|>|$)", re.DOTALL

@@ -45,13 +45,13 @@ def generate_data(settings: GenerateDataSettings, *, progress: Progress) -> Gene
     """
     job = open_job(settings)
     prompts = open_prompts(settings.input.prompts, split=settings.input.split or None)
-    num_shards = -(-count_rows(prompts, settings) // settings.input.shard_size)
+    num_rows = count_rows(prompts, settings)
     is_first = job.place.rank == 0
     with (
         job.folder.locked() if is_first else nullcontext(),
         closing(Engines(job)) as engines,
     ):
-        run = _Run(job, prompts, range(num_shards), engines, progress)
+        run = _Run(job, prompts, num_rows, engines, progress)
         report = run.make_tokens()
         if not settings.tokens.tokens_only:
             report = run.make_states(report)
@@ -100,16 +100,17 @@ class _Run:
         self,
         job: Job,
         prompts: Prompts,
-        shards: Sequence[int],
+        num_rows: int,
         engines: Engines,
         progress: Progress,
     ) -> None:
         self._job = job
         self._prompts = prompts
-        self._shards = shards
+        self._num_rows = num_rows
+        self._shards = job.all_shards(num_rows)
         self._engines = engines
         self._progress = progress
-        self._own = [shard for shard in shards if job.is_own(shard)]
+        self._own = job.own_shards(num_rows)
         self._is_first = job.place.rank == 0
 
     def make_tokens(self) -> GenerationReport:
@@ -118,11 +119,9 @@ class _Run:
         self._agree(job.folder.tokens, tokens_manifest(job, self._prompts))
         before = {shard for shard in self._shards if job.folder.shard(shard).exists()}
         started_at = time.perf_counter()
-        make_tokens(job, self._prompts, self._own, self._engines, self._progress)
-        shards = self._own
-        if self._is_first:
-            _wait_for(job.folder.shard(shard) for shard in self._shards)
-            shards = list(self._shards)
+        make_tokens(job, self._prompts, self._num_rows, self._engines, self._progress)
+        shards = self._shards if self._is_first else self._own
+        _wait_for(job.folder.shard(shard) for shard in shards)
         seconds = time.perf_counter() - started_at
         totals = sum_up_tokens(job, shards)
         new = [read_counts(job.folder.shard(n)) for n in shards if n not in before]

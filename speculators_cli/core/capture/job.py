@@ -48,9 +48,13 @@ class Job:
         tokens = self.settings.tokens
         return Sampling(tokens.max_new_tokens, tokens.temperature, tokens.top_p)
 
-    def is_own(self, shard: int) -> bool:
-        """Whether a shard is of this rank."""
-        return shard % self.place.num_ranks == self.place.rank
+    def all_shards(self, num_rows: int) -> range:
+        """Return the shards of an input of so many rows."""
+        return range(-(-num_rows // self.settings.input.shard_size))
+
+    def own_shards(self, num_rows: int) -> range:
+        """Return those of this rank."""
+        return self.all_shards(num_rows)[self.place.rank :: self.place.num_ranks]
 
     def build_renderer(self) -> Renderer:
         """Return a renderer of the verifier's tokenizer and chat template."""

@@ -17,6 +17,7 @@ EMPTY_ANSWER = "empty answer"
 TOO_LONG = "no supervised token within"
 PROMPT_TOO_LONG = "longer prompt than the verifier's maximum length"
 TEMPLATE_ERROR = "template error: "
+TRUNCATED = "answer without an end token"
 MAX_LEFT_OUT_SHARE = 0.05  # of the turns
 NUM_SHOWN = 2
 MAX_SHOWN_CHARS = 600
@@ -99,7 +100,8 @@ class RenderCounts:
 def check_left_out(counts: RenderCounts, examples: Sequence[LeftOut]) -> None:
     """Check that most answers are supervised.
 
-    Rows that are too long are not counted: the limit is the user's choice.
+    Rows that are too long and truncated answers are not counted: they are left out by the user's
+    choice.
 
     Args:
         counts: Of the whole input.
@@ -111,7 +113,7 @@ def check_left_out(counts: RenderCounts, examples: Sequence[LeftOut]) -> None:
     judged = {
         reason: number
         for reason, number in counts.left_out.items()
-        if not reason.startswith(TOO_LONG)
+        if not reason.startswith(TOO_LONG) and reason != TRUNCATED
     }
     num_left_out = sum(judged.values())
     if counts.num_supervised_tokens == 0:

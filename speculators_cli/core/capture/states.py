@@ -118,7 +118,7 @@ class SampleWriter:
 
     def add(self, rows: Sequence[TokenRow], states: CapturedStates, shard: WrittenShard) -> None:
         """Write the samples of a packed sequence, once the device has computed its states."""
-        copied = _HostStates(states, self._storage)
+        copied = HostStates(states, self._storage)
         bounds = [0, *accumulate(len(row.input_ids) for row in rows)]
         last_bounds = [0, *accumulate(map(self._count_last, rows))]
         spans = zip(rows, pairwise(bounds), pairwise(last_bounds), strict=True)
@@ -148,7 +148,7 @@ class SampleWriter:
         return int(row.loss_mask.sum())
 
     def _write(
-        self, row: TokenRow, copied: "_HostStates", tokens: slice, last: slice, folder: Path
+        self, row: TokenRow, copied: "HostStates", tokens: slice, last: slice, folder: Path
     ) -> int:
         """Write one sample; return the size of its file, 0 if its states are not finite."""
         copied.wait()
@@ -175,7 +175,7 @@ def sample_file(folder: Path, name: str) -> Path:
     return folder / f"{name}.pt"
 
 
-class _HostStates:
+class HostStates:
     """States of a packed sequence on their way to the host; quantized on the device.
 
     Args:

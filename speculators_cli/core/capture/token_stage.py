@@ -85,17 +85,28 @@ class RowMaker:
 
 
 def make_tokens(
-    job: Job, prompts: Prompts, shards: Sequence[int], engines: Engines, progress: Progress
+    job: Job, prompts: Prompts, num_rows: int, engines: Engines, progress: Progress
 ) -> None:
-    """Write those of the shards that are missing.
+    """Write the shards of this rank that are missing.
+
+    Args:
+        job: The verifier, the settings and the rank.
+        prompts: The input.
+        num_rows: Rows of it that are read.
+        engines: Generate answers.
+        progress: Reports progress.
 
     Raises:
         DataError: Too many rows of the input cannot be used.
     """
-    missing = {number for number in shards if not job.folder.shard(number).exists()}
+    settings = job.settings.input
+    missing = {
+        number: min(settings.shard_size, num_rows - number * settings.shard_size)
+        for number in job.own_shards(num_rows)
+        if not job.folder.shard(number).exists()
+    }
     if not missing:
         return
-    settings = job.settings.input
     maker = RowMaker(job, lambda: engines.answerer)
     bad = BadRows(settings.max_bad_rows)
     found = read_shards(
@@ -106,7 +117,7 @@ def make_tokens(
         vocab_size=job.vocab_size,
     )
     verb = "Answering" if job.settings.tokens.regenerate else "Rendering"
-    with progress.task(f"{verb} conversations", len(missing) * settings.shard_size) as task:
+    with progress.task(f"{verb} conversations", sum(missing.values())) as task:
         while group := list(islice(found, engines.num_shards_at_once)):
             rendered = iter(maker.make([source for shard in group for source in shard.sources]))
             for shard in group:
@@ -115,7 +126,7 @@ def make_tokens(
                 for row in shard.bad:
                     bad.add(row)
                 bad.num_rows += len(shard.sources)
-                task.advance(settings.shard_size)
+                task.advance(missing[shard.number])
 
 
 def build_shard(shard: Shard, rendered: Sequence[Rendered]) -> TokenShard:

@@ -81,14 +81,17 @@ class TransformersEngine:
         self._attention = self._own_attention
         self._kept: _Kept | None = None
         self.parts.hook(self.layer_ids, self._keep_aux, self._keep_last)
+        self._forwards: list[tuple[Any, Any, Any]] = []  # of compiled layers: plain, compiled
         self.is_packed = self._can_pack()
         if is_compiled is None:
             is_spread = len(set(getattr(model, "hf_device_map", {}).values())) > 1
             is_compiled = self.parts.device.type == "cuda" and not is_spread
         if is_compiled and self.is_packed and not self.parts.has_experts:
             # Their forward only, without the hooks: all layers share one compiled graph.
-            for layer in self.parts.layers:
-                layer.forward = torch.compile(layer.forward, dynamic=False)
+            self._forwards = [
+                (layer, layer.forward, torch.compile(layer.forward, dynamic=False))
+                for layer in self.parts.layers
+            ]
 
     @property
     def fingerprint(self) -> Mapping[str, str]:
@@ -209,10 +212,13 @@ class TransformersEngine:
         self.parts.decoder(input_ids=input_ids[None].to(self.parts.device), use_cache=False)
 
     def _use(self, attention: str) -> None:
-        """Switch the implementation of attention."""
-        if attention != self._attention:
-            self.model.set_attn_implementation(attention)
-            self._attention = attention
+        """Switch the implementation of attention; layers are compiled for packed documents only."""
+        if attention == self._attention:
+            return
+        self.model.set_attn_implementation(attention)
+        self._attention = attention
+        for layer, plain, compiled in self._forwards:
+            layer.forward = compiled if attention == packed_attention.NAME else plain
 
     @contextmanager
     def _keeping(self, aux: Tensor, last: Tensor, rows: Tensor) -> Iterator[None]:

@@ -1,5 +1,7 @@
 """Float8 with a scale per token: the rule of the scale, and what reading gives back."""
 
+import threading
+
 import pytest
 import torch
 
@@ -88,13 +90,13 @@ def test_a_row_that_is_not_finite_has_no_finite_scale(value: float) -> None:
     assert scales.isfinite().tolist() == [True, False, True]
 
 
-@pytest.mark.parametrize("at_once", [1, 2**18])
+@pytest.mark.parametrize("at_once", [1, 600, 2**20])
 @pytest.mark.parametrize("scale", [1.0, 0.37, 2.0**-126, 3.7e30])
 def test_every_float8_is_scaled_in_float32_and_rounded_once(
     scale: float, at_once: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(float8, "SCALED_AT_ONCE", at_once)
-    monkeypatch.setattr(float8, "READ_AT_ONCE", 3 * at_once)
+    monkeypatch.setattr(float8, "_local", threading.local())
     values = CODES.repeat(5, 1)
     scales = torch.tensor([scale, 1.0, 0.0, 7.0, scale])[:, None]
 
@@ -106,6 +108,14 @@ def test_every_float8_is_scaled_in_float32_and_rounded_once(
     torch.testing.assert_close(found, expected, rtol=0, atol=0, equal_nan=True)
     is_zero = expected == 0
     assert torch.equal(found[is_zero].signbit(), expected[is_zero].signbit())
+
+
+def test_an_odd_number_of_values_is_read() -> None:
+    states = states_of(3)[:, :5]
+
+    values, scales = quantize_rows(states)
+
+    assert torch.equal(read(values, scales), (values.float() * scales[:, None]).bfloat16())
 
 
 def test_rows_are_read_by_slice_indices_and_mask() -> None:
