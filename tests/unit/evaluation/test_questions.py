@@ -96,7 +96,7 @@ def test_prompts_beyond_the_verifiers_length_are_left_out(tokenizer: Any, tmp_pa
 def test_named_sets_are_read_by_their_columns(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     chosen = PROMPT_SETS[name]
     calls: list[Any] = []
-    row = dict.fromkeys(chosen.prompt_keys, "One?")
+    row: dict[str, Any] = dict.fromkeys(chosen.prompt_keys, "One?")
     if "turns" in row:
         row = {"turns": ["One?", "Two?"]}
     if chosen.category_key is not None:
@@ -120,7 +120,7 @@ def test_named_sets_are_read_by_their_columns(name: str, monkeypatch: pytest.Mon
             {"split": chosen.place.split, "data_files": chosen.place.data_file},
         )
     ]
-    row[chosen.prompt_keys[0]] = []  # type: ignore[assignment]
+    row[chosen.prompt_keys[0]] = []
     row.pop("input", None)
     with pytest.raises(DataError, match="has no text in"):
         list(read_prompt_set(name))
