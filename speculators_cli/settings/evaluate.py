@@ -1,5 +1,6 @@
 """Every setting of `speculators evaluate`."""
 
+from pathlib import Path
 from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
@@ -98,9 +99,12 @@ class EvaluationEngineSettings(Settings):
     )
 
 
-class CheckSettings(Settings):
-    """What decides the exit code."""
+class ResultSettings(Settings):
+    """What is written beside the result, and what decides the exit code."""
 
+    html: Path | None = Field(
+        None, description="Write a page with charts and marked answers to this file"
+    )
     min_acceptance_length: float | None = Field(
         None, ge=1, description="Exit with code 1 if the acceptance length is lower"
     )
@@ -130,7 +134,7 @@ class EvaluateSettings(Settings):
     engine: EvaluationEngineSettings = Field(
         default_factory=EvaluationEngineSettings, title="Engine"
     )
-    check: CheckSettings = Field(default_factory=CheckSettings, title="Check")
+    result: ResultSettings = Field(default_factory=ResultSettings, title="Result")
     simulation: SimulationSettings = Field(default_factory=SimulationSettings, title="Simulation")
 
     @model_validator(mode="after")
@@ -139,8 +143,9 @@ class EvaluateSettings(Settings):
             raise ValueError("needs either `--prompts` or `--simulate`")
         if self.simulation.simulate is not None:
             needing = {
+                "--html": self.result.html,
                 "--against": self.source.against,
-                "--min-acceptance-length": self.check.min_acceptance_length,
+                "--min-acceptance-length": self.result.min_acceptance_length,
             }
             for flag, value in needing.items():
                 if value is not None:

@@ -1,6 +1,7 @@
 """`speculators evaluate` as the user types it."""
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -83,6 +84,28 @@ def test_tables_and_panel_show_the_figures(evaluate: Evaluate, capsys: Capture) 
         "identical to the verifier's own",
     ):
         assert text in out
+
+
+def test_the_page_has_the_figures_and_nothing_from_elsewhere(
+    evaluate: Evaluate, tmp_path: Path
+) -> None:
+    page = tmp_path / "pages/report.html"
+
+    assert evaluate("--html", page) == 0
+
+    text = page.read_text("utf-8")
+    assert "1.00 tokens per verifier pass" in text
+    assert text.count("<svg") == 5
+    assert read_prompts()[0].splitlines()[0][:20] in text
+    assert not re.search(r"https?://|<script|<link|src=", text)
+    assert list(page.parent.iterdir()) == [page]
+
+
+def test_a_folder_in_place_of_the_page_is_exit_code_2(
+    evaluate: Evaluate, tmp_path: Path, capsys: Capture
+) -> None:
+    assert evaluate("--html", tmp_path) == 2
+    assert "is a folder" in capsys.readouterr().err
 
 
 def test_too_short_an_acceptance_length_is_exit_code_1(evaluate: Evaluate, capsys: Capture) -> None:

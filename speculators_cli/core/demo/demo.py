@@ -6,9 +6,8 @@ Each stage is the package's ordinary code; only the inputs are specific to the d
 import json
 import shutil
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +26,7 @@ from speculators_cli.core.drafts.trained_draft import read_draft
 from speculators_cli.core.engines.engine import Prompt, Sampling
 from speculators_cli.core.errors import SpeculatorsError
 from speculators_cli.core.evaluation.draft_and_verify import Answer
+from speculators_cli.core.evaluation.examples import mark_answer
 from speculators_cli.core.evaluation.measurement import Measurement, Work, answer_alone, measure
 from speculators_cli.core.evaluation.verifier import LoadedVerifier, load_verifier
 from speculators_cli.core.models.verifier import load_frozen_verifier, read_verifier_config
@@ -142,7 +142,7 @@ def _run_stages(settings: DemoSettings, folder: DemoFolder, progress: Progress) 
         untrained=untrained,
         trained=trained,
         sample_prompt=texts[shown],
-        sample=tuple(mark(verifier, trained.answers[shown])),
+        sample=tuple(mark_answer(trained.answers[shown], verifier.tokens)),
         duration_seconds=time.perf_counter() - started_at,
     )
     folder.write_result(report.to_json())
@@ -266,11 +266,3 @@ def choose_answer(answers: Sequence[Answer]) -> int:
     long_ones = [i for i, answer in enumerate(answers) if len(answer.tokens) >= typical]
     by_acceptance = sorted(long_ones, key=lambda i: sum(answers[i].is_accepted))
     return by_acceptance[len(by_acceptance) // 2]
-
-
-def mark(verifier: LoadedVerifier, answer: Answer) -> Iterator[tuple[str, bool]]:
-    """Split an answer into spans of text, and whether each was drafted."""
-    pairs = zip(answer.tokens, answer.is_accepted, strict=True)
-    shown = (pair for pair in pairs if pair[0] not in verifier.tokens.end_ids)
-    for is_accepted, run in groupby(shown, key=lambda pair: pair[1]):
-        yield verifier.tokens.tokenizer.decode([token for token, _ in run]), is_accepted

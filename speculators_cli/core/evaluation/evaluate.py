@@ -5,6 +5,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 
 import torch
 
@@ -14,13 +15,15 @@ from speculators_cli.core.drafts.trained_draft import TrainedDraft
 from speculators_cli.core.engines.devices import choose_device, choose_dtype
 from speculators_cli.core.engines.engine import Prompt, Sampling
 from speculators_cli.core.engines.sampling import seed_of
-from speculators_cli.core.errors import DataError, MachineError
+from speculators_cli.core.errors import DataError, MachineError, SettingsError
 from speculators_cli.core.evaluation.checks import (
     check_fit,
     check_num_draft_tokens,
     read_source,
 )
 from speculators_cli.core.evaluation.draft_and_verify import Answer
+from speculators_cli.core.evaluation.examples import choose_examples
+from speculators_cli.core.evaluation.html_page import write_page
 from speculators_cli.core.evaluation.intervals import length_interval
 from speculators_cli.core.evaluation.measurement import Measurement, Work, answer_alone, measure
 from speculators_cli.core.evaluation.questions import Questions, read_questions
@@ -40,6 +43,7 @@ from speculators_cli.core.evaluation.speedup import (
     time_verifier,
 )
 from speculators_cli.core.evaluation.verifier import MEMORY_HINT, LoadedVerifier, load_verifier
+from speculators_cli.core.files import check_output_dir
 from speculators_cli.core.models.verifier import VerifierConfig, read_verifier_config
 from speculators_cli.core.models.verifier_files import VerifierFiles
 from speculators_cli.core.models.verifier_tokens import VerifierTokens, load_verifier_tokens
@@ -60,6 +64,9 @@ def evaluate(settings: EvaluateSettings, *, progress: Progress = SILENT) -> Eval
         MachineError: Memory is short, or the hub cannot be reached.
     """
     started_at = time.perf_counter()
+    page = settings.result.html
+    if page is not None:
+        check_page(page)
     job = _Job(settings, progress)
     found = job.questions
     with memory_explained():
@@ -76,7 +83,7 @@ def evaluate(settings: EvaluateSettings, *, progress: Progress = SILENT) -> Eval
         against = job.compare(measured, own)
         speedups = job.predict_speedups(measured)
     seed, drafting = settings.drafting.seed, settings.drafting
-    return EvaluationReport(
+    report = EvaluationReport(
         draft=job.source.name,
         verifier=job.files.name_or_path,
         prompts=str(settings.prompts.prompts),
@@ -95,9 +102,27 @@ def evaluate(settings: EvaluateSettings, *, progress: Progress = SILENT) -> Eval
         speedups=speedups,
         peak_memory_bytes=torch.cuda.max_memory_allocated() if job.is_cuda else None,
         against=against,
-        min_acceptance_length=settings.check.min_acceptance_length,
+        min_acceptance_length=settings.result.min_acceptance_length,
         duration_seconds=time.perf_counter() - started_at,
     )
+    if page is not None:
+        examples = choose_examples(found.questions, measured.answers, job.tokens)
+        page.parent.mkdir(parents=True, exist_ok=True)
+        write_page(report, examples, page)
+    return report
+
+
+def check_page(page: Path) -> None:
+    """Check that the page can be written, without writing.
+
+    Raises:
+        SettingsError: It cannot.
+    """
+    check_output_dir(page.parent, flag="--html")
+    if page.is_dir():
+        raise SettingsError(
+            f"`--html`: `{page}` is a folder", hint=f"Pass a file, such as `{page / 'report.html'}`"
+        )
 
 
 @dataclass
