@@ -7,6 +7,7 @@ from speculators_cli.cli.output import Output, format_duration
 from speculators_cli.core.files import format_bytes
 
 if TYPE_CHECKING:
+    from speculators_cli.core.evaluation.diagnosis import Diagnosis
     from speculators_cli.core.evaluation.intervals import Interval
     from speculators_cli.core.evaluation.report import Comparison, EvaluationReport
     from speculators_cli.core.evaluation.simulation import SimulationReport
@@ -60,7 +61,37 @@ def show(report: "EvaluationReport", output: Output) -> None:
                 for x in report.context_lengths
             ],
         )
+    if report.diagnosis is not None:
+        show_diagnosis(report.diagnosis, output)
     output.panel("Evaluated", list(_rows(report)))
+
+
+def show_diagnosis(diagnosis: "Diagnosis", output: Output) -> None:
+    """Write what was changed, and what it gained."""
+    output.table(
+        ("change", "may be wrong", "acceptance length", "gain"),
+        [
+            (
+                x.change,
+                x.name,
+                f"{x.acceptance_length:.2f}",
+                f"{x.gain:+.2f}{_interval(x.interval)}",
+            )
+            for x in diagnosis.causes
+        ],
+    )
+    simulated = ""
+    if diagnosis.simulated is not None:
+        simulated = f"; simulated in training {diagnosis.simulated:.2f}"
+    output.line(
+        f"Before any change {diagnosis.acceptance_length:.2f}, after every token of the answers"
+        f"{simulated}"
+    )
+    if diagnosis.found:
+        first = diagnosis.found[0]
+        output.line(f"Largest gain: {first.name} ({first.change})")
+    else:
+        output.line("No change gains beyond chance")
 
 
 def _rows(report: "EvaluationReport") -> Iterator[tuple[str, str]]:

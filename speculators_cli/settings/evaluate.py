@@ -105,6 +105,11 @@ class ResultSettings(Settings):
     html: Path | None = Field(
         None, description="Write a page with charts and marked answers to this file"
     )
+    diagnose: bool = Field(
+        False,
+        description="Change one thing at a time to find what lowers the acceptance length; also "
+        "done if it is far below the simulated one of the checkpoint",
+    )
     min_acceptance_length: float | None = Field(
         None, ge=1, description="Exit with code 1 if the acceptance length is lower"
     )
@@ -144,6 +149,7 @@ class EvaluateSettings(Settings):
         if self.simulation.simulate is not None:
             needing = {
                 "--html": self.result.html,
+                "--diagnose": self.result.diagnose or None,
                 "--against": self.source.against,
                 "--min-acceptance-length": self.result.min_acceptance_length,
             }

@@ -108,6 +108,28 @@ def test_a_folder_in_place_of_the_page_is_exit_code_2(
     assert "is a folder" in capsys.readouterr().err
 
 
+def test_a_diagnosis_ranks_changes(evaluate: Evaluate, tmp_path: Path, capsys: Capture) -> None:
+    page = tmp_path / "report.html"
+
+    assert evaluate("--diagnose", "--html", page, "--max-new-tokens", 12) == 0
+
+    out = capsys.readouterr().out
+    assert "may be wrong" in out
+    assert "No change gains beyond chance" in out
+    assert "Changes that were tried" in page.read_text("utf-8")
+    assert evaluate("--diagnose", "--max-new-tokens", 12, "--json") == 0
+    found = json.loads(capsys.readouterr().out)["diagnosis"]
+    names = {cause["cause"] for cause in found["causes"]}
+    assert names >= {"layer ids", "norm_before_residual", "norm_output", "rope"}
+    assert [x["gain"] for x in found["causes"]] == sorted(
+        (x["gain"] for x in found["causes"]), reverse=True
+    )
+
+
+def test_answers_too_short_to_diagnose_are_no_error(evaluate: Evaluate) -> None:
+    assert evaluate("--diagnose", "--max-new-tokens", 3) == 0
+
+
 def test_too_short_an_acceptance_length_is_exit_code_1(evaluate: Evaluate, capsys: Capture) -> None:
     assert evaluate("--min-acceptance-length", 3.9) == 1
     assert "`--min-acceptance-length` is 3.9" in capsys.readouterr().out

@@ -21,11 +21,18 @@ from speculators_cli.core.evaluation.checks import (
     check_num_draft_tokens,
     read_source,
 )
+from speculators_cli.core.evaluation.diagnosis import (
+    Diagnosis,
+    Diagnostician,
+    is_suspicious,
+    neighbours,
+)
 from speculators_cli.core.evaluation.draft_and_verify import Answer
 from speculators_cli.core.evaluation.examples import choose_examples
 from speculators_cli.core.evaluation.html_page import write_page
 from speculators_cli.core.evaluation.intervals import length_interval
 from speculators_cli.core.evaluation.measurement import Measurement, Work, answer_alone, measure
+from speculators_cli.core.evaluation.prompt_formats import try_formats
 from speculators_cli.core.evaluation.questions import Questions, read_questions
 from speculators_cli.core.evaluation.report import (
     Comparison,
@@ -82,6 +89,7 @@ def evaluate(settings: EvaluateSettings, *, progress: Progress = SILENT) -> Eval
             )
         against = job.compare(measured, own)
         speedups = job.predict_speedups(measured)
+        diagnosis = job.diagnose(measured)
     seed, drafting = settings.drafting.seed, settings.drafting
     report = EvaluationReport(
         draft=job.source.name,
@@ -102,6 +110,7 @@ def evaluate(settings: EvaluateSettings, *, progress: Progress = SILENT) -> Eval
         speedups=speedups,
         peak_memory_bytes=torch.cuda.max_memory_allocated() if job.is_cuda else None,
         against=against,
+        diagnosis=diagnosis,
         min_acceptance_length=settings.result.min_acceptance_length,
         duration_seconds=time.perf_counter() - started_at,
     )
@@ -209,13 +218,20 @@ class _Job:
         )
 
     @cached_property
+    def hooked_layers(self) -> tuple[int, ...]:
+        """Layers that a draft reads, and those beside them, ascending."""
+        own = self.source.config.target_layer_ids
+        layer_ids = neighbours(own, self.config.num_layers)
+        if self.other is not None:
+            layer_ids.update(self.other.config.target_layer_ids)
+        return tuple(sorted(layer_ids))
+
+    @cached_property
     def verifier(self) -> LoadedVerifier:
         """The verifier, loaded when it is first needed."""
-        sources = [self.source] if self.other is None else [self.source, self.other]
-        layer_ids = {k for source in sources for k in source.config.target_layer_ids}
         loaded = load_verifier(
             self.files,
-            sorted(layer_ids),
+            self.hooked_layers,
             dtype=self.dtype,
             device=self.device,
             config=self.config,
@@ -264,6 +280,34 @@ class _Job:
             time_verifier(rows, prompt, num_draft_tokens),
             fill_between(drafting[0], drafting[-1], num_draft_tokens),
         )
+
+    def diagnose(self, measured: Measurement) -> Diagnosis | None:
+        """Find what lowers the acceptance length, if asked, or if it is far below training's."""
+        if not self.settings.result.diagnose and not is_suspicious(self.source, measured):
+            return None
+        seed, questions = self.settings.drafting.seed, self.questions.questions
+        self.progress.info("Diagnosing: one thing is changed at a time")
+        drafter = self.build_drafter(self.source)
+        tried = try_formats(
+            self.verifier,
+            drafter,
+            questions,
+            measured.answers,
+            self.work,
+            seed=seed,
+            progress=self.progress,
+        )
+        formats = tuple(tried)
+        diagnostician = Diagnostician(
+            self.source,
+            self.verifier,
+            self.hooked_layers,
+            self.config,
+            num_draft_tokens=self.num_draft_tokens,
+            seed=seed,
+        )
+        pairs = zip(questions, measured.answers, strict=True)
+        return diagnostician.diagnose([(x.ids, answer) for x, answer in pairs], formats)
 
     def _check(self, source: TrainedDraft) -> None:
         vocab_size = self.files.read_vocab_size(self.config.modules)

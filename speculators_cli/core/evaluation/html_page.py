@@ -68,6 +68,7 @@ def build_page(report: EvaluationReport, examples: Sequence[Example]) -> str:
     parts += [
         "<h2>Acceptance length by context length</h2>",
         _bars([(f"{x.min_tokens:,}+", x.acceptance_length) for x in report.context_lengths]),
+        *_diagnosis(report),
         "<h2>Answers</h2>",
         "<p>Accepted draft tokens are marked; the verifier generated the rest. From the answer "
         "with the fewest accepted tokens to the one with the most.</p>",
@@ -105,6 +106,21 @@ def _summary(report: EvaluationReport) -> list[tuple[str, ...]]:
             )
         )
     return rows
+
+
+def _diagnosis(report: EvaluationReport) -> list[str]:
+    if report.diagnosis is None:
+        return []
+    rows = [
+        (x.change, x.name, f"{x.acceptance_length:.2f}", f"{x.gain:+.2f}", _interval(x.interval))
+        for x in report.diagnosis.causes
+    ]
+    return [
+        "<h2>Changes that were tried</h2>",
+        f"<p>Before any change {report.diagnosis.acceptance_length:.2f}, after every token of the "
+        "answers.</p>",
+        _table(("change", "may be wrong", "acceptance length", "gain", "95% interval"), rows),
+    ]
 
 
 def _example(example: Example) -> list[str]:

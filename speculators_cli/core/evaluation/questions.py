@@ -29,6 +29,7 @@ class Question:
     index: int  # row of the input
     ids: tuple[int, ...]
     category: str | None
+    source: Source
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,7 @@ def read_questions(
         if len(ids) > max_tokens:
             num_too_long += 1
         else:
-            questions.append(Question(source.index, tuple(ids), source.category))
+            questions.append(Question(source.index, tuple(ids), source.category, source))
     bad.check()
     if not questions:
         longer = f", and {num_too_long:,} are longer than {max_tokens:,} tokens"

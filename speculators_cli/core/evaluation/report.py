@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
+from speculators_cli.core.evaluation.diagnosis import Diagnosis
 from speculators_cli.core.evaluation.draft_and_verify import Answer
 from speculators_cli.core.evaluation.intervals import (
     Interval,
@@ -91,6 +92,7 @@ class EvaluationReport:
     speedups: Speedups
     peak_memory_bytes: int | None  # None on a CPU
     against: Comparison | None
+    diagnosis: Diagnosis | None
     min_acceptance_length: float | None
     duration_seconds: float
 
@@ -151,6 +153,7 @@ class EvaluationReport:
             "best_num_speculative_tokens": self.speedups.best,
             "peak_memory_bytes": self.peak_memory_bytes,
             "against": None if self.against is None else self.against.to_json(),
+            "diagnosis": None if self.diagnosis is None else self.diagnosis.to_json(),
             "min_acceptance_length": self.min_acceptance_length,
             "duration_seconds": self.duration_seconds,
         }

@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 
+from speculators_cli.core.conversations.prompts import RawPrompt
 from speculators_cli.core.demo.demo import VERIFIER_DIR
 from speculators_cli.core.evaluation.draft_and_verify import Answer, PassTimes
 from speculators_cli.core.evaluation.examples import Example, choose_examples, mark_answer
@@ -56,7 +57,7 @@ def test_a_character_of_several_tokens_is_not_cut(tokens: VerifierTokens) -> Non
 def test_examples_are_between_the_least_and_the_most_accepted(tokens: VerifierTokens) -> None:
     counts = [3, 0, 1, 2, 3, 1, 0, 2, 1]
     answers = [make_answer([count]) for count in counts]
-    questions = [Question(i, (5, 6), None) for i in range(len(counts))]
+    questions = [Question(i, (5, 6), None, RawPrompt(i, "One?")) for i in range(len(counts))]
 
     found = choose_examples(questions, answers, tokens)
 
@@ -87,6 +88,7 @@ def make_report(**changes: Any) -> EvaluationReport:
         "speedups": Speedups((1.2, 0.9)),
         "peak_memory_bytes": None,
         "against": None,
+        "diagnosis": None,
         "min_acceptance_length": None,
         "duration_seconds": 1.0,
     }

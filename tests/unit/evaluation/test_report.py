@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from speculators_cli.core.conversations.prompts import RawPrompt
 from speculators_cli.core.evaluation.draft_and_verify import Answer, PassTimes
 from speculators_cli.core.evaluation.measurement import Measurement
 from speculators_cli.core.evaluation.questions import Question
@@ -44,7 +45,7 @@ def test_a_rate_that_no_pass_reached_is_unknown() -> None:
 
 def test_categories_are_counted_apart() -> None:
     names = ("code", "math", "code", None)
-    questions = [Question(i, (1,), name) for i, name in enumerate(names)]
+    questions = [Question(i, (1,), name, RawPrompt(i, "One?")) for i, name in enumerate(names)]
     answers = [make_answer(counts) for counts in ([1, 1], [0], [3], [3, 3])]
 
     code, math = count_categories(questions, answers, seed=0)
