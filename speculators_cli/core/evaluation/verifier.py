@@ -40,6 +40,7 @@ def load_verifier(
     dtype: torch.dtype,
     device: torch.device | None = None,
     config: VerifierConfig | None = None,
+    tokens: VerifierTokens | None = None,
     trust_remote_code: bool = False,
 ) -> LoadedVerifier:
     """Load a verifier with its tokenizer.
@@ -50,6 +51,7 @@ def load_verifier(
         dtype: Of its weights and computations.
         device: Default: the CPU.
         config: If it was read before.
+        tokens: If they were loaded before.
         trust_remote_code: Whether custom code from the verifier's repository may run.
 
     Raises:
@@ -57,7 +59,7 @@ def load_verifier(
         MachineError: It does not fit into memory, or the hub cannot be reached.
     """
     config = config or read_verifier_config(files, trust_remote_code=trust_remote_code)
-    tokens = load_verifier_tokens(files, config, trust_remote_code=trust_remote_code)
+    tokens = tokens or load_verifier_tokens(files, config, trust_remote_code=trust_remote_code)
     model = load_model(
         files.name_or_path,
         dtype=dtype,

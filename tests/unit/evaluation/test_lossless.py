@@ -10,7 +10,8 @@ from torch import Tensor
 
 from speculators_cli.core.algorithms.drafter import Verified
 from speculators_cli.core.engines.engine import Prompt, Sampling
-from speculators_cli.core.engines.row_verifier import RowOutput, open_rows
+from speculators_cli.core.engines.hooked_model import RowOutput
+from speculators_cli.core.engines.row_verifier import open_rows
 from speculators_cli.core.evaluation.draft_and_verify import draft_and_verify
 from speculators_cli.core.progress import SILENT
 from tests.tiny_verifiers import FAMILIES, VOCAB, make_verifier
