@@ -177,7 +177,7 @@ def _next_step(report: "GenerationReport") -> str:
             "--capture online`, or this command again without `--tokens-only`"
         )
     return (
-        f"Run `speculators build-vocab-map --data-path {folder} --verifier-name-or-path {verifier} "
-        f"--draft-vocab-size 32000`, then `speculators train --verifier-name-or-path {verifier} "
-        f"--data-path {folder}`"
+        f"Run `speculators build-vocab-map --data-path {folder} --verifier-name-or-path "
+        f"{verifier}`, then `speculators train --verifier-name-or-path {verifier} --data-path "
+        f"{folder}`"
     )

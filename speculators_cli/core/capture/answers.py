@@ -7,6 +7,7 @@ from typing import Any
 
 from speculators_cli.core.capture.render import EngineTurn, Renderer
 from speculators_cli.core.capture.rendered import (
+    MAX_SHOWN_CHARS,
     PROMPT_TOO_LONG,
     TEMPLATE_ERROR,
     TRUNCATED,
@@ -125,7 +126,8 @@ class Regeneration:
             dialogue.left_out.append(LeftOut(dialogue.name, f"{TEMPLATE_ERROR}{error}", where))
             return
         if len(ids) >= self._max_tokens:
-            dialogue.left_out.append(LeftOut(dialogue.name, PROMPT_TOO_LONG))
+            text = shorten(self._tokenizer.decode(ids[-MAX_SHOWN_CHARS:]))
+            dialogue.left_out.append(LeftOut(dialogue.name, PROMPT_TOO_LONG, text))
             return
         dialogue.prompt = ids
 

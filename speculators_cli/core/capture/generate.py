@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from speculators_cli.core.capture.engines import Engines
-from speculators_cli.core.capture.generated_folder import MANIFEST_NAME, agree
+from speculators_cli.core.capture.generated_folder import MANIFEST_NAME, agree, remove_leftovers
 from speculators_cli.core.capture.job import Job, open_job
 from speculators_cli.core.capture.rendered import RenderCounts, check_left_out
 from speculators_cli.core.capture.report import GenerationReport, StageTime
@@ -55,7 +55,11 @@ def generate_data(settings: GenerateDataSettings, *, progress: Progress) -> Gene
         report = run.make_tokens()
         if not settings.tokens.tokens_only:
             report = run.make_states(report)
-    return report if is_first else None
+        if is_first:
+            # All ranks have written all of their files.
+            for folder in (job.folder.tokens, job.folder.samples, job.folder.folder):
+                remove_leftovers(folder)
+    return report
 
 
 def count_rows(prompts: Prompts, settings: GenerateDataSettings) -> int:
@@ -113,18 +117,19 @@ class _Run:
         self._own = job.own_shards(num_rows)
         self._is_first = job.place.rank == 0
 
-    def make_tokens(self) -> GenerationReport:
-        """Write the shards of tokens; report on those of this rank, or of all on the first."""
+    def make_tokens(self) -> GenerationReport | None:
+        """Write the shards of tokens; on the first rank, wait for the others and report."""
         job = self._job
         self._agree(job.folder.tokens, tokens_manifest(job, self._prompts))
         before = {shard for shard in self._shards if job.folder.shard(shard).exists()}
         started_at = time.perf_counter()
         make_tokens(job, self._prompts, self._num_rows, self._engines, self._progress)
-        shards = self._shards if self._is_first else self._own
-        _wait_for(job.folder.shard(shard) for shard in shards)
+        if not self._is_first:
+            return None
+        _wait_for(job.folder.shard(shard) for shard in self._shards)
         seconds = time.perf_counter() - started_at
-        totals = sum_up_tokens(job, shards)
-        new = [read_counts(job.folder.shard(n)) for n in shards if n not in before]
+        totals = sum_up_tokens(job, self._shards)
+        new = [read_counts(job.folder.shard(n)) for n in self._shards if n not in before]
         counts = totals.rendered
         return GenerationReport(
             output_dir=job.folder.folder,
@@ -143,8 +148,12 @@ class _Run:
             tokens_time=StageTime(sum(x["rendered"]["num_tokens"] for x in new), seconds),
         )
 
-    def make_states(self, tokens: GenerationReport) -> GenerationReport:
-        """Write the samples; on the first rank, complete the folder and the report."""
+    def make_states(self, tokens: GenerationReport | None) -> GenerationReport | None:
+        """Write the samples; on the first rank, complete the folder and the report.
+
+        Args:
+            tokens: The report on the tokens; None on ranks other than the first.
+        """
         job = self._job
         self._agree(job.folder.samples, states_manifest(job))
         missing = [shard for shard in self._shards if not job.folder.done(shard).exists()]
@@ -155,8 +164,8 @@ class _Run:
         started_at = time.perf_counter()
         stage = StateStage(job, self._engines, self._progress)
         stage.run(self._own)
-        if not self._is_first:
-            return tokens
+        if tokens is None:
+            return None
         _wait_for(job.folder.done(shard) for shard in self._shards)
         seconds = time.perf_counter() - started_at
         write_token_freq(self._count_tokens().total(), job.folder.folder / FILE_NAME)
@@ -172,10 +181,9 @@ class _Run:
         )
 
     def _agree(self, folder: Path, manifest: Mapping[str, Any]) -> None:
-        if self._is_first:
-            agree(folder, manifest)
-        else:
+        if not self._is_first:
             _wait_for([folder / MANIFEST_NAME])
+        agree(folder, manifest)
 
     def _check_disk(self, shards: Sequence[int]) -> None:
         """Check that the samples of shards fit, before the first one is captured."""
@@ -184,7 +192,7 @@ class _Run:
         check_free_space(
             job.folder.folder,
             num_bytes,
-            what="the samples",
+            what="the set of samples",
             hint="Pass another `--output-dir`, `--storage-dtype float8`, or `--tokens-only` to "
             "train without stored hidden states",
         )

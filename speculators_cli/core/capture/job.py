@@ -48,6 +48,11 @@ class Job:
         tokens = self.settings.tokens
         return Sampling(tokens.max_new_tokens, tokens.temperature, tokens.top_p)
 
+    @property
+    def max_tokens(self) -> int:
+        """Maximum length of a row: the verifier may have positions for less than is asked for."""
+        return min(self.settings.tokens.total_seq_len, self.config.max_position_embeddings)
+
     def all_shards(self, num_rows: int) -> range:
         """Return the shards of an input of so many rows."""
         return range(-(-num_rows // self.settings.input.shard_size))
@@ -63,7 +68,7 @@ class Job:
             self.tokenizer,
             end_ids=self.end_ids,
             thinking=None if tokens.thinking is None else tokens.thinking == "on",
-            max_tokens=tokens.total_seq_len,
+            max_tokens=self.max_tokens,
             vocab_size=self.vocab_size,
         )
 
@@ -92,6 +97,11 @@ def open_job(settings: GenerateDataSettings) -> Job:
     files = VerifierFiles(given.verifier_name_or_path)
     config = read_verifier_config(files, trust_remote_code=given.trust_remote_code)
     tokens = load_verifier_tokens(files, config, trust_remote_code=given.trust_remote_code)
+    if settings.engine.engine == "vllm" and place.num_ranks > 1:
+        raise SettingsError(
+            f"`--engine vllm` on {place.num_ranks} ranks: vLLM divides the work itself",
+            hint="Pass `--tensor-parallel-size` instead of `--nproc-per-node`",
+        )
     device = choose_device(settings.engine.device, place)
     return Job(
         settings=settings,

@@ -15,7 +15,7 @@ NO_BOUNDARY = "no certain boundary between prompt and answer"
 NO_ANSWER = "no answer"
 EMPTY_ANSWER = "empty answer"
 TOO_LONG = "no supervised token within"
-PROMPT_TOO_LONG = "longer prompt than the verifier's maximum length"
+PROMPT_TOO_LONG = "prompt longer than the maximum length"
 TEMPLATE_ERROR = "template error: "
 TRUNCATED = "answer without an end token"
 MAX_LEFT_OUT_SHARE = 0.05  # of the turns
@@ -100,8 +100,8 @@ class RenderCounts:
 def check_left_out(counts: RenderCounts, examples: Sequence[LeftOut]) -> None:
     """Check that most answers are supervised.
 
-    Rows that are too long and truncated answers are not counted: they are left out by the user's
-    choice.
+    Rows and prompts that are too long and truncated answers are not counted: they are left out by
+    the user's choice.
 
     Args:
         counts: Of the whole input.
@@ -113,9 +113,11 @@ def check_left_out(counts: RenderCounts, examples: Sequence[LeftOut]) -> None:
     judged = {
         reason: number
         for reason, number in counts.left_out.items()
-        if not reason.startswith(TOO_LONG) and reason != TRUNCATED
+        if not reason.startswith((TOO_LONG, PROMPT_TOO_LONG, TRUNCATED))
     }
     num_left_out = sum(judged.values())
+    if counts.num_sources == 0:  # a rank without shards
+        return
     if counts.num_supervised_tokens == 0:
         problem = f"No token of {counts.num_sources:,} rows is supervised"
         judged = dict(counts.left_out)
@@ -134,8 +136,8 @@ def _hint(reasons: Mapping[str, int]) -> str:
     most = max(reasons, key=lambda reason: reasons[reason], default="")
     if most == NO_ANSWER:
         return "Pass `--regenerate` for answers of the verifier"
-    if most.startswith(TOO_LONG):
-        return "Pass a higher `--total-seq-len`"
+    if most.startswith((TOO_LONG, PROMPT_TOO_LONG)):
+        return "Pass a higher `--total-seq-len`, up to the verifier's own limit, or shorter rows"
     if most.startswith(TEMPLATE_ERROR):
         return "Change the messages to what the verifier's chat template accepts"
     return "Pass `--regenerate`: its answers need no boundary, or check the data"

@@ -78,7 +78,7 @@ class RowMaker:
             self._job.tokenizer,
             sampling=self._job.sampling,
             seed=tokens.seed,
-            max_tokens=tokens.total_seq_len,
+            max_tokens=self._job.max_tokens,
             keeps_truncated=not tokens.skip_truncated_answers,
         )
         return regeneration.answer_all(sources)
@@ -123,9 +123,9 @@ def make_tokens(
             for shard in group:
                 made = list(islice(rendered, len(shard.sources)))
                 write_shard(build_shard(shard, made), job.folder.shard(shard.number))
+                bad.num_rows += len(shard.sources)
                 for row in shard.bad:
                     bad.add(row)
-                bad.num_rows += len(shard.sources)
                 task.advance(missing[shard.number])
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from safetensors.numpy import save_file
+from safetensors.numpy import save
 
 from speculators_cli.core.data.sample import check_ids
 from speculators_cli.core.errors import DataError
@@ -60,13 +60,12 @@ def write_shard(shard: TokenShard, file: Path) -> None:
         "loss_mask": _join([row.loss_mask for row in rows], np.bool_),
         "lengths": np.array([len(row.input_ids) for row in rows], np.int64),
     }
-    metadata = {
-        "format": FORMAT,
-        "names": json.dumps([row.name for row in rows]),
-        "counts": json.dumps(shard.counts, sort_keys=True),
-    }
+    description = {"names": [row.name for row in rows], "counts": shard.counts}
+    # One entry: the library writes several in a random order, and equal shards have equal bytes.
+    metadata = {FORMAT: json.dumps(description, sort_keys=True)}
+    # Not by safetensors itself, whose errors do not tell a full disk.
     with replacing(file) as temporary:
-        save_file(tensors, temporary, metadata)
+        temporary.write_bytes(save(tensors, metadata))
 
 
 def read_shard(file: Path) -> TokenShard:
@@ -107,9 +106,10 @@ def read_counts(file: Path) -> dict[str, Any]:
 
 def _read_json(content: Tensors, key: str) -> Any:
     metadata = content.metadata()
-    if metadata.get("format") != FORMAT or key not in metadata:
+    description = parse_json(metadata.get(FORMAT, "null"), content.file, fix=FIX)
+    if not isinstance(description, dict) or key not in description:
         raise UnreadableError(content.file, "is not a shard of tokens of this version", hint=FIX)
-    return parse_json(metadata[key], content.file, fix=FIX)
+    return description[key]
 
 
 def _join(parts: Sequence[NDArray[Any]], dtype: Any) -> NDArray[Any]:

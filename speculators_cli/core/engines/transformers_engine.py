@@ -73,6 +73,8 @@ class TransformersEngine:
         is_compiled: bool | None = None,
     ) -> None:
         self.model = model
+        # What `generate` is not told comes from there, such as a penalty on repeated tokens.
+        model.generation_config = GenerationConfig()
         self.layer_ids = tuple(layer_ids)
         self.dtype: torch.dtype = model.dtype
         self._end_ids = sorted(end_ids)
@@ -176,6 +178,9 @@ class TransformersEngine:
                 do_sample=False,
                 eos_token_id=self._end_ids or None,
                 pad_token_id=pad,
+                # One that grows is copied for each token, which costs a GPU more than the model.
+                cache_implementation="static" if device.type == "cuda" else None,
+                disable_compile=True,
             ),
         )
         return [self._up_to_end(row) for row in out[:, longest:].tolist()]
