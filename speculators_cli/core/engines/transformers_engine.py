@@ -37,11 +37,14 @@ from speculators_cli.core.reading import first_line
 ROUND_TOKENS = 256  # packed sequences are padded to a multiple of it: few shapes to compile
 ROUND_ANSWER = 64  # answers near the last position end at a multiple of it: few batches
 CPU_BATCH = 64  # prompts answered together
-CACHE_SHARE = 0.5  # of the free memory of a GPU, for the keys and values of a batch
 MAX_BATCH = 512
 # Of random tokens, packed against alone. A document that sees another one differs by far more.
 MAX_PACKING_ERROR = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.05}
 CHECKED_TOKENS = (24, 40)  # of the two documents
+MEMORY_HINT = (
+    "Pass `--device-map auto` to place it on several GPUs, or `--engine vllm` with "
+    "`--tensor-parallel-size`"
+)
 
 
 class TransformersEngine:
@@ -209,15 +212,7 @@ class TransformersEngine:
         device = self.parts.device
         if device.type != "cuda":
             return CPU_BATCH
-        config = self.parts.decoder.config
-        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-        head_dim = getattr(config, "head_dim", None)
-        width = heads * (head_dim or config.hidden_size // config.num_attention_heads)
-        bytes_per_token = 2 * len(self.parts.layers) * width * self.dtype.itemsize
-        free, _ = torch.cuda.mem_get_info(device)
-        free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        most = int(free * CACHE_SHARE / (bytes_per_token * num_tokens))
-        return max(1, min(most, MAX_BATCH))
+        return max(1, min(self.parts.count_rows_that_fit(num_tokens, self.dtype), MAX_BATCH))
 
     def _run_packed(self, input_ids: Tensor, lengths: Sequence[int]) -> Packing:
         """Run the decoder over packed documents, padded to one of few lengths."""
@@ -327,6 +322,7 @@ def load_model(
     device: torch.device,
     device_map: str | None = None,
     trust_remote_code: bool = False,
+    memory_hint: str = MEMORY_HINT,
 ) -> Any:
     """Load a verifier with its LM head, ready to compute.
 
@@ -336,6 +332,7 @@ def load_model(
         device: Where it is loaded, without `device_map`.
         device_map: As in transformers: places the layers on several devices.
         trust_remote_code: Whether custom code from the verifier's repository may run.
+        memory_hint: What to do if it does not fit.
 
     Raises:
         SettingsError: transformers cannot load it.
@@ -354,8 +351,7 @@ def load_model(
     except torch.OutOfMemoryError:
         raise MachineError(
             f"Verifier `{name}` does not fit into the memory of `{device}`",
-            hint="Pass `--device-map auto` to place it on several GPUs, or `--engine vllm` with "
-            "`--tensor-parallel-size`",
+            hint=memory_hint,
         ) from None
     except (OSError, ValueError, ImportError, KeyError) as error:
         raise SettingsError(

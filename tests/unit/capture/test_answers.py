@@ -12,8 +12,8 @@ from speculators_cli.core.capture.answers import (
     seed_of,
     write_script,
 )
-from speculators_cli.core.capture.prompts import Conversation, Message, Source, parse_row
 from speculators_cli.core.capture.rendered import PROMPT_TOO_LONG, TRUNCATED, Rendered
+from speculators_cli.core.conversations.prompts import Conversation, Message, Source, parse_row
 from speculators_cli.core.engines.engine import Answer, Prompt, Sampling
 from tests.unit.capture.chat_templates import (
     BASE,
