@@ -37,8 +37,13 @@ def choose_tokens(
     With `top_p` below 1, only the most probable tokens count, as many as reach that mass. The
     distribution is inverted at `uniforms`, in float64, so that no probability is lost in the sum.
     """
-    values, ids = logits.double().sort(dim=-1, descending=True)
-    probabilities = (values / sampling.temperature).softmax(-1)
+    values = logits.double() / sampling.temperature
+    if sampling.top_p == 1:
+        mass = values.softmax(-1).cumsum(-1)
+        place = (mass <= uniforms[:, None] * mass[:, -1:]).sum(-1)
+        return place.clamp(max=logits.shape[-1] - 1)
+    values, ids = values.sort(dim=-1, descending=True)
+    probabilities = values.softmax(-1)
     mass = probabilities.cumsum(-1)
     # Of the tokens before it, the mass is still below top_p: the first one is always kept.
     is_kept = mass - probabilities < sampling.top_p

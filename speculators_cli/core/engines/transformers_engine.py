@@ -188,9 +188,6 @@ class TransformersEngine:
                 do_sample=False,
                 eos_token_id=self._end_ids or None,
                 pad_token_id=pad,
-                # One that grows is copied for each token, which costs a GPU more than the model.
-                cache_implementation="static" if device.type == "cuda" else None,
-                disable_compile=True,
             ),
         )
         return [self._up_to_end(row) for row in out[:, longest:].tolist()]
