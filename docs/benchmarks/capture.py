@@ -1,6 +1,6 @@
 """Time the capture of hidden states by a verifier with random weights, on one GPU.
 
-    python docs/benchmarks/capture.py --shape llama-3.1-8b --to-disk /tmp/capture
+python docs/benchmarks/capture.py --shape llama-3.1-8b --to-disk /tmp/capture
 """
 
 import argparse
@@ -70,7 +70,9 @@ def main() -> None:
         started_at = time.perf_counter()
         states = engine.capture(packed)
         if repeat == 0 and options.device == "cuda":
-            host = [torch.empty_like(x, device="cpu").pin_memory() for x in (states.aux, states.last)]
+            host = [
+                torch.empty_like(x, device="cpu").pin_memory() for x in (states.aux, states.last)
+            ]
         if options.device == "cuda":
             for place, found in zip(host, (states.aux, states.last), strict=True):
                 place.copy_(found, non_blocking=True)

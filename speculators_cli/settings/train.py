@@ -28,6 +28,7 @@ from speculators_cli.settings.base import (
     not_a_choice,
     path_error,
 )
+from speculators_cli.settings.capture import CaptureSettings
 
 LOGGER_NAMES = ("trackio", "wandb", "tensorboard")
 
@@ -281,6 +282,7 @@ class TrainSettings(Settings):
     draft: DraftSettings = Field(title="Draft model")
     run: RunSettings = Field(default_factory=RunSettings, title="Run")
     data: DataSettings = Field(default_factory=DataSettings, title="Data")
+    capture: CaptureSettings = Field(default_factory=CaptureSettings, title="Capture")
     eagle3: Eagle3Settings = Field(default_factory=Eagle3Settings, title="EAGLE-3")
     optimizer: OptimizerSettings = Field(default_factory=OptimizerSettings, title="Optimizer")
     schedule: ScheduleSettings = Field(default_factory=ScheduleSettings, title="Schedule")

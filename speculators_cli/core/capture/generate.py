@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from speculators_cli.core.capture.engines import Engines
-from speculators_cli.core.capture.generated_folder import MANIFEST_NAME, agree
+from speculators_cli.core.capture.generated_folder import agree
 from speculators_cli.core.capture.job import Job, open_job
 from speculators_cli.core.capture.prompt_files import Prompts, open_prompts
 from speculators_cli.core.capture.report import GenerationReport, StageTime
@@ -16,7 +16,7 @@ from speculators_cli.core.capture.state_stage import StateStage, count_bytes, su
 from speculators_cli.core.capture.token_stage import make_tokens, sum_up_tokens
 from speculators_cli.core.data.data_config import write_data_config
 from speculators_cli.core.data.token_counts import FILE_NAME, TokenCounts, write_token_freq
-from speculators_cli.core.data.token_shards import read_counts, read_shard
+from speculators_cli.core.data.token_shards import MANIFEST_NAME, read_counts, read_shard
 from speculators_cli.core.errors import DataError
 from speculators_cli.core.files import check_free_space
 from speculators_cli.core.progress import Progress

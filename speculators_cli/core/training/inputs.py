@@ -9,12 +9,14 @@ from speculators_cli.core.algorithms import ALGORITHMS
 from speculators_cli.core.algorithms.draft_config import DraftConfig
 from speculators_cli.core.data.data_config import (
     LayerIds,
+    choose_captured_layers,
     resolve_layer_ids,
     warn_of_assumed,
     warn_of_contradiction,
 )
 from speculators_cli.core.data.source import SampleSource, split
 from speculators_cli.core.data.sources import Request, open_samples
+from speculators_cli.core.data.tokens import StatesShape, have_only_shards
 from speculators_cli.core.data.vocab_map import VocabMap
 from speculators_cli.core.drafts.trained_draft import ASSUMED_HINT, TrainedDraft
 from speculators_cli.core.errors import DataError
@@ -146,6 +148,8 @@ def read_inputs(
         index_file=index_file,
         max_bad_samples=data.max_bad_samples,
         alignment=ALGORITHMS[draft.algorithm].alignment,
+        capture=settings.capture.capture,
+        live=_live_shape(settings, source, verifier),
     )
     samples = scanned = open_samples(wanted, progress)
     check_samples_fit(samples, verifier, vocab_size)
@@ -183,6 +187,23 @@ def read_inputs(
         index_file.parent.mkdir(parents=True, exist_ok=True)
         scanned.write_index(index_file)
     return Inputs(samples, validation, vocab_map, files, verifier, layer_ids, source)
+
+
+def _live_shape(
+    settings: TrainSettings, source: TrainedDraft | None, verifier: VerifierConfig
+) -> StatesShape | None:
+    """Hidden states that the verifier would compute while training; None if they are stored."""
+    data, capture = settings.data, settings.capture.capture
+    given = settings.draft.target_layer_ids
+    if given is None and source is not None:
+        given = source.config.target_layer_ids
+    if capture == "auto":
+        are_live = [have_only_shards(x) for x in (data.data_path, data.val_data_path)]
+        capture = "online" if any(are_live) else "stored"
+    if capture == "stored":
+        return None
+    layer_ids = choose_captured_layers(given, verifier.num_layers)
+    return StatesShape(verifier.hidden_size, layer_ids)
 
 
 def check_samples_fit(samples: SampleSource, verifier: VerifierConfig, vocab_size: int) -> None:
