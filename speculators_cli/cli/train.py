@@ -84,6 +84,8 @@ def _rows(report: Any) -> list[tuple[str, str]]:
     memory = f", peak {format_bytes(peak)} per GPU" if peak else ""
     speed = format_speed(report.tokens_per_second)
     rows.append(("time", f"{format_duration(report.duration_seconds)}  ({speed}{memory})"))
+    if report.capture_share is not None:
+        rows.append(("capture", f"{report.capture_share:.0%} of the time of steps"))
     if report.validation_loss is not None:
         loss = f"{report.validation_loss:.3f} nats, weighted sum over predictions"
         if report.best_validation_loss is not None:

@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 
 from tests.run_files import read_metrics
 from tests.tiny_run import TinyInputs
+from tests.token_files import make_rows, write_tokens
 
 
 def train(tiny: TinyInputs, save_path: Path, *, num_ranks: int, **changes: object) -> str:
@@ -74,6 +75,22 @@ def test_two_ranks_with_fast_kernels_equal_one_with_plain_ones(
     assert gradient_norms(two) == pytest.approx(gradient_norms(one), rel=1e-3)
     # As above, after two steps.
     assert largest_difference(one / "step-2", two / "step-2") < 2e-4
+
+
+def test_two_ranks_that_capture_equal_one(tiny: TinyInputs, tmp_path: Path) -> None:
+    one, two = tmp_path / "one", tmp_path / "two"
+    rows = make_rows(24, longest=60)
+    same = {"data_path": write_tokens(tmp_path / "tokens", rows), "target_layer_ids": "3,5,7"}
+
+    train(tiny, one, num_ranks=1, gradient_accumulation_steps=2, **same)
+    train(tiny, two, num_ranks=2, **same)
+
+    assert gradient_norms(two) == pytest.approx(gradient_norms(one), rel=1e-3)
+    start = load_file(one / "0" / "model.safetensors")["fc.weight"]
+    moved = (load_file(one / "1" / "model.safetensors")["fc.weight"] - start).abs().max()
+    # As above.
+    assert largest_difference(one / "1", two / "1") < 2e-4
+    assert moved > 5e-3
 
 
 def test_a_run_goes_on_with_another_number_of_ranks(tiny: TinyInputs, tmp_path: Path) -> None:

@@ -26,6 +26,7 @@ from speculators_cli.core.engines.engine import (
     Packed,
     Prompt,
     Sampling,
+    aux_rows_of,
 )
 from speculators_cli.core.engines.packed_attention import Packing, packing
 from speculators_cli.core.engines.sampling import SamplingProcessor
@@ -79,6 +80,7 @@ class TransformersEngine:
         self._kept: _Kept | None = None
         self.parts.hook(self.layer_ids, self._keep_aux, self._keep_last)
         self.is_packed = self._can_pack()
+        self.packs_documents = self.parts.device.type != "cpu"
         if is_compiled is None:
             is_spread = len(set(getattr(model, "hf_device_map", {}).values())) > 1
             is_compiled = self.parts.device.type == "cuda" and not is_spread
@@ -102,26 +104,51 @@ class TransformersEngine:
         """Width of the hidden states."""
         return int(self.parts.decoder.get_input_embeddings().weight.shape[1])
 
-    @torch.inference_mode()
     def capture(self, packed: Packed) -> CapturedStates:
-        """Compute the hidden states of packed documents, none of which sees another."""
-        device, size = self.parts.device, self.hidden_size
+        """Compute the hidden states of packed documents, none of which sees another.
+
+        On a CPU each document is computed alone, so that its states do not depend in any bit on the
+        others: which kernel multiplies matrices there depends on their number of rows.
+        """
+        device, aux_rows = self.parts.device, aux_rows_of(packed)
+        # Not within inference mode, whose tensors cannot be trained on.
         aux = torch.empty(
-            (len(packed.input_ids), len(self.layer_ids) * size), dtype=self.dtype, device=device
+            (len(aux_rows) + packed.num_zero_rows, len(self.layer_ids) * self.hidden_size),
+            dtype=self.dtype,
+            device=device,
         )
-        last = torch.empty((len(packed.rows), size), dtype=self.dtype, device=device)
-        if self.is_packed:
-            with self._keeping(aux, last, packed.rows.to(device)):
-                self._run_packed(packed.input_ids, packed.lengths)
-            return CapturedStates(aux, last)
-        bounds = [0, *accumulate(packed.lengths)]
-        firsts = torch.searchsorted(packed.rows, torch.tensor(bounds)).tolist()
-        spans = zip(pairwise(bounds), pairwise(firsts), strict=True)
-        for (start, end), (low, high) in spans:
-            rows = (packed.rows[low:high] - start).to(device)
-            with self._keeping(aux[start:end], last[low:high], rows):
-                self._run_alone(packed.input_ids[start:end])
+        last = torch.empty((len(packed.rows), self.hidden_size), dtype=self.dtype, device=device)
+        aux[len(aux_rows) :].zero_()
+        kept = _Kept(
+            aux[: len(aux_rows)],
+            last,
+            aux_rows.to(device, non_blocking=True),
+            packed.rows.to(device, non_blocking=True),
+        )
+        if self.is_packed and self.packs_documents:
+            with self._keeping(kept):
+                self._run_packed(packed.input_ids, packed.lengths, packed.position_ids)
+        else:
+            self._capture_each(packed, kept)
         return CapturedStates(aux, last)
+
+    def _capture_each(self, packed: Packed, kept: "_Kept") -> None:
+        """Compute documents one by one."""
+        bounds = torch.tensor([0, *accumulate(packed.lengths)])
+        places = zip(
+            pairwise(bounds.tolist()),
+            pairwise(torch.searchsorted(kept.aux_rows.cpu(), bounds).tolist()),
+            pairwise(torch.searchsorted(kept.rows.cpu(), bounds).tolist()),
+            strict=True,
+        )
+        for (start, end), aux, last in places:
+            if aux[0] == aux[1] and last[0] == last[1]:
+                continue  # a document of padding, or of no tokens
+            with self._keeping(kept.of_document(start, slice(*aux), slice(*last))):
+                if self.is_packed:
+                    self._run_packed(packed.input_ids[start:end], [end - start])
+                else:
+                    self._run_alone(packed.input_ids[start:end])
 
     @torch.inference_mode()
     def logits(self, input_ids: Tensor) -> Tensor:
@@ -193,14 +220,19 @@ class TransformersEngine:
         most = int(free * CACHE_SHARE / (bytes_per_token * num_tokens))
         return max(1, min(most, MAX_BATCH))
 
-    def _run_packed(self, input_ids: Tensor, lengths: Sequence[int]) -> Packing:
+    @torch.inference_mode()
+    def _run_packed(
+        self, input_ids: Tensor, lengths: Sequence[int], position_ids: Tensor | None = None
+    ) -> Packing:
         """Run the decoder over packed documents, padded to one of few lengths."""
         self._use(packed_attention.NAME)
         device = self.parts.device
         padding = -len(input_ids) % ROUND_TOKENS if device.type == "cuda" else 0
         all_lengths = [*lengths, padding] if padding else list(lengths)
-        ids = torch.cat([input_ids, input_ids.new_zeros(padding)])
-        positions = torch.cat([torch.arange(length) for length in all_lengths])
+        ids, positions = input_ids, position_ids
+        if positions is None or padding:
+            ids = torch.cat([input_ids, input_ids.new_zeros(padding)])
+            positions = torch.cat([torch.arange(length) for length in all_lengths])
         with packing(Packing(all_lengths, device)) as documents:
             self.parts.decoder(
                 input_ids=ids[None].to(device),
@@ -209,6 +241,7 @@ class TransformersEngine:
             )
         return documents
 
+    @torch.inference_mode()
     def _run_alone(self, input_ids: Tensor) -> None:
         self._use(self._own_attention)
         self.parts.decoder(input_ids=input_ids[None].to(self.parts.device), use_cache=False)
@@ -220,9 +253,9 @@ class TransformersEngine:
             self._attention = attention
 
     @contextmanager
-    def _keeping(self, aux: Tensor, last: Tensor, rows: Tensor) -> Iterator[None]:
+    def _keeping(self, kept: "_Kept") -> Iterator[None]:
         """Write the states that pass the hooks within the block."""
-        self._kept = _Kept(aux, last, rows)
+        self._kept = kept
         try:
             yield
         finally:
@@ -230,8 +263,10 @@ class TransformersEngine:
 
     def _keep_aux(self, column: int, states: Tensor) -> None:
         if self._kept is not None:
-            size, aux = self.hidden_size, self._kept.aux
-            aux[:, column * size : (column + 1) * size].copy_(states[0, : len(aux)])
+            size, kept = self.hidden_size, self._kept
+            rows = kept.aux_rows.to(states.device)
+            own = kept.aux[:, column * size : (column + 1) * size]
+            own.copy_(states[0].index_select(0, rows))
 
     def _keep_last(self, states: Tensor) -> None:
         if self._kept is not None:
@@ -250,7 +285,7 @@ class TransformersEngine:
         packed, alone = (self._check_buffers(sum(lengths)) for _ in range(2))
         rows = torch.arange(sum(lengths), device=self.parts.device)
         try:
-            with self._keeping(*packed, rows):
+            with self._keeping(_Kept(*packed, rows, rows)):
                 documents = self._run_packed(ids, lengths)
         except (NotImplementedError, ValueError):  # it takes no other attention, or builds a mask
             return False
@@ -258,7 +293,7 @@ class TransformersEngine:
         bounds = [0, *accumulate(lengths)]
         for start, end in pairwise(bounds):
             own = torch.arange(end - start, device=self.parts.device)
-            with self._keeping(alone[0][start:end], alone[1][start:end], own):
+            with self._keeping(_Kept(alone[0][start:end], alone[1][start:end], own, own)):
                 self._run_alone(ids[start:end])
         return is_called and _error(packed, alone) <= MAX_PACKING_ERROR[self.dtype]
 
@@ -274,9 +309,16 @@ class TransformersEngine:
 class _Kept:
     """Where the hooks write."""
 
-    aux: Tensor  # [tokens, aux*hidden]
+    aux: Tensor  # [aux rows, aux*hidden]
     last: Tensor  # [rows, hidden]
-    rows: Tensor  # [rows], int64
+    aux_rows: Tensor  # [aux rows], int64: tokens
+    rows: Tensor  # [rows], int64: tokens
+
+    def of_document(self, start: int, aux: slice, last: slice) -> "_Kept":
+        """Return the part of one document, whose first token is `start`."""
+        return _Kept(
+            self.aux[aux], self.last[last], self.aux_rows[aux] - start, self.rows[last] - start
+        )
 
 
 def _error(found: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
@@ -298,6 +340,8 @@ def load_model(
     device: torch.device,
     device_map: str | None = None,
     trust_remote_code: bool = False,
+    hint: str = "Pass `--device-map auto` to place it on several GPUs, or `--engine vllm` with "
+    "`--tensor-parallel-size`",
 ) -> Any:
     """Load a verifier with its LM head, ready to compute.
 
@@ -307,6 +351,7 @@ def load_model(
         device: Where it is loaded, without `device_map`.
         device_map: As in transformers: places the layers on several devices.
         trust_remote_code: Whether custom code from the verifier's repository may run.
+        hint: What to do if it does not fit into memory.
 
     Raises:
         SettingsError: transformers cannot load it.
@@ -325,8 +370,7 @@ def load_model(
     except torch.OutOfMemoryError:
         raise MachineError(
             f"Verifier `{name}` does not fit into the memory of `{device}`",
-            hint="Pass `--device-map auto` to place it on several GPUs, or `--engine vllm` with "
-            "`--tensor-parallel-size`",
+            hint=hint,
         ) from None
     except (OSError, ValueError, ImportError, KeyError) as error:
         raise SettingsError(

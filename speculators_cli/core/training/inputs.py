@@ -45,6 +45,11 @@ class Inputs:
     layer_ids: LayerIds
     source: TrainedDraft | None  # the trained draft to start from
 
+    @property
+    def is_live(self) -> bool:
+        """Whether the verifier computes hidden states while training."""
+        return self.samples.is_live or self.validation_samples.is_live
+
     def draft_config(self, settings: TrainSettings) -> DraftConfig:
         """Config of the draft; sizes and RoPE are the verifier's."""
         own = settings.algorithm_settings

@@ -256,6 +256,7 @@ def make_report(
         epochs=settings.run.epochs,
         duration_seconds=duration_seconds,
         tokens_per_second=trainer.log.tokens_per_second,
+        capture_share=trainer.log.capture_share,
         peak_memory_bytes=peak if is_cuda else None,
         validation_loss=state.metrics.get("loss"),
         best_validation_loss=best.get("loss"),

@@ -1,0 +1,161 @@
+"""The whole verifier of a run with online capture: loaded, shared with the draft, checked."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from speculators_cli.core.data.source import SampleSource, spread_evenly
+from speculators_cli.core.engines.engine import Packed
+from speculators_cli.core.engines.state_checks import check_head, check_layers
+from speculators_cli.core.engines.transformers_engine import TransformersEngine, load_model
+from speculators_cli.core.models.verifier import FrozenVerifier
+from speculators_cli.core.models.verifier_files import VerifierFiles
+from speculators_cli.core.training.inputs import Inputs
+from speculators_cli.core.training.states import LiveStates
+from speculators_cli.settings.train import TrainSettings
+
+MAX_CHECKED_TOKENS = 2048
+MAX_CHECKED_SAMPLES = 4
+
+
+@dataclass(frozen=True)
+class LiveVerifier:
+    """The whole verifier, and its frozen parts that the draft reads."""
+
+    engine: TransformersEngine
+    frozen: FrozenVerifier
+    fingerprint: Mapping[str, str]
+
+    def fills(self) -> LiveStates:
+        """What computes the hidden states of batches."""
+        return LiveStates(self.engine, weights_bytes=count_bytes(self.engine.model))
+
+    def check(self, samples: SampleSource) -> None:
+        """Check the hidden states of the first samples, and that the LM head fits them.
+
+        All ranks check the same samples.
+
+        Raises:
+            MachineError: They cannot be right.
+        """
+        packed = first_documents(samples)
+        if packed is None:
+            return
+        states = self.engine.capture(packed)
+        check_layers(states, self.engine.layer_ids)
+        check_head(packed, states, self.frozen, self.engine.logits)
+
+
+def load_live_verifier(
+    settings: TrainSettings, inputs: Inputs, frozen: FrozenVerifier, device: torch.device
+) -> LiveVerifier:
+    """Load the verifier onto the device of training.
+
+    Args:
+        settings: Of the run.
+        inputs: Its verifier and layers.
+        frozen: Embedding, final norm and LM head, on the CPU.
+        device: Of this rank.
+
+    Raises:
+        SettingsError: transformers cannot load the verifier, or its layers cannot be found.
+        MachineError: It does not fit into memory.
+    """
+    name = settings.draft.verifier_name_or_path
+    model = load_model(
+        name,
+        dtype=choose_capture_dtype(settings.capture.capture_dtype, device),
+        device=device,
+        trust_remote_code=settings.draft.trust_remote_code,
+        hint="Shard it across GPUs with `--shard-verifier`, or store the hidden states with "
+        "`speculators generate-data`",
+    )
+    model.requires_grad_(False)
+    engine = TransformersEngine(model, inputs.layer_ids.ids, end_ids=frozenset(), name=name)
+    return LiveVerifier(
+        engine,
+        share_weights(frozen, model).to(device),
+        fingerprint_of(engine, inputs.verifier_files),
+    )
+
+
+def choose_capture_dtype(given: str, device: torch.device) -> torch.dtype:
+    """`--capture-dtype`, resolved: by default bfloat16 on a GPU, float32 on CPU."""
+    if given == "auto":
+        given = "bfloat16" if device.type == "cuda" else "float32"
+    dtype: torch.dtype = getattr(torch, given)
+    return dtype
+
+
+def fingerprint_of(engine: TransformersEngine, files: VerifierFiles) -> dict[str, str]:
+    """Everything that the hidden states of given tokens depend on."""
+    return {
+        **engine.fingerprint,
+        "weights": files.hash_parts()[:16],
+        "layer_ids": ",".join(map(str, engine.layer_ids)),
+    }
+
+
+def share_weights(frozen: FrozenVerifier, model: Any) -> FrozenVerifier:
+    """Return the frozen parts with the tensors of the whole model, where both are equal in bits.
+
+    Embedding and LM head of an 8B verifier are 2 GB, which a second copy would take again.
+    """
+    embedding = _same(frozen.embedding, model.get_input_embeddings())
+    head = embedding
+    if frozen.head is not frozen.embedding:
+        head = _same(frozen.head, model.get_output_embeddings())
+    return FrozenVerifier(
+        embedding,
+        frozen.norm_weight,
+        head,
+        frozen.config,
+        norm_bias=frozen.norm_bias,
+        head_bias=frozen.head_bias,
+    )
+
+
+def _same(own: Tensor, module: Any) -> Tensor:
+    weight = getattr(module, "weight", None)
+    if weight is None or (weight.dtype, weight.shape) != (own.dtype, own.shape):
+        return own
+    weight = weight.detach()
+    return weight if torch.equal(weight, own.to(weight.device)) else own
+
+
+def first_documents(samples: SampleSource) -> Packed | None:
+    """Some documents spread over the samples, with a few thousand tokens at most."""
+    documents: list[tuple[Tensor, Tensor]] = []
+    for ids, mask in _supervised_documents(samples):
+        if documents and sum(len(x) for x, _ in documents) + len(ids) > MAX_CHECKED_TOKENS:
+            break
+        documents.append((ids, mask))
+    if not documents:
+        return None
+    return pack_documents(documents)
+
+
+def _supervised_documents(samples: SampleSource) -> Iterator[tuple[Tensor, Tensor]]:
+    with_targets = [i for i, x in enumerate(samples.headers) if x.first_target >= 0]
+    for index in spread_evenly(len(with_targets), MAX_CHECKED_SAMPLES):
+        sample = samples.read(with_targets[index])
+        yield sample.input_ids[:MAX_CHECKED_TOKENS], sample.loss_mask[:MAX_CHECKED_TOKENS]
+
+
+def pack_documents(documents: Sequence[tuple[Tensor, Tensor]]) -> Packed:
+    """Join documents of ids and masks end to end."""
+    return Packed(
+        torch.cat([ids for ids, _ in documents]),
+        [len(ids) for ids, _ in documents],
+        torch.cat([mask for _, mask in documents]).nonzero().flatten(),
+    )
+
+
+def count_bytes(model: Any) -> int:
+    """Size of a model's weights, each counted once."""
+    return sum(
+        x.numel() * x.element_size() for x in {id(x): x for x in model.parameters()}.values()
+    )
