@@ -15,6 +15,7 @@ from speculators_cli.core.algorithms.cost import find_gpu
 from speculators_cli.core.algorithms.draft_config import DraftConfig
 from speculators_cli.core.algorithms.draft_model import StepSums
 from speculators_cli.core.bench.profile import KernelTimes, profile_steps
+from speculators_cli.core.bench.random_engine import build_engine
 from speculators_cli.core.bench.shapes import find_shape
 from speculators_cli.core.bench.synthetic import SyntheticLoader
 from speculators_cli.core.data.batch import Batch
@@ -22,17 +23,21 @@ from speculators_cli.core.data.data_config import LayerIds, default_layer_ids
 from speculators_cli.core.data.loader import BatchSource
 from speculators_cli.core.data.source import SampleSource
 from speculators_cli.core.data.sources import Request, open_samples
+from speculators_cli.core.data.tokens import StatesShape
 from speculators_cli.core.data.vocab_map import VocabMap
+from speculators_cli.core.engines.transformers_engine import TransformersEngine
 from speculators_cli.core.models.verifier import FrozenVerifier, VerifierConfig
 from speculators_cli.core.progress import SILENT, Progress
 from speculators_cli.core.training.build import choose_compute_dtype, choose_kernels, load_batches
 from speculators_cli.core.training.distributed import Ranks, start_ranks
 from speculators_cli.core.training.feed import DeviceFeed
 from speculators_cli.core.training.inputs import check_samples_fit, check_targets, fresh_config
+from speculators_cli.core.training.live_capture import count_bytes
 from speculators_cli.core.training.metrics import MetricSums
 from speculators_cli.core.training.optimizer import Optimizer
 from speculators_cli.core.training.optimizer_step import OptimizerStep
 from speculators_cli.core.training.run import out_of_memory_explained
+from speculators_cli.core.training.states import LiveStates, StateFiller, StoredStates
 from speculators_cli.settings.bench import BenchSettings
 from speculators_cli.settings.train import OptimizerSettings
 
@@ -64,6 +69,8 @@ class BenchReport:
     useful_tflops: float  # per second
     utilisation: float | None  # of the device's dense bfloat16 peak
     data_wait_share: float
+    capture_ms: float | None  # per step, mean; None if hidden states are not computed
+    capture_share: float | None  # of the time of steps
     launch_ms: float | None  # host time per step, without the copy of the next batch
     idle_share: float | None  # fraction of the last profiled step without a running kernel
     split_ms: dict[str, float] | None  # by kind of kernel
@@ -142,6 +149,7 @@ class _Times:
     step_ms: list[float]
     first_step_seconds: float
     wait_share: float
+    capture_ms: float | None  # per step
     peak_memory_bytes: int | None
     masks: list[tuple[torch.Tensor, tuple[int, ...]]]  # loss mask and lengths of each sequence
 
@@ -165,6 +173,7 @@ def _time(run: _Run, settings: BenchSettings) -> _Times:
         run.train_next()
     clock.stop()
     run.feed.take_wait_seconds()
+    run.step.filler.take_seconds()
     run.masks.clear()
     if is_cuda:
         torch.cuda.reset_peak_memory_stats()
@@ -173,9 +182,11 @@ def _time(run: _Run, settings: BenchSettings) -> _Times:
         run.train_next()
         clock.tick()
     step_ms = clock.laps()
+    captured = run.step.filler.take_seconds()
     return _Times(
         step_ms=step_ms,
         first_step_seconds=first_step_seconds,
+        capture_ms=None if captured is None else captured * 1e3 / len(step_ms),
         wait_share=run.feed.take_wait_seconds() * 1e3 / sum(step_ms),
         peak_memory_bytes=torch.cuda.max_memory_allocated() if is_cuda else None,
         masks=list(run.masks),
@@ -274,6 +285,10 @@ def _report(
         useful_tflops=per_second / 1e12,
         utilisation=per_second / gpu.flops if gpu else None,
         data_wait_share=times.wait_share,
+        capture_ms=times.capture_ms,
+        capture_share=None
+        if times.capture_ms is None
+        else times.capture_ms * len(times.step_ms) / sum(times.step_ms),
         launch_ms=launch_ms,
         idle_share=kernels.idle_share if kernels else None,
         split_ms=kernels.split_ms if kernels else None,
@@ -303,6 +318,8 @@ def _read_samples(
         index_file=None,
         max_bad_samples=None,
         alignment=ALGORITHMS[settings.shape.algorithm].alignment,
+        capture="online" if settings.step.capture else "stored",
+        live=StatesShape(verifier.hidden_size, default_layer_ids(verifier.num_layers)),
     )
     source = open_samples(wanted, progress)
     check_samples_fit(source, verifier, vocab_size)
@@ -329,9 +346,17 @@ def _build_step(
         num_layers=shape.num_layers,
     )
     dtype = choose_compute_dtype(step.compute_dtype, ranks.device)
+    frozen = _random_verifier(verifier, vocab_size, ranks.device, seed)
+    filler: StateFiller = StoredStates()
+    if step.capture:
+        engine = build_engine(
+            verifier, vocab_size, config.target_layer_ids, dtype=dtype, device=ranks.device
+        )
+        frozen = _frozen_parts(engine, verifier)
+        filler = LiveStates(engine, weights_bytes=count_bytes(engine.model))
     draft = ALGORITHMS[shape.algorithm].build(
         config,
-        _random_verifier(verifier, vocab_size, ranks.device, seed),
+        frozen,
         vocab_map,
         settings.algorithm_settings,
         use_fast_kernels=choose_kernels(
@@ -341,8 +366,9 @@ def _build_step(
     )
     optimizer = Optimizer(draft, OptimizerSettings(), use_fast_kernels=draft.use_fast_kernels)
     built = OptimizerStep(
-        draft, ranks, optimizer, compute_dtype=dtype, noise_std=step.noise_std, seed=seed
-    )
+        draft, ranks, optimizer, compute_dtype=dtype, noise_std=step.noise_std, seed=seed,
+        filler=filler,
+    )  # fmt: skip
     return config, built
 
 
@@ -371,7 +397,17 @@ def _build_loader(
         dtype=step.compute_dtype,
         pin_memory=step.ranks.device.type == "cuda",
         seed=seed,
+        is_live=settings.step.capture,
     )
+
+
+def _frozen_parts(engine: TransformersEngine, verifier: VerifierConfig) -> FrozenVerifier:
+    """What the draft reads of a random verifier, without a copy."""
+    model = engine.model
+    embedding = model.get_input_embeddings().weight.detach()
+    head = model.get_output_embeddings().weight.detach()
+    norm_weight = torch.ones(verifier.hidden_size, device=embedding.device)
+    return FrozenVerifier(embedding, norm_weight, head, verifier)
 
 
 def _random_verifier(

@@ -120,14 +120,11 @@ class TokenFolder(SampleSource):
         """
         import torch
 
+        from speculators_cli.core.data.live_batch import without_states
+
         row = self.read_row(sample_id)
-        return Sample(
-            input_ids=torch.from_numpy(row.input_ids.astype(np.int64)),
-            loss_mask=torch.from_numpy(row.loss_mask),
-            aux_hidden_states=(),
-            last_hidden_states=torch.empty(len(row.input_ids), 0),
-            is_normed=False,
-        )
+        ids = torch.from_numpy(row.input_ids.astype(np.int64))
+        return without_states(ids, torch.from_numpy(row.loss_mask))
 
     def collate(
         self, ids: Sequence[int], *, total_seq_len: int, pin_memory: bool, pads: bool
@@ -137,35 +134,16 @@ class TokenFolder(SampleSource):
         Raises:
             ChangedSampleError: A shard has changed since the scan.
         """
-        import torch
+        from speculators_cli.core.data.live_batch import collate_live
 
-        from speculators_cli.core.data.batch import collate
-        from speculators_cli.core.data.verifier_input import padded_length, plan_input
-
-        samples = [self.read(i) for i in ids]
-        batch = collate(
+        return collate_live(
             ids,
-            samples,
+            [self.read(i) for i in ids],
             total_seq_len=total_seq_len,
-            num_aux_layers=0,
-            hidden_size=0,
-            dtype=getattr(torch, self.dtype),
             alignment=self.alignment,
             pin_memory=pin_memory,
+            pads=pads,
         )
-        needed = [
-            sample.input_ids[: length + self.alignment.shift] if length else sample.input_ids[:0]
-            for sample, length in zip(samples, batch.lengths, strict=True)
-        ]
-        given = plan_input(
-            needed,
-            batch.targets,
-            shift=self.alignment.shift,
-            padded_to=padded_length(total_seq_len) if pads else None,
-        )
-        if pin_memory:
-            given = given.map(torch.Tensor.pin_memory)
-        return replace(batch, verifier_input=given)
 
     def select(self, ids: Iterable[int]) -> "TokenFolder":
         """Select some of the rows, in the order of `ids`."""
