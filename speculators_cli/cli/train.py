@@ -60,6 +60,8 @@ def train(
         from speculators_cli.core.training.report import TrainReport
 
     try:
+        if settings.data.conversations is not None and not dry_run:
+            settings = write_tokens(settings, output)
         report: TrainReport = run.train(settings, progress=output, dry_run=dry_run)
     finally:
         output.close()
@@ -71,6 +73,18 @@ def train(
         output.panel("Dry run" if dry_run else "Trained", _rows(report))
     if report.was_already_finished:
         output.hint("Raise `--epochs` to train further: the run was already finished")
+
+
+def write_tokens(settings: TrainSettings, output: Output) -> TrainSettings:
+    """Write the tokens of conversations, once the save path is known to be free."""
+    from speculators_cli.core.capture.training_tokens import write_training_tokens
+    from speculators_cli.core.progress import SILENT
+    from speculators_cli.core.training.run import check_place
+
+    if not is_first_rank():
+        return write_training_tokens(settings, progress=SILENT)
+    check_place(settings)
+    return write_training_tokens(settings, progress=output)
 
 
 def _rows(report: Any) -> list[tuple[str, str]]:

@@ -19,14 +19,12 @@ from speculators_cli.core.data.sample import (
     SampleHeader,
     SampleTokens,
 )
+from speculators_cli.core.data.shard_rows import ShardPlace, locate, read_row
 from speculators_cli.core.data.source import SampleSource
 from speculators_cli.core.data.token_shards import (
     MANIFEST_NAME,
-    ShardPlace,
     TokenRow,
     is_shard_name,
-    locate,
-    read_row,
     read_shard,
 )
 from speculators_cli.core.errors import DataError

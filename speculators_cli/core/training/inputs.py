@@ -19,7 +19,7 @@ from speculators_cli.core.data.sources import Request, open_samples
 from speculators_cli.core.data.tokens import StatesShape, have_only_shards
 from speculators_cli.core.data.vocab_map import VocabMap
 from speculators_cli.core.drafts.trained_draft import ASSUMED_HINT, TrainedDraft
-from speculators_cli.core.errors import DataError
+from speculators_cli.core.errors import DataError, SettingsError
 from speculators_cli.core.models.verifier import VerifierConfig, read_verifier_config
 from speculators_cli.core.models.verifier_files import VerifierFiles
 from speculators_cli.core.progress import Progress
@@ -133,6 +133,12 @@ def read_inputs(
         MachineError: The hub cannot be reached.
     """
     draft, data = settings.draft, settings.data
+    if data.conversations is not None:
+        raise SettingsError(
+            f"`--data-path`: `{data.conversations}` has conversations, which are not tokens yet",
+            hint="Write their tokens with `speculators generate-data --tokens-only`, and pass the "
+            "output folder",
+        )
     files = VerifierFiles(draft.verifier_name_or_path)
     verifier = read_verifier_config(files, trust_remote_code=draft.trust_remote_code)
     files.find_parts(is_tied=verifier.is_tied, modules=verifier.modules)
