@@ -9,7 +9,7 @@ from torch import Tensor
 from speculators_cli.core.algorithms.draft_config import DraftConfig
 from speculators_cli.core.data.alignment import Alignment
 from speculators_cli.core.data.batch import Batch, collate
-from speculators_cli.core.data.live_batch import collate_live, without_states
+from speculators_cli.core.data.live_batch import LiveSample, collate_live, without_states
 from speculators_cli.core.data.sample import Sample
 
 # Fractions of a packed sequence for its six documents; the last one fills the rest.
@@ -63,7 +63,7 @@ class SyntheticLoader:
                 self.batches.append(
                     collate_live(
                         range(len(samples)),
-                        [without_states(x.input_ids, x.loss_mask) for x in samples],
+                        [LiveSample(without_states(x.input_ids, x.loss_mask)) for x in samples],
                         total_seq_len=total_seq_len,
                         alignment=alignment,
                         pin_memory=pin_memory,

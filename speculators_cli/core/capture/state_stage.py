@@ -8,7 +8,6 @@ from speculators_cli.core.capture.generated_folder import DONE_NAME, read_json
 from speculators_cli.core.capture.job import Job
 from speculators_cli.core.capture.states import (
     SampleWriter,
-    Storage,
     WrittenShard,
     pack,
     plan_sequences,
@@ -16,6 +15,7 @@ from speculators_cli.core.capture.states import (
 )
 from speculators_cli.core.data.token_shards import TokenRow, read_shard
 from speculators_cli.core.engines.engine import CapturedStates, Packed
+from speculators_cli.core.engines.host_states import Storage
 from speculators_cli.core.engines.state_checks import check_head, check_layers
 from speculators_cli.core.engines.transformers_engine import TransformersEngine
 from speculators_cli.core.errors import MachineError

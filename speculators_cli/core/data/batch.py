@@ -139,7 +139,8 @@ def collate(
         own = slice(num_targets, num_targets + len(supervised))
         targets[own] = supervised + start
         is_normed[own] = sample.is_normed
-        copy_rows(sample.last_hidden_states, supervised + tokens.start, last[own])
+        if sample.last_hidden_states.shape[1]:  # else they are computed later
+            copy_rows(sample.last_hidden_states, supervised + tokens.start, last[own])
         lengths.append(length)
         start += length
         num_targets += len(supervised)

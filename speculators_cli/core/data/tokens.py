@@ -33,6 +33,8 @@ from speculators_cli.core.reading import read_json_object, refusing
 
 if TYPE_CHECKING:
     from speculators_cli.core.data.batch import Batch
+    from speculators_cli.core.data.live_batch import LiveSample
+    from speculators_cli.core.data.state_cache import Candidate, StateCache, StatesFormat
 
 
 @dataclass(frozen=True)
@@ -66,6 +68,7 @@ class TokenFolder(SampleSource):
     configs: tuple[DataConfig, ...] = ()
     alignment: Alignment = NEXT_TOKEN
     bad: tuple[Problem, ...] = ()
+    cache: "StateCache | None" = None
     format = "tokens"
     is_live = True
 
@@ -136,12 +139,49 @@ class TokenFolder(SampleSource):
 
         return collate_live(
             ids,
-            [self.read(i) for i in ids],
+            [self._read_live(i, total_seq_len) for i in ids],
             total_seq_len=total_seq_len,
             alignment=self.alignment,
             pin_memory=pin_memory,
             pads=pads,
+            states=None if self.cache is None else self.cache.states,
         )
+
+    def _read_live(self, sample_id: int, total_seq_len: int) -> "LiveSample":
+        """Read a row, with its hidden states if they are cached."""
+        from speculators_cli.core.data.live_batch import LiveSample
+        from speculators_cli.core.data.verifier_input import CacheSlot
+
+        sample, entry = self.read(sample_id), self.entries[sample_id]
+        num_tokens = self._count_used(entry, total_seq_len)
+        file = None if self.cache is None else self.cache.file(entry.fingerprint, num_tokens)
+        if self.cache is None or file is None:
+            return LiveSample(sample)
+        loss_mask = sample.loss_mask[:num_tokens].clone()
+        loss_mask[: self.alignment.shift] = False  # tokens of no position
+        slot = CacheSlot(file, sample.input_ids[:num_tokens], loss_mask)
+        return LiveSample(self.cache.read(file, slot) or sample, slot)
+
+    def _count_used(self, entry: TokenEntry, total_seq_len: int) -> int:
+        """Return the tokens of a row that a packed sequence uses."""
+        return min(entry.header.num_tokens, total_seq_len + self.alignment.shift)
+
+    def list_candidates(self, states: "StatesFormat", total_seq_len: int) -> Iterator["Candidate"]:
+        """Yield the rows that a cache may keep, with the sizes of their files."""
+        from speculators_cli.core.data.state_cache import Candidate
+
+        for entry in self.entries:
+            num_tokens = self._count_used(entry, total_seq_len)
+            num_targets = min(entry.header.num_supervised_tokens, num_tokens)
+            num_bytes = states.count_bytes(num_tokens, num_targets)
+            yield Candidate(entry.name, entry.fingerprint, num_bytes)
+
+    def find_missing(self, cache: "StateCache", total_seq_len: int) -> Iterator[TokenEntry]:
+        """Yield the rows that a cache is to keep, and does not have."""
+        for entry in self.entries:
+            file = cache.file(entry.fingerprint, self._count_used(entry, total_seq_len))
+            if file is not None and not file.exists():
+                yield entry
 
     def select(self, ids: Iterable[int]) -> "TokenFolder":
         """Select some of the rows, in the order of `ids`."""

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
+from pathlib import Path
 from typing import Self
 
 import torch
@@ -24,6 +25,10 @@ class VerifierInput:
     last_rows: Tensor  # [targets], int64, ascending: the token of each target
     lengths: tuple[int, ...]  # tokens of each document; the last one is padding if `is_padded`
     is_padded: bool
+    num_positions: tuple[int, ...]  # of each document, without padding
+    num_targets: tuple[int, ...]
+    places: "Places | None" = None  # in a batch that has other hidden states already
+    slots: tuple["CacheSlot | None", ...] = ()  # of the documents, to write their states to
 
     def map(self, change: Callable[[Tensor], Tensor]) -> Self:
         """Apply `change` to every tensor."""
@@ -33,7 +38,27 @@ class VerifierInput:
             position_ids=change(self.position_ids),
             aux_rows=change(self.aux_rows),
             last_rows=change(self.last_rows),
+            places=None
+            if self.places is None
+            else Places(change(self.places.positions), change(self.places.targets)),
         )
+
+
+@dataclass(frozen=True)
+class Places:
+    """Where computed hidden states are written in a batch."""
+
+    positions: Tensor  # [positions], int64: rows of the aux hidden states
+    targets: Tensor  # [targets], int64: rows of the last hidden states
+
+
+@dataclass(frozen=True)
+class CacheSlot:
+    """Where the states of a document are kept, and what is written with them."""
+
+    file: Path
+    input_ids: Tensor  # [tokens], int64, on the CPU
+    loss_mask: Tensor  # [tokens], bool, on the CPU: True where last hidden states are computed
 
 
 def plan_input(
@@ -58,6 +83,7 @@ def plan_input(
         for start, length in zip(starts, lengths, strict=False)
     ]
     aux_rows = torch.cat([torch.empty(0, dtype=torch.int64), *positions])
+    bounds = torch.tensor([0, *accumulate(map(len, positions))])
     num_padding = 0
     if padded_to is not None:
         num_padding = padded_to - starts[-1]
@@ -70,6 +96,8 @@ def plan_input(
         last_rows=aux_rows[targets] + shift,
         lengths=tuple(all_lengths),
         is_padded=num_padding > 0,
+        num_positions=tuple(map(len, positions)),
+        num_targets=tuple(torch.searchsorted(targets, bounds).diff().tolist()),
     )
 
 

@@ -52,6 +52,8 @@ def build_trainer(
     if settings.data.check_samples and not start.is_resumed:
         check_all_samples(settings, inputs, verifier, live, progress)
     start = with_verifier(start, verifier.fingerprint, settings, progress)
+    if live is not None:
+        inputs = live.open_cache(settings, inputs)
     draft = build_draft(settings, inputs, verifier)
     shard(draft, ranks, settings.distributed.sharding)
     optimizer = Optimizer(draft, settings.optimizer, use_fast_kernels=draft.use_fast_kernels)
@@ -81,7 +83,7 @@ def build_trainer(
             compute_dtype=choose_compute_dtype(settings.distributed.compute_dtype, ranks.device),
             noise_std=settings.data.noise_std,
             seed=settings.run.seed,
-            filler=live.fills() if live is not None else StoredStates(),
+            filler=live.fills(settings.capture) if live is not None else StoredStates(),
         ),
         rate=partial(
             learning_rate,

@@ -187,6 +187,11 @@ def read_inputs(
         check_samples_fit(validation, verifier, vocab_size)
     else:
         samples, validation = split(scanned, data.train_data_ratio)
+    if settings.capture.cache_dir is not None and not (samples.is_live or validation.is_live):
+        raise SettingsError(
+            f"`--cache-dir` is of no use: `{data.data_path[0]}` holds samples with hidden states",
+            hint="Leave it out, or pass `--capture online` and a folder with shards of tokens",
+        )
     check_targets(samples, data.total_seq_len, data.data_path[0])
     if not _can_validate(validation, data.total_seq_len, progress):
         validation = validation.select(())

@@ -1,20 +1,31 @@
 """The whole verifier of a run with online capture: loaded, shared with the draft, checked."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from speculators_cli.core.data.source import SampleSource, spread_evenly
+from speculators_cli.core.data.state_cache import (
+    StateCache,
+    StatesFormat,
+    choose_cached,
+    engine_key,
+)
+from speculators_cli.core.data.tokens import TokenFolder
 from speculators_cli.core.engines.engine import Packed
+from speculators_cli.core.engines.host_states import Storage
 from speculators_cli.core.engines.state_checks import check_head, check_layers
 from speculators_cli.core.engines.transformers_engine import TransformersEngine, load_model
+from speculators_cli.core.files import check_free_space, check_output_dir, find_existing
 from speculators_cli.core.models.verifier import FrozenVerifier
 from speculators_cli.core.models.verifier_files import VerifierFiles
+from speculators_cli.core.training.cache_writer import CacheWriter
 from speculators_cli.core.training.inputs import Inputs
 from speculators_cli.core.training.states import LiveStates
+from speculators_cli.settings.capture import CaptureSettings
 from speculators_cli.settings.train import TrainSettings
 
 MAX_CHECKED_TOKENS = 2048
@@ -29,9 +40,54 @@ class LiveVerifier:
     frozen: FrozenVerifier
     fingerprint: Mapping[str, str]
 
-    def fills(self) -> LiveStates:
+    def fills(self, settings: CaptureSettings) -> LiveStates:
         """What computes the hidden states of batches."""
-        return LiveStates(self.engine, weights_bytes=count_bytes(self.engine.model))
+        writer = None
+        if settings.cache_dir is not None:
+            writer = CacheWriter(Storage(settings.cache_dtype, has_all_last_states=False))
+        return LiveStates(self.engine, weights_bytes=count_bytes(self.engine.model), writer=writer)
+
+    def open_cache(self, settings: TrainSettings, inputs: Inputs) -> Inputs:
+        """The inputs with samples whose hidden states are kept, if there is a cache.
+
+        Raises:
+            SettingsError: The folder cannot be written.
+            MachineError: The disk has too little space.
+        """
+        given = settings.capture
+        if given.cache_dir is None:
+            return inputs
+        check_output_dir(given.cache_dir, flag="--cache-dir")
+        groups = (inputs.validation_samples, inputs.samples)
+        sources = [x for x in groups if isinstance(x, TokenFolder)]
+        engine, total_seq_len = self.engine, settings.data.total_seq_len
+        states = StatesFormat(
+            len(engine.layer_ids), engine.hidden_size, engine.dtype, given.cache_dtype
+        )
+        listed = [list(source.list_candidates(states, total_seq_len)) for source in sources]
+        cache = StateCache(
+            given.cache_dir,
+            engine_key(self.fingerprint, given.cache_dtype),
+            choose_cached(listed, seed=settings.run.seed, num_bytes=given.cache_size),
+            states,
+        )
+        sizes = {x.fingerprint: x.num_bytes for group in listed for x in group}
+        missing = {
+            entry.fingerprint
+            for source in sources
+            for entry in source.find_missing(cache, total_seq_len)
+        }
+        check_free_space(
+            find_existing(given.cache_dir),
+            sum(sizes[x] for x in missing),
+            what="the cache of hidden states",
+            hint="Pass a smaller `--cache-size`, or `--cache-dtype float8`",
+        )
+        return replace(
+            inputs,
+            samples=_cached(inputs.samples, cache),
+            validation_samples=_cached(inputs.validation_samples, cache),
+        )
 
     def check(self, samples: SampleSource) -> None:
         """Check the hidden states of the first samples, and that the LM head fits them.
@@ -47,6 +103,10 @@ class LiveVerifier:
         states = self.engine.capture(packed)
         check_layers(states, self.engine.layer_ids)
         check_head(packed, states, self.frozen, self.engine.logits)
+
+
+def _cached(samples: SampleSource, cache: StateCache) -> SampleSource:
+    return replace(samples, cache=cache) if isinstance(samples, TokenFolder) else samples
 
 
 def load_live_verifier(

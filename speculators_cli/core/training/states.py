@@ -10,8 +10,10 @@ import torch
 
 from speculators_cli.core.data.batch import Batch
 from speculators_cli.core.engines.engine import CapturedStates, Capturer, Packed
+from speculators_cli.core.engines.host_states import round_states
 from speculators_cli.core.errors import MachineError
 from speculators_cli.core.files import format_bytes
+from speculators_cli.core.training.cache_writer import CacheWriter
 
 
 class StateFiller(Protocol):
@@ -22,6 +24,9 @@ class StateFiller(Protocol):
 
     def take_seconds(self) -> float | None:
         """Seconds of computing hidden states since the last call; None if they are all stored."""
+
+    def close(self) -> None:
+        """Wait until states that are kept are written."""
 
 
 class StoredStates:
@@ -35,6 +40,9 @@ class StoredStates:
         """Return None."""
         return None
 
+    def close(self) -> None:
+        """Do nothing."""
+
 
 class LiveStates:
     """Computes hidden states with the verifier, on the device and in the stream of the step.
@@ -42,9 +50,13 @@ class LiveStates:
     Args:
         engine: Computes them.
         weights_bytes: Size of its weights on this device, for messages.
+        writer: Keeps states of some samples, to whose precision all are rounded.
     """
 
-    def __init__(self, engine: Capturer, *, weights_bytes: int) -> None:
+    def __init__(
+        self, engine: Capturer, *, weights_bytes: int, writer: CacheWriter | None = None
+    ) -> None:
+        self.writer = writer
         self.engine = engine
         self.weights_bytes = weights_bytes
         self._spans: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
@@ -60,12 +72,10 @@ class LiveStates:
             return batch
         with self._timed(batch.input_ids.device):
             states = self._capture(batch)
-        return replace(
-            batch,
-            aux_hidden_states=states.aux,
-            last_hidden_states=states.last,
-            verifier_input=None,
-        )
+            if self.writer is not None:
+                self.writer.add(batch.verifier_input, states)
+                states = round_states(states, self.writer.storage)
+            return _with_states(batch, states)
 
     def take_seconds(self) -> float | None:
         """Return the seconds of capture since the last call; waits for the last one."""
@@ -75,6 +85,15 @@ class LiveStates:
         seconds: float = self._seconds + sum(a.elapsed_time(b) for a, b in spans) / 1e3
         self._seconds = 0.0
         return seconds
+
+    def close(self) -> None:
+        """Wait until states that are kept are written.
+
+        Raises:
+            MachineError: They could not be.
+        """
+        if self.writer is not None:
+            self.writer.close()
 
     def _capture(self, batch: Batch) -> CapturedStates:
         packed = packed_of(batch)
@@ -103,15 +122,26 @@ class LiveStates:
         self._spans.append(events)
 
 
+def _with_states(batch: Batch, states: CapturedStates) -> Batch:
+    given = batch.verifier_input
+    aux, last = states.aux, states.last
+    if given is not None and given.places is not None:
+        places = given.places
+        aux = batch.aux_hidden_states.index_copy_(0, places.positions, aux)
+        last = batch.last_hidden_states.index_copy_(0, places.targets, last)
+    return replace(batch, aux_hidden_states=aux, last_hidden_states=last, verifier_input=None)
+
+
 def packed_of(batch: Batch) -> Packed:
     """Return what the verifier computes for a batch."""
     given = batch.verifier_input
     assert given is not None, "its states are to be computed"
+    num_zero_rows = len(batch.input_ids) - len(given.aux_rows)
     return Packed(
         input_ids=given.input_ids,
         lengths=given.lengths,
         rows=given.last_rows,
         aux_rows=given.aux_rows,
         position_ids=given.position_ids,
-        num_zero_rows=len(batch.input_ids) - len(given.aux_rows),
+        num_zero_rows=num_zero_rows if given.places is None else 0,
     )

@@ -50,10 +50,11 @@ class Trainer:
         self.feed = DeviceFeed(self.ranks.device)
 
     def close(self) -> None:
-        """Stop reading samples, in every case."""
+        """Stop reading samples, in every case, and finish writing what was computed."""
         self.loader.close()
         if self.validation_loader is not None:
             self.validation_loader.close()
+        self.filler.close()
 
     @property
     def is_epoch_whole(self) -> bool:
