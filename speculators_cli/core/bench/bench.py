@@ -2,6 +2,7 @@
 
 import statistics
 import time
+from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass
 from itertools import count, pairwise
@@ -11,7 +12,7 @@ import numpy as np
 import torch
 
 from speculators_cli.core.algorithms import ALGORITHMS
-from speculators_cli.core.algorithms.cost import find_gpu
+from speculators_cli.core.algorithms.cost import Work, find_gpu
 from speculators_cli.core.algorithms.draft_config import DraftConfig
 from speculators_cli.core.algorithms.draft_model import StepSums
 from speculators_cli.core.bench.profile import KernelTimes, profile_steps
@@ -25,6 +26,7 @@ from speculators_cli.core.data.source import SampleSource
 from speculators_cli.core.data.sources import Request, open_samples
 from speculators_cli.core.data.tokens import StatesShape
 from speculators_cli.core.data.vocab_map import VocabMap
+from speculators_cli.core.engines.cost import CaptureCost
 from speculators_cli.core.engines.transformers_engine import TransformersEngine
 from speculators_cli.core.models.verifier import FrozenVerifier, VerifierConfig
 from speculators_cli.core.progress import SILENT, Progress
@@ -98,7 +100,7 @@ def bench(settings: BenchSettings, *, progress: Progress = SILENT) -> BenchRepor
             config, optimizer_step = _build_step(settings, verifier, vocab_size, ranks)
             with closing(_build_loader(settings, samples, config, optimizer_step)) as loader:
                 run = _Run(optimizer_step, loader)
-                return _report(settings, run, verifier.name_or_path, *_measure(settings, run))
+                return _report(settings, run, verifier, *_measure(settings, run))
 
 
 class _Run:
@@ -240,7 +242,7 @@ class _Clock:
 def _report(
     settings: BenchSettings,
     run: _Run,
-    name: str,
+    verifier: VerifierConfig,
     times: _Times,
     launch_ms: float | None,
     kernels: KernelTimes | None,
@@ -258,7 +260,7 @@ def _report(
     gpu = find_gpu(device_name)
     per_second = flops / step_ms * 1e3
     return BenchReport(
-        verifier=name,
+        verifier=verifier.name_or_path,
         device=device_name,
         torch_version=torch.__version__,
         kernels="fast" if draft.use_fast_kernels else "plain",
@@ -272,15 +274,7 @@ def _report(
         first_step_seconds=times.first_step_seconds,
         loss=_loss(run),
         peak_memory_bytes=times.peak_memory_bytes,
-        estimated_memory_bytes=sum(
-            cost.estimate_memory(
-                config,
-                own,
-                work,
-                total_seq_len=settings.step.total_seq_len,
-                num_accumulated=settings.step.gradient_accumulation_steps,
-            ).values()
-        ),
+        estimated_memory_bytes=_estimate_memory(settings, config, work, verifier),
         useful_tflop=flops / 1e12,
         useful_tflops=per_second / 1e12,
         utilisation=per_second / gpu.flops if gpu else None,
@@ -295,6 +289,23 @@ def _report(
         longest_kernels_ms=kernels.longest_ms if kernels else None,
         num_kernels=kernels.num_kernels if kernels else None,
     )
+
+
+def _estimate_memory(
+    settings: BenchSettings, config: DraftConfig, work: Sequence[Work], verifier: VerifierConfig
+) -> int:
+    """Bytes at the peak, as `train --plan` estimates them."""
+    step = settings.step
+    memory = ALGORITHMS[config.algorithm].cost.estimate_memory(
+        config,
+        settings.algorithm_settings,
+        work,
+        total_seq_len=step.total_seq_len,
+        num_accumulated=step.gradient_accumulation_steps,
+    )
+    if step.capture:
+        memory = CaptureCost(verifier).add_memory(memory, total_seq_len=step.total_seq_len)
+    return sum(memory.values())
 
 
 def _loss(run: _Run) -> float:

@@ -30,7 +30,7 @@ from speculators_cli.core.training.warm_start import (
     choose_vocab_map,
 )
 from speculators_cli.settings.base import Settings
-from speculators_cli.settings.train import DraftArch, TrainSettings
+from speculators_cli.settings.train import DataSettings, DraftArch, TrainSettings
 
 
 @dataclass(frozen=True)
@@ -133,25 +133,12 @@ def read_inputs(
         MachineError: The hub cannot be reached.
     """
     draft, data = settings.draft, settings.data
-    if data.conversations is not None:
-        raise SettingsError(
-            f"`--data-path`: `{data.conversations}` has conversations, which are not tokens yet",
-            hint="Write their tokens with `speculators generate-data --tokens-only`, and pass the "
-            "output folder",
-        )
+    _refuse_conversations(data)
     files = VerifierFiles(draft.verifier_name_or_path)
     verifier = read_verifier_config(files, trust_remote_code=draft.trust_remote_code)
     files.find_parts(is_tied=verifier.is_tied, modules=verifier.modules)
     vocab_size = files.read_vocab_size(verifier.modules)
-    if source is not None:
-        check_fit(source, verifier, vocab_size)
-        check_embedding(source, files, verifier)
-        vocab_map = choose_vocab_map(source, settings)
-    elif draft.full_vocab:
-        vocab_map = VocabMap.full(vocab_size)
-    else:
-        vocab_map = VocabMap.load(draft.d2t_path, draft.t2d_path)
-        vocab_map.check(vocab_size)
+    vocab_map = _read_vocab_map(settings, source, verifier, files, vocab_size)
     wanted = Request(
         data.data_path,
         data_format=data.data_format,
@@ -187,11 +174,7 @@ def read_inputs(
         check_samples_fit(validation, verifier, vocab_size)
     else:
         samples, validation = split(scanned, data.train_data_ratio)
-    if settings.capture.cache_dir is not None and not (samples.is_live or validation.is_live):
-        raise SettingsError(
-            f"`--cache-dir` is of no use: `{data.data_path[0]}` holds samples with hidden states",
-            hint="Leave it out, or pass `--capture online` and a folder with shards of tokens",
-        )
+    _check_capture(settings, is_live=samples.is_live or validation.is_live)
     check_targets(samples, data.total_seq_len, data.data_path[0])
     if not _can_validate(validation, data.total_seq_len, progress):
         validation = validation.select(())
@@ -203,6 +186,45 @@ def read_inputs(
         index_file.parent.mkdir(parents=True, exist_ok=True)
         scanned.write_index(index_file)
     return Inputs(samples, validation, vocab_map, files, verifier, layer_ids, source)
+
+
+def _refuse_conversations(data: DataSettings) -> None:
+    if data.conversations is not None:
+        raise SettingsError(
+            f"`--data-path`: `{data.conversations}` has conversations, which are not tokens yet",
+            hint="Write their tokens with `speculators generate-data --tokens-only`, and pass the "
+            "output folder",
+        )
+
+
+def _check_capture(settings: TrainSettings, *, is_live: bool) -> None:
+    """Refuse a cache of hidden states that are all stored."""
+    if settings.capture.cache_dir is not None and not is_live:
+        raise SettingsError(
+            f"`--cache-dir` is of no use: `{settings.data.data_path[0]}` holds samples with hidden "
+            "states",
+            hint="Leave it out, or pass `--capture online` and a folder with shards of tokens",
+        )
+
+
+def _read_vocab_map(
+    settings: TrainSettings,
+    source: TrainedDraft | None,
+    verifier: VerifierConfig,
+    files: VerifierFiles,
+    vocab_size: int,
+) -> VocabMap:
+    """The draft vocabulary: that of the draft to start from, all tokens, or maps in files."""
+    draft = settings.draft
+    if source is not None:
+        check_fit(source, verifier, vocab_size)
+        check_embedding(source, files, verifier)
+        return choose_vocab_map(source, settings)
+    if draft.full_vocab:
+        return VocabMap.full(vocab_size)
+    vocab_map = VocabMap.load(draft.d2t_path, draft.t2d_path)
+    vocab_map.check(vocab_size)
+    return vocab_map
 
 
 def _live_shape(

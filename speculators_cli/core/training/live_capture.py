@@ -8,12 +8,7 @@ import torch
 from torch import Tensor
 
 from speculators_cli.core.data.source import SampleSource, spread_evenly
-from speculators_cli.core.data.state_cache import (
-    StateCache,
-    StatesFormat,
-    choose_cached,
-    engine_key,
-)
+from speculators_cli.core.data.state_cache import StateCache, engine_key
 from speculators_cli.core.data.tokens import TokenFolder
 from speculators_cli.core.engines.engine import Packed
 from speculators_cli.core.engines.host_states import Storage
@@ -22,6 +17,7 @@ from speculators_cli.core.engines.transformers_engine import TransformersEngine,
 from speculators_cli.core.files import check_free_space, check_output_dir, find_existing
 from speculators_cli.core.models.verifier import FrozenVerifier
 from speculators_cli.core.models.verifier_files import VerifierFiles
+from speculators_cli.core.training.cache_choice import choose_cache
 from speculators_cli.core.training.cache_writer import CacheWriter
 from speculators_cli.core.training.inputs import Inputs
 from speculators_cli.core.training.states import LiveStates
@@ -58,28 +54,16 @@ class LiveVerifier:
         if given.cache_dir is None:
             return inputs
         check_output_dir(given.cache_dir, flag="--cache-dir")
-        groups = (inputs.validation_samples, inputs.samples)
-        sources = [x for x in groups if isinstance(x, TokenFolder)]
-        engine, total_seq_len = self.engine, settings.data.total_seq_len
-        states = StatesFormat(
-            len(engine.layer_ids), engine.hidden_size, engine.dtype, given.cache_dtype
-        )
-        listed = [list(source.list_candidates(states, total_seq_len)) for source in sources]
+        choice = choose_cache(settings, inputs, dtype=self.engine.dtype)
         cache = StateCache(
             given.cache_dir,
             engine_key(self.fingerprint, given.cache_dtype),
-            choose_cached(listed, seed=settings.run.seed, num_bytes=given.cache_size),
-            states,
+            choice.chosen,
+            choice.states,
         )
-        sizes = {x.fingerprint: x.num_bytes for group in listed for x in group}
-        missing = {
-            entry.fingerprint
-            for source in sources
-            for entry in source.find_missing(cache, total_seq_len)
-        }
         check_free_space(
             find_existing(given.cache_dir),
-            sum(sizes[x] for x in missing),
+            choice.count_missing_bytes(cache, inputs, settings.data.total_seq_len),
             what="the cache of hidden states",
             hint="Pass a smaller `--cache-size`, or `--cache-dtype float8`",
         )
