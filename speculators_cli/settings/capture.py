@@ -35,6 +35,11 @@ class CaptureSettings(Settings):
         description="Precision of the verifier in online capture; auto is bfloat16 on GPU and "
         "float32 on CPU",
     )
+    shard_verifier: bool = Field(
+        False,
+        description="Shard the verifier's layers across the GPUs of a machine in online capture, "
+        "for one that does not fit on each",
+    )
     cache_dir: Path | None = Field(
         None,
         description="Folder that keeps hidden states computed online, for later epochs and runs",

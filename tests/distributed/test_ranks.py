@@ -93,6 +93,26 @@ def test_two_ranks_that_capture_equal_one(tiny: TinyInputs, tmp_path: Path) -> N
     assert moved > 5e-3
 
 
+def test_two_ranks_that_share_a_verifier_equal_one_that_holds_it(
+    tiny: TinyInputs, tmp_path: Path
+) -> None:
+    one, two = tmp_path / "one", tmp_path / "two"
+    rows = make_rows(24, longest=60)
+    same = {"data_path": write_tokens(tmp_path / "tokens", rows), "target_layer_ids": "3,5,7"}
+    cache = {"cache_dir": tmp_path / "cache", "cache_size": "100KB"}
+
+    train(tiny, one, num_ranks=1, gradient_accumulation_steps=2, **same)
+    train(tiny, two, num_ranks=2, shard_verifier=True, **same, **cache)
+
+    assert gradient_norms(two) == pytest.approx(gradient_norms(one), rel=1e-3)
+    start = load_file(one / "0" / "model.safetensors")["fc.weight"]
+    moved = (load_file(one / "1" / "model.safetensors")["fc.weight"] - start).abs().max()
+    # As above; float32 rounds the packed documents' states differently, too.
+    assert largest_difference(one / "1", two / "1") < 2e-4
+    assert moved > 5e-3
+    assert 0 < len(list((tmp_path / "cache").rglob("*.pt"))) < 24
+
+
 def test_a_run_goes_on_with_another_number_of_ranks(tiny: TinyInputs, tmp_path: Path) -> None:
     whole, parts = tmp_path / "whole", tmp_path / "parts"
 

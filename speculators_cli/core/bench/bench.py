@@ -34,11 +34,11 @@ from speculators_cli.core.training.build import choose_compute_dtype, choose_ker
 from speculators_cli.core.training.distributed import Ranks, start_ranks
 from speculators_cli.core.training.feed import DeviceFeed
 from speculators_cli.core.training.inputs import check_samples_fit, check_targets, fresh_config
-from speculators_cli.core.training.live_capture import count_bytes
 from speculators_cli.core.training.metrics import MetricSums
 from speculators_cli.core.training.optimizer import Optimizer
 from speculators_cli.core.training.optimizer_step import OptimizerStep
 from speculators_cli.core.training.run import out_of_memory_explained
+from speculators_cli.core.training.sharded_verifier import count_own_bytes
 from speculators_cli.core.training.states import LiveStates, StateFiller, StoredStates
 from speculators_cli.settings.bench import BenchSettings
 from speculators_cli.settings.train import OptimizerSettings
@@ -364,7 +364,7 @@ def _build_step(
             verifier, vocab_size, config.target_layer_ids, dtype=dtype, device=ranks.device
         )
         frozen = _frozen_parts(engine, verifier)
-        filler = LiveStates(engine, weights_bytes=count_bytes(engine.model))
+        filler = LiveStates(engine, weights_bytes=count_own_bytes(engine.model))
     draft = ALGORITHMS[shape.algorithm].build(
         config,
         frozen,

@@ -56,6 +56,7 @@ class TransformersEngine:
         end_ids: Tokens that end an answer.
         name: Of the verifier, for error messages.
         is_compiled: Whether decoder layers are compiled; None: on a GPU where it pays.
+        packs_documents: Whether documents are computed together; None: on a GPU.
 
     Raises:
         SettingsError: The model has another layout than decoder layers and a final norm.
@@ -69,6 +70,7 @@ class TransformersEngine:
         end_ids: frozenset[int],
         name: str,
         is_compiled: bool | None = None,
+        packs_documents: bool | None = None,
     ) -> None:
         self.model = model
         self.layer_ids = tuple(layer_ids)
@@ -80,7 +82,8 @@ class TransformersEngine:
         self._kept: _Kept | None = None
         self.parts.hook(self.layer_ids, self._keep_aux, self._keep_last)
         self.is_packed = self._can_pack()
-        self.packs_documents = self.parts.device.type != "cpu"
+        is_gpu = self.parts.device.type != "cpu"
+        self.packs_documents = is_gpu if packs_documents is None else packs_documents
         if is_compiled is None:
             is_spread = len(set(getattr(model, "hf_device_map", {}).values())) > 1
             is_compiled = self.parts.device.type == "cuda" and not is_spread
@@ -111,7 +114,6 @@ class TransformersEngine:
         others: which kernel multiplies matrices there depends on their number of rows.
         """
         device, aux_rows = self.parts.device, aux_rows_of(packed)
-        # Not within inference mode, whose tensors cannot be trained on.
         aux = torch.empty(
             (len(aux_rows) + packed.num_zero_rows, len(self.layer_ids) * self.hidden_size),
             dtype=self.dtype,
@@ -125,12 +127,18 @@ class TransformersEngine:
             aux_rows.to(device, non_blocking=True),
             packed.rows.to(device, non_blocking=True),
         )
-        if self.is_packed and self.packs_documents:
+        if self.is_packed and self.packs_documents and not len(packed.input_ids):
+            self.join()
+        elif self.is_packed and self.packs_documents:
             with self._keeping(kept):
                 self._run_packed(packed.input_ids, packed.lengths, packed.position_ids)
         else:
             self._capture_each(packed, kept)
         return CapturedStates(aux, last)
+
+    def join(self) -> None:
+        """Compute one token, for nothing: ranks that share the weights gather them together."""
+        self._run_packed(torch.zeros(1, dtype=torch.int64), [1])
 
     def _capture_each(self, packed: Packed, kept: "_Kept") -> None:
         """Compute documents one by one."""
@@ -150,7 +158,7 @@ class TransformersEngine:
                 else:
                     self._run_alone(packed.input_ids[start:end])
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def logits(self, input_ids: Tensor) -> Tensor:
         """Compute the model's own logits of one document; [tokens, vocab]."""
         self._use(self._own_attention)
@@ -220,7 +228,7 @@ class TransformersEngine:
         most = int(free * CACHE_SHARE / (bytes_per_token * num_tokens))
         return max(1, min(most, MAX_BATCH))
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def _run_packed(
         self, input_ids: Tensor, lengths: Sequence[int], position_ids: Tensor | None = None
     ) -> Packing:
@@ -241,7 +249,7 @@ class TransformersEngine:
             )
         return documents
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def _run_alone(self, input_ids: Tensor) -> None:
         self._use(self._own_attention)
         self.parts.decoder(input_ids=input_ids[None].to(self.parts.device), use_cache=False)
@@ -273,7 +281,7 @@ class TransformersEngine:
             rows = self._kept.rows.to(states.device)
             self._kept.last.copy_(states[0].index_select(0, rows))
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def _can_pack(self) -> bool:
         """Whether packed documents have the states that each has alone; measured on two of them."""
         if not self.parts.has_known_attention:

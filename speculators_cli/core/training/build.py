@@ -46,7 +46,7 @@ def build_trainer(
     frozen = load_frozen_verifier(inputs.verifier_files, inputs.verifier_config, progress=progress)
     live = None
     if inputs.is_live:
-        live = load_live_verifier(settings, inputs, frozen, ranks.device)
+        live = load_live_verifier(settings, inputs, frozen, ranks)
     verifier = live.frozen if live is not None else frozen.to(ranks.device)
     start = with_engine(start, live.fingerprint if live else None, settings, progress)
     if settings.data.check_samples and not start.is_resumed:

@@ -14,12 +14,15 @@ from speculators_cli.core.engines.engine import Packed
 from speculators_cli.core.engines.host_states import Storage
 from speculators_cli.core.engines.state_checks import check_head, check_layers
 from speculators_cli.core.engines.transformers_engine import TransformersEngine, load_model
+from speculators_cli.core.errors import SettingsError
 from speculators_cli.core.files import check_free_space, check_output_dir, find_existing
 from speculators_cli.core.models.verifier import FrozenVerifier
 from speculators_cli.core.models.verifier_files import VerifierFiles
 from speculators_cli.core.training.cache_choice import choose_cache
 from speculators_cli.core.training.cache_writer import CacheWriter
+from speculators_cli.core.training.distributed import Ranks
 from speculators_cli.core.training.inputs import Inputs
+from speculators_cli.core.training.sharded_verifier import count_own_bytes, shard_verifier
 from speculators_cli.core.training.states import LiveStates
 from speculators_cli.settings.capture import CaptureSettings
 from speculators_cli.settings.train import TrainSettings
@@ -35,13 +38,19 @@ class LiveVerifier:
     engine: TransformersEngine
     frozen: FrozenVerifier
     fingerprint: Mapping[str, str]
+    is_sharded: bool  # across ranks
 
     def fills(self, settings: CaptureSettings) -> LiveStates:
         """What computes the hidden states of batches."""
         writer = None
         if settings.cache_dir is not None:
             writer = CacheWriter(Storage(settings.cache_dtype, has_all_last_states=False))
-        return LiveStates(self.engine, weights_bytes=count_bytes(self.engine.model), writer=writer)
+        return LiveStates(
+            self.engine,
+            weights_bytes=count_own_bytes(self.engine.model),
+            writer=writer,
+            join=self.engine.join if self.is_sharded else None,
+        )
 
     def open_cache(self, settings: TrainSettings, inputs: Inputs) -> Inputs:
         """The inputs with samples whose hidden states are kept, if there is a cache.
@@ -94,7 +103,7 @@ def _cached(samples: SampleSource, cache: StateCache) -> SampleSource:
 
 
 def load_live_verifier(
-    settings: TrainSettings, inputs: Inputs, frozen: FrozenVerifier, device: torch.device
+    settings: TrainSettings, inputs: Inputs, frozen: FrozenVerifier, ranks: Ranks
 ) -> LiveVerifier:
     """Load the verifier onto the device of training.
 
@@ -102,27 +111,48 @@ def load_live_verifier(
         settings: Of the run.
         inputs: Its verifier and layers.
         frozen: Embedding, final norm and LM head, on the CPU.
-        device: Of this rank.
+        ranks: Connected; all must call.
 
     Raises:
-        SettingsError: transformers cannot load the verifier, or its layers cannot be found.
+        SettingsError: transformers cannot load the verifier, its layers cannot be found, or it
+            cannot be sharded.
         MachineError: It does not fit into memory.
     """
-    name = settings.draft.verifier_name_or_path
+    name, is_sharded = settings.draft.verifier_name_or_path, settings.capture.shard_verifier
+    if is_sharded and ranks.num_local_ranks == 1:
+        raise SettingsError(
+            "`--shard-verifier` needs several ranks on a machine, but there is one",
+            hint="Pass `--nproc-per-node` with the number of GPUs",
+        )
     model = load_model(
         name,
-        dtype=choose_capture_dtype(settings.capture.capture_dtype, device),
-        device=device,
+        dtype=choose_capture_dtype(settings.capture.capture_dtype, ranks.device),
+        device=torch.device("cpu") if is_sharded else ranks.device,
         trust_remote_code=settings.draft.trust_remote_code,
         hint="Shard it across GPUs with `--shard-verifier`, or store the hidden states with "
         "`speculators generate-data`",
     )
     model.requires_grad_(False)
-    engine = TransformersEngine(model, inputs.layer_ids.ids, end_ids=frozenset(), name=name)
+    if is_sharded:
+        shard_verifier(model, ranks, name)
+    engine = TransformersEngine(
+        model,
+        inputs.layer_ids.ids,
+        end_ids=frozenset(),
+        name=name,
+        packs_documents=True if is_sharded else None,  # as many passes on each rank
+    )
+    if is_sharded and not engine.is_packed:
+        raise SettingsError(
+            f"Verifier `{name}` cannot be sharded: its documents cannot be packed",
+            hint="Leave out `--shard-verifier`, or store the hidden states with "
+            "`speculators generate-data`",
+        )
     return LiveVerifier(
         engine,
-        share_weights(frozen, model).to(device),
+        share_weights(frozen, model).to(ranks.device),
         fingerprint_of(engine, inputs.verifier_files),
+        is_sharded,
     )
 
 
@@ -195,11 +225,4 @@ def pack_documents(documents: Sequence[tuple[Tensor, Tensor]]) -> Packed:
         torch.cat([ids for ids, _ in documents]),
         [len(ids) for ids, _ in documents],
         torch.cat([mask for _, mask in documents]).nonzero().flatten(),
-    )
-
-
-def count_bytes(model: Any) -> int:
-    """Size of a model's weights, each counted once."""
-    return sum(
-        x.numel() * x.element_size() for x in {id(x): x for x in model.parameters()}.values()
     )

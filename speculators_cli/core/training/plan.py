@@ -133,7 +133,9 @@ def _estimate(
     )
     if inputs.is_live:
         memory = CaptureCost(inputs.verifier_config).add_memory(
-            memory, total_seq_len=settings.data.total_seq_len
+            memory,
+            total_seq_len=settings.data.total_seq_len,
+            num_shards=ranks.num_local_ranks if settings.capture.shard_verifier else 1,
         )
     tokens = sum(part.num_positions for part in work)
     return TrainPlan(

@@ -1,7 +1,7 @@
 """Where the hidden states of a batch come from: its files, or the verifier, run in the step."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Protocol
@@ -51,11 +51,19 @@ class LiveStates:
         engine: Computes them.
         weights_bytes: Size of its weights on this device, for messages.
         writer: Keeps states of some samples, to whose precision all are rounded.
+        join: Called for a batch that has its states, where other ranks compute theirs with weights
+            that all of them share.
     """
 
     def __init__(
-        self, engine: Capturer, *, weights_bytes: int, writer: CacheWriter | None = None
+        self,
+        engine: Capturer,
+        *,
+        weights_bytes: int,
+        writer: CacheWriter | None = None,
+        join: Callable[[], None] | None = None,
     ) -> None:
+        self.join = join
         self.writer = writer
         self.engine = engine
         self.weights_bytes = weights_bytes
@@ -69,6 +77,8 @@ class LiveStates:
             MachineError: The device has too little memory.
         """
         if batch.verifier_input is None:
+            if self.join is not None:
+                self.join()
             return batch
         with self._timed(batch.input_ids.device):
             states = self._capture(batch)

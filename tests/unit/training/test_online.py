@@ -16,7 +16,7 @@ from speculators_cli.core.capture.state_stage import StateStage
 from speculators_cli.core.data.data_config import write_data_config
 from speculators_cli.core.engines.engine import CapturedStates, Packed
 from speculators_cli.core.engines.transformers_engine import TransformersEngine
-from speculators_cli.core.errors import CheckpointError, DataError, MachineError
+from speculators_cli.core.errors import CheckpointError, DataError, MachineError, SettingsError
 from speculators_cli.core.models.verifier import read_verifier_config
 from speculators_cli.core.models.verifier_files import VerifierFiles
 from speculators_cli.core.place import Place
@@ -253,3 +253,10 @@ def test_out_of_memory_names_the_verifier_and_the_flags(
         run(tiny, generated, tmp_path / "run")
 
     assert "--total-seq-len" in str(e.value.hint)
+
+
+def test_one_rank_has_nothing_to_shard_a_verifier_across(
+    generated: Path, tiny: TinyInputs, tmp_path: Path
+) -> None:
+    with pytest.raises(SettingsError, match="`--shard-verifier` needs several ranks"):
+        run(tiny, generated, tmp_path / "run", capture={"shard_verifier": True})
