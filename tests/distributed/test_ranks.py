@@ -1,5 +1,6 @@
 """Two ranks, on gloo or NCCL, against one rank on the same global batches."""
 
+import json
 import os
 import shlex
 import subprocess
@@ -111,6 +112,26 @@ def test_two_ranks_that_share_a_verifier_equal_one_that_holds_it(
     assert largest_difference(one / "1", two / "1") < 2e-4
     assert moved > 5e-3
     assert 0 < len(list((tmp_path / "cache").rglob("*.pt"))) < 24
+
+
+def test_a_sharded_verifier_has_the_states_of_a_whole_one(tiny: TinyInputs) -> None:
+    program = Path(__file__).with_name("sharded_capture.py")
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+
+    done = subprocess.run(
+        [*command, program, tiny.verifier_dir],
+        check=False, capture_output=True, text=True, env=environment,
+    )  # fmt: skip
+
+    assert done.returncode == 0, done.stderr
+    lines = [json.loads(x) for x in done.stdout.splitlines() if x.startswith("{")]
+    assert sorted(line["rank"] for line in lines) == [0, 1]
+    assert all(line["is_equal"] for line in lines)
+    # 9 layers are halved; embedding and LM head, 37 x 24 in float32 each, and a norm are not.
+    rest = 4 * (2 * 37 * 24 + 24)
+    for line in lines:
+        assert line["own_bytes"] == pytest.approx((line["whole_bytes"] - rest) / 2 + rest, rel=0.01)
 
 
 def test_a_run_goes_on_with_another_number_of_ranks(tiny: TinyInputs, tmp_path: Path) -> None:

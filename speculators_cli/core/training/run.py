@@ -204,6 +204,8 @@ def announce(
         f"{'rank' if ranks.num_ranks == 1 else 'ranks'} on {ranks.device.type}, "
         f"{trainer.total_steps:,} steps"
     )
+    if inputs.is_live:
+        progress.info(f"The verifier computes hidden states of layers {inputs.layer_ids}")
 
 
 @contextmanager
