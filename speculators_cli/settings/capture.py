@@ -58,10 +58,10 @@ class CaptureSettings(Settings):
 
     @model_validator(mode="after")
     def _cache_has_a_folder(self) -> Self:
-        given = self.model_fields_set & {"cache_size", "cache_dtype"}
-        if self.cache_dir is None and given:
-            flags = ", ".join(f"`--{name.replace('_', '-')}`" for name in sorted(given))
-            raise ValueError(f"{flags} needs `--cache-dir`")
+        given = {"--cache-size": self.cache_size, "--cache-dtype": self.cache_dtype}
+        flags = [f"`{flag}`" for flag, value in given.items() if value is not None]
+        if self.cache_dir is None and flags:
+            raise ValueError(f"{', '.join(flags)} needs `--cache-dir`")
         if self.cache_dir is not None and self.capture == "stored":
             raise ValueError("`--cache-dir` is of no use with `--capture stored`")
         return self

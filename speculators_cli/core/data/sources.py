@@ -8,7 +8,7 @@ from typing import Literal
 from speculators_cli.core.data.alignment import Alignment
 from speculators_cli.core.data.folder import SampleFolder, read_folders
 from speculators_cli.core.data.source import SampleSource
-from speculators_cli.core.data.tokens import StatesShape, TokenFolder, have_only_shards, read_tokens
+from speculators_cli.core.data.tokens import StatesShape, TokenFolder, has_only_shards, read_tokens
 from speculators_cli.core.errors import DataError
 from speculators_cli.core.progress import Progress
 
@@ -23,7 +23,7 @@ class Request:
     index_file: Path | None  # headers of an earlier scan
     max_bad_samples: int | None  # maximum number of files skipped; None: 1 % of the folder
     alignment: Alignment
-    capture: Literal["stored", "online", "auto"] = "stored"  # auto: as the folders allow
+    capture: Literal["stored", "online"] = "stored"
     live: StatesShape | None = None  # of hidden states that are computed while training
 
 
@@ -43,23 +43,30 @@ def open_samples(request: Request, progress: Progress) -> SampleSource:
     Raises:
         DataError: They cannot be used.
     """
-    if request.capture == "auto":
-        _refuse_mixture(request.folders)
-    kinds = [kind for kind in SOURCES if request.capture in ("auto", kind.capture)]
+    kinds = [kind for kind in SOURCES if kind.capture == request.capture]
     # A kind that was asked for reports by itself what is missing in the folders.
     kind = next((kind for kind in kinds if kind.is_in(request.folders)), kinds[-1])
     return kind.open(request, progress)
 
 
-def _refuse_mixture(folders: Sequence[Path]) -> None:
-    """Refuse folders of tokens beside folders of samples, which would be ignored."""
-    tokens = [folder for folder in folders if have_only_shards([folder])]
+def choose_capture(
+    given: Literal["stored", "online", "auto"], folders: Sequence[Path]
+) -> Literal["stored", "online"]:
+    """Choose where hidden states come from: `auto` is online for folders of tokens only.
+
+    Raises:
+        DataError: Some folders have samples, others only tokens, which would be ignored.
+    """
+    if given != "auto":
+        return given
+    tokens = [folder for folder in folders if has_only_shards(folder)]
     others = [folder for folder in folders if folder not in tokens]
     if tokens and others:
         raise DataError(
             f"`{tokens[0]}` holds tokens without hidden states, `{others[0]}` samples with them",
             hint="Pass folders of one kind, or `--capture online` for tokens in all of them",
         )
+    return "online" if tokens else "stored"
 
 
 def _open_folders(request: Request, progress: Progress) -> SampleFolder:
@@ -83,6 +90,6 @@ def _open_tokens(request: Request, progress: Progress) -> TokenFolder:
 
 # Files of hidden states are last: any folder may have them.
 SOURCES: list[SourceKind] = [
-    SourceKind("tokens", have_only_shards, _open_tokens, capture="online"),
+    SourceKind("tokens", lambda _: True, _open_tokens, capture="online"),
     SourceKind("files", lambda _: True, _open_folders),
 ]

@@ -188,14 +188,13 @@ class TokenFolder(SampleSource):
         return replace(self, entries=tuple(self.entries[i] for i in ids))
 
 
-def have_only_shards(folders: Iterable[Path]) -> bool:
-    """Whether folders have shards of tokens, and no samples with hidden states."""
+def has_only_shards(folder: Path) -> bool:
+    """Whether a folder has shards of tokens, and no samples with hidden states."""
     has_shards = False
-    for folder in folders:
-        for _, file in find_files(folder):
-            if is_sample_name(file.name):
-                return False
-            has_shards |= is_shard_name(file.name)
+    for _, file in find_files(folder):
+        if is_sample_name(file.name):
+            return False
+        has_shards |= is_shard_name(file.name)
     return has_shards
 
 

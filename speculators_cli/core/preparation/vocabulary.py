@@ -12,13 +12,14 @@ from numpy.typing import NDArray
 from speculators_cli.core.data.alignment import NEXT_TOKEN
 from speculators_cli.core.data.folder import read_folders
 from speculators_cli.core.data.source import SampleSource
+from speculators_cli.core.data.sources import choose_capture
 from speculators_cli.core.data.token_counts import (
     FILE_NAME,
     TokenCounts,
     read_token_freq,
     write_token_freq,
 )
-from speculators_cli.core.data.tokens import StatesShape, have_only_shards, read_tokens
+from speculators_cli.core.data.tokens import StatesShape, read_tokens
 from speculators_cli.core.data.vocab_map import VocabMap
 from speculators_cli.core.errors import DataError, SettingsError
 from speculators_cli.core.files import check_output_dir
@@ -153,7 +154,7 @@ def count(
     if source.token_freq_path:
         return None, read_token_freq(source.token_freq_path, vocab_size)
     counts = TokenCounts(vocab_size, all_tokens=source.all_tokens)
-    if have_only_shards(source.folders):
+    if choose_capture("auto", source.folders) == "online":
         shape = StatesShape(hidden_size=0, layer_ids=())
         tokens = read_tokens(
             source.folders, shape=shape, alignment=NEXT_TOKEN, progress=progress,

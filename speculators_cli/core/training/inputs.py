@@ -15,8 +15,8 @@ from speculators_cli.core.data.data_config import (
     warn_of_contradiction,
 )
 from speculators_cli.core.data.source import SampleSource, split
-from speculators_cli.core.data.sources import Request, open_samples
-from speculators_cli.core.data.tokens import StatesShape, have_only_shards
+from speculators_cli.core.data.sources import Request, choose_capture, open_samples
+from speculators_cli.core.data.tokens import StatesShape
 from speculators_cli.core.data.vocab_map import VocabMap
 from speculators_cli.core.drafts.trained_draft import ASSUMED_HINT, TrainedDraft
 from speculators_cli.core.errors import DataError, SettingsError
@@ -139,6 +139,7 @@ def read_inputs(
     files.find_parts(is_tied=verifier.is_tied, modules=verifier.modules)
     vocab_size = files.read_vocab_size(verifier.modules)
     vocab_map = _read_vocab_map(settings, source, verifier, files, vocab_size)
+    val_capture = choose_capture(settings.capture.capture, data.val_data_path)
     wanted = Request(
         data.data_path,
         data_format=data.data_format,
@@ -146,9 +147,10 @@ def read_inputs(
         index_file=index_file,
         max_bad_samples=data.max_bad_samples,
         alignment=ALGORITHMS[draft.algorithm].alignment,
-        capture=settings.capture.capture,
-        live=_live_shape(settings, source, verifier),
+        capture=choose_capture(settings.capture.capture, data.data_path),
     )
+    if "online" in (wanted.capture, val_capture):
+        wanted = replace(wanted, live=_live_shape(settings, source, verifier))
     samples = scanned = open_samples(wanted, progress)
     check_samples_fit(samples, verifier, vocab_size)
     layer_ids = resolve_layer_ids(
@@ -169,7 +171,7 @@ def read_inputs(
         progress=progress,
     )
     if data.val_data_path:
-        others = replace(wanted, folders=data.val_data_path, index_file=None)
+        others = replace(wanted, folders=data.val_data_path, index_file=None, capture=val_capture)
         validation = open_samples(others, progress)
         check_samples_fit(validation, verifier, vocab_size)
     else:
@@ -229,19 +231,12 @@ def _read_vocab_map(
 
 def _live_shape(
     settings: TrainSettings, source: TrainedDraft | None, verifier: VerifierConfig
-) -> StatesShape | None:
-    """Hidden states that the verifier would compute while training; None if they are stored."""
-    data, capture = settings.data, settings.capture.capture
+) -> StatesShape:
+    """Hidden states that the verifier computes while training."""
     given = settings.draft.target_layer_ids
     if given is None and source is not None:
         given = source.config.target_layer_ids
-    if capture == "auto":
-        are_live = [have_only_shards(x) for x in (data.data_path, data.val_data_path)]
-        capture = "online" if any(are_live) else "stored"
-    if capture == "stored":
-        return None
-    layer_ids = choose_captured_layers(given, verifier.num_layers)
-    return StatesShape(verifier.hidden_size, layer_ids)
+    return StatesShape(verifier.hidden_size, choose_captured_layers(given, verifier.num_layers))
 
 
 def check_samples_fit(samples: SampleSource, verifier: VerifierConfig, vocab_size: int) -> None:

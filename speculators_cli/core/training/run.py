@@ -97,7 +97,7 @@ def train(
             ranks.connect(settings.distributed.timeout_seconds)
             with (
                 open_logger(settings, folder, start, progress) as logger,
-                out_of_memory_explained(settings.data.total_seq_len),
+                out_of_memory_explained(settings.data.total_seq_len, is_live=inputs.is_live),
             ):
                 trainer = build_trainer(
                     settings, inputs, ranks, start, folder, logger, progress, signals
@@ -209,8 +209,13 @@ def announce(
 
 
 @contextmanager
-def out_of_memory_explained(total_seq_len: int) -> Iterator[None]:
-    """Turn PyTorch's out-of-memory errors into one with a hint."""
+def out_of_memory_explained(total_seq_len: int, *, is_live: bool = False) -> Iterator[None]:
+    """Turn PyTorch's out-of-memory errors into one with a hint.
+
+    Args:
+        total_seq_len: Tokens per packed sequence.
+        is_live: Whether the whole verifier is in memory.
+    """
     tokens = f"{total_seq_len:,} tokens per packed sequence"
     try:
         yield
@@ -220,7 +225,10 @@ def out_of_memory_explained(total_seq_len: int) -> Iterator[None]:
             peak = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
             raise MachineError(
                 f"The GPU is out of memory: {tokens}, peak {format_bytes(peak)}",
-                hint="Lower `--total-seq-len`, or shard across more GPUs with `--nproc-per-node`",
+                hint="Lower `--total-seq-len`, or shard the verifier across GPUs with "
+                "`--shard-verifier`"
+                if is_live
+                else "Lower `--total-seq-len`, or shard across more GPUs with `--nproc-per-node`",
             ) from None
         if not isinstance(error, MemoryError) and not _tells(error, NO_ROOM):
             raise

@@ -9,7 +9,7 @@ import torch
 from speculators_cli.core.data.alignment import NEXT_TOKEN
 from speculators_cli.core.data.batch import Batch, collate
 from speculators_cli.core.data.sample import ChangedSampleError, Sample
-from speculators_cli.core.data.sources import Request, open_samples
+from speculators_cli.core.data.sources import Request, choose_capture, open_samples
 from speculators_cli.core.data.token_shards import TokenRow, TokenShard, shard_name, write_shard
 from speculators_cli.core.data.tokens import StatesShape, TokenFolder, read_tokens
 from speculators_cli.core.errors import DataError
@@ -159,7 +159,7 @@ def request(folder: Path, *more: Path, capture: str = "auto") -> Request:
         index_file=None,
         max_bad_samples=None,
         alignment=NEXT_TOKEN,
-        capture=capture,  # type: ignore[arg-type]
+        capture=choose_capture(capture, (folder, *more)),  # type: ignore[arg-type]
         live=SHAPE,
     )
 
