@@ -78,7 +78,7 @@ def run(
     **changes: Any,
 ) -> TrainReport:
     given = {
-        "draft": {"target_layer_ids": LAYER_IDS},
+        "draft": {"target_layer_ids": LAYER_IDS} | changes.pop("draft", {}),
         "data": {"data_path": (data_path,), "noise_std": 0.05} | (data or {}),
         "run": {"save_path": save_path} | changes.pop("run", {}),
         "schedule": {"scheduler": "none"},
@@ -260,3 +260,24 @@ def test_one_rank_has_nothing_to_shard_a_verifier_across(
 ) -> None:
     with pytest.raises(SettingsError, match="`--shard-verifier` needs several ranks"):
         run(tiny, generated, tmp_path / "run", capture={"shard_verifier": True})
+
+
+def test_a_trained_draft_goes_on_with_the_layers_that_it_reads(
+    generated: Path, tiny: TinyInputs, tmp_path: Path
+) -> None:
+    run(tiny, generated, tmp_path / "first", run={"epochs": 1})
+    source = {"from_checkpoint": str(tmp_path / "first" / "0"), "target_layer_ids": None}
+
+    report = run(tiny, generated, tmp_path / "second", draft=source, run={"max_steps": 2})
+
+    assert report.target_layer_ids == LAYER_IDS != (2, 4, 6)
+
+
+def test_a_run_in_bfloat16_trains(generated: Path, tiny: TinyInputs, tmp_path: Path) -> None:
+    report = run(
+        tiny, generated, tmp_path / "run", capture={"capture_dtype": "bfloat16"},
+        distributed={"device": "cpu", "compute_dtype": "bfloat16"}, run={"max_steps": 2},
+    )  # fmt: skip
+
+    assert report.step == 2
+    assert report.num_bad_samples == 0
