@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from speculators_cli.core.algorithms.overrides import Overrides
     from speculators_cli.core.bench.bench import BenchReport, bench
+    from speculators_cli.core.capture.generate import generate_data
+    from speculators_cli.core.capture.report import GenerationReport
     from speculators_cli.core.drafts.trained_draft import TrainedDraft, read_draft
     from speculators_cli.core.errors import (
         CheckpointError,
@@ -45,6 +47,7 @@ if TYPE_CHECKING:
     from speculators_cli.settings.build_vocab_map import BuildVocabMapSettings
     from speculators_cli.settings.convert_v0 import ConvertV0Settings
     from speculators_cli.settings.export import ExportSettings
+    from speculators_cli.settings.generate_data import GenerateDataSettings
     from speculators_cli.settings.inspect_data import InspectDataSettings
     from speculators_cli.settings.loading import load_settings
     from speculators_cli.settings.train import TrainSettings
@@ -64,6 +67,8 @@ __all__ = [
     "ExportReport",
     "ExportSettings",
     "FrozenVerifier",
+    "GenerateDataSettings",
+    "GenerationReport",
     "InspectDataSettings",
     "InspectionReport",
     "MachineError",
@@ -85,6 +90,7 @@ __all__ = [
     "build_vocab_map",
     "convert_v0",
     "export",
+    "generate_data",
     "inspect_data",
     "load_frozen_verifier",
     "load_settings",
@@ -97,6 +103,8 @@ __all__ = [
 _HOMES = {
     "core.algorithms.overrides": ("Overrides",),
     "core.bench.bench": ("BenchReport", "bench"),
+    "core.capture.generate": ("generate_data",),
+    "core.capture.report": ("GenerationReport",),
     "core.drafts.trained_draft": ("TrainedDraft", "read_draft"),
     "core.errors": (
         "CheckpointError",
@@ -123,6 +131,7 @@ _HOMES = {
     "settings.build_vocab_map": ("BuildVocabMapSettings",),
     "settings.convert_v0": ("ConvertV0Settings",),
     "settings.export": ("ExportSettings",),
+    "settings.generate_data": ("GenerateDataSettings",),
     "settings.inspect_data": ("InspectDataSettings",),
     "settings.loading": ("load_settings",),
     "settings.train": ("TrainSettings",),

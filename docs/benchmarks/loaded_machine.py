@@ -27,25 +27,24 @@ SETTINGS: tuple[dict[str, str], ...] = (
 
 def measure() -> float:
     """Seconds of the capture, in this process; models and imports are loaded before."""
-    import torch
+    from speculators_cli.core.capture.generate import generate_data
+    from speculators_cli.core.demo.demo import VERIFIER_DIR, read_prompts, write_prompts
+    from speculators_cli.core.progress import SILENT
+    from speculators_cli.settings.generate_data import GenerateDataSettings
 
-    from speculators_cli.core.capture.capture import capture
-    from speculators_cli.core.demo.demo import VERIFIER_DIR, read_prompts
-    from speculators_cli.core.models.verifier_model import VerifierModel
-    from speculators_cli.core.progress import SilentProgress
-
-    verifier = VerifierModel(str(VERIFIER_DIR), (1, 4, 6), dtype=torch.float32)
-    prompts = [verifier.tokenizer(text)["input_ids"] for text in read_prompts()[:NUM_PROMPTS]]
     with tempfile.TemporaryDirectory() as folder:
-        started_at = time.perf_counter()
-        capture(
-            verifier,
-            prompts,
-            Path(folder) / "data",
-            verifier_name="embedded",
-            max_new_tokens=MAX_NEW_TOKENS,
-            progress=SilentProgress(),
+        prompts = Path(folder) / "prompts.jsonl"
+        write_prompts(read_prompts()[:NUM_PROMPTS], prompts)
+        settings = GenerateDataSettings.model_validate(
+            {
+                "input": {"prompts": str(prompts), "output_dir": Path(folder) / "data"},
+                "verifier": {"verifier_name_or_path": str(VERIFIER_DIR)},
+                "tokens": {"regenerate": True, "max_new_tokens": MAX_NEW_TOKENS},
+                "engine": {"device": "cpu"},
+            }
         )
+        started_at = time.perf_counter()
+        generate_data(settings, progress=SILENT)
         return time.perf_counter() - started_at
 
 

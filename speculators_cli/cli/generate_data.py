@@ -10,10 +10,12 @@ from speculators_cli.cli.imports import importing
 from speculators_cli.cli.launch import launch
 from speculators_cli.cli.options import with_settings
 from speculators_cli.cli.output import Output, format_duration, format_speed
+from speculators_cli.core.errors import MachineError
 from speculators_cli.core.files import format_bytes
 from speculators_cli.settings.generate_data import GenerateDataSettings
 
 if TYPE_CHECKING:
+    from speculators_cli.core.capture.estimate import Estimate
     from speculators_cli.core.capture.report import GenerationReport, StageTime
 
 MAX_LISTED = 10
@@ -41,7 +43,15 @@ def generate_data(
     nproc_per_node: int | None,
 ) -> None:
     """Generate here or in processes of its own, or only print what would be generated."""
-    if nproc_per_node is not None and nproc_per_node > 1 and not dry_run:
+    if dry_run:
+        with importing():
+            from speculators_cli.core.capture.estimate import estimate
+        show_estimate(estimate(settings, num_ranks=nproc_per_node or 1), output)
+        return
+    if settings.tokens.show_masks is not None:
+        show_masks(settings, settings.tokens.show_masks, output)
+        return
+    if nproc_per_node is not None and nproc_per_node > 1:
         launch(nproc_per_node, context.obj)
         return
     with importing():
@@ -65,6 +75,64 @@ def show(report: "GenerationReport", output: Output) -> None:
     if report.num_rows == 0:
         return
     output.hint(_next_step(report))
+
+
+def show_masks(settings: GenerateDataSettings, number: int, output: Output) -> None:
+    """Write rows with their supervised part marked."""
+    with importing():
+        from speculators_cli.core.capture.generate import read_masked_rows
+    rows = read_masked_rows(settings, number)
+    if output.is_json:
+        content = [{"name": row.name, "spans": row.spans} for row in rows]
+        output.result("generate-data", {"rows": content})
+        return
+    for row in rows:
+        output.line(f"{row.name}:")
+        output.marked(row.spans)
+        output.line()
+
+
+def show_estimate(estimate: "Estimate", output: Output) -> None:
+    """Write what a run would take; end with 5 if it cannot fit."""
+    if output.is_json:
+        output.result("generate-data", estimate.to_json())
+    else:
+        output.panel("Estimate", list(_rows_of_estimate(estimate)))
+    if estimate.problems:
+        raise MachineError(
+            f"The run does not fit: {', and '.join(estimate.problems)}",
+            hint="Pass another `--output-dir`, `--storage-dtype float8`, `--tokens-only`, or "
+            "`--device-map auto`",
+        )
+
+
+def _rows_of_estimate(estimate: "Estimate") -> Iterator[tuple[str, str]]:
+    most = "at most " if estimate.is_upper_bound else ""
+    yield "input", f"{estimate.num_conversations:,} rows"
+    yield (
+        "tokens",
+        f"{most}{estimate.num_tokens:,} in {estimate.num_rows:,} rows, "
+        f"{estimate.num_supervised_tokens:,} supervised",
+    )
+    size, free = format_bytes(estimate.num_bytes), format_bytes(estimate.free_bytes)
+    per_token = f"{estimate.bytes_per_token:,.0f} bytes per token"
+    yield "disk", f"{most}{size} of {free} free, {per_token}"
+    if estimate.memory_bytes is not None and estimate.device_memory_bytes is not None:
+        yield (
+            "memory",
+            (
+                f"{format_bytes(estimate.memory_bytes)} of "
+                f"{format_bytes(estimate.device_memory_bytes)} per GPU"
+            ),
+        )
+    if estimate.capture_seconds is not None and estimate.capture_tokens_per_second is not None:
+        yield (
+            "capture",
+            (
+                f"{most}{format_duration(estimate.capture_seconds)} at "
+                f"{format_speed(estimate.capture_tokens_per_second)} per rank"
+            ),
+        )
 
 
 def _rows(report: "GenerationReport") -> Iterator[tuple[str, str]]:
@@ -109,7 +177,7 @@ def _next_step(report: "GenerationReport") -> str:
             "--capture online`, or this command again without `--tokens-only`"
         )
     return (
-        f"Run `speculators build-vocab-map --data-path {folder} --verifier-name-or-path {verifier} "
-        f"--draft-vocab-size 32000`, then `speculators train --verifier-name-or-path {verifier} "
-        f"--data-path {folder}`"
+        f"Run `speculators build-vocab-map --data-path {folder} --verifier-name-or-path "
+        f"{verifier}`, then `speculators train --verifier-name-or-path {verifier} --data-path "
+        f"{folder}`"
     )

@@ -208,6 +208,11 @@ class Tensors:
     def __contains__(self, name: str) -> bool:
         return name in self._names
 
+    def metadata(self) -> dict[str, str]:
+        """Return the text beside the tensors."""
+        found: dict[str, str] | None = self._content.metadata()
+        return found or {}
+
     def get_tensor(self, name: str) -> "torch.Tensor":
         """Read a tensor.
 

@@ -7,25 +7,19 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from speculators_cli.core.capture.capture import capture
+from speculators_cli.core.data.data_config import write_data_config
 from speculators_cli.core.demo.demo import VERIFIER_DIR, read_prompts
-from speculators_cli.core.models.verifier_model import VerifierModel
-from speculators_cli.core.progress import SilentProgress
+from tests.generated_samples import generate_samples
 
 
 @pytest.fixture(scope="session")
 def captured_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Samples of a real verifier, whose head predicts them."""
     folder = tmp_path_factory.mktemp("captured")
-    verifier = VerifierModel(str(VERIFIER_DIR), (2, 4, 5), dtype=torch.float32)
-    capture(
-        verifier,
-        [verifier.encode(text) for text in read_prompts()[:6]],
-        folder,
-        verifier_name="the-verifier",
-        max_new_tokens=24,
-        progress=SilentProgress(),
+    generate_samples(
+        folder, read_prompts()[:6], max_new_tokens=24, storage={"all_last_states": True}
     )
+    write_data_config(folder, verifier="the-verifier", layer_ids=(2, 4, 5))
     return folder
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from speculators_cli.cli.app import run
-from speculators_cli.core.capture.capture import CaptureReport
+from speculators_cli.core.capture.report import GenerationReport
 from speculators_cli.core.demo.demo import (
     MAX_NEW_TOKENS,
     NUM_DRAFT_TOKENS,
@@ -70,7 +70,7 @@ def report_of(num_accepted: tuple[int, int, int], *, num_different: int = 0) -> 
     )
     return DemoReport(
         output_dir=Path("demo"),
-        captured=CaptureReport(1, 2, 1, 1.0),
+        captured=GenerationReport(Path("data"), "verifier", (2, 4, 5), 1, 0, (), 1, 2, 1, 0, 0),
         training=training,
         untrained=evaluation,
         trained=evaluation,
@@ -258,7 +258,7 @@ def test_a_demo_that_is_stopped_while_capturing_ends_at_once_and_is_written_down
     def stop(*_: object, **__: object) -> None:
         os.kill(os.getpid(), signal.SIGTERM)
 
-    monkeypatch.setattr("speculators_cli.core.demo.demo.capture", stop)
+    monkeypatch.setattr("speculators_cli.core.demo.demo.generate_data", stop)
 
     code = run(["demo", "--output-dir", str(tmp_path)])
 

@@ -18,6 +18,7 @@ from speculators_cli.core.data.sample import Sample
 from speculators_cli.core.demo.demo import VERIFIER_DIR, read_prompts
 from speculators_cli.core.preparation import inspection
 from tests.cli.golden import assert_golden
+from tests.generated_samples import sample_files
 from tests.tiny_run import VOCAB, TinyInputs, write_as_specforge
 
 Capture = pytest.CaptureFixture[str]
@@ -229,7 +230,7 @@ def test_ids_beyond_the_vocabulary_are_named(
 
 def edited_copy(source: Path, target: Path, edit: Callable[[Content], object]) -> Path:
     target.mkdir()
-    for file in source.glob("*.pt"):
+    for file in sample_files(source):
         content = torch.load(file, weights_only=True)
         edit(content)
         torch.save(content, target / file.name)

@@ -15,6 +15,7 @@ from speculators_cli.cli.app import run
 from speculators_cli.core.data.folder import SampleFolder
 from speculators_cli.core.data.formats import FORMATS, v1
 from speculators_cli.core.data.sample import Sample
+from tests.generated_samples import sample_files
 from tests.tiny_run import TinyInputs, write_as_specforge
 
 Capture = pytest.CaptureFixture[str]
@@ -419,7 +420,7 @@ def test_a_folder_of_several_formats_asks_for_one(tiny: TinyInputs, capsys: Capt
 def with_wrong_states(source: Path, target: Path, *, shift: int = 0) -> Path:
     """The samples of a folder with their last hidden states marked, or moved, wrongly."""
     target.mkdir()
-    for file in source.glob("*.pt"):
+    for file in sample_files(source):
         sample = torch.load(file, weights_only=True)
         sample["last_hidden_state_is_normed"] = torch.tensor(not shift)
         sample["hidden_states"][-1] = sample["hidden_states"][-1].roll(shift, 0)

@@ -84,3 +84,23 @@ def test_every_kill_point_of_a_conversion_is_survived(tmp_path: Path) -> None:
     assert report["failures"] == []
     assert report["tried"] >= 100
     assert report["tried_in_writes"] >= 70
+
+
+# Of two jobs every third point: more than sixty.
+@pytest.mark.parametrize("job", ["answers", "float8"])
+def test_a_killed_generation_leaves_whole_files_and_goes_on(tmp_path: Path, job: str) -> None:
+    report = try_kill_points(tmp_path, job, 3, script="generate_kill_points")
+
+    assert report["failures"] == []
+    assert report["tried"] >= 32
+    assert report["tried_in_writes"] >= 12
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("job", ["answers", "float8"])
+def test_every_kill_point_of_a_generation_is_survived(tmp_path: Path, job: str) -> None:
+    report = try_kill_points(tmp_path, job, 1, script="generate_kill_points")
+
+    assert report["failures"] == []
+    assert report["tried"] == report["num_points"] >= 100
+    assert report["tried_in_writes"] >= 36

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from speculators_cli.core.errors import MachineError, SettingsError
-from speculators_cli.core.training import distributed
 from speculators_cli.core.place import Place, adopt_slurm, first_host, read_place
+from speculators_cli.core.training import distributed
 from speculators_cli.core.training.run import train
 from tests.tiny_run import TinyInputs
 

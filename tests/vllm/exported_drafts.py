@@ -17,15 +17,14 @@ from safetensors.torch import load_file
 
 from speculators_cli.cli.app import run
 from speculators_cli.core.algorithms.overrides import Overrides
-from speculators_cli.core.capture.capture import capture
 from speculators_cli.core.demo.demo import VERIFIER_DIR, read_prompts
 from speculators_cli.core.drafts.trained_draft import read_draft
 from speculators_cli.core.evaluation.draft_and_verify import draft_and_verify
 from speculators_cli.core.models.verifier import load_embedding
 from speculators_cli.core.models.verifier_files import VerifierFiles
 from speculators_cli.core.models.verifier_model import VerifierModel
-from speculators_cli.core.progress import SilentProgress
 from tests.embedded_verifier_map import write_vocab_map
+from tests.generated_samples import generate_samples
 
 SERVE_FILE = Path(__file__).parent / "serve.py"
 NUM_SAMPLES, NUM_PROMPTS, MAX_NEW_TOKENS = 60, 12, 48
@@ -172,7 +171,8 @@ def train(variant: Variant, folder: Path) -> Path:
         return save_path
     data = folder / "-".join(["data", *map(str, variant.layer_ids)])
     if not data.exists():
-        _capture(data, variant.layer_ids)
+        texts = read_prompts()[:NUM_SAMPLES]
+        generate_samples(data, texts, max_new_tokens=MAX_NEW_TOKENS, layer_ids=variant.layer_ids)
         write_vocab_map(folder)
     verifier = _copy_verifier(folder, variant.rope_theta) if variant.rope_theta else VERIFIER_DIR
     _speculators(
@@ -196,18 +196,6 @@ def export(checkpoint: Path, output_dir: Path, *flags: str) -> Path:
 
 def _speculators(*line: object) -> None:
     assert run([*map(str, line)]) == 0
-
-
-def _capture(data: Path, layer_ids: tuple[int, ...]) -> None:
-    verifier, prompts = _encode(NUM_SAMPLES, layer_ids)
-    capture(
-        verifier,
-        prompts,
-        data,
-        verifier_name=VERIFIER_DIR.name,
-        max_new_tokens=MAX_NEW_TOKENS,
-        progress=SilentProgress(),
-    )
 
 
 def _copy_verifier(folder: Path, rope_theta: float) -> Path:

@@ -10,8 +10,10 @@ from speculators_cli.core.capture.chat_template import RenderError
 from speculators_cli.core.capture.prompts import Conversation, Message, RawPrompt, Source
 from speculators_cli.core.capture.render import EngineTurn, Renderer
 from speculators_cli.core.capture.rendered import (
+    MAX_SHOWN_CHARS,
     PROMPT_TOO_LONG,
     TEMPLATE_ERROR,
+    TRUNCATED,
     LeftOut,
     Rendered,
     shorten,
@@ -19,7 +21,6 @@ from speculators_cli.core.capture.rendered import (
 from speculators_cli.core.capture.turns import row_name
 from speculators_cli.core.engines.engine import Answer, Answerer, Prompt, Sampling
 
-TRUNCATED = "answer without an end token"
 SEED_BYTES = 7  # vLLM takes seeds below 2^63
 # Harmony, the format of gpt-oss: a history has the text of each channel under a key of its own.
 _CHANNEL = re.compile(
@@ -126,7 +127,8 @@ class Regeneration:
             dialogue.left_out.append(LeftOut(dialogue.name, f"{TEMPLATE_ERROR}{error}", where))
             return
         if len(ids) >= self._max_tokens:
-            dialogue.left_out.append(LeftOut(dialogue.name, PROMPT_TOO_LONG))
+            text = shorten(self._tokenizer.decode(ids[-MAX_SHOWN_CHARS:]))
+            dialogue.left_out.append(LeftOut(dialogue.name, PROMPT_TOO_LONG, text))
             return
         dialogue.prompt = ids
 

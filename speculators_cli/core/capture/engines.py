@@ -1,11 +1,17 @@
 """Engines: the verifier that answers and the one that captures, loaded when first used."""
 
-from contextlib import suppress
+import os
 from functools import cached_property
 
 from speculators_cli.core.capture.job import Job
+from speculators_cli.core.engines.endpoint import EndpointAnswerer
 from speculators_cli.core.engines.engine import Answerer, Capturer
 from speculators_cli.core.engines.transformers_engine import TransformersEngine, load_model
+from speculators_cli.core.engines.vllm_args import parse_vllm_args
+from speculators_cli.core.engines.vllm_engine import VLLMEngine
+
+# A server is busy to the end of a batch only if many prompts are answered together.
+SERVER_SHARDS = 8
 
 
 class Engines:
@@ -17,40 +23,72 @@ class Engines:
 
     def __init__(self, job: Job) -> None:
         self._job = job
+        self._opened: list[Answerer | Capturer] = []
 
     @property
     def num_shards_at_once(self) -> int:
         """Shards whose prompts are answered together."""
-        is_server = self._job.settings.engine.engine == "vllm" or self._job.settings.engine.endpoint
-        return 8 if is_server else 1
+        given = self._job.settings
+        is_server = given.engine.engine == "vllm" or given.engine.endpoint is not None
+        return SERVER_SHARDS if given.tokens.regenerate and is_server else 1
 
     @property
     def answerer(self) -> Answerer:
         """What answers prompts."""
-        return self.transformers
+        return self._verifier if self._job.settings.engine.endpoint is None else self._endpoint
 
     @property
     def capturer(self) -> Capturer:
         """What computes hidden states."""
-        return self.transformers
+        return self._verifier
+
+    def close(self) -> None:
+        """Release what was loaded."""
+        while self._opened:
+            self._opened.pop().close()
 
     @cached_property
-    def transformers(self) -> TransformersEngine:
-        """The verifier in this process."""
+    def _endpoint(self) -> EndpointAnswerer:
+        engine = self._job.settings.engine
+        assert engine.endpoint is not None, "the caller has checked"
+        endpoint = EndpointAnswerer(
+            engine.endpoint,
+            self._job.files.name_or_path,
+            engine.concurrency,
+            api_key=os.environ.get("OPENAI_API_KEY"),
+        )
+        self._opened.append(endpoint)
+        return endpoint
+
+    @cached_property
+    def _verifier(self) -> TransformersEngine | VLLMEngine:
+        """The verifier, in this process or in a child."""
+        is_vllm = self._job.settings.engine.engine == "vllm"
+        engine = self._start_vllm() if is_vllm else self._load()
+        self._opened.append(engine)
+        return engine
+
+    def _load(self) -> TransformersEngine:
         job = self._job
+        name = job.files.name_or_path
         model = load_model(
-            job.files.name_or_path,
+            name,
             dtype=job.dtype,
             device=job.device,
             device_map=job.settings.engine.device_map,
             trust_remote_code=job.trusts_remote_code,
         )
-        return TransformersEngine(
-            model, job.layer_ids, end_ids=job.end_ids, name=job.files.name_or_path
-        )
+        return TransformersEngine(model, job.layer_ids, end_ids=job.end_ids, name=name)
 
-    def close(self) -> None:
-        """Release what was loaded."""
-        for name in ("transformers",):
-            with suppress(KeyError):
-                vars(self).pop(name).close()
+    def _start_vllm(self) -> VLLMEngine:
+        job, engine = self._job, self._job.settings.engine
+        return VLLMEngine(
+            job.files.name_or_path,
+            layer_ids=job.layer_ids,
+            num_layers=job.config.num_layers,
+            dtype=job.dtype,
+            vllm_python=engine.vllm_python,
+            tensor_parallel_size=engine.tensor_parallel_size,
+            vllm_args=parse_vllm_args(engine.vllm_args),
+            trust_remote_code=job.trusts_remote_code,
+        )

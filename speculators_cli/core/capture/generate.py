@@ -4,16 +4,20 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import closing, nullcontext
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from speculators_cli.core.capture.bad_rows import BadRows
 from speculators_cli.core.capture.engines import Engines
-from speculators_cli.core.capture.generated_folder import agree
+from speculators_cli.core.capture.generated_folder import agree, remove_leftovers
 from speculators_cli.core.capture.job import Job, open_job
-from speculators_cli.core.capture.prompt_files import Prompts, open_prompts
+from speculators_cli.core.capture.prompt_files import Prompts, open_prompts, read_prompts
+from speculators_cli.core.capture.rendered import RenderCounts, check_left_out
 from speculators_cli.core.capture.report import GenerationReport, StageTime
+from speculators_cli.core.capture.show_masks import MarkedRow, mark_row
 from speculators_cli.core.capture.state_stage import StateStage, count_bytes, sum_up_states
-from speculators_cli.core.capture.token_stage import make_tokens, sum_up_tokens
+from speculators_cli.core.capture.token_stage import RowMaker, make_tokens, sum_up_tokens
 from speculators_cli.core.data.data_config import write_data_config
 from speculators_cli.core.data.token_counts import FILE_NAME, TokenCounts, write_token_freq
 from speculators_cli.core.data.token_shards import MANIFEST_NAME, read_counts, read_shard
@@ -41,32 +45,56 @@ def generate_data(settings: GenerateDataSettings, *, progress: Progress) -> Gene
     """
     job = open_job(settings)
     prompts = open_prompts(settings.input.prompts, split=settings.input.split or None)
-    num_shards = count_shards(prompts, settings)
+    num_rows = count_rows(prompts, settings)
     is_first = job.place.rank == 0
     with (
         job.folder.locked() if is_first else nullcontext(),
         closing(Engines(job)) as engines,
     ):
-        run = _Run(job, prompts, range(num_shards), engines, progress)
+        run = _Run(job, prompts, num_rows, engines, progress)
         report = run.make_tokens()
         if not settings.tokens.tokens_only:
             report = run.make_states(report)
-    return report if is_first else None
+        if is_first:
+            # All ranks have written all of their files.
+            for folder in (job.folder.tokens, job.folder.samples, job.folder.folder):
+                remove_leftovers(folder)
+    return report
 
 
-def count_shards(prompts: Prompts, settings: GenerateDataSettings) -> int:
-    """Return the number of shards of the input.
+def count_rows(prompts: Prompts, settings: GenerateDataSettings) -> int:
+    """Return the number of rows of the input that are read.
 
     Raises:
         DataError: The input has no rows.
     """
-    given = settings.input
     num_rows = prompts.count_rows()
     if num_rows == 0:
         raise DataError(f"`{prompts.name}` has no rows", hint="Pass a file with prompts")
-    if given.max_conversations is not None:
-        num_rows = min(num_rows, given.max_conversations)
-    return -(-num_rows // given.shard_size)
+    return min(num_rows, settings.input.max_conversations or num_rows)
+
+
+def read_masked_rows(settings: GenerateDataSettings, number: int) -> list[MarkedRow]:
+    """Return the first rows of tokens as text; nothing is written.
+
+    Raises:
+        SettingsError: A setting or the verifier cannot be used.
+        DataError: The input cannot be used, or no token is supervised.
+        MachineError: The engine fails.
+    """
+    job = open_job(settings)
+    prompts = open_prompts(settings.input.prompts, split=settings.input.split or None)
+    bad = BadRows(settings.input.max_bad_rows)
+    sources = read_prompts(prompts, bad, vocab_size=job.vocab_size)
+    with closing(Engines(job)) as engines:
+        rendered = RowMaker(job, lambda: engines.answerer).make(list(islice(sources, number)))
+    rows = [row for one in rendered for row in one.rows][:number]
+    if not rows:
+        check_left_out(
+            RenderCounts.total(map(RenderCounts.of, rendered)),
+            [left for one in rendered for left in one.left_out],
+        )
+    return [MarkedRow(row.name, tuple(mark_row(job.tokenizer, row))) for row in rows]
 
 
 class _Run:
@@ -76,32 +104,32 @@ class _Run:
         self,
         job: Job,
         prompts: Prompts,
-        shards: Sequence[int],
+        num_rows: int,
         engines: Engines,
         progress: Progress,
     ) -> None:
         self._job = job
         self._prompts = prompts
-        self._shards = shards
+        self._num_rows = num_rows
+        self._shards = job.all_shards(num_rows)
         self._engines = engines
         self._progress = progress
-        self._own = [shard for shard in shards if job.is_own(shard)]
+        self._own = job.own_shards(num_rows)
         self._is_first = job.place.rank == 0
 
-    def make_tokens(self) -> GenerationReport:
-        """Write the shards of tokens; report on those of this rank, or of all on the first."""
+    def make_tokens(self) -> GenerationReport | None:
+        """Write the shards of tokens; on the first rank, wait for the others and report."""
         job = self._job
         self._agree(job.folder.tokens, tokens_manifest(job, self._prompts))
         before = {shard for shard in self._shards if job.folder.shard(shard).exists()}
         started_at = time.perf_counter()
-        make_tokens(job, self._prompts, self._own, self._engines, self._progress)
-        shards = self._own
-        if self._is_first:
-            _wait_for(job.folder.shard(shard) for shard in self._shards)
-            shards = list(self._shards)
+        make_tokens(job, self._prompts, self._num_rows, self._engines, self._progress)
+        if not self._is_first:
+            return None
+        _wait_for(job.folder.shard(shard) for shard in self._shards)
         seconds = time.perf_counter() - started_at
-        totals = sum_up_tokens(job, shards)
-        new = [read_counts(job.folder.shard(n)) for n in shards if n not in before]
+        totals = sum_up_tokens(job, self._shards)
+        new = [read_counts(job.folder.shard(n)) for n in self._shards if n not in before]
         counts = totals.rendered
         return GenerationReport(
             output_dir=job.folder.folder,
@@ -120,8 +148,12 @@ class _Run:
             tokens_time=StageTime(sum(x["rendered"]["num_tokens"] for x in new), seconds),
         )
 
-    def make_states(self, tokens: GenerationReport) -> GenerationReport:
-        """Write the samples; on the first rank, complete the folder and the report."""
+    def make_states(self, tokens: GenerationReport | None) -> GenerationReport | None:
+        """Write the samples; on the first rank, complete the folder and the report.
+
+        Args:
+            tokens: The report on the tokens; None on ranks other than the first.
+        """
         job = self._job
         self._agree(job.folder.samples, states_manifest(job))
         missing = [shard for shard in self._shards if not job.folder.done(shard).exists()]
@@ -132,8 +164,8 @@ class _Run:
         started_at = time.perf_counter()
         stage = StateStage(job, self._engines, self._progress)
         stage.run(self._own)
-        if not self._is_first:
-            return tokens
+        if tokens is None:
+            return None
         _wait_for(job.folder.done(shard) for shard in self._shards)
         seconds = time.perf_counter() - started_at
         write_token_freq(self._count_tokens().total(), job.folder.folder / FILE_NAME)
@@ -149,10 +181,9 @@ class _Run:
         )
 
     def _agree(self, folder: Path, manifest: Mapping[str, Any]) -> None:
-        if self._is_first:
-            agree(folder, manifest)
-        else:
+        if not self._is_first:
             _wait_for([folder / MANIFEST_NAME])
+        agree(folder, manifest)
 
     def _check_disk(self, shards: Sequence[int]) -> None:
         """Check that the samples of shards fit, before the first one is captured."""
@@ -161,7 +192,7 @@ class _Run:
         check_free_space(
             job.folder.folder,
             num_bytes,
-            what="the samples",
+            what="the set of samples",
             hint="Pass another `--output-dir`, `--storage-dtype float8`, or `--tokens-only` to "
             "train without stored hidden states",
         )

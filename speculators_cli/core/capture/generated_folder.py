@@ -1,5 +1,6 @@
 """The output folder of `generate-data`: shards of tokens, samples, and their manifests."""
 
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -8,12 +9,21 @@ from typing import Any
 
 from speculators_cli.core.data.token_shards import MANIFEST_NAME, shard_name
 from speculators_cli.core.errors import DataError, SettingsError
-from speculators_cli.core.files import check_output_dir, disk_errors, locking, replacing, write_json
+from speculators_cli.core.files import (
+    TEMPORARY,
+    check_output_dir,
+    disk_errors,
+    locking,
+    replacing,
+    write_json,
+)
 from speculators_cli.core.reading import read_json_object, refusing
 
 DONE_NAME = "done.json"
 LOCK_NAME = "generate-data.lock"
 SCHEMA_VERSION = 1
+# Incomplete files of a killed run, by the names that are given to them.
+LEFTOVER = re.compile(re.escape(TEMPORARY) + r".+\.(pt|json|safetensors)\.\d+(-\d+)?")
 
 
 @dataclass(frozen=True)
@@ -63,8 +73,8 @@ class GeneratedFolder:
 
         file = self.folder / LOCK_NAME
         with locking(file, in_use=in_use) as lock:
-            lock.write()
             try:
+                lock.write()
                 yield
             finally:
                 file.unlink(missing_ok=True)
@@ -82,7 +92,7 @@ def agree(folder: Path, manifest: Mapping[str, Any]) -> None:
     """
     file = folder / MANIFEST_NAME
     if not file.exists():
-        if folder.exists() and any(folder.iterdir()):
+        if folder.exists() and any(not LEFTOVER.fullmatch(x.name) for x in folder.iterdir()):
             raise SettingsError(
                 f"`--output-dir`: `{folder}` has files that `generate-data` did not write",
                 hint="Choose another `--output-dir`",
@@ -104,6 +114,13 @@ def agree(folder: Path, manifest: Mapping[str, Any]) -> None:
             "\n".join([f"`--output-dir`: `{folder}` was generated with other inputs", *different]),
             hint="Choose another `--output-dir`, or rerun the command that it was begun with",
         )
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove incomplete files of killed runs; nothing may be writing into the folder itself."""
+    for file in folder.glob(f"{TEMPORARY}*"):
+        if LEFTOVER.fullmatch(file.name) and file.is_file() and not file.is_symlink():
+            file.unlink()
 
 
 def read_json(file: Path) -> dict[str, Any]:

@@ -1,18 +1,17 @@
 """Data sets of the hub, read with the `datasets` package."""
 
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from speculators_cli.core.capture.json_rows import Decode
+from speculators_cli.core.capture.json_rows import Rows
 from speculators_cli.core.capture.table_rows import BATCH_ROWS, TableRows
 from speculators_cli.core.errors import MachineError, SettingsError
 from speculators_cli.core.reading import first_line
 
 DEFAULT_SPLIT = "train"
-HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 LOCAL_SUFFIXES = (".jsonl", ".json", ".parquet")
 
 
@@ -63,7 +62,7 @@ class HubPrompts:
         """Return the number of rows."""
         return len(self._table)
 
-    def iterate(self, start: int) -> Iterator[tuple[str, Decode]]:
+    def iterate(self, start: int) -> Rows:
         """Yield rows, decoded in batches."""
         for first in range(start, len(self._table), BATCH_ROWS):
             end = min(first + BATCH_ROWS, len(self._table))

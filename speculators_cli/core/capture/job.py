@@ -48,9 +48,18 @@ class Job:
         tokens = self.settings.tokens
         return Sampling(tokens.max_new_tokens, tokens.temperature, tokens.top_p)
 
-    def is_own(self, shard: int) -> bool:
-        """Whether a shard is of this rank."""
-        return shard % self.place.num_ranks == self.place.rank
+    @property
+    def max_tokens(self) -> int:
+        """Maximum length of a row: the verifier may have positions for less than is asked for."""
+        return min(self.settings.tokens.total_seq_len, self.config.max_position_embeddings)
+
+    def all_shards(self, num_rows: int) -> range:
+        """Return the shards of an input of so many rows."""
+        return range(-(-num_rows // self.settings.input.shard_size))
+
+    def own_shards(self, num_rows: int) -> range:
+        """Return those of this rank."""
+        return self.all_shards(num_rows)[self.place.rank :: self.place.num_ranks]
 
     def build_renderer(self) -> Renderer:
         """Return a renderer of the verifier's tokenizer and chat template."""
@@ -59,7 +68,7 @@ class Job:
             self.tokenizer,
             end_ids=self.end_ids,
             thinking=None if tokens.thinking is None else tokens.thinking == "on",
-            max_tokens=tokens.total_seq_len,
+            max_tokens=self.max_tokens,
             vocab_size=self.vocab_size,
         )
 
@@ -98,6 +107,11 @@ def open_job(settings: GenerateDataSettings) -> Job:
             f"The tokenizer of `{files.name_or_path}` has {len(tokenizer):,} tokens, its embedding "
             f"{vocab_size:,}",
             hint="Download the verifier again: its tokenizer is of another model",
+        )
+    if settings.engine.engine == "vllm" and place.num_ranks > 1:
+        raise SettingsError(
+            f"`--engine vllm` on {place.num_ranks} ranks: vLLM divides the work itself",
+            hint="Pass `--tensor-parallel-size` instead of `--nproc-per-node`",
         )
     device = choose_device(settings.engine.device, place)
     return Job(

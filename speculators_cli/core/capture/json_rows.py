@@ -1,7 +1,7 @@
 """Rows of a JSON file, one at a time: an object per line, or a list of objects."""
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from functools import partial
 from io import BufferedReader, TextIOWrapper
 from pathlib import Path
@@ -17,9 +17,10 @@ BLANK = " \t\r\n"
 BOM = b"\xef\xbb\xbf"
 
 Decode = Callable[[], object]  # the row; raises BadRowError
+Rows = Generator[tuple[str, Decode]]  # with the place of each row
 
 
-def read_json_rows(file: Path) -> Iterator[tuple[str, Decode]]:
+def read_json_rows(file: Path) -> Rows:
     """Yield the place of each row within a file, and a function that decodes it.
 
     Raises:
@@ -38,7 +39,7 @@ def _begins_with_list(stream: BufferedReader) -> bool:
     return stream.peek(BUFFER_BYTES).removeprefix(BOM).lstrip()[:1] == b"["
 
 
-def _read_lines(stream: BufferedReader) -> Iterator[tuple[str, Decode]]:
+def _read_lines(stream: BufferedReader) -> Rows:
     number = 0
     while line := stream.readline(MAX_ROW_BYTES):
         number += 1
@@ -49,7 +50,7 @@ def _read_lines(stream: BufferedReader) -> Iterator[tuple[str, Decode]]:
         if number == 1:
             line = line.removeprefix(BOM)
         if line.strip():
-            decode = _refuse_long if is_too_long else partial(_decode_line, line)
+            decode = _refuse_long if is_too_long else partial(_decode_line, line.rstrip(b"\r\n"))
             yield f"line {number:,}", decode
 
 
@@ -70,14 +71,14 @@ def _refuse_long() -> object:
     raise BadRowError(f"has more than {MAX_ROW_BYTES:,} bytes")
 
 
-def _read_list(stream: BufferedReader, file: Path) -> Iterator[tuple[str, Decode]]:
+def _read_list(stream: BufferedReader, file: Path) -> Rows:
     """Decode a list item by item: it may be larger than memory."""
-    items = _ListItems(TextIOWrapper(stream, "utf-8-sig"))
     number = 0
     try:
-        for item in items:
-            number += 1
-            yield f"item {number:,}", partial(_identity, item)
+        with TextIOWrapper(stream, "utf-8-sig") as text:
+            for item in _ListItems(text):
+                number += 1
+                yield f"item {number:,}", partial(_identity, item)
     except UnicodeDecodeError:
         reason = f"is not UTF-8 text after item {number:,}"
         raise UnreadableError(file, reason, hint=DOWNLOAD_AGAIN) from None

@@ -3,13 +3,14 @@
 import hashlib
 import os
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import closing
 from functools import partial
 from pathlib import Path
 from typing import Protocol
 
 from speculators_cli.core.capture.bad_rows import BadRow, BadRows
 from speculators_cli.core.capture.hub_prompts import HubPrompts
-from speculators_cli.core.capture.json_rows import Decode, read_json_rows
+from speculators_cli.core.capture.json_rows import Rows, read_json_rows
 from speculators_cli.core.capture.prompts import BadRowError, Source, parse_row
 from speculators_cli.core.capture.table_rows import BATCH_ROWS, TableRows
 from speculators_cli.core.errors import DataError, MachineError, SettingsError
@@ -37,7 +38,7 @@ class Prompts(Protocol):
     def count_rows(self) -> int:
         """Return the number of rows, including bad ones."""
 
-    def iterate(self, start: int) -> Iterator[tuple[str, Decode]]:
+    def iterate(self, start: int) -> Rows:
         """Yield the place of each row from `start` on, and a function that decodes it."""
 
 
@@ -85,17 +86,18 @@ def read_prompts(
         DataError: A file cannot be read, or too many rows are bad.
     """
     index = start
-    for place, decode in prompts.iterate(start):
-        if stop is not None and index >= stop:
-            return
-        try:
-            source = parse_row(decode(), index, vocab_size=vocab_size)
-        except BadRowError as error:
-            bad.add(BadRow(place, str(error)))
-        else:
-            bad.add_good()
-            yield source
-        index += 1
+    with closing(prompts.iterate(start)) as rows:
+        for place, decode in rows:
+            if stop is not None and index >= stop:
+                return
+            try:
+                source = parse_row(decode(), index, vocab_size=vocab_size)
+            except BadRowError as error:
+                bad.add(BadRow(place, str(error)))
+            else:
+                bad.add_good()
+                yield source
+            index += 1
     if index == 0:
         raise DataError(f"`{prompts.name}` has no rows", hint="Pass a file with prompts")
     bad.check()
@@ -135,12 +137,12 @@ class FilePrompts:
         """Count without decoding."""
         return sum(1 for _ in self.iterate(0))
 
-    def iterate(self, start: int) -> Iterator[tuple[str, Decode]]:
+    def iterate(self, start: int) -> Rows:
         """Yield rows; those before `start` are not decoded."""
         num_skipped = 0
         for file in self.files:
-            with refusing(DataError):
-                for place, decode in READERS[file.suffix.lower()](file):
+            with refusing(DataError), closing(READERS[file.suffix.lower()](file)) as rows:
+                for place, decode in rows:
                     if num_skipped < start:
                         num_skipped += 1
                         continue
@@ -172,7 +174,7 @@ def _is_hidden(path: Path) -> bool:
     return any(part.startswith(".") for part in path.parts)
 
 
-def _read_parquet(file: Path) -> Iterator[tuple[str, Decode]]:
+def _read_parquet(file: Path) -> Rows:
     """Yield the rows of a Parquet file, decoded in batches.
 
     Raises:
@@ -201,7 +203,7 @@ def _read_parquet(file: Path) -> Iterator[tuple[str, Decode]]:
         raise UnreadableError(file, reason, hint=DOWNLOAD_AGAIN) from None
 
 
-Reader = Callable[[Path], Iterator[tuple[str, Decode]]]
+Reader = Callable[[Path], Rows]
 READERS: Mapping[str, Reader] = {
     ".jsonl": read_json_rows,
     ".json": read_json_rows,

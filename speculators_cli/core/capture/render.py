@@ -1,6 +1,5 @@
 """Renderer: rows of token ids with loss masks, from the input or from answers of an engine."""
 
-import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -8,6 +7,12 @@ from typing import Any
 
 import numpy as np
 
+from speculators_cli.core.capture.answer_finder import (
+    AnswerFinder,
+    RowTexts,
+    compile_tokens,
+    count_common,
+)
 from speculators_cli.core.capture.chat_template import ChatTemplate, Tools
 from speculators_cli.core.capture.encoder import Encoder, Ids
 from speculators_cli.core.capture.generation_check import GenerationCheck
@@ -22,19 +27,12 @@ from speculators_cli.core.capture.prompts import (
 from speculators_cli.core.capture.rendered import (
     EMPTY_ANSWER,
     NO_ANSWER,
-    NO_BOUNDARY,
     LeftOut,
     Rendered,
     RowBuilder,
     shorten,
 )
-from speculators_cli.core.capture.turns import (
-    ConversationPlan,
-    RowPlan,
-    Turn,
-    plan_rows,
-    row_name,
-)
+from speculators_cli.core.capture.turns import ConversationPlan, plan_rows, row_name
 
 BATCH_SOURCES = 64  # encoded at once
 
@@ -72,12 +70,13 @@ class Renderer:
     ) -> None:
         self.template = ChatTemplate(tokenizer, thinking=thinking)
         self._encoder = Encoder(tokenizer, vocab_size)
-        self._end_ids = np.array(sorted(end_ids), np.int32)
-        self._end_token = _compile_tokens(tokenizer, self._end_ids.tolist())
+        self._end_ids = frozenset(end_ids)
+        ids = np.array(sorted(self._end_ids), np.int32)
+        added = tokenizer.added_tokens_decoder
+        self._end_token = compile_tokens(added[i].content for i in self._end_ids if i in added)
         self._max_tokens = max_tokens
-        self._check = GenerationCheck(
-            self.template, self._encoder, self._end_ids, num_rows=num_checked
-        )
+        self._finder = AnswerFinder(tokenizer, self._encoder, self.template, ids)
+        self._check = GenerationCheck(self.template, self._encoder, ids, num_rows=num_checked)
 
     def render_prompt(self, messages: Sequence[Message], tools: Tools = None) -> list[int]:
         """Return the ids of messages with the generation prompt, as a server encodes them.
@@ -114,7 +113,7 @@ class Renderer:
         remaining = iter(sources)
         while batch := list(islice(remaining, BATCH_SOURCES)):
             plans = [self._plan(source) for source in batch]
-            texts = [text for plan in plans for text in _texts_of(plan)]
+            texts = [text for plan in plans for text in plan.texts]
             encoded = iter(self._encoder.encode(texts))
             for source, plan in zip(batch, plans, strict=True):
                 yield self._build(source, plan, encoded)
@@ -146,101 +145,72 @@ class Renderer:
             num_turns=len(turns), num_without_end=sum(turn.is_truncated for turn in turns)
         )
 
-    def _plan(self, source: Source) -> "ConversationPlan | str | None":
-        if isinstance(source, Conversation):
-            return plan_rows(source, self.template, self._end_token)
-        return source.text if isinstance(source, Text) else None
+    def _plan(self, source: Source) -> "_Plan":
+        if isinstance(source, Text):
+            return _Plan((source.text,))
+        if not isinstance(source, Conversation):
+            return _Plan()
+        conversation = plan_rows(source, self.template, self._end_token)
+        rows = tuple(self._finder.list_texts(row) for row in conversation.rows)
+        return _Plan(tuple(text for row in rows for text in row.texts), conversation, rows)
 
-    def _build(
-        self, source: Source, plan: "ConversationPlan | str | None", encoded: Iterator[Ids]
-    ) -> Rendered:
+    def _build(self, source: Source, plan: "_Plan", encoded: Iterator[Ids]) -> Rendered:
+        if plan.conversation is not None:
+            return self._build_conversation(source.index, plan.conversation, plan.rows, encoded)
         builder = RowBuilder(self._max_tokens)
         name = row_name(source.index)
-        if isinstance(plan, ConversationPlan):
-            return self._build_conversation(name, plan, encoded, builder)
         if isinstance(source, GivenTokens):
             builder.add(name, source.input_ids, source.loss_mask)
-        elif isinstance(plan, str):
+        elif isinstance(source, Text):
             begin, end = self._encoder.begin, self._encoder.end
             ids = np.concatenate([begin, next(encoded), end])
-            builder.add(name, ids, np.arange(len(ids)) >= len(begin))
+            is_text = np.arange(len(ids)) >= len(begin)
+            builder.add(name, ids, is_text, text=shorten(source.text))
         else:
             assert isinstance(source, RawPrompt)
             builder.left_out.append(LeftOut(name, NO_ANSWER, shorten(source.text)))
         return builder.finish(num_turns=1)
 
     def _build_conversation(
-        self, name: str, plan: ConversationPlan, encoded: Iterator[Ids], builder: RowBuilder
+        self,
+        index: int,
+        conversation: ConversationPlan,
+        rows: Sequence[RowTexts],
+        encoded: Iterator[Ids],
     ) -> Rendered:
-        builder.left_out.extend(plan.left_out)
-        if plan.num_turns == 0:
-            builder.left_out.append(LeftOut(name, NO_ANSWER))
+        builder = RowBuilder(self._max_tokens)
+        builder.left_out.extend(conversation.left_out)
+        if conversation.num_turns == 0:
+            builder.left_out.append(LeftOut(row_name(index), NO_ANSWER))
             return builder.finish(num_turns=1)
         num_without_end = 0
-        for row in plan.rows:
+        for texts in rows:
             ids = next(encoded)
             mask = np.zeros(len(ids), np.bool_)
-            for turn in row.turns:
-                span = self._find_answer(turn, ids, next(encoded))
+            for span in self._finder.find(texts, ids, encoded):
                 if isinstance(span, LeftOut):
                     builder.left_out.append(span)
                     continue
                 mask[span] = True
-                num_without_end += ids[span.stop - 1] not in self._end_ids
-            self._check.check(row, ids, mask)
+                num_without_end += int(ids[span.stop - 1]) not in self._end_ids
             if mask.any():
-                builder.add(row.name, ids, mask)
-        return builder.finish(num_turns=plan.num_turns, num_without_end=num_without_end)
-
-    def _find_answer(self, turn: Turn, ids: Ids, prompt_ids: Ids) -> slice | LeftOut:
-        """Return where the answer is in the ids of a row."""
-        start = count_common(ids, prompt_ids)
-        if start < len(prompt_ids):
-            # Only the generation prompt may differ: other answers begin otherwise.
-            (history,) = self._encoder.encode([self.template.render(turn.history, turn.tools)])
-            if start < len(history) or count_common(ids, history) < len(history):
-                return LeftOut(turn.name, NO_BOUNDARY, shorten(turn.full))
-        ends = np.flatnonzero(np.isin(ids[start:], self._end_ids))
-        stop = start + int(ends[0]) + 1 if len(ends) else self._without_blank_end(ids, start)
-        if stop == start:
-            return LeftOut(turn.name, EMPTY_ANSWER, shorten(turn.full))
-        return slice(start, stop)
-
-    def _without_blank_end(self, ids: Ids, start: int) -> int:
-        stop = len(ids)
-        while stop > start and not self._encoder.decode(ids[stop - 1 : stop]).strip():
-            stop -= 1
-        return stop
+                self._check.check(texts.row, ids, mask)
+                builder.add(texts.row.name, ids, mask, text=shorten(texts.row.full))
+        return builder.finish(num_turns=conversation.num_turns, num_without_end=num_without_end)
 
 
-def count_common(a: Ids, b: Ids) -> int:
-    """Return the number of leading ids that are equal."""
-    num_both = min(len(a), len(b))
-    differing = np.flatnonzero(a[:num_both] != b[:num_both])
-    return int(differing[0]) if len(differing) else num_both
+@dataclass(frozen=True)
+class _Plan:
+    """What has to be encoded for a source."""
 
-
-def _texts_of(plan: "ConversationPlan | str | None") -> list[str]:
-    if isinstance(plan, ConversationPlan):
-        return [text for row in plan.rows for text in _texts_of_row(row)]
-    return [] if plan is None else [plan]
-
-
-def _texts_of_row(row: RowPlan) -> list[str]:
-    return [row.full, *(turn.prompt for turn in row.turns)]
+    texts: tuple[str, ...] = ()
+    conversation: ConversationPlan | None = None
+    rows: tuple[RowTexts, ...] = ()
 
 
 def _is_chain(ids: Sequence[Ids], turns: Sequence[EngineTurn]) -> bool:
     """Whether each prompt begins with the prompt and the answer before."""
     return all(
-        len(whole) <= len(following.prompt_ids)
-        and count_common(whole, np.array(following.prompt_ids, np.int32)) == len(whole)
+        count_common(whole, following.prompt_ids) == len(whole)
         for whole, following in zip(ids, turns[1:], strict=False)
     )
-
-
-def _compile_tokens(tokenizer: Any, ids: Sequence[int]) -> re.Pattern[str] | None:
-    """Return what matches any of these tokens in a text."""
-    added = tokenizer.added_tokens_decoder
-    texts = [added[token_id].content for token_id in ids if token_id in added]
-    return re.compile("|".join(map(re.escape, texts))) if texts else None

@@ -14,8 +14,10 @@ from speculators_cli.core.errors import DataError
 NO_BOUNDARY = "no certain boundary between prompt and answer"
 NO_ANSWER = "no answer"
 EMPTY_ANSWER = "empty answer"
-PROMPT_TOO_LONG = "longer prompt than the verifier's maximum length"
+TOO_LONG = "no supervised token within"
+PROMPT_TOO_LONG = "prompt longer than the maximum length"
 TEMPLATE_ERROR = "template error: "
+TRUNCATED = "answer without an end token"
 MAX_LEFT_OUT_SHARE = 0.05  # of the turns
 NUM_SHOWN = 2
 MAX_SHOWN_CHARS = 600
@@ -23,7 +25,7 @@ MAX_SHOWN_CHARS = 600
 
 def too_long(max_tokens: int) -> str:
     """Return the reason for a row whose answers begin too late."""
-    return f"no supervised token within {max_tokens:,} tokens"
+    return f"{TOO_LONG} {max_tokens:,} tokens"
 
 
 @dataclass(frozen=True)
@@ -71,7 +73,7 @@ class RenderCounts:
             num_supervised_tokens=sum(int(row.loss_mask.sum()) for row in rows),
             num_cut=rendered.num_cut,
             num_without_end=rendered.num_without_end,
-            left_out=Counter(left.reason for left in rendered.left_out),
+            left_out=dict(Counter(left.reason for left in rendered.left_out)),
         )
 
     @classmethod
@@ -92,13 +94,14 @@ class RenderCounts:
 
     def to_json(self) -> dict[str, Any]:
         """Return a JSON object."""
-        return asdict(self) | {"left_out": dict(self.left_out)}
+        return asdict(self)
 
 
 def check_left_out(counts: RenderCounts, examples: Sequence[LeftOut]) -> None:
     """Check that most answers are supervised.
 
-    Rows that are too long are not counted: the limit is the user's choice.
+    Rows and prompts that are too long and truncated answers are not counted: they are left out by
+    the user's choice.
 
     Args:
         counts: Of the whole input.
@@ -110,9 +113,11 @@ def check_left_out(counts: RenderCounts, examples: Sequence[LeftOut]) -> None:
     judged = {
         reason: number
         for reason, number in counts.left_out.items()
-        if not reason.startswith(too_long(0)[:19])
+        if not reason.startswith((TOO_LONG, PROMPT_TOO_LONG, TRUNCATED))
     }
     num_left_out = sum(judged.values())
+    if counts.num_sources == 0:  # a rank without shards
+        return
     if counts.num_supervised_tokens == 0:
         problem = f"No token of {counts.num_sources:,} rows is supervised"
         judged = dict(counts.left_out)
@@ -123,7 +128,7 @@ def check_left_out(counts: RenderCounts, examples: Sequence[LeftOut]) -> None:
         return
     reasons = ", ".join(f"{reason} ({number:,})" for reason, number in judged.items())
     shown = [left for left in examples if left.reason in judged][:NUM_SHOWN]
-    texts = "".join(f"\n  {left.name}: {left.reason}\n    {left.text}" for left in shown)
+    texts = "".join(f"\n  {left.name}: {left.reason}\n    {left.text}".rstrip() for left in shown)
     raise DataError(f"{problem}: {reasons}{texts}", hint=_hint(judged))
 
 
@@ -131,8 +136,8 @@ def _hint(reasons: Mapping[str, int]) -> str:
     most = max(reasons, key=lambda reason: reasons[reason], default="")
     if most == NO_ANSWER:
         return "Pass `--regenerate` for answers of the verifier"
-    if most.startswith(too_long(0)[:19]):
-        return "Pass a higher `--total-seq-len`"
+    if most.startswith((TOO_LONG, PROMPT_TOO_LONG)):
+        return "Pass a higher `--total-seq-len`, up to the verifier's own limit, or shorter rows"
     if most.startswith(TEMPLATE_ERROR):
         return "Change the messages to what the verifier's chat template accepts"
     return "Pass `--regenerate`: its answers need no boundary, or check the data"
@@ -141,7 +146,8 @@ def _hint(reasons: Mapping[str, int]) -> str:
 def shorten(text: str) -> str:
     """Return a text of limited length on one line; the beginning is cut off."""
     text = text if len(text) <= MAX_SHOWN_CHARS else f"...{text[-MAX_SHOWN_CHARS:]}"
-    return text.replace("\n", "\\n")
+    # Backticks enclose values of error messages.
+    return text.replace("\n", "\\n").replace("`", "'")
 
 
 class RowBuilder:
@@ -157,11 +163,18 @@ class RowBuilder:
         self.left_out: list[LeftOut] = []
         self.num_cut = 0
 
-    def add(self, name: str, input_ids: Ids, loss_mask: Mask) -> None:
-        """Add a row, without the tokens after its last supervised one."""
+    def add(self, name: str, input_ids: Ids, loss_mask: Mask, *, text: str = "") -> None:
+        """Add a row, without the tokens after its last supervised one.
+
+        Args:
+            name: Of the row.
+            input_ids: Of any length.
+            loss_mask: Of the same length.
+            text: Of the row, for error messages.
+        """
         # The first token is never predicted.
         if not loss_mask[1 : self.max_tokens].any():
-            self.left_out.append(LeftOut(name, too_long(self.max_tokens)))
+            self.left_out.append(LeftOut(name, too_long(self.max_tokens), text))
             return
         self.num_cut += bool(loss_mask[self.max_tokens :].any())
         end = int(np.flatnonzero(loss_mask[: self.max_tokens])[-1]) + 1

@@ -1,9 +1,18 @@
 """Rows of tokens as text, for `--show-masks`."""
 
+from dataclasses import dataclass
 from typing import Any
 
 from speculators_cli.core.data.token_shards import TokenRow
 from speculators_cli.core.models.marked_text import mark_supervised
+
+
+@dataclass(frozen=True)
+class MarkedRow:
+    """One row as text."""
+
+    name: str
+    spans: tuple[tuple[str, bool], ...]  # text, and whether it is supervised
 
 
 def mark_row(tokenizer: Any, row: TokenRow) -> list[tuple[str, bool]]:

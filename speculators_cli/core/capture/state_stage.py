@@ -4,7 +4,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from speculators_cli.core.capture.engines import Engines
-from speculators_cli.core.capture.generated_folder import DONE_NAME, read_json
+from speculators_cli.core.capture.generated_folder import (
+    DONE_NAME,
+    read_json,
+    remove_leftovers,
+)
 from speculators_cli.core.capture.job import Job
 from speculators_cli.core.capture.states import (
     SampleWriter,
@@ -125,6 +129,7 @@ class StateStage:
                 hint="Pass `--dtype bfloat16` or `--dtype float32`: float16 overflows in many "
                 "verifiers",
             )
+        remove_leftovers(shard.folder)
         content = {
             "num_samples": shard.num_samples,
             "num_bytes": shard.num_bytes,

@@ -12,6 +12,7 @@ from speculators_cli.core.capture.prompt_files import Prompts
 from speculators_cli.core.capture.prompts import BadRowError, Source, parse_row
 from speculators_cli.core.capture.rendered import LeftOut, RenderCounts, Rendered, check_left_out
 from speculators_cli.core.data.token_shards import TokenShard, read_counts, write_shard
+from speculators_cli.core.engines.engine import Answerer
 from speculators_cli.core.progress import Progress
 
 NUM_EXAMPLES = 2  # of what was left out, per shard
@@ -58,18 +59,13 @@ class RowMaker:
 
     Args:
         job: The verifier and the settings.
-        engines: Generate answers.
+        get_answerer: Loads what generates answers, when it is needed.
     """
 
-    def __init__(self, job: Job, engines: Engines) -> None:
+    def __init__(self, job: Job, get_answerer: Callable[[], Answerer]) -> None:
         self._job = job
-        self._engines = engines
+        self._get_answerer = get_answerer
         self._renderer = job.build_renderer()
-
-    @property
-    def num_shards_at_once(self) -> int:
-        """Shards whose prompts are answered together; more keep an engine busy to the end."""
-        return self._engines.num_shards_at_once if self._job.settings.tokens.regenerate else 1
 
     def make(self, sources: Sequence[Source]) -> list[Rendered]:
         """Return the rows of each source."""
@@ -78,29 +74,40 @@ class RowMaker:
             return list(self._renderer.rows_of_all(sources))
         regeneration = Regeneration(
             self._renderer,
-            self._engines.answerer,
+            self._get_answerer(),
             self._job.tokenizer,
             sampling=self._job.sampling,
             seed=tokens.seed,
-            max_tokens=tokens.total_seq_len,
+            max_tokens=self._job.max_tokens,
             keeps_truncated=not tokens.skip_truncated_answers,
         )
         return regeneration.answer_all(sources)
 
 
 def make_tokens(
-    job: Job, prompts: Prompts, shards: Sequence[int], engines: Engines, progress: Progress
+    job: Job, prompts: Prompts, num_rows: int, engines: Engines, progress: Progress
 ) -> None:
-    """Write those of the shards that are missing.
+    """Write the shards of this rank that are missing.
+
+    Args:
+        job: The verifier, the settings and the rank.
+        prompts: The input.
+        num_rows: Rows of it that are read.
+        engines: Generate answers.
+        progress: Reports progress.
 
     Raises:
         DataError: Too many rows of the input cannot be used.
     """
-    missing = {number for number in shards if not job.folder.shard(number).exists()}
+    settings = job.settings.input
+    missing = {
+        number: min(settings.shard_size, num_rows - number * settings.shard_size)
+        for number in job.own_shards(num_rows)
+        if not job.folder.shard(number).exists()
+    }
     if not missing:
         return
-    settings = job.settings.input
-    maker = RowMaker(job, engines)
+    maker = RowMaker(job, lambda: engines.answerer)
     bad = BadRows(settings.max_bad_rows)
     found = read_shards(
         prompts,
@@ -110,16 +117,16 @@ def make_tokens(
         vocab_size=job.vocab_size,
     )
     verb = "Answering" if job.settings.tokens.regenerate else "Rendering"
-    with progress.task(f"{verb} conversations", len(missing) * settings.shard_size) as task:
-        while group := list(islice(found, maker.num_shards_at_once)):
+    with progress.task(f"{verb} conversations", sum(missing.values())) as task:
+        while group := list(islice(found, engines.num_shards_at_once)):
             rendered = iter(maker.make([source for shard in group for source in shard.sources]))
             for shard in group:
                 made = list(islice(rendered, len(shard.sources)))
                 write_shard(build_shard(shard, made), job.folder.shard(shard.number))
+                bad.num_rows += len(shard.sources)
                 for row in shard.bad:
                     bad.add(row)
-                bad.num_rows += len(shard.sources)
-                task.advance(settings.shard_size)
+                task.advance(missing[shard.number])
 
 
 def build_shard(shard: Shard, rendered: Sequence[Rendered]) -> TokenShard:

@@ -73,14 +73,19 @@ def plan_rows(
         try:
             turns.append(_render_turn(turn_name, messages[:end], conversation.tools, template))
         except RenderError as error:
-            message = messages[error.index]
-            text = f"message {error.index} ({message['role']}): {shorten(message['content'])}"
-            left_out.append(LeftOut(turn_name, f"{TEMPLATE_ERROR}{error}", text))
+            left_out.append(describe_rejection(turn_name, error, messages))
     num_turns = len(turns) + len(left_out)
     if turns and is_one_row(turns, end_token):
         return ConversationPlan((RowPlan(name, tuple(turns)),), tuple(left_out), num_turns)
     rows = tuple(RowPlan(turn.name, (turn,)) for turn in turns)
     return ConversationPlan(rows, tuple(left_out), num_turns)
+
+
+def describe_rejection(name: str, error: RenderError, messages: Sequence[Message]) -> LeftOut:
+    """Return the entry for messages that the chat template rejects."""
+    message = messages[error.index]
+    text = f"message {error.index} ({message['role']}): {shorten(str(message['content']))}"
+    return LeftOut(name, f"{TEMPLATE_ERROR}{error}", text)
 
 
 def row_name(index: int, turn: int | None = None) -> str:

@@ -5,24 +5,30 @@ that the shard was made from, are in its metadata.
 """
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
+from safetensors.numpy import save
 
 from speculators_cli.core.data.sample import check_ids
 from speculators_cli.core.errors import DataError
-from speculators_cli.core.files import check_regular, replacing
+from speculators_cli.core.files import replacing
+from speculators_cli.core.reading import (
+    Tensors,
+    UnreadableError,
+    open_safetensors,
+    parse_json,
+    refusing,
+)
 
 FORMAT = "speculators-tokens-1"
 PREFIX, SUFFIX = "tokens-", ".safetensors"
 MANIFEST_NAME = "manifest.json"  # beside the shards: what they were made from
+FIX = "Remove the file, then rerun `speculators generate-data`"
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,13 +67,12 @@ def write_shard(shard: TokenShard, file: Path) -> None:
         "loss_mask": _join([row.loss_mask for row in rows], np.bool_),
         "lengths": np.array([len(row.input_ids) for row in rows], np.int64),
     }
-    metadata = {
-        "format": FORMAT,
-        "names": json.dumps([row.name for row in rows]),
-        "counts": json.dumps(shard.counts, sort_keys=True),
-    }
+    description = {"names": [row.name for row in rows], "counts": shard.counts}
+    # One entry: the library writes several in a random order, and equal shards have equal bytes.
+    metadata = {FORMAT: json.dumps(description, sort_keys=True)}
+    # Not by safetensors itself, whose errors do not tell a full disk.
     with replacing(file) as temporary:
-        save_file(tensors, temporary, metadata)
+        temporary.write_bytes(save(tensors, metadata))
 
 
 def read_shard(file: Path) -> TokenShard:
@@ -76,13 +81,18 @@ def read_shard(file: Path) -> TokenShard:
     Raises:
         DataError: It is not a shard, or damaged.
     """
-    with _opening(file) as (content, metadata):
+    with refusing(DataError), open_safetensors(file, fix=FIX) as content:
+        names, counts = (_read_json(content, key) for key in ("names", "counts"))
         ids, mask, lengths = (
-            content.get_tensor(key) for key in ("input_ids", "loss_mask", "lengths")
+            content.get_tensor(key).numpy() for key in ("input_ids", "loss_mask", "lengths")
         )
-        names, counts = json.loads(metadata["names"]), json.loads(metadata["counts"])
-    if len(names) != len(lengths) or not len(ids) == len(mask) == lengths.sum():
-        raise _damaged(file, "has parts of different lengths")
+        if (
+            {ids.ndim, mask.ndim, lengths.ndim} != {1}
+            or len(names) != len(lengths)
+            or not len(ids) == len(mask) == lengths.sum()
+            or (lengths < 0).any()
+        ):
+            raise UnreadableError(file, "has parts of different lengths", hint=FIX)
     check_ids(ids.astype(np.int64), "input_ids")
     ends = np.cumsum(lengths)
     spans = [slice(end - length, end) for end, length in zip(ends, lengths, strict=True)]
@@ -96,32 +106,18 @@ def read_counts(file: Path) -> dict[str, Any]:
     Raises:
         DataError: It is not a shard, or damaged.
     """
-    with _opening(file) as (_, metadata):
-        counts: dict[str, Any] = json.loads(metadata["counts"])
+    with refusing(DataError), open_safetensors(file, fix=FIX) as content:
+        counts: dict[str, Any] = _read_json(content, "counts")
         return counts
 
 
-@contextmanager
-def _opening(file: Path) -> Iterator[tuple[Any, Mapping[str, str]]]:
-    """Open a shard; yield its content and its metadata."""
-    try:
-        check_regular(file)
-        with safe_open(file, framework="numpy") as content:
-            metadata = content.metadata() or {}
-            if metadata.get("format") != FORMAT:
-                raise _damaged(file, "is not a shard of tokens of this version")
-            yield content, metadata
-    except (SafetensorError, KeyError, ValueError) as error:
-        raise _damaged(file, f"cannot be read: {error}") from None
-    except OSError as error:
-        raise _damaged(file, f"cannot be read: {error.strerror}") from None
+def _read_json(content: Tensors, key: str) -> Any:
+    metadata = content.metadata()
+    description = parse_json(metadata.get(FORMAT, "null"), content.file, fix=FIX)
+    if not isinstance(description, dict) or key not in description:
+        raise UnreadableError(content.file, "is not a shard of tokens of this version", hint=FIX)
+    return description[key]
 
 
 def _join(parts: Sequence[NDArray[Any]], dtype: Any) -> NDArray[Any]:
     return np.concatenate(parts).astype(dtype) if parts else np.zeros(0, dtype)
-
-
-def _damaged(file: Path, problem: str) -> DataError:
-    return DataError(
-        f"`{file}` {problem}", hint="Remove the file, then rerun `speculators generate-data`"
-    )

@@ -16,7 +16,8 @@ import torch
 
 from speculators_cli.core.algorithms.drafter import Drafter
 from speculators_cli.core.algorithms.overrides import Overrides
-from speculators_cli.core.capture.capture import CaptureReport, capture
+from speculators_cli.core.capture.generate import generate_data
+from speculators_cli.core.capture.report import GenerationReport
 from speculators_cli.core.data.data_config import default_layer_ids
 from speculators_cli.core.data.folder import read_folders
 from speculators_cli.core.data.token_counts import TokenCounts
@@ -33,6 +34,7 @@ from speculators_cli.core.training.report import TrainReport
 from speculators_cli.core.training.run import train
 from speculators_cli.core.training.run_end import error_record, recording_end
 from speculators_cli.settings.demo import DemoSettings
+from speculators_cli.settings.generate_data import GenerateDataSettings
 from speculators_cli.settings.train import TrainSettings
 
 VERIFIER_DIR = Path(__file__).parent / "verifier"
@@ -50,7 +52,7 @@ class DemoReport:
     """Results of the demo."""
 
     output_dir: Path
-    captured: CaptureReport
+    captured: GenerationReport
     training: TrainReport
     untrained: EvaluationReport
     trained: EvaluationReport
@@ -103,18 +105,16 @@ def _run_stages(settings: DemoSettings, folder: DemoFolder, progress: Progress) 
     verifier = VerifierModel(name, default_layer_ids(NUM_LAYERS), dtype=torch.float32)
     texts = read_prompts()
     prompts = [verifier.encode(text) for text in texts]
-    to_evaluate, to_capture = prompts[:NUM_EVALUATION_PROMPTS], prompts[NUM_EVALUATION_PROMPTS:]
+    to_evaluate = prompts[:NUM_EVALUATION_PROMPTS]
 
-    progress.info(f"1/4 Capture: the verifier answers {len(to_capture):,} prompts")
+    num_prompts = len(prompts) - NUM_EVALUATION_PROMPTS
+    progress.info(f"1/4 Generate data: the verifier answers {num_prompts:,} prompts")
+    with folder.placing("prompts.jsonl") as place:
+        write_prompts(texts[NUM_EVALUATION_PROMPTS:], place / "prompts.jsonl")
     with folder.placing("data") as place:
-        captured = capture(
-            verifier,
-            to_capture,
-            place / "data",
-            verifier_name=name,
-            max_new_tokens=MAX_NEW_TOKENS,
-            progress=progress,
-        )
+        settings_of_data = generate_settings(output_dir, place / "data", seed)
+        captured = generate_data(settings_of_data, progress=progress)
+    assert captured is not None, "the demo is one process"
     progress.info(
         f"    {captured.num_samples:,} samples, {captured.num_tokens:,} tokens, "
         f"{captured.num_supervised_tokens:,} of them supervised"
@@ -169,6 +169,24 @@ def read_prompts() -> list[str]:
     """Read the prompts: first halves of standard library functions that were held out."""
     lines = PROMPTS_FILE.read_text("utf-8").splitlines()
     return [json.loads(line)["prompt"] for line in lines]
+
+
+def write_prompts(texts: Sequence[str], file: Path) -> None:
+    """Write prompts as JSON lines."""
+    lines = (json.dumps({"prompt": text}) + "\n" for text in texts)
+    file.write_text("".join(lines), "utf-8")
+
+
+def generate_settings(output_dir: Path, data_dir: Path, seed: int) -> GenerateDataSettings:
+    """Return the settings of the demo's capture, as parsed by `speculators generate-data`."""
+    return GenerateDataSettings.model_validate(
+        {
+            "input": {"prompts": str(output_dir / "prompts.jsonl"), "output_dir": data_dir},
+            "verifier": {"verifier_name_or_path": str(output_dir / "verifier")},
+            "tokens": {"regenerate": True, "max_new_tokens": MAX_NEW_TOKENS, "seed": seed},
+            "engine": {"device": "cpu"},
+        }
+    )
 
 
 def choose_vocabulary(

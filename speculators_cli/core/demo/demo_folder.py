@@ -20,7 +20,7 @@ FLAG = "--output-dir"
 RESULT_NAME = "demo.json"
 SCRATCH_NAME = ".speculators-demo"
 CHECKPOINTS = "checkpoints"  # its contents identify it as written by a run
-OWN_NAMES = ("verifier", "data", "d2t.npy", "t2d.npy")
+OWN_NAMES = ("verifier", "prompts.jsonl", "data", "d2t.npy", "t2d.npy")
 MADE_BY = {"made_by": "speculators demo"}
 FILES = "files"  # in the result: checksums of the demo's files, by path
 

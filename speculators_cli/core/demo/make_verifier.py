@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -91,6 +91,10 @@ def train_tokenizer(functions: list[Function]) -> PreTrainedTokenizerFast:
         show_progress=False,
     )
     tokenizer.train_from_iterator((head + body for head, body in functions), trainer)
+    begin = (BEGIN, tokenizer.token_to_id(BEGIN))
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{BEGIN} $A", special_tokens=[begin]
+    )
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, bos_token=BEGIN, eos_token=END, pad_token=END
     )
@@ -178,7 +182,8 @@ def choose_prompts(tokenizer: PreTrainedTokenizerFast, functions: list[Function]
         # Without the line break: the tokenizer merges it with the following indentation.
         half = (head + "".join(lines[: len(lines) // 2])).rstrip()
         fewest, most = PROMPT_TOKENS
-        if len(lines) > 1 and fewest <= len(tokenizer(half)["input_ids"]) <= most:
+        num_tokens = len(tokenizer(half, add_special_tokens=False)["input_ids"])
+        if len(lines) > 1 and fewest <= num_tokens <= most:
             halves.add(half)
     prompts = sorted(halves)
     random.Random(0).shuffle(prompts)  # noqa: S311 - an order, not a secret

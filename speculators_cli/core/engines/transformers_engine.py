@@ -73,6 +73,8 @@ class TransformersEngine:
         packs_documents: bool | None = None,
     ) -> None:
         self.model = model
+        # What `generate` is not told comes from there, such as a penalty on repeated tokens.
+        model.generation_config = GenerationConfig()
         self.layer_ids = tuple(layer_ids)
         self.dtype: torch.dtype = model.dtype
         self._end_ids = sorted(end_ids)
@@ -81,6 +83,7 @@ class TransformersEngine:
         self._attention = self._own_attention
         self._kept: _Kept | None = None
         self.parts.hook(self.layer_ids, self._keep_aux, self._keep_last)
+        self._forwards: list[tuple[Any, Any, Any]] = []  # of compiled layers: plain, compiled
         self.is_packed = self._can_pack()
         is_gpu = self.parts.device.type != "cpu"
         self.packs_documents = is_gpu if packs_documents is None else packs_documents
@@ -89,8 +92,10 @@ class TransformersEngine:
             is_compiled = self.parts.device.type == "cuda" and not is_spread
         if is_compiled and self.is_packed and not self.parts.has_experts:
             # Their forward only, without the hooks: all layers share one compiled graph.
-            for layer in self.parts.layers:
-                layer.forward = torch.compile(layer.forward, dynamic=False)
+            self._forwards = [
+                (layer, layer.forward, torch.compile(layer.forward, dynamic=False))
+                for layer in self.parts.layers
+            ]
 
     @property
     def fingerprint(self) -> Mapping[str, str]:
@@ -205,6 +210,9 @@ class TransformersEngine:
                 do_sample=False,
                 eos_token_id=self._end_ids or None,
                 pad_token_id=pad,
+                # One that grows is copied for each token, which costs a GPU more than the model.
+                cache_implementation="static" if device.type == "cuda" else None,
+                disable_compile=True,
             ),
         )
         return [self._up_to_end(row) for row in out[:, longest:].tolist()]
@@ -255,10 +263,13 @@ class TransformersEngine:
         self.parts.decoder(input_ids=input_ids[None].to(self.parts.device), use_cache=False)
 
     def _use(self, attention: str) -> None:
-        """Switch the implementation of attention."""
-        if attention != self._attention:
-            self.model.set_attn_implementation(attention)
-            self._attention = attention
+        """Switch the implementation of attention; layers are compiled for packed documents only."""
+        if attention == self._attention:
+            return
+        self.model.set_attn_implementation(attention)
+        self._attention = attention
+        for layer, plain, compiled in self._forwards:
+            layer.forward = compiled if attention == packed_attention.NAME else plain
 
     @contextmanager
     def _keeping(self, kept: "_Kept") -> Iterator[None]:

@@ -11,6 +11,8 @@ from speculators_cli.core.errors import SettingsError
 
 # Attention that a mask of its own limits, or that carries state from token to token.
 PACKABLE_LAYERS = {"full_attention", "sliding_attention", "attention"}
+# Some families have another norm, of their embeddings, beside the final one.
+FINAL_NORMS = {"norm", "final_norm", "final_layernorm", "final_layer_norm", "ln_f", "norm_f"}
 
 
 @dataclass(frozen=True)
@@ -85,10 +87,15 @@ def find_layers(model: Any, name: str) -> VerifierLayers:
         SettingsError: The model has no such layout.
     """
     decoder = model.get_decoder()
+    # Llama 4's causal language model is its own decoder, by its own account.
+    decoder = getattr(decoder, "model", decoder)
     count = getattr(getattr(decoder, "config", None), "num_hidden_layers", None)
     lists = [m for m in decoder.children() if isinstance(m, nn.ModuleList) and len(m) == count]
-    norms = [m for m in decoder.children() if "norm" in type(m).__name__.lower()]
-    if decoder is model or len(lists) != 1 or len(norms) != 1:
+    named = {k: m for k, m in decoder.named_children() if "norm" in type(m).__name__.lower()}
+    norms = [m for k, m in named.items() if len(named) == 1 or k in FINAL_NORMS]
+    # Gemma 3n passes several states per token from layer to layer.
+    has_one_state = not hasattr(getattr(decoder, "config", None), "altup_num_inputs")
+    if decoder is model or len(lists) != 1 or len(norms) != 1 or not has_one_state:
         raise SettingsError(
             f"Hidden states of verifier `{name}` (`{type(model).__name__}`) cannot be taken: its "
             "decoder is not one list of layers and one final norm",

@@ -1,6 +1,7 @@
 """RepoFiles: the files of a model, in a folder or on the hub."""
 
 import errno
+import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -179,7 +180,8 @@ class RepoFiles:
             SpeculatorsError: There are no weights.
             MachineError: The download fails.
         """
-        digest = sha256(self.file(CONFIG_NAME).read_bytes())
+        config = self.read_json(CONFIG_NAME)
+        digest = sha256(json.dumps(config, sort_keys=True).encode(errors="surrogateescape"))
         for name in sorted(set(self.weight_map.values())):
             with self._refusing(), opening(self._find_listed(name, None)) as descriptor:
                 digest.update(f"{name}\0{os.fstat(descriptor).st_size}\0".encode())

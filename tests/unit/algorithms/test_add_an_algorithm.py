@@ -12,7 +12,6 @@ from speculators_cli.cli.setting_flags import flags_of
 from speculators_cli.core.algorithms import ALGORITHMS
 from speculators_cli.core.algorithms.overrides import Overrides
 from speculators_cli.core.bench.bench import bench
-from speculators_cli.core.capture.capture import capture
 from speculators_cli.core.data.batch import collate
 from speculators_cli.core.data.folder import read_folders
 from speculators_cli.core.demo.demo import VERIFIER_DIR, read_prompts
@@ -34,6 +33,7 @@ from speculators_cli.settings.algorithms import ALGORITHM_SETTINGS
 from speculators_cli.settings.bench import BenchSettings
 from speculators_cli.settings.loading import load_settings
 from speculators_cli.settings.train import TrainSettings
+from tests.generated_samples import generate_samples
 from tests.run_files import read_metrics
 from tests.tiny_run import HIDDEN, TinyInputs
 from tests.toy_algorithm import Toy, ToyConfig, ToySettings, ToyTrainSettings
@@ -238,14 +238,7 @@ def test_drafting_predicts_what_training_predicted(tiny: TinyInputs) -> None:
 def test_it_drafts_and_the_answers_are_the_verifiers(tmp_path: Path) -> None:
     verifier = VerifierModel(str(VERIFIER_DIR), (2, 4, 5), dtype=torch.float32)
     prompts = [verifier.encode(text) for text in read_prompts()[:8]]
-    capture(
-        verifier,
-        prompts,
-        tmp_path / "data",
-        verifier_name=VERIFIER_DIR.name,
-        max_new_tokens=24,
-        progress=QUIET,
-    )
+    generate_samples(tmp_path / "data", read_prompts()[:8], max_new_tokens=24)
     settings = ToyTrainSettings.model_validate(
         {
             "draft": {

@@ -8,7 +8,6 @@ import torch
 
 from speculators_cli.core.algorithms.drafter import Drafter
 from speculators_cli.core.algorithms.overrides import Overrides
-from speculators_cli.core.capture.capture import capture
 from speculators_cli.core.demo.demo import VERIFIER_DIR, read_prompts
 from speculators_cli.core.drafts.trained_draft import read_draft
 from speculators_cli.core.evaluation.draft_and_verify import evaluate
@@ -20,6 +19,7 @@ from speculators_cli.core.training.run import train
 from speculators_cli.settings.train import TrainSettings
 from tests.cache_free_draft_and_verify import CacheFreeDraft, draft_and_verify, load_verifier
 from tests.embedded_verifier_map import write_vocab_map
+from tests.generated_samples import generate_samples
 
 MAX_NEW_TOKENS = 24
 VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
@@ -44,18 +44,11 @@ def prompts(verifier: VerifierModel) -> list[list[int]]:
 
 @pytest.fixture(scope="module")
 def data_dir(
-    verifier: VerifierModel, prompts: list[list[int]], tmp_path_factory: pytest.TempPathFactory
+    tmp_path_factory: pytest.TempPathFactory,
 ) -> Path:
     folder = tmp_path_factory.mktemp("captured")
     write_vocab_map(folder)
-    capture(
-        verifier,
-        prompts,
-        folder,
-        verifier_name=VERIFIER_DIR.name,
-        max_new_tokens=MAX_NEW_TOKENS,
-        progress=SilentProgress(),
-    )
+    generate_samples(folder / "data", read_prompts()[:40], max_new_tokens=MAX_NEW_TOKENS)
     return folder
 
 
