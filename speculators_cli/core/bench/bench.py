@@ -357,7 +357,6 @@ def _build_step(
         num_layers=shape.num_layers,
     )
     dtype = choose_compute_dtype(step.compute_dtype, ranks.device)
-    frozen = _random_verifier(verifier, vocab_size, ranks.device, seed)
     filler: StateFiller = StoredStates()
     if step.capture:
         engine = build_engine(
@@ -365,6 +364,8 @@ def _build_step(
         )
         frozen = _frozen_parts(engine, verifier)
         filler = LiveStates(engine, weights_bytes=count_own_bytes(engine.model))
+    else:
+        frozen = _random_verifier(verifier, vocab_size, ranks.device, seed)
     draft = ALGORITHMS[shape.algorithm].build(
         config,
         frozen,
