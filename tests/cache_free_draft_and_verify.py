@@ -151,6 +151,6 @@ def draft_and_verify(
     return Counts(tuple(answer), tuple(num_accepted))
 
 
-def load_verifier(folder: Path) -> Any:
+def load_plain(folder: Path) -> Any:
     """transformers' own model, in float32."""
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()

@@ -17,13 +17,15 @@ from speculators_cli.core.algorithms.algorithm import Algorithm
 from speculators_cli.core.algorithms.cost import CostModel, Gpu, Work
 from speculators_cli.core.algorithms.draft_config import LAYER_IDS_ASSUMED, DraftConfig
 from speculators_cli.core.algorithms.draft_model import DraftModel, Ratio, StepSums
+from speculators_cli.core.algorithms.drafter import Verified
 from speculators_cli.core.algorithms.overrides import Overrides
 from speculators_cli.core.data.alignment import Alignment
 from speculators_cli.core.data.batch import Batch
 from speculators_cli.core.data.vocab_map import VocabMap
-from speculators_cli.core.models.attention import CausalMemory
+from speculators_cli.core.models.attention import AttentionMemory, CausalMemory
 from speculators_cli.core.models.layers import DecoderLayer, Linear, RMSNorm, RotaryEmbedding
 from speculators_cli.core.models.losses import kl_loss
+from speculators_cli.core.models.row_memory import RowMemory, RowPositions
 from speculators_cli.core.models.verifier import FrozenVerifier
 from speculators_cli.settings.base import WARNED_ON_RESUME, Settings
 from speculators_cli.settings.train import TrainSettings
@@ -137,7 +139,7 @@ class ToyDraft(nn.Module):
         tokens: Tensor,  # [new], int64: verifier ids
         aux_hidden_states: Tensor,  # [new, aux*hidden]
         position_ids: Tensor,  # [new], int64
-        memories: Sequence[CausalMemory],
+        memories: Sequence[AttentionMemory],
     ) -> Tensor:
         """What `lm_head` reads at the next positions of one document; [new, hidden]."""
         embedded = self.embedding[tokens].to(aux_hidden_states.dtype)
@@ -240,31 +242,50 @@ class ToyDrafter:
 
     def __init__(self, draft: ToyDraft, kept_ids: Tensor) -> None:
         self.draft, self.kept_ids = draft, kept_ids
-        self.start()
+        self.start(0, 0)
 
-    def start(self) -> None:
-        """Begin a new sequence."""
-        self.memories = [CausalMemory() for _ in self.draft.layers]
-        self.num_positions = 0
-        self.waiting: Tensor | None = None  # [1, aux*hidden]
+    def start(self, num_rows: int, num_positions: int) -> None:
+        """Begin a batch."""
+        self.memories = [RowMemory(num_rows, num_positions) for _ in self.draft.layers]
+        self.chosen = self.kept_ids.new_zeros(num_rows)
+        width = self.draft.config.num_aux_layers * self.draft.config.target_hidden_size
+        self.waiting = torch.zeros(num_rows, width)  # of each row
+
+    def keep(self, rows: Sequence[int]) -> None:
+        """Keep only some rows, in this order."""
+        for memory in self.memories:
+            memory.keep(rows)
+        self.chosen, self.waiting = self.chosen[list(rows)], self.waiting[list(rows)]
 
     @torch.inference_mode()
-    def propose(self, tokens: Tensor, aux_hidden_states: tuple[Tensor, ...]) -> list[int]:
-        """Take in newly verified positions, then draft one token after the last of `tokens`."""
-        aux = torch.cat(aux_hidden_states, dim=-1)
-        if self.waiting is None:
-            tokens = tokens[1:]
+    def read(self, verified: Verified) -> None:
+        """Take in newly verified positions."""
+        tokens, aux, row = verified.tokens, verified.aux, verified.row
+        rows, counts = torch.arange(len(tokens)), torch.tensor(verified.counts)
+        newest = aux[rows, counts - 1]
+        if row is None:
+            aux = torch.cat((self.waiting[:, None], aux), dim=1)
+            firsts = [first - 1 for first in verified.firsts]
+            self.waiting = newest
         else:
-            aux = torch.cat((self.waiting, aux))
-        self.waiting = aux[-1:]
-        if not len(tokens):
-            return []
-        first = self.num_positions + 1
-        positions = torch.arange(first, first + len(tokens), device=tokens.device)
-        normed = self.draft.run(tokens, aux[:-1], positions, self.memories)
-        self.num_positions += len(tokens)
-        best = self.draft.lm_head(normed[-1:]).argmax(-1)
-        return [int(self.kept_ids[best])]
+            tokens, counts, firsts = tokens[:, 1:], counts - 1, list(verified.firsts)
+            self.waiting[row] = newest[0]
+        if tokens.shape[1] == 0:
+            return
+        positions = RowPositions(tuple(firsts), tokens.shape[1], tokens.device, row)
+        normed = self.draft.run(
+            tokens.flatten(),
+            aux[:, :-1].flatten(0, 1),
+            positions.ids.flatten() + 1,
+            [memory.at(positions) for memory in self.memories],
+        )
+        last = normed.unflatten(0, tokens.shape)[rows, counts - 1]
+        chosen = self.kept_ids[self.draft.lm_head(last).argmax(-1)]
+        self.chosen[slice(None) if row is None else slice(row, row + 1)] = chosen
+
+    def propose(self) -> Tensor:
+        """Draft one token after the last verified one of each row; [rows, 1], int64."""
+        return self.chosen[:, None].clone()
 
 
 class ToyCost(CostModel[ToyConfig, ToySettings]):

@@ -32,6 +32,7 @@ COMMANDS = {
         Command("convert-v0", "Data", "Rewrite v0 samples in the v1 format"),
         Command("build-vocab-map", "Data", "Choose the draft vocabulary and write d2t and t2d"),
         Command("train", "Draft model", "Train a draft model on captured hidden states"),
+        Command("evaluate", "Draft model", "Measure the acceptance length against the verifier"),
         Command("export", "Draft model", "Write a draft model for a serving engine"),
         Command("demo", "Try", "Run the whole pipeline on an embedded verifier, on CPU, offline"),
         Command(

@@ -1,15 +1,13 @@
 """Samples of a real verifier: the embedded one."""
 
-import json
 from pathlib import Path
 
 import pytest
-import torch
-from safetensors.torch import load_file, save_file
 
 from speculators_cli.core.data.data_config import write_data_config
-from speculators_cli.core.demo.demo import VERIFIER_DIR, read_prompts
+from speculators_cli.core.demo.demo import read_prompts
 from tests.generated_samples import generate_samples
+from tests.spread_verifier import write_spread_verifier
 
 
 @pytest.fixture(scope="session")
@@ -29,12 +27,4 @@ def verifier_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     The embedded one's gains are so even that the norm hardly changes which token comes first.
     """
-    folder = tmp_path_factory.mktemp("verifier")
-    config = json.loads((VERIFIER_DIR / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": False}))
-    tensors = {k: x.float() for k, x in load_file(VERIFIER_DIR / "model.safetensors").items()}
-    spread = torch.randn(128, generator=torch.Generator().manual_seed(0)).exp()
-    tensors["model.norm.weight"] *= spread
-    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"] / spread
-    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
-    return folder
+    return write_spread_verifier(tmp_path_factory.mktemp("verifier"))

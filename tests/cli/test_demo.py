@@ -24,11 +24,12 @@ from speculators_cli.core.demo.demo import (
 )
 from speculators_cli.core.demo.demo_folder import RESULT_NAME, DemoFolder
 from speculators_cli.core.errors import SettingsError, SpeculatorsError
-from speculators_cli.core.evaluation.draft_and_verify import EvaluationReport
+from speculators_cli.core.evaluation.draft_and_verify import Answer, PassTimes
+from speculators_cli.core.evaluation.measurement import Measurement
 from speculators_cli.core.progress import SilentProgress
 from speculators_cli.core.training.report import TrainReport
 from speculators_cli.core.training.run import train
-from tests.cache_free_draft_and_verify import CacheFreeDraft, draft_and_verify, load_verifier
+from tests.cache_free_draft_and_verify import CacheFreeDraft, draft_and_verify, load_plain
 from tests.run_files import tree
 from tests.tiny_run import TinyInputs
 
@@ -37,12 +38,14 @@ Capture = pytest.CaptureFixture[str]
 
 def report_of(num_accepted: tuple[int, int, int], *, num_different: int = 0) -> DemoReport:
     """A report of 100 passes, trained and untrained alike."""
-    evaluation = EvaluationReport(
+    # The passes that accepted exactly k draft tokens.
+    bounds = (100, *num_accepted, 0)
+    counts = [k for k in range(4) for _ in range(bounds[k] - bounds[k + 1])]
+    evaluation = Measurement(
         num_draft_tokens=3,
-        num_passes=100,
-        num_accepted=num_accepted,
-        answers=(),
+        answers=(Answer(1, (), (), tuple(counts), (None,) * 100),),
         num_different=num_different,
+        times=PassTimes(100, 1.0, 1.0),
         duration_seconds=1.0,
     )
     training = TrainReport(
@@ -225,7 +228,7 @@ def test_the_whole_demo_holds_what_it_reports(tmp_path: Path) -> None:
 
 def check_acceptance(checkpoint_dir: Path, report: dict[str, object]) -> None:
     """The reported figures are those of a loop without caches over the saved checkpoint."""
-    verifier, draft = load_verifier(VERIFIER_DIR), CacheFreeDraft(checkpoint_dir)
+    verifier, draft = load_plain(VERIFIER_DIR), CacheFreeDraft(checkpoint_dir)
     begin = verifier.config.bos_token_id
     accepted: list[int] = []
     for prompt in encode(read_prompts()[:NUM_EVALUATION_PROMPTS]):

@@ -23,7 +23,7 @@ LAYERS: list[set[str]] = [
     {"core.kernels"},
     {"core.data"},
     {"core.models"},
-    {"core.engines"},
+    {"core.engines", "core.conversations"},
     {"core.algorithms"},
     {"core.drafts"},
     {"core.capture", "core.evaluation", "core.export", "core.preparation", "core.training"},

@@ -19,10 +19,12 @@ from speculators_cli.cli.app import run
 from speculators_cli.core.algorithms.overrides import Overrides
 from speculators_cli.core.demo.demo import VERIFIER_DIR, read_prompts
 from speculators_cli.core.drafts.trained_draft import read_draft
+from speculators_cli.core.engines.engine import Prompt, Sampling
 from speculators_cli.core.evaluation.draft_and_verify import draft_and_verify
+from speculators_cli.core.evaluation.verifier import load_verifier
 from speculators_cli.core.models.verifier import load_embedding
 from speculators_cli.core.models.verifier_files import VerifierFiles
-from speculators_cli.core.models.verifier_model import VerifierModel
+from speculators_cli.core.progress import SilentProgress
 from tests.embedded_verifier_map import write_vocab_map
 from tests.generated_samples import generate_samples
 
@@ -123,12 +125,16 @@ class Questions:
         known = {name: x for name, x in source.weights.items() if name in config.tensor_shapes()}
         source = replace(source, config=config, weights=known)
         files = VerifierFiles(self.verifier)
-        embedding = load_embedding(files)
-        drafter = source.build_drafter(embedding, num_draft_tokens=3)
-        verifier = VerifierModel(self.verifier, config.target_layer_ids, dtype=torch.float32)
-        answers = [
-            draft_and_verify(verifier, drafter, prompt, MAX_NEW_TOKENS) for prompt in self.prompts
-        ]
+        verifier = load_verifier(files, config.target_layer_ids, dtype=torch.float32)
+        answers = draft_and_verify(
+            verifier.rows,
+            source.build_drafter(load_embedding(files), num_draft_tokens=3),
+            [Prompt(ids, 0) for ids in self.prompts],
+            Sampling(MAX_NEW_TOKENS),
+            end_ids=verifier.tokens.end_ids,
+            batch_size=4,
+            progress=SilentProgress(),
+        ).answers
         return Served([list(x.tokens) for x in answers], [list(x.num_accepted) for x in answers])
 
 
@@ -155,12 +161,9 @@ def _run_engine(command: list[str]) -> None:
 
 def ask_demo() -> Questions:
     """Prompts of the demo for its verifier; drafts are trained on the same ones."""
-    return Questions(str(VERIFIER_DIR), _encode(NUM_PROMPTS, LAYER_IDS)[1])
-
-
-def _encode(num_prompts: int, layer_ids: tuple[int, ...]) -> tuple[VerifierModel, list[list[int]]]:
-    verifier = VerifierModel(str(VERIFIER_DIR), layer_ids, dtype=torch.float32)
-    return verifier, [verifier.encode(text) for text in read_prompts()[:num_prompts]]
+    verifier = load_verifier(VerifierFiles(str(VERIFIER_DIR)), LAYER_IDS, dtype=torch.float32)
+    prompts = [verifier.encode(text) for text in read_prompts()[:NUM_PROMPTS]]
+    return Questions(str(VERIFIER_DIR), prompts)
 
 
 def train(variant: Variant, folder: Path) -> Path:

@@ -10,12 +10,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-import torch
 
 from speculators_cli.cli.app import run
 from speculators_cli.core.algorithms.overrides import Overrides
 from speculators_cli.core.drafts.trained_draft import read_draft
-from speculators_cli.core.models.verifier_model import VerifierModel
+from speculators_cli.core.models.tokenizer import load_tokenizer
+from speculators_cli.core.models.verifier_files import VerifierFiles
 from tests.vllm.exported_drafts import (
     RESIDUAL_OFF,
     VARIANTS,
@@ -141,10 +141,10 @@ def test_a_draft_of_ones_own_is_served(tmp_path: Path, check: Check) -> None:
     assert run(["export", source, "--output-dir", str(out), "--dtype", "float32"]) == 0
     config = read_draft(str(out), Overrides(), flag="CHECKPOINT").config
     name = config.verifier_name_or_path
-    verifier = VerifierModel(name, config.target_layer_ids, dtype=torch.float32)
+    tokenizer = load_tokenizer(VerifierFiles(name), trust_remote_code=False)
     prompts = [
         list(
-            verifier.tokenizer.apply_chat_template(
+            tokenizer.apply_chat_template(
                 [{"role": "user", "content": text}], add_generation_prompt=True
             )["input_ids"]
         )

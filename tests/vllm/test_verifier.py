@@ -11,16 +11,20 @@ import time
 from collections.abc import Iterator
 from contextlib import closing, suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+from speculators_cli.core.conversations.encoder import Encoder
 from speculators_cli.core.demo.demo import VERIFIER_DIR, read_prompts
 from speculators_cli.core.engines.endpoint import EndpointAnswerer
 from speculators_cli.core.engines.engine import Answerer, Packed, Prompt, Sampling
 from speculators_cli.core.engines.vllm_engine import VLLMEngine
 from speculators_cli.core.errors import DataError, MachineError
-from speculators_cli.core.models.verifier_model import VerifierModel
+from speculators_cli.core.models.tokenizer import load_tokenizer
+from speculators_cli.core.models.verifier_files import VerifierFiles
+from tests.cache_free_draft_and_verify import load_plain
 
 pytestmark = pytest.mark.vllm
 
@@ -45,21 +49,25 @@ def _environment() -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def verifier() -> VerifierModel:
-    return VerifierModel(str(VERIFIER_DIR), sorted(LAYER_IDS), dtype=torch.float32)
+def verifier() -> Any:
+    """transformers' own model."""
+    return load_plain(VERIFIER_DIR)
 
 
 @pytest.fixture(scope="module")
-def prompts(verifier: VerifierModel) -> list[list[int]]:
-    return [verifier.encode(text) for text in read_prompts()[:NUM_PROMPTS]]
+def prompts() -> list[list[int]]:
+    tokenizer = load_tokenizer(VerifierFiles(str(VERIFIER_DIR)), trust_remote_code=False)
+    encoder = Encoder(tokenizer, vocab_size=len(tokenizer))
+    ids = encoder.encode(read_prompts()[:NUM_PROMPTS])
+    return [[*encoder.begin.tolist(), *one.tolist()] for one in ids]
 
 
 @pytest.fixture(scope="module")
-def expected(verifier: VerifierModel, prompts: list[list[int]]) -> list[list[int]]:
+def expected(verifier: Any, prompts: list[list[int]]) -> list[list[int]]:
     """transformers' greedy answers, with their end tokens."""
     answers = []
     for prompt in prompts:
-        out = verifier.model.generate(
+        out = verifier.generate(
             torch.tensor([prompt]), max_new_tokens=MAX_NEW_TOKENS, do_sample=False
         )
         answers.append(out[0, len(prompt) :].tolist())
@@ -91,7 +99,7 @@ def answer(
 
 def test_answers_equal_transformers_with_their_end_tokens(
     engine: VLLMEngine,
-    verifier: VerifierModel,
+    verifier: Any,
     prompts: list[list[int]],
     expected: list[list[int]],
 ) -> None:
@@ -100,7 +108,7 @@ def test_answers_equal_transformers_with_their_end_tokens(
     by_index = sorted(found, key=lambda x: x.index)
     assert [list(x.ids) for x in by_index] == expected
     assert [x.is_truncated for x in by_index] == [
-        ids[-1] not in verifier.end_ids for ids in expected
+        ids[-1] != verifier.generation_config.eos_token_id for ids in expected
     ]
     assert 0 < sum(x.is_truncated for x in found) < NUM_PROMPTS
     assert sum(map(len, prompts)) > 128
@@ -143,7 +151,7 @@ def test_a_killed_engine_is_restarted_with_the_rest(
 
 def test_states_equal_transformers(
     engine: VLLMEngine,
-    verifier: VerifierModel,
+    verifier: Any,
     prompts: list[list[int]],
     expected: list[list[int]],
 ) -> None:
@@ -155,13 +163,17 @@ def test_states_equal_transformers(
 
     states = engine.capture(Packed(torch.tensor(ids), [*map(len, documents)], rows))
 
-    aux, last = [], []
+    aux: list[torch.Tensor] = []
+    last: list[torch.Tensor] = []
     for document in documents:
         tokens = torch.tensor(document)
+        hook = verifier.model.norm.register_forward_pre_hook(
+            lambda _, given: last.append(given[0][0])
+        )
         with torch.no_grad():
-            out = verifier.model(tokens[None], output_hidden_states=True)
+            out = verifier(tokens[None], output_hidden_states=True)
+        hook.remove()
         aux.append(torch.cat([out.hidden_states[k][0] for k in sorted(LAYER_IDS)], dim=1))
-        last.append(verifier.run(tokens).last_hidden_states)
     torch.testing.assert_close(states.aux, torch.cat(aux), rtol=0, atol=ATOL)
     torch.testing.assert_close(states.last, torch.cat(last)[rows], rtol=0, atol=ATOL)
     assert states.aux.abs().max() > 10
@@ -179,7 +191,7 @@ def test_a_second_capture_leaves_no_file(engine: VLLMEngine, prompts: list[list[
 
 
 def test_a_server_of_vllm_answers_the_same(
-    verifier: VerifierModel,
+    verifier: Any,
     prompts: list[list[int]],
     expected: list[list[int]],
     tmp_path: Path,
@@ -211,7 +223,7 @@ def test_a_server_of_vllm_answers_the_same(
     by_index = sorted(found, key=lambda x: x.index)
     assert [list(x.ids) for x in by_index] == expected
     assert [x.is_truncated for x in by_index] == [
-        ids[-1] not in verifier.end_ids for ids in expected
+        ids[-1] != verifier.generation_config.eos_token_id for ids in expected
     ]
     assert answerer.model == "alias"
 

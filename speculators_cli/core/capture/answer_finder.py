@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from speculators_cli.core.capture.chat_template import ChatTemplate
-from speculators_cli.core.capture.encoder import Encoder, Ids
 from speculators_cli.core.capture.rendered import EMPTY_ANSWER, NO_BOUNDARY, LeftOut, shorten
 from speculators_cli.core.capture.turns import RowPlan, Turn
+from speculators_cli.core.conversations.chat_template import ChatTemplate
+from speculators_cli.core.conversations.encoder import Encoder, Ids
 
 
 @dataclass(frozen=True)

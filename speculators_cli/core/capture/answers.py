@@ -3,11 +3,8 @@
 import re
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass, field, replace
-from hashlib import sha256
 from typing import Any
 
-from speculators_cli.core.capture.chat_template import RenderError
-from speculators_cli.core.capture.prompts import Conversation, Message, RawPrompt, Source
 from speculators_cli.core.capture.render import EngineTurn, Renderer
 from speculators_cli.core.capture.rendered import (
     MAX_SHOWN_CHARS,
@@ -19,9 +16,11 @@ from speculators_cli.core.capture.rendered import (
     shorten,
 )
 from speculators_cli.core.capture.turns import row_name
+from speculators_cli.core.conversations.chat_template import RenderError
+from speculators_cli.core.conversations.prompts import Conversation, Message, RawPrompt, Source
 from speculators_cli.core.engines.engine import Answer, Answerer, Prompt, Sampling
+from speculators_cli.core.engines.sampling import seed_of
 
-SEED_BYTES = 7  # vLLM takes seeds below 2^63
 # Harmony, the format of gpt-oss: a history has the text of each channel under a key of its own.
 _CHANNEL = re.compile(
     r"<\|channel\|>(\w+)[^<]*<\|message\|>(.*?)(?:<\|(?:end|return|call)\|>|$)", re.DOTALL
@@ -118,10 +117,10 @@ class Regeneration:
         """Make a prompt the next one, unless it cannot be answered."""
         try:
             if isinstance(prompt, RawPrompt):
-                ids = self._renderer.render_raw(prompt)
+                ids = self._renderer.prompts.render_raw(prompt)
             else:
                 assert isinstance(dialogue.source, Conversation)
-                ids = self._renderer.render_prompt(prompt, dialogue.source.tools)
+                ids = self._renderer.prompts.render(prompt, dialogue.source.tools)
         except RenderError as error:
             where = f"message {error.index}"
             dialogue.left_out.append(LeftOut(dialogue.name, f"{TEMPLATE_ERROR}{error}", where))
@@ -192,9 +191,3 @@ def read_answer(tokenizer: Any, ids: Sequence[int]) -> Message:
         }
     content = tokenizer.decode(list(ids), skip_special_tokens=True)
     return {"role": "assistant", "content": content.strip()}
-
-
-def seed_of(seed: int, index: int, turn: int) -> int:
-    """Return the seed of one answer, which depends on nothing else."""
-    digest = sha256(f"{seed} {index} {turn}".encode()).digest()
-    return int.from_bytes(digest[:SEED_BYTES], "big")

@@ -10,12 +10,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from speculators_cli.core.capture.bad_rows import BadRows
 from speculators_cli.core.capture.generate import count_rows
 from speculators_cli.core.capture.job import Job, open_job
-from speculators_cli.core.capture.prompt_files import open_prompts, read_prompts
 from speculators_cli.core.capture.state_stage import storage_of
 from speculators_cli.core.capture.token_stage import RowMaker
+from speculators_cli.core.conversations.bad_rows import BadRows
+from speculators_cli.core.conversations.prompt_files import open_prompts, read_prompts
 from speculators_cli.core.data.source import spread_evenly
 from speculators_cli.core.engines.engine import Answer, Prompt, Sampling
 from speculators_cli.core.files import find_existing

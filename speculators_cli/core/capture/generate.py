@@ -8,16 +8,16 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from speculators_cli.core.capture.bad_rows import BadRows
 from speculators_cli.core.capture.engines import Engines
 from speculators_cli.core.capture.generated_folder import agree, remove_leftovers
 from speculators_cli.core.capture.job import Job, open_job
-from speculators_cli.core.capture.prompt_files import Prompts, open_prompts, read_prompts
 from speculators_cli.core.capture.rendered import RenderCounts, check_left_out
 from speculators_cli.core.capture.report import GenerationReport, StageTime
 from speculators_cli.core.capture.show_masks import MarkedRow, mark_row
 from speculators_cli.core.capture.state_stage import StateStage, count_bytes, sum_up_states
 from speculators_cli.core.capture.token_stage import RowMaker, make_tokens, sum_up_tokens
+from speculators_cli.core.conversations.bad_rows import BadRows
+from speculators_cli.core.conversations.prompt_files import Prompts, open_prompts, read_prompts
 from speculators_cli.core.data.data_config import write_data_config
 from speculators_cli.core.data.token_counts import FILE_NAME, TokenCounts, write_token_freq
 from speculators_cli.core.data.token_shards import MANIFEST_NAME, read_counts, read_shard

@@ -2,10 +2,10 @@
 
 import numpy as np
 
-from speculators_cli.core.capture.chat_template import ChatTemplate
-from speculators_cli.core.capture.encoder import Encoder, Ids, Mask
 from speculators_cli.core.capture.rendered import shorten
 from speculators_cli.core.capture.turns import RowPlan
+from speculators_cli.core.conversations.chat_template import ChatTemplate
+from speculators_cli.core.conversations.encoder import Encoder, Ids, Mask
 from speculators_cli.core.errors import DataError
 
 

@@ -11,12 +11,12 @@ import torch
 from speculators_cli.core.capture.generated_folder import GeneratedFolder
 from speculators_cli.core.capture.render import Renderer
 from speculators_cli.core.data.data_config import choose_captured_layers
+from speculators_cli.core.engines.devices import choose_device, choose_dtype
 from speculators_cli.core.engines.engine import Sampling
-from speculators_cli.core.errors import MachineError, SettingsError
-from speculators_cli.core.models.special_tokens import read_end_ids
-from speculators_cli.core.models.tokenizer import load_tokenizer
+from speculators_cli.core.errors import SettingsError
 from speculators_cli.core.models.verifier import VerifierConfig, read_verifier_config
 from speculators_cli.core.models.verifier_files import VerifierFiles
+from speculators_cli.core.models.verifier_tokens import load_verifier_tokens
 from speculators_cli.core.place import Place, adopt_slurm, read_place
 from speculators_cli.settings.generate_data import GenerateDataSettings
 
@@ -96,18 +96,7 @@ def open_job(settings: GenerateDataSettings) -> Job:
     given = settings.verifier
     files = VerifierFiles(given.verifier_name_or_path)
     config = read_verifier_config(files, trust_remote_code=given.trust_remote_code)
-    tokenizer = load_tokenizer(files, trust_remote_code=given.trust_remote_code)
-    end_ids = read_end_ids(files, trust_remote_code=given.trust_remote_code)
-    own_end = tokenizer.eos_token_id
-    if own_end is not None and not end_ids:
-        end_ids = {own_end}
-    vocab_size = files.read_vocab_size(config.modules)
-    if len(tokenizer) > vocab_size:
-        raise SettingsError(
-            f"The tokenizer of `{files.name_or_path}` has {len(tokenizer):,} tokens, its embedding "
-            f"{vocab_size:,}",
-            hint="Download the verifier again: its tokenizer is of another model",
-        )
+    tokens = load_verifier_tokens(files, config, trust_remote_code=given.trust_remote_code)
     if settings.engine.engine == "vllm" and place.num_ranks > 1:
         raise SettingsError(
             f"`--engine vllm` on {place.num_ranks} ranks: vLLM divides the work itself",
@@ -119,36 +108,11 @@ def open_job(settings: GenerateDataSettings) -> Job:
         folder=GeneratedFolder(settings.input.output_dir),
         files=files,
         config=config,
-        tokenizer=tokenizer,
-        end_ids=frozenset(end_ids),
-        vocab_size=vocab_size,
+        tokenizer=tokens.tokenizer,
+        end_ids=tokens.end_ids,
+        vocab_size=tokens.vocab_size,
         layer_ids=choose_captured_layers(given.target_layer_ids, config.num_layers),
         device=device,
         dtype=choose_dtype(given.dtype, device),
         place=place,
     )
-
-
-def choose_device(name: str, place: Place) -> torch.device:
-    """Return the device of this rank.
-
-    Raises:
-        MachineError: There is no GPU for it.
-    """
-    num_gpus = torch.cuda.device_count()
-    if name == "cpu" or (name == "auto" and num_gpus == 0):
-        return torch.device("cpu")
-    if place.local_rank >= num_gpus:
-        raise MachineError(
-            f"Rank {place.rank} has no GPU: this machine has {num_gpus}",
-            hint="Lower `--nproc-per-node`, or pass `--device cpu`",
-        )
-    return torch.device("cuda", place.local_rank)
-
-
-def choose_dtype(name: str, device: torch.device) -> torch.dtype:
-    """Return the precision of the verifier."""
-    if name == "auto":
-        return torch.bfloat16 if device.type == "cuda" else torch.float32
-    dtype: torch.dtype = getattr(torch, name)
-    return dtype

@@ -13,17 +13,7 @@ from speculators_cli.core.capture.answer_finder import (
     compile_tokens,
     count_common,
 )
-from speculators_cli.core.capture.chat_template import ChatTemplate, Tools
-from speculators_cli.core.capture.encoder import Encoder, Ids
 from speculators_cli.core.capture.generation_check import GenerationCheck
-from speculators_cli.core.capture.prompts import (
-    Conversation,
-    GivenTokens,
-    Message,
-    RawPrompt,
-    Source,
-    Text,
-)
 from speculators_cli.core.capture.rendered import (
     EMPTY_ANSWER,
     NO_ANSWER,
@@ -33,6 +23,15 @@ from speculators_cli.core.capture.rendered import (
     shorten,
 )
 from speculators_cli.core.capture.turns import ConversationPlan, plan_rows, row_name
+from speculators_cli.core.conversations.encoder import Ids
+from speculators_cli.core.conversations.prompt_ids import PromptRenderer
+from speculators_cli.core.conversations.prompts import (
+    Conversation,
+    GivenTokens,
+    RawPrompt,
+    Source,
+    Text,
+)
 
 BATCH_SOURCES = 64  # encoded at once
 
@@ -68,8 +67,8 @@ class Renderer:
         vocab_size: int,
         num_checked: int = 100,
     ) -> None:
-        self.template = ChatTemplate(tokenizer, thinking=thinking)
-        self._encoder = Encoder(tokenizer, vocab_size)
+        self.prompts = PromptRenderer(tokenizer, thinking=thinking, vocab_size=vocab_size)
+        self.template, self._encoder = self.prompts.template, self.prompts.encoder
         self._end_ids = frozenset(end_ids)
         ids = np.array(sorted(self._end_ids), np.int32)
         added = tokenizer.added_tokens_decoder
@@ -77,27 +76,6 @@ class Renderer:
         self._max_tokens = max_tokens
         self._finder = AnswerFinder(tokenizer, self._encoder, self.template, ids)
         self._check = GenerationCheck(self.template, self._encoder, ids, num_rows=num_checked)
-
-    def render_prompt(self, messages: Sequence[Message], tools: Tools = None) -> list[int]:
-        """Return the ids of messages with the generation prompt, as a server encodes them.
-
-        Raises:
-            RenderError: The template rejects the messages.
-            SettingsError: There is no chat template.
-        """
-        (ids,) = self._encoder.encode([self.template.render_prompt(messages, tools)])
-        return list(ids.tolist())
-
-    def render_raw(self, prompt: RawPrompt) -> list[int]:
-        """Return the ids of a prompt: one user message, or raw if there is no chat template.
-
-        Raises:
-            RenderError: The template rejects it.
-        """
-        if not self.template.is_missing:
-            return self.render_prompt([{"role": "user", "content": prompt.text}])
-        (ids,) = self._encoder.encode([prompt.text])
-        return [*self._encoder.begin.tolist(), *ids.tolist()]
 
     def rows_of(self, source: Source) -> Rendered:
         """Return the rows of a source whose answers are given.

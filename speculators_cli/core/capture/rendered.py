@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from speculators_cli.core.capture.encoder import Ids, Mask
+from speculators_cli.core.conversations.encoder import Ids, Mask
 from speculators_cli.core.data.token_shards import TokenRow
 from speculators_cli.core.errors import DataError
 

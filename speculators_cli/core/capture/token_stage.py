@@ -5,12 +5,12 @@ from dataclasses import asdict, dataclass
 from itertools import groupby, islice
 
 from speculators_cli.core.capture.answers import Regeneration
-from speculators_cli.core.capture.bad_rows import BadRow, BadRows
 from speculators_cli.core.capture.engines import Engines
 from speculators_cli.core.capture.job import Job
-from speculators_cli.core.capture.prompt_files import Prompts
-from speculators_cli.core.capture.prompts import BadRowError, Source, parse_row
 from speculators_cli.core.capture.rendered import LeftOut, RenderCounts, Rendered, check_left_out
+from speculators_cli.core.conversations.bad_rows import BadRow, BadRows
+from speculators_cli.core.conversations.prompt_files import Prompts
+from speculators_cli.core.conversations.prompts import BadRowError, Source, parse_row
 from speculators_cli.core.data.token_shards import TokenShard, read_counts, write_shard
 from speculators_cli.core.engines.engine import Answerer
 from speculators_cli.core.progress import Progress

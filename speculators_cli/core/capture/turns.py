@@ -5,9 +5,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
-from speculators_cli.core.capture.chat_template import ChatTemplate, RenderError, Tools
-from speculators_cli.core.capture.prompts import Conversation, Message
 from speculators_cli.core.capture.rendered import TEMPLATE_ERROR, LeftOut, shorten
+from speculators_cli.core.conversations.chat_template import ChatTemplate, RenderError, Tools
+from speculators_cli.core.conversations.prompts import Conversation, Message
 
 
 @dataclass(frozen=True)

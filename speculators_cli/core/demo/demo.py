@@ -6,9 +6,8 @@ Each stage is the package's ordinary code; only the inputs are specific to the d
 import json
 import shutil
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +23,14 @@ from speculators_cli.core.data.token_counts import TokenCounts
 from speculators_cli.core.data.vocab_map import VocabMap
 from speculators_cli.core.demo.demo_folder import CHECKPOINTS, DemoFolder
 from speculators_cli.core.drafts.trained_draft import read_draft
+from speculators_cli.core.engines.engine import Prompt, Sampling
 from speculators_cli.core.errors import SpeculatorsError
-from speculators_cli.core.evaluation.draft_and_verify import Answer, EvaluationReport, evaluate
+from speculators_cli.core.evaluation.draft_and_verify import Answer
+from speculators_cli.core.evaluation.examples import mark_answer
+from speculators_cli.core.evaluation.measurement import Measurement, Work, answer_alone, measure
+from speculators_cli.core.evaluation.verifier import LoadedVerifier, load_verifier
 from speculators_cli.core.models.verifier import load_frozen_verifier, read_verifier_config
 from speculators_cli.core.models.verifier_files import VerifierFiles
-from speculators_cli.core.models.verifier_model import VerifierModel
 from speculators_cli.core.progress import Progress
 from speculators_cli.core.training.report import TrainReport
 from speculators_cli.core.training.run import train
@@ -54,8 +56,8 @@ class DemoReport:
     output_dir: Path
     captured: GenerationReport
     training: TrainReport
-    untrained: EvaluationReport
-    trained: EvaluationReport
+    untrained: Measurement
+    trained: Measurement
     sample_prompt: str
     sample: tuple[tuple[str, bool], ...]  # text of an answer, and whether it was drafted
     duration_seconds: float
@@ -102,12 +104,12 @@ def _run_stages(settings: DemoSettings, folder: DemoFolder, progress: Progress) 
     with folder.placing("verifier") as place:
         shutil.copytree(VERIFIER_DIR, place / "verifier")
     name = str(output_dir / "verifier")
-    verifier = VerifierModel(name, default_layer_ids(NUM_LAYERS), dtype=torch.float32)
+    layer_ids = default_layer_ids(NUM_LAYERS)
+    verifier = load_verifier(VerifierFiles(name), layer_ids, dtype=torch.float32)
     texts = read_prompts()
-    prompts = [verifier.encode(text) for text in texts]
-    to_evaluate = prompts[:NUM_EVALUATION_PROMPTS]
+    prompts = [Prompt(verifier.encode(text), seed) for text in texts[:NUM_EVALUATION_PROMPTS]]
 
-    num_prompts = len(prompts) - NUM_EVALUATION_PROMPTS
+    num_prompts = len(texts) - NUM_EVALUATION_PROMPTS
     progress.info(f"1/4 Generate data: the verifier answers {num_prompts:,} prompts")
     with folder.placing("prompts.jsonl") as place:
         write_prompts(texts[NUM_EVALUATION_PROMPTS:], place / "prompts.jsonl")
@@ -128,8 +130,10 @@ def _run_stages(settings: DemoSettings, folder: DemoFolder, progress: Progress) 
     folder.add_checkpoints()
     progress.info("4/4 Draft and verify on other prompts, before training and after")
     before, after = build_drafters(training, name, train_settings(output_dir, seed))
-    trained = draft_and_verify_all(verifier, after, to_evaluate, progress)
-    untrained = draft_and_verify_all(verifier, before, to_evaluate, progress)
+    work = Work(prompts, Sampling(MAX_NEW_TOKENS), NUM_EVALUATION_PROMPTS)
+    own = answer_alone(verifier, work, progress).answers
+    trained = measure(verifier, after, work, own, progress=progress)
+    untrained = measure(verifier, before, work, own, progress=progress)
     shown = choose_answer(trained.answers)
     report = DemoReport(
         output_dir=output_dir,
@@ -138,7 +142,7 @@ def _run_stages(settings: DemoSettings, folder: DemoFolder, progress: Progress) 
         untrained=untrained,
         trained=trained,
         sample_prompt=texts[shown],
-        sample=tuple(mark(verifier, trained.answers[shown])),
+        sample=tuple(mark_answer(trained.answers[shown], verifier.tokens)),
         duration_seconds=time.perf_counter() - started_at,
     )
     folder.write_result(report.to_json())
@@ -190,10 +194,10 @@ def generate_settings(output_dir: Path, data_dir: Path, seed: int) -> GenerateDa
 
 
 def choose_vocabulary(
-    verifier: VerifierModel, data_dir: Path, output_dir: Path, progress: Progress
+    verifier: LoadedVerifier, data_dir: Path, output_dir: Path, progress: Progress
 ) -> float:
     """Write d2t and t2d; return the fraction of supervised tokens they cover."""
-    token_counts = TokenCounts(verifier.vocab_size)
+    token_counts = TokenCounts(verifier.tokens.vocab_size)
     read_folders(
         [data_dir],
         version=1,
@@ -203,7 +207,7 @@ def choose_vocabulary(
         on_tokens=token_counts.add,
     )
     counts = token_counts.total()
-    vocab_map = VocabMap.choose(counts, DRAFT_VOCAB_SIZE, always=verifier.end_ids)
+    vocab_map = VocabMap.choose(counts, DRAFT_VOCAB_SIZE, always=verifier.tokens.end_ids)
     vocab_map.save(output_dir / "d2t.npy", output_dir / "t2d.npy")
     return vocab_map.measure_coverage(counts)
 
@@ -256,27 +260,9 @@ def build_drafters(
     )
 
 
-def draft_and_verify_all(
-    verifier: VerifierModel,
-    drafter: Drafter,
-    prompts: Sequence[Sequence[int]],
-    progress: Progress,
-) -> EvaluationReport:
-    """Draft and verify the answers to all prompts."""
-    return evaluate(verifier, drafter, prompts, max_new_tokens=MAX_NEW_TOKENS, progress=progress)
-
-
 def choose_answer(answers: Sequence[Answer]) -> int:
     """Return the answer to show: the one with median acceptance among those of maximum length."""
     typical = sorted(len(answer.tokens) for answer in answers)[len(answers) // 2]
     long_ones = [i for i, answer in enumerate(answers) if len(answer.tokens) >= typical]
     by_acceptance = sorted(long_ones, key=lambda i: sum(answers[i].is_accepted))
     return by_acceptance[len(by_acceptance) // 2]
-
-
-def mark(verifier: VerifierModel, answer: Answer) -> Iterator[tuple[str, bool]]:
-    """Split an answer into spans of text, and whether each was drafted."""
-    pairs = zip(answer.tokens, answer.is_accepted, strict=True)
-    shown = (pair for pair in pairs if pair[0] not in verifier.end_ids)
-    for is_accepted, run in groupby(shown, key=lambda pair: pair[1]):
-        yield verifier.tokenizer.decode([token for token, _ in run]), is_accepted

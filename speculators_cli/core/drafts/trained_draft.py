@@ -47,6 +47,7 @@ class TrainedDraft:
     vocab_map: VocabMap
     checkpoint: Checkpoint | None  # what `speculators train` saved with it
     assumed: Mapping[str, Any]  # values that its config.json lacks and no tensor determines
+    recorded_verifier: str | None = None  # the verifier in its config.json, whatever was passed
 
     @property
     def assumption(self) -> str | None:
@@ -123,6 +124,7 @@ def read_draft(
         vocab_map=vocab_map,
         checkpoint=checkpoint,
         assumed=algorithm.find_assumed(content, config),
+        recorded_verifier=_find_verifier(content, name),
     )
 
 
@@ -172,6 +174,13 @@ def choose_checkpoint(path: Path) -> Path:
             hint="Pass a checkpoint or the `--save-path` of a run that saved one",
         )
     return found[-1].folder
+
+
+def _find_verifier(content: Mapping[str, Any], name: str) -> str | None:
+    values = Values(content, name)
+    if not is_speculators(content) or not values.has("speculators_config"):
+        return None
+    return values.part("speculators_config").part("verifier").text("name_or_path")
 
 
 def _read_own(folder: Path) -> Checkpoint | None:

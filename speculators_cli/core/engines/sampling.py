@@ -1,12 +1,21 @@
 """Choosing the tokens of answers: greedily, or at random with a stream of numbers per answer."""
 
 from collections.abc import Sequence
+from hashlib import sha256
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from speculators_cli.core.engines.engine import Prompt, Sampling
+
+SEED_BYTES = 7  # vLLM takes seeds below 2^63
+
+
+def seed_of(seed: int, index: int, turn: int = 0) -> int:
+    """Return the seed of one answer, which depends on nothing else."""
+    digest = sha256(f"{seed} {index} {turn}".encode()).digest()
+    return int.from_bytes(digest[:SEED_BYTES], "big")
 
 
 def uniforms_of(prompts: Sequence[Prompt], max_new_tokens: int) -> Tensor:

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate, pairwise
 from typing import Any
 
@@ -36,12 +36,16 @@ from speculators_cli.core.models.family import quietly
 from speculators_cli.core.reading import first_line
 
 ROUND_TOKENS = 256  # packed sequences are padded to a multiple of it: few shapes to compile
+ROUND_ANSWER = 64  # answers near the last position end at a multiple of it: few batches
 CPU_BATCH = 64  # prompts answered together
-CACHE_SHARE = 0.5  # of the free memory of a GPU, for the keys and values of a batch
 MAX_BATCH = 512
 # Of random tokens, packed against alone. A document that sees another one differs by far more.
 MAX_PACKING_ERROR = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.05}
 CHECKED_TOKENS = (24, 40)  # of the two documents
+MEMORY_HINT = (
+    "Pass `--device-map auto` to place it on several GPUs, or `--engine vllm` with "
+    "`--tensor-parallel-size`"
+)
 
 
 class TransformersEngine:
@@ -173,12 +177,21 @@ class TransformersEngine:
 
     def answer(self, prompts: Sequence[Prompt], sampling: Sampling) -> Iterator[Answer]:
         """Answer prompts, in batches of similar length."""
-        order = sorted(range(len(prompts)), key=lambda i: len(prompts[i].ids))
+        lengths = [len(prompt.ids) for prompt in prompts]
+        order = sorted(range(len(prompts)), key=lengths.__getitem__)
         while order:
-            longest = len(prompts[order[-1]].ids) + sampling.max_new_tokens
-            size = self._batch_size(longest)
-            batch, order = order[-size:], order[:-size]
-            found = self._answer_batch([prompts[i] for i in batch], sampling)
+            longest = lengths[order[-1]]
+            room = self._room_after(longest, sampling.max_new_tokens)
+            size = self._batch_size(longest + room)
+            # An answer's maximum length depends on its own prompt only.
+            batch = [
+                i
+                for i in order[-size:]
+                if self._room_after(lengths[i], sampling.max_new_tokens) == room
+            ]
+            order = order[: -len(batch)]
+            own = replace(sampling, max_new_tokens=room)
+            found = self._answer_batch([prompts[i] for i in batch], own)
             for index, ids in zip(batch, found, strict=True):
                 is_truncated = not ids or ids[-1] not in self._end_ids
                 yield Answer(index, ids, is_truncated)
@@ -217,6 +230,14 @@ class TransformersEngine:
         )
         return [self._up_to_end(row) for row in out[:, longest:].tolist()]
 
+    def _room_after(self, num_tokens: int, max_new_tokens: int) -> int:
+        """Return how many tokens may follow a prompt: a verifier may have no further positions."""
+        limit = getattr(self.parts.decoder.config, "max_position_embeddings", None)
+        room = max_new_tokens if limit is None else limit - num_tokens
+        if room >= max_new_tokens:
+            return max_new_tokens
+        return max(1, room - room % ROUND_ANSWER if room >= ROUND_ANSWER else room)
+
     def _up_to_end(self, tokens: list[int]) -> list[int]:
         ends = (index for index, token in enumerate(tokens) if token in self._end_ids)
         return tokens[: next(ends, len(tokens) - 1) + 1]
@@ -226,15 +247,7 @@ class TransformersEngine:
         device = self.parts.device
         if device.type != "cuda":
             return CPU_BATCH
-        config = self.parts.decoder.config
-        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-        head_dim = getattr(config, "head_dim", None)
-        width = heads * (head_dim or config.hidden_size // config.num_attention_heads)
-        bytes_per_token = 2 * len(self.parts.layers) * width * self.dtype.itemsize
-        free, _ = torch.cuda.mem_get_info(device)
-        free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        most = int(free * CACHE_SHARE / (bytes_per_token * num_tokens))
-        return max(1, min(most, MAX_BATCH))
+        return max(1, min(self.parts.count_rows_that_fit(num_tokens, self.dtype), MAX_BATCH))
 
     @torch.no_grad()
     def _run_packed(
@@ -359,8 +372,7 @@ def load_model(
     device: torch.device,
     device_map: str | None = None,
     trust_remote_code: bool = False,
-    hint: str = "Pass `--device-map auto` to place it on several GPUs, or `--engine vllm` with "
-    "`--tensor-parallel-size`",
+    memory_hint: str = MEMORY_HINT,
 ) -> Any:
     """Load a verifier with its LM head, ready to compute.
 
@@ -370,7 +382,7 @@ def load_model(
         device: Where it is loaded, without `device_map`.
         device_map: As in transformers: places the layers on several devices.
         trust_remote_code: Whether custom code from the verifier's repository may run.
-        hint: What to do if it does not fit into memory.
+        memory_hint: What to do if it does not fit.
 
     Raises:
         SettingsError: transformers cannot load it.
@@ -389,7 +401,7 @@ def load_model(
     except torch.OutOfMemoryError:
         raise MachineError(
             f"Verifier `{name}` does not fit into the memory of `{device}`",
-            hint=hint,
+            hint=memory_hint,
         ) from None
     except (OSError, ValueError, ImportError, KeyError) as error:
         raise SettingsError(

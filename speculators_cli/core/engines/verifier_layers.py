@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from speculators_cli.core.errors import SettingsError
 
+CACHE_SHARE = 0.5  # of the free memory of a GPU, for the keys and values of a batch
 # Attention that a mask of its own limits, or that carries state from token to token.
 PACKABLE_LAYERS = {"full_attention", "sliding_attention", "attention"}
 # Some families have another norm, of their embeddings, beside the final one.
@@ -49,6 +50,20 @@ class VerifierLayers:
     def has_experts(self) -> bool:
         """Whether layers are mixtures of experts, whose shapes depend on the routing."""
         return any("expert" in type(module).__name__.lower() for module in self.decoder.modules())
+
+    def count_rows_that_fit(self, num_tokens: int, dtype: torch.dtype) -> int:
+        """Return how many sequences of this length have room for keys and values on the GPU.
+
+        Independent of what else is in its memory, so that a run has the same batches again.
+        """
+        config = self.decoder.config
+        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+        head_dim = getattr(config, "head_dim", None)
+        width = heads * (head_dim or config.hidden_size // config.num_attention_heads)
+        bytes_per_token = 2 * len(self.layers) * width * dtype.itemsize
+        memory = torch.cuda.get_device_properties(self.device).total_memory
+        free = memory - sum(x.nbytes for x in self.decoder.parameters())
+        return int(free * CACHE_SHARE / (bytes_per_token * num_tokens))
 
     def hook(
         self,

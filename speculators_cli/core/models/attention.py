@@ -20,7 +20,7 @@ class AttentionMemory(Protocol):
 
 
 class CausalMemory:
-    """KV cache of one layer for one growing sequence, for drafting."""
+    """KV cache of one layer for one growing sequence."""
 
     def __init__(self) -> None:
         self.keys: Tensor | None = None
@@ -40,8 +40,3 @@ class CausalMemory:
             enable_gqa=True,
         )
         return out[0].transpose(0, 1)
-
-    def cut(self, length: int) -> None:
-        """Drop all positions from `length` on."""
-        if self.keys is not None and self.values is not None:
-            self.keys, self.values = self.keys[:length], self.values[:length]

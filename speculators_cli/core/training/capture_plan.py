@@ -5,10 +5,10 @@ from dataclasses import dataclass
 from speculators_cli.core.algorithms.cost import Gpu
 from speculators_cli.core.data.packing import PackingPlan
 from speculators_cli.core.engines.cost import CaptureCost
+from speculators_cli.core.engines.devices import choose_dtype
 from speculators_cli.core.training.cache_choice import choose_cache
 from speculators_cli.core.training.distributed import Ranks
 from speculators_cli.core.training.inputs import Inputs
-from speculators_cli.core.training.live_capture import choose_capture_dtype
 from speculators_cli.settings.train import TrainSettings
 
 
@@ -52,7 +52,7 @@ def plan_capture(
     epochs = total_steps / max(packed.num_steps, 1)
     cached_share, cache_bytes = 0.0, 0
     if settings.capture.cache_dir is not None:
-        dtype = choose_capture_dtype(settings.capture.capture_dtype, ranks.device)
+        dtype = choose_dtype(settings.capture.capture_dtype, ranks.device)
         choice = choose_cache(settings, inputs, dtype=dtype)
         cached_share, cache_bytes = choice.find_share(samples), choice.num_bytes
     # Cached samples are computed once; validation samples are computed after each epoch.

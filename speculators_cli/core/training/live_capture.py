@@ -10,6 +10,7 @@ from torch import Tensor
 from speculators_cli.core.data.source import SampleSource, spread_evenly
 from speculators_cli.core.data.state_cache import StateCache, engine_key
 from speculators_cli.core.data.tokens import TokenFolder
+from speculators_cli.core.engines.devices import choose_dtype
 from speculators_cli.core.engines.engine import Packed
 from speculators_cli.core.engines.host_states import Storage
 from speculators_cli.core.engines.state_checks import check_head, check_layers
@@ -126,10 +127,10 @@ def load_live_verifier(
         )
     model = load_model(
         name,
-        dtype=choose_capture_dtype(settings.capture.capture_dtype, ranks.device),
+        dtype=choose_dtype(settings.capture.capture_dtype, ranks.device),
         device=torch.device("cpu") if is_sharded else ranks.device,
         trust_remote_code=settings.draft.trust_remote_code,
-        hint="Shard it across GPUs with `--shard-verifier`, or store the hidden states with "
+        memory_hint="Shard it across GPUs with `--shard-verifier`, or store the hidden states with "
         "`speculators generate-data`",
     )
     model.requires_grad_(False)
@@ -154,14 +155,6 @@ def load_live_verifier(
         fingerprint_of(engine, inputs.verifier_files),
         is_sharded,
     )
-
-
-def choose_capture_dtype(given: str, device: torch.device) -> torch.dtype:
-    """`--capture-dtype`, resolved: by default bfloat16 on a GPU, float32 on CPU."""
-    if given == "auto":
-        given = "bfloat16" if device.type == "cuda" else "float32"
-    dtype: torch.dtype = getattr(torch, given)
-    return dtype
 
 
 def fingerprint_of(engine: TransformersEngine, files: VerifierFiles) -> dict[str, str]:

@@ -10,21 +10,23 @@ from pydantic import Field
 
 from speculators_cli.cli.setting_flags import flags_of
 from speculators_cli.core.algorithms import ALGORITHMS
+from speculators_cli.core.algorithms.drafter import Verified
 from speculators_cli.core.algorithms.overrides import Overrides
 from speculators_cli.core.bench.bench import bench
 from speculators_cli.core.data.batch import collate
 from speculators_cli.core.data.folder import read_folders
 from speculators_cli.core.demo.demo import VERIFIER_DIR, read_prompts
 from speculators_cli.core.drafts.trained_draft import read_draft
+from speculators_cli.core.engines.engine import Prompt, Sampling
 from speculators_cli.core.errors import CheckpointError, SettingsError
-from speculators_cli.core.evaluation.draft_and_verify import evaluate
+from speculators_cli.core.evaluation.measurement import Work, answer_alone, measure
+from speculators_cli.core.evaluation.verifier import load_verifier
 from speculators_cli.core.models.verifier import (
     load_embedding,
     load_frozen_verifier,
     read_verifier_config,
 )
 from speculators_cli.core.models.verifier_files import VerifierFiles
-from speculators_cli.core.models.verifier_model import VerifierModel
 from speculators_cli.core.progress import SilentProgress
 from speculators_cli.core.training.plan import plan
 from speculators_cli.core.training.report import TrainReport
@@ -219,25 +221,25 @@ def test_drafting_predicts_what_training_predicted(tiny: TinyInputs) -> None:
     )
     drafter = draft.build_drafter(verifier.embedding, num_draft_tokens=1)
 
-    chains = [
-        drafter.propose(
-            sample.input_ids[p + 1 : p + 2],
-            tuple(states[p : p + 1] for states in sample.aux_hidden_states),
-        )
-        for p in range(sample.num_tokens - 1)
-    ]
+    aux = torch.cat([states[:] for states in sample.aux_hidden_states], dim=-1)
+    drafter.start(1, sample.num_tokens)
+    chains = []
+    for p in range(sample.num_tokens - 1):
+        tokens, row = sample.input_ids[None, p + 1 : p + 2], 0 if p == 0 else None
+        drafter.read(Verified(tokens, aux[None, p : p + 1], [p], [1], row))
+        chains.append(drafter.propose())
 
     expected = draft.vocab_map.kept_ids[training.logits(batch).argmax(-1)]
     assert batch.lengths == (sample.num_tokens - 2,)
-    assert chains[0] == []
-    drafted = torch.tensor([token for chain in chains for token in chain])
+    # The first position waits for a second token.
+    drafted = torch.cat(chains[1:])[:, 0]
     assert len(drafted) == sample.num_tokens - 2
     assert drafted[batch.targets].tolist() == expected.tolist()
 
 
 def test_it_drafts_and_the_answers_are_the_verifiers(tmp_path: Path) -> None:
-    verifier = VerifierModel(str(VERIFIER_DIR), (2, 4, 5), dtype=torch.float32)
-    prompts = [verifier.encode(text) for text in read_prompts()[:8]]
+    verifier = load_verifier(VerifierFiles(str(VERIFIER_DIR)), (2, 4, 5), dtype=torch.float32)
+    prompts = [Prompt(verifier.encode(text), 0) for text in read_prompts()[:8]]
     generate_samples(tmp_path / "data", read_prompts()[:8], max_new_tokens=24)
     settings = ToyTrainSettings.model_validate(
         {
@@ -254,15 +256,11 @@ def test_it_drafts_and_the_answers_are_the_verifiers(tmp_path: Path) -> None:
     )
     report = train(settings, progress=QUIET)
     draft = read_draft(str(report.checkpoint), Overrides(), flag="CHECKPOINT")
-    embedding = load_embedding(VerifierFiles(str(VERIFIER_DIR)))
+    drafter = draft.build_drafter(verifier.embedding, num_draft_tokens=1)
+    work = Work(prompts, Sampling(24), batch_size=3)
 
-    found = evaluate(
-        verifier,
-        draft.build_drafter(embedding, num_draft_tokens=1),
-        prompts,
-        max_new_tokens=24,
-        progress=QUIET,
-    )
+    own = answer_alone(verifier, work, QUIET).answers
+    found = measure(verifier, drafter, work, own, progress=QUIET)
 
     assert found.is_lossless
     assert found.num_draft_tokens == 1

@@ -7,10 +7,10 @@ from typing import Any
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from speculators_cli.core.capture.prompts import Message
 from speculators_cli.core.capture.render import Renderer
 from speculators_cli.core.capture.rendered import Rendered
 from speculators_cli.core.capture.show_masks import mark_row
+from speculators_cli.core.conversations.prompts import Message
 
 SPECIAL = (
     *("<s>", "</s>", "<bos>", "<eos>", "<think>", "</think>", "[INST]", "[/INST]"),

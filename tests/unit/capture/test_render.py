@@ -7,16 +7,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from speculators_cli.core.capture.chat_template import RenderError
-from speculators_cli.core.capture.prompts import (
-    Conversation,
-    GivenTokens,
-    Message,
-    RawPrompt,
-    Source,
-    Text,
-    parse_row,
-)
 from speculators_cli.core.capture.render import EngineTurn
 from speculators_cli.core.capture.rendered import (
     EMPTY_ANSWER,
@@ -26,6 +16,16 @@ from speculators_cli.core.capture.rendered import (
     RenderCounts,
     check_left_out,
     too_long,
+)
+from speculators_cli.core.conversations.chat_template import RenderError
+from speculators_cli.core.conversations.prompts import (
+    Conversation,
+    GivenTokens,
+    Message,
+    RawPrompt,
+    Source,
+    Text,
+    parse_row,
 )
 from speculators_cli.core.errors import DataError, SettingsError
 from tests.unit.capture.chat_templates import (
@@ -175,7 +175,7 @@ def test_templates_that_join_the_arguments_of_a_call_as_a_string_get_one() -> No
     renderer, tokenizer = make_renderer(DEEPSEEK_R1)
     chat = parse(*TOOL_CHAT[:2])
 
-    ids = renderer.render_prompt([*chat.messages, user("And?")])
+    ids = renderer.prompts.render([*chat.messages, user("And?")])
 
     assert tokenizer.decode(ids) == (
         '<s><U>Two and three?<A></s>add {"a": 2, "b": 3}<U>And?<A><think>\n'
@@ -299,7 +299,7 @@ def test_the_sentence_of_a_template_is_reported_with_the_message() -> None:
     reason = "template error: System role not supported"
     assert rendered.left_out == (LeftOut("000007", reason, "message 0 (system): Think."),)
     with pytest.raises(RenderError, match="System role not supported") as error:
-        renderer.render_prompt([system, user("Two and three?")])
+        renderer.prompts.render([system, user("Two and three?")])
     assert error.value.index == 0
 
 
@@ -405,13 +405,13 @@ def test_a_text_has_the_special_tokens_that_the_tokenizer_adds(
     rendered = renderer.rows_of(Text(0, "Paris"))
 
     assert marked(tokenizer, rendered) == [supervised]
-    assert tokenizer.decode(renderer.render_raw(RawPrompt(0, "Paris"))) == f"{begin}Paris"
+    assert tokenizer.decode(renderer.prompts.render_raw(RawPrompt(0, "Paris"))) == f"{begin}Paris"
 
 
 def test_a_prompt_is_a_user_message_where_there_is_a_chat_template() -> None:
     renderer, tokenizer = make_renderer(LLAMA_3)
 
-    text = tokenizer.decode(renderer.render_raw(RawPrompt(0, "Two and three?")))
+    text = tokenizer.decode(renderer.prompts.render_raw(RawPrompt(0, "Two and three?")))
 
     assert text == (
         "<|begin_of_text|><|start_header_id|>user<|end_header_id|>\n\nTwo and three?<|eot_id|>"
@@ -423,7 +423,7 @@ def test_prompts_have_the_ids_of_transformers() -> None:
     renderer, tokenizer = make_renderer(QWEN_3, thinking=False)
     messages: list[Any] = [user("Zürich? 🙂"), assistant("Ja\n\n\n nein"), user("  And?")]
 
-    ids = renderer.render_prompt(messages)
+    ids = renderer.prompts.render(messages)
 
     assert ids == tokenizer.apply_chat_template(
         messages, add_generation_prompt=True, enable_thinking=False, return_dict=False

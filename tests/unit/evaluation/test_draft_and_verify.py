@@ -10,14 +10,15 @@ from speculators_cli.core.algorithms.drafter import Drafter
 from speculators_cli.core.algorithms.overrides import Overrides
 from speculators_cli.core.demo.demo import VERIFIER_DIR, read_prompts
 from speculators_cli.core.drafts.trained_draft import read_draft
-from speculators_cli.core.evaluation.draft_and_verify import evaluate
+from speculators_cli.core.engines.engine import Prompt, Sampling
+from speculators_cli.core.evaluation.measurement import Work, answer_alone, measure
+from speculators_cli.core.evaluation.verifier import LoadedVerifier, load_verifier
 from speculators_cli.core.models.verifier import load_embedding
 from speculators_cli.core.models.verifier_files import VerifierFiles
-from speculators_cli.core.models.verifier_model import VerifierModel
 from speculators_cli.core.progress import SilentProgress
 from speculators_cli.core.training.run import train
 from speculators_cli.settings.train import TrainSettings
-from tests.cache_free_draft_and_verify import CacheFreeDraft, draft_and_verify, load_verifier
+from tests.cache_free_draft_and_verify import CacheFreeDraft, draft_and_verify, load_plain
 from tests.embedded_verifier_map import write_vocab_map
 from tests.generated_samples import generate_samples
 
@@ -33,12 +34,12 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
 
 
 @pytest.fixture(scope="module")
-def verifier() -> VerifierModel:
-    return VerifierModel(str(VERIFIER_DIR), (2, 4, 5), dtype=torch.float32)
+def verifier() -> LoadedVerifier:
+    return load_verifier(VerifierFiles(str(VERIFIER_DIR)), (2, 4, 5), dtype=torch.float32)
 
 
 @pytest.fixture(scope="module")
-def prompts(verifier: VerifierModel) -> list[list[int]]:
+def prompts(verifier: LoadedVerifier) -> list[list[int]]:
     return [verifier.encode(text) for text in read_prompts()[:40]]
 
 
@@ -82,7 +83,7 @@ def load(checkpoint_dir: Path) -> Drafter:
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_counts_are_those_of_a_loop_without_caches(
-    verifier: VerifierModel,
+    verifier: LoadedVerifier,
     prompts: list[list[int]],
     data_dir: Path,
     tmp_path: Path,
@@ -90,15 +91,12 @@ def test_counts_are_those_of_a_loop_without_caches(
 ) -> None:
     checkpoint_dir = train_draft(data_dir, tmp_path, variant)
 
-    report = evaluate(
-        verifier,
-        load(checkpoint_dir),
-        prompts[:8],
-        max_new_tokens=MAX_NEW_TOKENS,
-        progress=SilentProgress(),
-    )
+    # Fewer rows than prompts: rows of unequal lengths go to the next prompt, or are dropped.
+    work = Work([Prompt(ids, 0) for ids in prompts[:8]], Sampling(MAX_NEW_TOKENS), 3)
+    own = answer_alone(verifier, work, SilentProgress()).answers
+    report = measure(verifier, load(checkpoint_dir), work, own, progress=SilentProgress())
 
-    plain, draft = load_verifier(VERIFIER_DIR), CacheFreeDraft(checkpoint_dir)
+    plain, draft = load_plain(VERIFIER_DIR), CacheFreeDraft(checkpoint_dir)
     expected = [
         draft_and_verify(plain, draft, prompt, num_draft_tokens=3, max_new_tokens=MAX_NEW_TOKENS)
         for prompt in prompts[:8]
@@ -113,11 +111,12 @@ def test_counts_are_those_of_a_loop_without_caches(
 
 
 def test_answers_are_those_of_transformers(
-    verifier: VerifierModel, prompts: list[list[int]]
+    verifier: LoadedVerifier, prompts: list[list[int]]
 ) -> None:
-    plain = load_verifier(VERIFIER_DIR)
+    plain = load_plain(VERIFIER_DIR)
 
-    answers = verifier.answer(prompts[:5], MAX_NEW_TOKENS)
+    work = Work([Prompt(ids, 0) for ids in prompts[:5]], Sampling(MAX_NEW_TOKENS), 2)
+    answers = answer_alone(verifier, work, SilentProgress()).answers
 
     for prompt, answer in zip(prompts[:5], answers, strict=True):
         ids = torch.tensor([prompt])
@@ -125,4 +124,4 @@ def test_answers_are_those_of_transformers(
         out = plain.generate(
             ids, attention_mask=mask, max_new_tokens=MAX_NEW_TOKENS, do_sample=False
         )
-        assert out[0, len(prompt) :].tolist() == answer
+        assert tuple(out[0, len(prompt) :].tolist()) == answer.tokens

@@ -10,10 +10,10 @@ import torch
 from speculators_cli.cli.app import run
 from speculators_cli.core.demo.demo import VERIFIER_DIR
 from speculators_cli.core.errors import SettingsError
+from speculators_cli.core.evaluation.verifier import load_verifier
 from speculators_cli.core.models.special_tokens import find_special_ids
 from speculators_cli.core.models.tokenizer import load_tokenizer
 from speculators_cli.core.models.verifier_files import VerifierFiles
-from speculators_cli.core.models.verifier_model import VerifierModel
 from speculators_cli.core.preparation import text
 
 Capture = pytest.CaptureFixture[str]
@@ -115,11 +115,11 @@ def test_a_cut_generation_config_is_named(verifier_dir: Path) -> None:
         find_special_ids(VerifierFiles(str(verifier_dir)))
 
 
-def test_capture_needs_a_tokenizer_and_says_what_is_wrong_with_it(verifier_dir: Path) -> None:
+def test_evaluation_needs_a_tokenizer_and_says_what_is_wrong_with_it(verifier_dir: Path) -> None:
     (verifier_dir / "tokenizer.json").write_text(json.dumps(NEWER))
 
     with pytest.raises(SettingsError, match="did not match any variant") as caught:
-        VerifierModel(str(verifier_dir), (2, 4, 5), dtype=torch.float32)
+        load_verifier(VerifierFiles(str(verifier_dir)), (2, 4, 5), dtype=torch.float32)
 
     assert caught.value.hint == UPDATE
 

@@ -12,10 +12,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from speculators_cli.core.capture import json_rows
-from speculators_cli.core.capture.bad_rows import BadRow, BadRows
-from speculators_cli.core.capture.prompt_files import open_prompts, read_prompts
-from speculators_cli.core.capture.prompts import (
+from speculators_cli.core.conversations import json_rows
+from speculators_cli.core.conversations.bad_rows import BadRow, BadRows
+from speculators_cli.core.conversations.prompt_files import open_prompts, read_prompts
+from speculators_cli.core.conversations.prompts import (
     BadRowError,
     Conversation,
     GivenTokens,
@@ -370,11 +370,14 @@ def loaded(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
     """What the package `datasets` was asked for."""
     calls: list[tuple[Any, ...]] = []
 
-    def load_dataset(name: str, *, split: str, data_files: str | None) -> FakeTable:
-        calls.append((name, split, data_files))
+    def load_dataset(
+        path: str, name: str | None, *, split: str, data_files: str | None
+    ) -> FakeTable:
+        assert name is None
+        calls.append((path, split, data_files))
         if split == "no":
             raise ValueError('Unknown split "no". Should be one of ["train"].')
-        if name == "some/private":
+        if path == "some/private":
             raise ConnectionError("offline")
         return FakeTable()
 

@@ -7,7 +7,7 @@ from io import BufferedReader, TextIOWrapper
 from pathlib import Path
 from typing import Any
 
-from speculators_cli.core.capture.prompts import BadRowError
+from speculators_cli.core.conversations.prompts import BadRowError
 from speculators_cli.core.files import open_regular
 from speculators_cli.core.reading import DOWNLOAD_AGAIN, UnreadableError, check_content
 

@@ -8,11 +8,11 @@ from functools import partial
 from pathlib import Path
 from typing import Protocol
 
-from speculators_cli.core.capture.bad_rows import BadRow, BadRows
-from speculators_cli.core.capture.hub_prompts import HubPrompts
-from speculators_cli.core.capture.json_rows import Rows, read_json_rows
-from speculators_cli.core.capture.prompts import BadRowError, Source, parse_row
-from speculators_cli.core.capture.table_rows import BATCH_ROWS, TableRows
+from speculators_cli.core.conversations.bad_rows import BadRow, BadRows
+from speculators_cli.core.conversations.hub_prompts import HubPrompts
+from speculators_cli.core.conversations.json_rows import Rows, read_json_rows
+from speculators_cli.core.conversations.prompts import BadRowError, Source, parse_row
+from speculators_cli.core.conversations.table_rows import BATCH_ROWS, TableRows
 from speculators_cli.core.errors import DataError, MachineError, SettingsError
 from speculators_cli.core.files import open_regular, read_parts
 from speculators_cli.core.reading import (

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from speculators_cli.core.capture.json_rows import Rows
-from speculators_cli.core.capture.table_rows import BATCH_ROWS, TableRows
+from speculators_cli.core.conversations.json_rows import Rows
+from speculators_cli.core.conversations.table_rows import BATCH_ROWS, TableRows
 from speculators_cli.core.errors import MachineError, SettingsError
 from speculators_cli.core.reading import first_line
 
@@ -22,6 +22,7 @@ class HubDataset:
     hub_id: str
     split: str = DEFAULT_SPLIT
     data_file: str | None = None  # of a repository whose files do not all have the same columns
+    config: str | None = None  # of a repository with several data sets
 
 
 SHORT_NAMES = {
@@ -51,7 +52,7 @@ class HubPrompts:
         self.name = name
         self._place = find_dataset(name)
         self._split = split or self._place.split
-        self._table = _load(self._place, self._split)
+        self._table = load_table(self._place, self._split)
 
     def fingerprint(self) -> str:
         """Return name, split, and the fingerprint that `datasets` gives to its content."""
@@ -92,7 +93,13 @@ def find_dataset(name: str) -> HubDataset:
     return HubDataset(name)
 
 
-def _load(place: HubDataset, split: str) -> Any:
+def load_table(place: HubDataset, split: str) -> Any:
+    """Load a split of a data set with the `datasets` package.
+
+    Raises:
+        SettingsError: There is no such split.
+        MachineError: `datasets` is not installed, or the download fails.
+    """
     try:
         import datasets
     except ModuleNotFoundError:
@@ -101,7 +108,9 @@ def _load(place: HubDataset, split: str) -> Any:
             hint="Run `pip install 'speculators-cli[hub]'`, or pass a local file",
         ) from None
     try:
-        return datasets.load_dataset(place.hub_id, split=split, data_files=place.data_file)
+        return datasets.load_dataset(
+            place.hub_id, place.config, split=split, data_files=place.data_file
+        )
     # Whatever the package, the network, or the data set's own files raise.
     except Exception as error:
         if isinstance(error, ValueError) and "split" in str(error).lower():

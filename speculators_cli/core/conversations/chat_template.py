@@ -8,7 +8,7 @@ from typing import Any
 
 from jinja2 import TemplateError
 
-from speculators_cli.core.capture.prompts import Message
+from speculators_cli.core.conversations.prompts import Message
 from speculators_cli.core.errors import SettingsError
 from speculators_cli.core.reading import first_line
 

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from functools import cached_property
 from typing import Any
 
-from speculators_cli.core.capture.prompts import BadRowError
+from speculators_cli.core.conversations.prompts import BadRowError
 from speculators_cli.core.reading import first_line
 
 BATCH_ROWS = 256  # decoded at once

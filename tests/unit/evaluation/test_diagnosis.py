@@ -1,0 +1,242 @@
+"""Each cause of a low acceptance length is planted, and named first."""
+
+import shutil
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from speculators_cli.core.conversations.prompts import RawPrompt
+from speculators_cli.core.demo.demo import VERIFIER_DIR, read_prompts
+from speculators_cli.core.drafts.trained_draft import TrainedDraft, read_draft
+from speculators_cli.core.engines.engine import Prompt, Sampling
+from speculators_cli.core.evaluation.diagnosis import (
+    Diagnosis,
+    Diagnostician,
+    is_suspicious,
+    neighbours,
+)
+from speculators_cli.core.evaluation.draft_and_verify import Answer
+from speculators_cli.core.evaluation.measurement import Work, answer_alone, measure
+from speculators_cli.core.evaluation.prompt_formats import try_formats
+from speculators_cli.core.evaluation.questions import Question
+from speculators_cli.core.evaluation.verifier import LoadedVerifier, load_verifier
+from speculators_cli.core.models.verifier import read_verifier_config
+from speculators_cli.core.models.verifier_files import VerifierFiles
+from speculators_cli.core.progress import SilentProgress
+from speculators_cli.core.training.run import train
+from speculators_cli.settings.train import TrainSettings
+from tests.generated_samples import generate_samples, sample_files
+from tests.spread_verifier import write_spread_verifier
+
+QUIET = SilentProgress()
+LAYER_IDS = (2, 5, 8)  # the last one is that of the final norm
+LAYERS = tuple(range(1, 9))
+NUM_DRAFT_TOKENS = 3
+
+
+def load(folder: Path = VERIFIER_DIR) -> LoadedVerifier:
+    return load_verifier(VerifierFiles(str(folder)), LAYERS, dtype=torch.float32)
+
+
+def train_draft(folder: Path, verifier: Path) -> TrainedDraft:
+    """A draft that has learned the verifier's answers by heart."""
+    settings: dict[str, Any] = {
+        "draft": {"verifier_name_or_path": str(verifier), "full_vocab": True},
+        "data": {"data_path": (folder / "data",), "total_seq_len": 512, "train_data_ratio": 1.0},
+        "run": {"save_path": folder / "checkpoints", "epochs": 12},
+        "optimizer": {"lr": 3e-3},
+        "distributed": {"device": "cpu"},
+    }
+    report = train(TrainSettings.model_validate(settings), progress=QUIET)
+    return read_draft(str(report.checkpoint))
+
+
+@pytest.fixture(scope="module")
+def drafts(tmp_path_factory: pytest.TempPathFactory) -> tuple[TrainedDraft, TrainedDraft]:
+    """A draft, and one that was trained on states of the last layer after the final norm."""
+    folders = [tmp_path_factory.mktemp(name) for name in ("plain", "normed")]
+    (folders[1] / "verifier").mkdir()
+    verifiers = (VERIFIER_DIR, write_spread_verifier(folders[1] / "verifier"))
+    texts = read_prompts()[:24]
+    for folder, verifier in zip(folders, verifiers, strict=True):
+        copy_tokenizer(verifier)
+        generate_samples(
+            folder / "data", texts, max_new_tokens=24, layer_ids=LAYER_IDS, verifier=verifier
+        )
+    model: Any = load(folder=verifiers[1]).rows
+    norm = model._model.parts.norm
+    for file in sample_files(folders[1] / "data"):
+        sample = torch.load(file, weights_only=True)
+        with torch.no_grad():
+            sample["hidden_states"][2] = norm(sample["hidden_states"][2])
+        torch.save(sample, file)
+    plain, normed = map(train_draft, folders, verifiers)
+    return plain, normed
+
+
+def copy_tokenizer(folder: Path) -> None:
+    for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
+        if not (folder / name).exists():
+            shutil.copy(VERIFIER_DIR / name, folder / name)
+
+
+@cache
+def answer(folder: Path) -> tuple[LoadedVerifier, list[tuple[Sequence[int], Answer]]]:
+    """A verifier, and its answers to the prompts that drafts were trained on."""
+    verifier = load(folder=folder)
+    prompts = [Prompt(verifier.encode(text), 0) for text in read_prompts()[:24]]
+    answers = answer_alone(verifier, Work(prompts, Sampling(24), 24), QUIET).answers
+    return verifier, [(prompt.ids, x) for prompt, x in zip(prompts, answers, strict=True)]
+
+
+def diagnose(source: TrainedDraft) -> Diagnosis:
+    files = VerifierFiles(source.config.verifier_name_or_path)
+    config = read_verifier_config(files, trust_remote_code=False)
+    verifier, pairs = answer(files.folder)
+    found = Diagnostician(
+        source, verifier, LAYERS, config, num_draft_tokens=NUM_DRAFT_TOKENS, seed=0
+    ).diagnose(pairs)
+    assert found is not None
+    return found
+
+
+def test_layers_beside_those_of_a_draft_are_hooked() -> None:
+    assert neighbours((2, 5, 8), 8) == {1, 2, 3, 4, 5, 6, 7, 8}
+    assert neighbours((0, 4), 8) == {0, 1, 3, 4, 5}
+
+
+def test_nothing_is_found_where_nothing_is_wrong(
+    drafts: tuple[TrainedDraft, TrainedDraft],
+) -> None:
+    found = diagnose(drafts[0])
+
+    assert found.found == ()
+    assert {cause.name for cause in found.causes} >= {"layer ids", "final norm", "norm_output"}
+    assert found.acceptance_length > 1.8
+
+
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [
+        ("norm_before_residual", {"norm_before_residual": False}),
+        ("rope", {"rope_parameters": {"rope_type": "default", "rope_theta": 5.0}}),
+        ("layer ids", {"target_layer_ids": (1, 4, 7)}),
+    ],
+)
+def test_a_planted_value_of_the_config_is_named_first(
+    drafts: tuple[TrainedDraft, TrainedDraft], name: str, changes: dict[str, Any]
+) -> None:
+    source = replace(drafts[0], config=replace(drafts[0].config, **changes))
+
+    found = diagnose(source)
+
+    assert found.causes[0].name == name
+    assert found.causes[0].is_real
+    # The change takes back what was planted.
+    right = diagnose(drafts[0]).acceptance_length
+    assert found.causes[0].acceptance_length == pytest.approx(right, abs=1e-6)
+    assert found.acceptance_length < right
+
+
+def test_the_embedding_of_another_verifier_is_named_first(
+    drafts: tuple[TrainedDraft, TrainedDraft],
+) -> None:
+    own = drafts[0].embedding
+    assert own is not None
+    source = replace(drafts[0], embedding=own.roll(1, 0))
+
+    found = diagnose(source)
+
+    assert found.causes[0].name == "embedding"
+    assert found.causes[0].gain > 0.2
+
+
+def test_states_after_the_final_norm_are_named_first(
+    drafts: tuple[TrainedDraft, TrainedDraft],
+) -> None:
+    found = diagnose(drafts[1])
+
+    assert found.causes[0].name == "final norm"
+    assert found.causes[0].is_real
+
+
+def test_a_draft_vocabulary_without_the_tokens_of_the_domain_is_named_first(
+    drafts: tuple[TrainedDraft, TrainedDraft],
+) -> None:
+    full = drafts[0]
+    t2d = torch.arange(full.vocab_map.vocab_size) % 3 > 0
+    kept = t2d.nonzero()[:, 0]
+    vocab_map = type(full.vocab_map)(kept - torch.arange(len(kept)), t2d)
+    source = replace(
+        full,
+        config=replace(full.config, draft_vocab_size=len(kept)),
+        weights={**full.weights, "lm_head.weight": full.weights["lm_head.weight"][kept]},
+        vocab_map=vocab_map,
+    )
+
+    found = diagnose(source)
+
+    assert found.causes[0].name == "draft vocabulary"
+    assert found.causes[0].is_real
+
+
+def test_chains_beyond_the_trained_length_are_compared(
+    drafts: tuple[TrainedDraft, TrainedDraft],
+) -> None:
+    checkpoint = drafts[0].checkpoint
+    assert checkpoint is not None
+    settings = {**checkpoint.state.settings, "data": {"total_seq_len": 40}}
+    state = replace(checkpoint.state, settings=settings)
+    source = replace(drafts[0], checkpoint=replace(checkpoint, state=state))
+
+    (cause,) = [x for x in diagnose(source).causes if x.name == "context length"]
+
+    assert "within 40 tokens" in cause.change
+
+
+def test_a_chat_template_unlike_training_is_named(
+    drafts: tuple[TrainedDraft, TrainedDraft],
+) -> None:
+    verifier = load()
+    verifier.rows.select_layers(LAYER_IDS)
+    verifier.tokens.tokenizer.chat_template = (
+        "{% for m in messages %}class X: {{ m.content.upper() }} # end{% endfor %}"
+    )
+    texts = read_prompts()[:12]
+    ids = [verifier.encode(f"class X: {text.upper()} # end") for text in texts]
+    questions = [Question(i, tuple(x), None, RawPrompt(i, texts[i])) for i, x in enumerate(ids)]
+    work = Work([Prompt(x, 0) for x in ids], Sampling(24), 12)
+    drafter = drafts[0].build_drafter(verifier.embedding, num_draft_tokens=NUM_DRAFT_TOKENS)
+    own = answer_alone(verifier, work, QUIET).answers
+    measured = measure(verifier, drafter, work, own, progress=QUIET)
+
+    causes = list(
+        try_formats(verifier, drafter, questions, measured.answers, work, seed=0, progress=QUIET)
+    )
+
+    first = max(causes, key=lambda cause: cause.gain)
+    assert first.change == "without the chat template"
+    assert first.is_real
+    verifier.tokens.tokenizer.chat_template = None
+    assert not list(
+        try_formats(verifier, drafter, questions, measured.answers, work, seed=0, progress=QUIET)
+    )
+
+
+def test_a_length_far_below_the_simulated_one_is_suspicious(
+    drafts: tuple[TrainedDraft, TrainedDraft],
+) -> None:
+    checkpoint = drafts[0].checkpoint
+    assert checkpoint is not None
+    metrics = {"acceptance_length": 3.0}
+    state = replace(checkpoint.state, metrics=metrics)
+    source = replace(drafts[0], checkpoint=replace(checkpoint, state=state))
+    lengths: Any = [type("Measured", (), {"acceptance_length": x}) for x in (1.9, 2.1)]
+
+    assert [is_suspicious(source, measured) for measured in lengths] == [True, False]
+    assert not is_suspicious(replace(source, checkpoint=None), lengths[0])
