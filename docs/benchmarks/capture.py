@@ -15,14 +15,13 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from speculators_cli.core.capture.states import (
-    HostStates,
     SampleWriter,
-    Storage,
     WrittenShard,
     pack,
     plan_sequences,
 )
 from speculators_cli.core.data.token_shards import TokenRow
+from speculators_cli.core.engines.host_states import HostStates, Storage
 from speculators_cli.core.engines.transformers_engine import TransformersEngine
 
 SHAPES: dict[str, dict[str, Any]] = {

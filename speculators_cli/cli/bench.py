@@ -52,6 +52,9 @@ def show(report: "BenchReport", output: Output) -> None:
         ("useful work", _useful(report)),
         ("waiting for data", f"{report.data_wait_share:.1%}"),
     ]
+    if report.capture_ms is not None:
+        share = f"{report.capture_share:.0%}"
+        rows.insert(3, ("capture", f"{report.capture_ms:,.1f} ms per step, {share} of the time"))
     if report.peak_memory_bytes is not None:
         rows.insert(4, ("peak memory", format_bytes(report.peak_memory_bytes)))
     if report.launch_ms is not None:

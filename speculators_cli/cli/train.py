@@ -60,6 +60,8 @@ def train(
         from speculators_cli.core.training.report import TrainReport
 
     try:
+        if settings.data.conversations is not None and not dry_run:
+            settings = write_tokens(settings, output)
         report: TrainReport = run.train(settings, progress=output, dry_run=dry_run)
     finally:
         output.close()
@@ -73,6 +75,18 @@ def train(
         output.hint("Raise `--epochs` to train further: the run was already finished")
 
 
+def write_tokens(settings: TrainSettings, output: Output) -> TrainSettings:
+    """Write the tokens of conversations, once the save path is known to be free."""
+    from speculators_cli.core.capture.training_tokens import write_training_tokens
+    from speculators_cli.core.progress import SILENT
+    from speculators_cli.core.training.run import check_place
+
+    if not is_first_rank():
+        return write_training_tokens(settings, progress=SILENT)
+    check_place(settings)
+    return write_training_tokens(settings, progress=output)
+
+
 def _rows(report: Any) -> list[tuple[str, str]]:
     rows = []
     if report.is_dry_run:
@@ -84,6 +98,8 @@ def _rows(report: Any) -> list[tuple[str, str]]:
     memory = f", peak {format_bytes(peak)} per GPU" if peak else ""
     speed = format_speed(report.tokens_per_second)
     rows.append(("time", f"{format_duration(report.duration_seconds)}  ({speed}{memory})"))
+    if report.capture_share is not None:
+        rows.append(("capture", f"{report.capture_share:.0%} of the time of steps"))
     if report.validation_loss is not None:
         loss = f"{report.validation_loss:.3f} nats, weighted sum over predictions"
         if report.best_validation_loss is not None:

@@ -1,9 +1,14 @@
 """`speculators train --plan`."""
 
+from typing import TYPE_CHECKING
+
 from speculators_cli.cli.imports import importing
 from speculators_cli.cli.output import Output, format_duration
 from speculators_cli.core.files import format_bytes
 from speculators_cli.settings.train import TrainSettings
+
+if TYPE_CHECKING:
+    from speculators_cli.core.training.plan import TrainPlan
 
 
 def show_plan(settings: TrainSettings, output: Output, *, num_ranks: int | None) -> None:
@@ -30,6 +35,7 @@ def show_plan(settings: TrainSettings, output: Output, *, num_ranks: int | None)
         ("draft", f"{found.num_parameters / 1e6:,.1f}M parameters"),
         ("time", format_duration(found.seconds) if found.seconds else unknown),
         ("memory", _memory(found.memory_bytes_per_gpu, found.gpu_memory_bytes) or unknown),
+        *_capture(found),
         ("samples on disk", format_bytes(found.data_bytes)),
         (
             "checkpoints",
@@ -37,9 +43,27 @@ def show_plan(settings: TrainSettings, output: Output, *, num_ranks: int | None)
             f"{format_bytes(found.free_bytes)} free",
         ),
     ]
-    if found.bytes_per_second:
+    if found.bytes_per_second and found.capture is None:
         rows.insert(7, ("read from disk", f"{format_bytes(int(found.bytes_per_second))}/s"))
     output.panel("Plan", rows)
+
+
+def _capture(found: "TrainPlan") -> list[tuple[str, str]]:
+    capture = found.capture
+    if capture is None:
+        return []
+    rows = []
+    if capture.seconds is not None and found.seconds:
+        share = capture.seconds / found.seconds
+        rows.append(("capture", f"{format_duration(capture.seconds)}, {share:.0%} of the time"))
+    if capture.cache_bytes:
+        size = format_bytes(capture.cache_bytes)
+        rows.append(("cache", f"{size}, {capture.cached_share:.0%} of the tokens"))
+    stored = f"{format_bytes(capture.stored_bytes)} on disk"
+    if capture.seconds_if_all_were_stored is not None:
+        stored += f", {format_duration(capture.seconds_if_all_were_stored)} with their capture"
+    rows.append(("if states were stored", stored))
+    return rows
 
 
 def _memory(needed: int | None, available: int | None) -> str | None:

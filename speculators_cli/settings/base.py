@@ -25,6 +25,7 @@ from pydantic_core import PydanticCustomError
 from speculators_cli.core.files import find_existing, replacing, write_json
 
 LARGEST = 2**63 - 1  # whole number of a setting
+CONVERSATION_SUFFIXES = (".jsonl", ".json", ".parquet")
 Mark = TypeVar("Mark")
 
 
@@ -248,6 +249,15 @@ def _check_folders(folders: tuple[Path, ...]) -> tuple[Path, ...]:
     return tuple(map(_check_folder, folders))
 
 
+def _check_data(paths: tuple[Path, ...]) -> tuple[Path, ...]:
+    return tuple(x if is_conversations(x) else _check_folder(x) for x in paths)
+
+
+def is_conversations(path: Path) -> bool:
+    """Whether a path is a file of conversations, which is rendered into tokens."""
+    return path.suffix.lower() in CONVERSATION_SUFFIXES and path.is_file()
+
+
 def _as_list(value: object) -> object:
     """One path, as one naturally writes it in a settings file, for a list of one."""
     return (value,) if isinstance(value, str | Path) else value
@@ -279,6 +289,8 @@ def _check_layer_ids(ids: tuple[int, ...] | None) -> tuple[int, ...] | None:
 # A folder that must exist, folders, a data format and its version, layer ids: as a flag gives them.
 Folder = Annotated[Path, AfterValidator(_check_folder)]
 Folders = Annotated[tuple[Path, ...], BeforeValidator(_as_list), AfterValidator(_check_folders)]
+# Folders, or a file of conversations.
+DataPaths = Annotated[tuple[Path, ...], BeforeValidator(_as_list), AfterValidator(_check_data)]
 DataFormat = Annotated[
     Literal["auto", "pt", "speculators", "specforge"],
     Field(description="Format of the samples; auto detects it from the files"),

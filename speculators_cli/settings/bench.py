@@ -63,6 +63,11 @@ class BenchStepSettings(Settings):
     gradient_accumulation_steps: int = Field(
         1, ge=1, description="Number of packed sequences accumulated in one optimizer step"
     )
+    capture: bool = Field(
+        False,
+        description="Compute the hidden states in each step with a verifier of random weights, as "
+        "`train --capture online`",
+    )
     device: Device = "auto"
     compute_dtype: ComputeDtype = "auto"
     kernels: Kernels = "auto"

@@ -2,9 +2,9 @@
 
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import AfterValidator, Field, ValidationInfo, field_validator
+from pydantic import AfterValidator, Field, ValidationInfo, field_validator, model_validator
 
 from speculators_cli.settings.algorithms import ALGORITHM_SETTINGS
 from speculators_cli.settings.algorithms.eagle3 import Eagle3Settings
@@ -14,6 +14,7 @@ from speculators_cli.settings.base import (
     WARNED_ON_RESUME,
     ComputeDtype,
     DataFormat,
+    DataPaths,
     Device,
     Folders,
     FormatVersion,
@@ -25,9 +26,11 @@ from speculators_cli.settings.base import (
     Settings,
     TotalSeqLen,
     TrustRemoteCode,
+    is_conversations,
     not_a_choice,
     path_error,
 )
+from speculators_cli.settings.capture import CaptureSettings
 
 LOGGER_NAMES = ("trackio", "wandb", "tensorboard")
 
@@ -128,11 +131,12 @@ class RunSettings(Settings):
 class DataSettings(Settings):
     """Which samples are read, and how they become batches."""
 
-    data_path: Folders = Field(
+    data_path: DataPaths = Field(
         (Path("./data"),),
         min_length=1,
         validate_default=True,
-        description="Folder of samples, searched recursively; may be repeated",
+        description="Folder of samples or of shards of tokens, searched recursively; may be "
+        "repeated; or a JSONL, JSON or Parquet file of conversations, for online capture",
     )
     val_data_path: Folders = Field(
         (),
@@ -160,6 +164,19 @@ class DataSettings(Settings):
     allow_changed_data: bool = Field(
         False, description="Resume even if the samples differ from those the run began with"
     )
+
+    @property
+    def conversations(self) -> Path | None:
+        """The file of conversations, if the data path is one."""
+        return self.data_path[0] if is_conversations(self.data_path[0]) else None
+
+    @field_validator("data_path")
+    @classmethod
+    def _conversations_are_alone(cls, value: tuple[Path, ...]) -> tuple[Path, ...]:
+        files = [path for path in value if is_conversations(path)]
+        if files and len(value) > 1:
+            raise ValueError(f"a file of conversations, `{files[0]}`, must be the only one")
+        return value
 
 
 class DraftSettings(Settings):
@@ -281,6 +298,7 @@ class TrainSettings(Settings):
     draft: DraftSettings = Field(title="Draft model")
     run: RunSettings = Field(default_factory=RunSettings, title="Run")
     data: DataSettings = Field(default_factory=DataSettings, title="Data")
+    capture: CaptureSettings = Field(default_factory=CaptureSettings, title="Capture")
     eagle3: Eagle3Settings = Field(default_factory=Eagle3Settings, title="EAGLE-3")
     optimizer: OptimizerSettings = Field(default_factory=OptimizerSettings, title="Optimizer")
     schedule: ScheduleSettings = Field(default_factory=ScheduleSettings, title="Schedule")
@@ -288,6 +306,14 @@ class TrainSettings(Settings):
     distributed: DistributedSettings = Field(
         default_factory=DistributedSettings, title="Distributed"
     )
+
+    @model_validator(mode="after")
+    def _conversations_are_captured(self) -> Self:
+        if self.data.conversations is not None and self.capture.capture == "stored":
+            raise ValueError(
+                "`--capture stored` needs samples: a file of conversations has no hidden states"
+            )
+        return self
 
     @property
     def algorithm_settings(self) -> Settings:

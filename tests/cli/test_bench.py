@@ -51,6 +51,22 @@ def test_samples_from_disk_are_trained_on(
     assert "waiting for data" in out
 
 
+def test_capture_is_timed_apart(tiny: TinyInputs, capsys: pytest.CaptureFixture[str]) -> None:
+    flags = ["--verifier-name-or-path", str(tiny.verifier_dir), "--device", "cpu", *SMALL]
+
+    reports = []
+    for more in ([], ["--capture"]):
+        assert run(["bench", "--json", *flags, *more]) == 0
+        reports.append(json.loads(capsys.readouterr().out))
+
+    plain, captured = reports
+    assert plain["capture_ms"] is None
+    assert 0 < captured["capture_ms"] < captured["step_ms_max"]
+    assert 0 < captured["capture_share"] < 1
+    assert captured["tokens_per_second"] == pytest.approx(64 / captured["step_ms"] * 1e3)
+    assert 0 < captured["loss"] < 10
+
+
 def test_samples_of_another_size_are_refused(
     tiny: TinyInputs, capsys: pytest.CaptureFixture[str]
 ) -> None:

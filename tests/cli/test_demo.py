@@ -57,6 +57,7 @@ def report_of(num_accepted: tuple[int, int, int], *, num_different: int = 0) -> 
         epochs=1,
         duration_seconds=1.0,
         tokens_per_second=1.0,
+        capture_share=None,
         peak_memory_bytes=None,
         validation_loss=None,
         best_validation_loss=None,

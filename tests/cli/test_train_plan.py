@@ -6,8 +6,10 @@ import pytest
 import torch
 
 from speculators_cli.cli.app import run
+from speculators_cli.core.algorithms.cost import Gpu
 from tests.run_files import read_metrics
 from tests.tiny_run import TinyInputs
+from tests.token_files import make_rows, write_tokens
 
 
 def test_a_plan_says_what_the_run_then_does(
@@ -77,3 +79,44 @@ def test_a_plan_counts_the_processes_to_come(
         return found
 
     assert steps() > steps("--nproc-per-node", "2") > 0
+
+
+def test_a_plan_knows_capture_and_its_alternatives(
+    tiny: TinyInputs, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = make_rows(40)
+    tokens = write_tokens(tiny.folder / "tokens", rows)
+    gpu = Gpu(flops=1e9, bandwidth=1e9)
+    monkeypatch.setattr("speculators_cli.core.training.plan.find_gpu", lambda _: gpu)
+    monkeypatch.setattr(
+        "speculators_cli.core.training.plan._runs_fast_in_bfloat16", lambda *_: True
+    )
+    flags = tiny.flags(data_path=tokens, target_layer_ids="3,5,7", epochs=3)
+    cache = ["--cache-dir", str(tiny.folder / "cache")]
+    stored = tiny.flags(epochs=3)
+    more = ([*flags], [*flags, *cache, "--cache-size", "200KB"], [*flags, *cache], stored)
+
+    plans = []
+    for given in more:
+        assert run(["train", "--plan", "--json", *given]) == 0
+        plans.append(json.loads(capsys.readouterr().out)["plan"])
+
+    *captures, none = [plan["capture"] for plan in plans]
+    assert none is None
+    assert [c["cached_share"] for c in captures] == [0, pytest.approx(0.5, abs=0.45), 1]
+    assert 0 < captures[1]["cache_bytes"] <= 200_000 < captures[2]["cache_bytes"]
+    seconds = [c["seconds"] for c in captures]
+    # Of three epochs, the last two are read where everything is kept.
+    assert seconds[0] == pytest.approx(3 * seconds[2])
+    assert seconds[0] > seconds[1] > seconds[2]
+    for plan in plans[:3]:
+        assert plan["seconds"] > plan["capture"]["seconds"]
+        assert plan["memory_terms_bytes"]["capture_weights"] > 0
+    once = captures[0]["seconds_if_all_were_stored"]
+    assert once == pytest.approx(plans[2]["seconds"])
+    # 36 of 40 rows are trained on, with 3 aux layers and 24 numbers of 2 bytes.
+    tokens_trained = sum(len(row.input_ids) for row in rows)
+    assert captures[0]["stored_bytes"] == pytest.approx(4 * 24 * 2 * tokens_trained * 0.9, rel=0.2)
+    assert not (tiny.folder / "cache").exists()
+    assert run(["train", "--plan", *more[1]]) == 0
+    assert "if states were stored" in capsys.readouterr().out

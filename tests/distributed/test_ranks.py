@@ -1,5 +1,6 @@
 """Two ranks, on gloo or NCCL, against one rank on the same global batches."""
 
+import json
 import os
 import shlex
 import subprocess
@@ -13,6 +14,7 @@ from safetensors.torch import load_file
 
 from tests.run_files import read_metrics
 from tests.tiny_run import TinyInputs
+from tests.token_files import make_rows, write_tokens
 
 
 def train(tiny: TinyInputs, save_path: Path, *, num_ranks: int, **changes: object) -> str:
@@ -74,6 +76,62 @@ def test_two_ranks_with_fast_kernels_equal_one_with_plain_ones(
     assert gradient_norms(two) == pytest.approx(gradient_norms(one), rel=1e-3)
     # As above, after two steps.
     assert largest_difference(one / "step-2", two / "step-2") < 2e-4
+
+
+def test_two_ranks_that_capture_equal_one(tiny: TinyInputs, tmp_path: Path) -> None:
+    one, two = tmp_path / "one", tmp_path / "two"
+    rows = make_rows(24, longest=60)
+    same = {"data_path": write_tokens(tmp_path / "tokens", rows), "target_layer_ids": "3,5,7"}
+
+    train(tiny, one, num_ranks=1, gradient_accumulation_steps=2, **same)
+    train(tiny, two, num_ranks=2, **same)
+
+    assert gradient_norms(two) == pytest.approx(gradient_norms(one), rel=1e-3)
+    start = load_file(one / "0" / "model.safetensors")["fc.weight"]
+    moved = (load_file(one / "1" / "model.safetensors")["fc.weight"] - start).abs().max()
+    # As above.
+    assert largest_difference(one / "1", two / "1") < 2e-4
+    assert moved > 5e-3
+
+
+def test_two_ranks_that_share_a_verifier_equal_one_that_holds_it(
+    tiny: TinyInputs, tmp_path: Path
+) -> None:
+    one, two = tmp_path / "one", tmp_path / "two"
+    rows = make_rows(24, longest=60)
+    same = {"data_path": write_tokens(tmp_path / "tokens", rows), "target_layer_ids": "3,5,7"}
+    cache = {"cache_dir": tmp_path / "cache", "cache_size": "100KB"}
+
+    train(tiny, one, num_ranks=1, gradient_accumulation_steps=2, **same)
+    train(tiny, two, num_ranks=2, shard_verifier=True, **same, **cache)
+
+    assert gradient_norms(two) == pytest.approx(gradient_norms(one), rel=1e-3)
+    start = load_file(one / "0" / "model.safetensors")["fc.weight"]
+    moved = (load_file(one / "1" / "model.safetensors")["fc.weight"] - start).abs().max()
+    # As above; float32 rounds the packed documents' states differently, too.
+    assert largest_difference(one / "1", two / "1") < 2e-4
+    assert moved > 5e-3
+    assert 0 < len(list((tmp_path / "cache").rglob("*.pt"))) < 24
+
+
+def test_a_sharded_verifier_has_the_states_of_a_whole_one(tiny: TinyInputs) -> None:
+    program = Path(__file__).with_name("sharded_capture.py")
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+
+    done = subprocess.run(
+        [*command, program, tiny.verifier_dir],
+        check=False, capture_output=True, text=True, env=environment,
+    )  # fmt: skip
+
+    assert done.returncode == 0, done.stderr
+    lines = [json.loads(x) for x in done.stdout.splitlines() if x.startswith("{")]
+    assert sorted(line["rank"] for line in lines) == [0, 1]
+    assert all(line["is_equal"] for line in lines)
+    # 9 layers are halved; embedding and LM head, 37 x 24 in float32 each, and a norm are not.
+    rest = 4 * (2 * 37 * 24 + 24)
+    for line in lines:
+        assert line["own_bytes"] == pytest.approx((line["whole_bytes"] - rest) / 2 + rest, rel=0.01)
 
 
 def test_a_run_goes_on_with_another_number_of_ranks(tiny: TinyInputs, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import statistics
 import time
+from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass
 from itertools import count, pairwise
@@ -11,10 +12,11 @@ import numpy as np
 import torch
 
 from speculators_cli.core.algorithms import ALGORITHMS
-from speculators_cli.core.algorithms.cost import find_gpu
+from speculators_cli.core.algorithms.cost import Work, find_gpu
 from speculators_cli.core.algorithms.draft_config import DraftConfig
 from speculators_cli.core.algorithms.draft_model import StepSums
 from speculators_cli.core.bench.profile import KernelTimes, profile_steps
+from speculators_cli.core.bench.random_engine import build_engine
 from speculators_cli.core.bench.shapes import find_shape
 from speculators_cli.core.bench.synthetic import SyntheticLoader
 from speculators_cli.core.data.batch import Batch
@@ -22,7 +24,10 @@ from speculators_cli.core.data.data_config import LayerIds, default_layer_ids
 from speculators_cli.core.data.loader import BatchSource
 from speculators_cli.core.data.source import SampleSource
 from speculators_cli.core.data.sources import Request, open_samples
+from speculators_cli.core.data.tokens import StatesShape
 from speculators_cli.core.data.vocab_map import VocabMap
+from speculators_cli.core.engines.cost import CaptureCost
+from speculators_cli.core.engines.transformers_engine import TransformersEngine
 from speculators_cli.core.models.verifier import FrozenVerifier, VerifierConfig
 from speculators_cli.core.progress import SILENT, Progress
 from speculators_cli.core.training.build import choose_compute_dtype, choose_kernels, load_batches
@@ -33,6 +38,8 @@ from speculators_cli.core.training.metrics import MetricSums
 from speculators_cli.core.training.optimizer import Optimizer
 from speculators_cli.core.training.optimizer_step import OptimizerStep
 from speculators_cli.core.training.run import out_of_memory_explained
+from speculators_cli.core.training.sharded_verifier import count_own_bytes
+from speculators_cli.core.training.states import LiveStates, StateFiller, StoredStates
 from speculators_cli.settings.bench import BenchSettings
 from speculators_cli.settings.train import OptimizerSettings
 
@@ -64,6 +71,8 @@ class BenchReport:
     useful_tflops: float  # per second
     utilisation: float | None  # of the device's dense bfloat16 peak
     data_wait_share: float
+    capture_ms: float | None  # per step, mean; None if hidden states are not computed
+    capture_share: float | None  # of the time of steps
     launch_ms: float | None  # host time per step, without the copy of the next batch
     idle_share: float | None  # fraction of the last profiled step without a running kernel
     split_ms: dict[str, float] | None  # by kind of kernel
@@ -91,7 +100,7 @@ def bench(settings: BenchSettings, *, progress: Progress = SILENT) -> BenchRepor
             config, optimizer_step = _build_step(settings, verifier, vocab_size, ranks)
             with closing(_build_loader(settings, samples, config, optimizer_step)) as loader:
                 run = _Run(optimizer_step, loader)
-                return _report(settings, run, verifier.name_or_path, *_measure(settings, run))
+                return _report(settings, run, verifier, *_measure(settings, run))
 
 
 class _Run:
@@ -142,6 +151,7 @@ class _Times:
     step_ms: list[float]
     first_step_seconds: float
     wait_share: float
+    capture_ms: float | None  # per step
     peak_memory_bytes: int | None
     masks: list[tuple[torch.Tensor, tuple[int, ...]]]  # loss mask and lengths of each sequence
 
@@ -165,6 +175,7 @@ def _time(run: _Run, settings: BenchSettings) -> _Times:
         run.train_next()
     clock.stop()
     run.feed.take_wait_seconds()
+    run.step.filler.take_seconds()
     run.masks.clear()
     if is_cuda:
         torch.cuda.reset_peak_memory_stats()
@@ -173,9 +184,11 @@ def _time(run: _Run, settings: BenchSettings) -> _Times:
         run.train_next()
         clock.tick()
     step_ms = clock.laps()
+    captured = run.step.filler.take_seconds()
     return _Times(
         step_ms=step_ms,
         first_step_seconds=first_step_seconds,
+        capture_ms=None if captured is None else captured * 1e3 / len(step_ms),
         wait_share=run.feed.take_wait_seconds() * 1e3 / sum(step_ms),
         peak_memory_bytes=torch.cuda.max_memory_allocated() if is_cuda else None,
         masks=list(run.masks),
@@ -229,7 +242,7 @@ class _Clock:
 def _report(
     settings: BenchSettings,
     run: _Run,
-    name: str,
+    verifier: VerifierConfig,
     times: _Times,
     launch_ms: float | None,
     kernels: KernelTimes | None,
@@ -247,7 +260,7 @@ def _report(
     gpu = find_gpu(device_name)
     per_second = flops / step_ms * 1e3
     return BenchReport(
-        verifier=name,
+        verifier=verifier.name_or_path,
         device=device_name,
         torch_version=torch.__version__,
         kernels="fast" if draft.use_fast_kernels else "plain",
@@ -261,25 +274,38 @@ def _report(
         first_step_seconds=times.first_step_seconds,
         loss=_loss(run),
         peak_memory_bytes=times.peak_memory_bytes,
-        estimated_memory_bytes=sum(
-            cost.estimate_memory(
-                config,
-                own,
-                work,
-                total_seq_len=settings.step.total_seq_len,
-                num_accumulated=settings.step.gradient_accumulation_steps,
-            ).values()
-        ),
+        estimated_memory_bytes=_estimate_memory(settings, config, work, verifier),
         useful_tflop=flops / 1e12,
         useful_tflops=per_second / 1e12,
         utilisation=per_second / gpu.flops if gpu else None,
         data_wait_share=times.wait_share,
+        capture_ms=times.capture_ms,
+        capture_share=None
+        if times.capture_ms is None
+        else times.capture_ms * len(times.step_ms) / sum(times.step_ms),
         launch_ms=launch_ms,
         idle_share=kernels.idle_share if kernels else None,
         split_ms=kernels.split_ms if kernels else None,
         longest_kernels_ms=kernels.longest_ms if kernels else None,
         num_kernels=kernels.num_kernels if kernels else None,
     )
+
+
+def _estimate_memory(
+    settings: BenchSettings, config: DraftConfig, work: Sequence[Work], verifier: VerifierConfig
+) -> int:
+    """Bytes at the peak, as `train --plan` estimates them."""
+    step = settings.step
+    memory = ALGORITHMS[config.algorithm].cost.estimate_memory(
+        config,
+        settings.algorithm_settings,
+        work,
+        total_seq_len=step.total_seq_len,
+        num_accumulated=step.gradient_accumulation_steps,
+    )
+    if step.capture:
+        memory = CaptureCost(verifier).add_memory(memory, total_seq_len=step.total_seq_len)
+    return sum(memory.values())
 
 
 def _loss(run: _Run) -> float:
@@ -303,6 +329,8 @@ def _read_samples(
         index_file=None,
         max_bad_samples=None,
         alignment=ALGORITHMS[settings.shape.algorithm].alignment,
+        capture="online" if settings.step.capture else "stored",
+        live=StatesShape(verifier.hidden_size, default_layer_ids(verifier.num_layers)),
     )
     source = open_samples(wanted, progress)
     check_samples_fit(source, verifier, vocab_size)
@@ -329,9 +357,18 @@ def _build_step(
         num_layers=shape.num_layers,
     )
     dtype = choose_compute_dtype(step.compute_dtype, ranks.device)
+    filler: StateFiller = StoredStates()
+    if step.capture:
+        engine = build_engine(
+            verifier, vocab_size, config.target_layer_ids, dtype=dtype, device=ranks.device
+        )
+        frozen = _frozen_parts(engine, verifier)
+        filler = LiveStates(engine, weights_bytes=count_own_bytes(engine.model))
+    else:
+        frozen = _random_verifier(verifier, vocab_size, ranks.device, seed)
     draft = ALGORITHMS[shape.algorithm].build(
         config,
-        _random_verifier(verifier, vocab_size, ranks.device, seed),
+        frozen,
         vocab_map,
         settings.algorithm_settings,
         use_fast_kernels=choose_kernels(
@@ -341,8 +378,9 @@ def _build_step(
     )
     optimizer = Optimizer(draft, OptimizerSettings(), use_fast_kernels=draft.use_fast_kernels)
     built = OptimizerStep(
-        draft, ranks, optimizer, compute_dtype=dtype, noise_std=step.noise_std, seed=seed
-    )
+        draft, ranks, optimizer, compute_dtype=dtype, noise_std=step.noise_std, seed=seed,
+        filler=filler,
+    )  # fmt: skip
     return config, built
 
 
@@ -371,7 +409,17 @@ def _build_loader(
         dtype=step.compute_dtype,
         pin_memory=step.ranks.device.type == "cuda",
         seed=seed,
+        is_live=settings.step.capture,
     )
+
+
+def _frozen_parts(engine: TransformersEngine, verifier: VerifierConfig) -> FrozenVerifier:
+    """What the draft reads of a random verifier, without a copy."""
+    model = engine.model
+    embedding = model.get_input_embeddings().weight.detach()
+    head = model.get_output_embeddings().weight.detach()
+    norm_weight = torch.ones(verifier.hidden_size, device=embedding.device)
+    return FrozenVerifier(embedding, norm_weight, head, verifier)
 
 
 def _random_verifier(

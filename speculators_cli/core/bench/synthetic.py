@@ -9,6 +9,7 @@ from torch import Tensor
 from speculators_cli.core.algorithms.draft_config import DraftConfig
 from speculators_cli.core.data.alignment import Alignment
 from speculators_cli.core.data.batch import Batch, collate
+from speculators_cli.core.data.live_batch import LiveSample, collate_live, without_states
 from speculators_cli.core.data.sample import Sample
 
 # Fractions of a packed sequence for its six documents; the last one fills the rest.
@@ -27,6 +28,7 @@ class SyntheticLoader:
         dtype: Of the hidden states.
         pin_memory: Whether to pin the memory for copies to a GPU.
         seed: Of ids, states and the order of documents.
+        is_live: Whether the sequences have no hidden states, which are then computed.
     """
 
     def __init__(
@@ -40,6 +42,7 @@ class SyntheticLoader:
         dtype: torch.dtype,
         pin_memory: bool,
         seed: int,
+        is_live: bool = False,
     ) -> None:
         generator = torch.Generator().manual_seed(seed)
         self.per_step = per_step
@@ -56,6 +59,18 @@ class SyntheticLoader:
                 _sample(length + alignment.shift, config, mask(length), dtype, generator)
                 for length in lengths
             ]
+            if is_live:
+                self.batches.append(
+                    collate_live(
+                        range(len(samples)),
+                        [LiveSample(without_states(x.input_ids, x.loss_mask)) for x in samples],
+                        total_seq_len=total_seq_len,
+                        alignment=alignment,
+                        pin_memory=pin_memory,
+                        pads=pin_memory,
+                    )
+                )
+                continue
             self.batches.append(
                 collate(
                     range(len(samples)),

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from speculators_cli.core.capture.engines import Engines
-from speculators_cli.core.capture.generated_folder import MANIFEST_NAME, agree, remove_leftovers
+from speculators_cli.core.capture.generated_folder import agree, remove_leftovers
 from speculators_cli.core.capture.job import Job, open_job
 from speculators_cli.core.capture.rendered import RenderCounts, check_left_out
 from speculators_cli.core.capture.report import GenerationReport, StageTime
@@ -20,7 +20,7 @@ from speculators_cli.core.conversations.bad_rows import BadRows
 from speculators_cli.core.conversations.prompt_files import Prompts, open_prompts, read_prompts
 from speculators_cli.core.data.data_config import write_data_config
 from speculators_cli.core.data.token_counts import FILE_NAME, TokenCounts, write_token_freq
-from speculators_cli.core.data.token_shards import read_counts, read_shard
+from speculators_cli.core.data.token_shards import MANIFEST_NAME, read_counts, read_shard
 from speculators_cli.core.errors import DataError
 from speculators_cli.core.files import check_free_space
 from speculators_cli.core.progress import Progress

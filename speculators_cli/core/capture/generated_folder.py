@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from speculators_cli.core.data.token_shards import shard_name
+from speculators_cli.core.data.token_shards import MANIFEST_NAME, shard_name
 from speculators_cli.core.errors import DataError, SettingsError
 from speculators_cli.core.files import (
     TEMPORARY,
@@ -19,7 +19,6 @@ from speculators_cli.core.files import (
 )
 from speculators_cli.core.reading import read_json_object, refusing
 
-MANIFEST_NAME = "manifest.json"
 DONE_NAME = "done.json"
 LOCK_NAME = "generate-data.lock"
 SCHEMA_VERSION = 1

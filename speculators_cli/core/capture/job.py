@@ -10,7 +10,7 @@ import torch
 
 from speculators_cli.core.capture.generated_folder import GeneratedFolder
 from speculators_cli.core.capture.render import Renderer
-from speculators_cli.core.data.data_config import default_layer_ids
+from speculators_cli.core.data.data_config import choose_captured_layers
 from speculators_cli.core.engines.devices import choose_device, choose_dtype
 from speculators_cli.core.engines.engine import Sampling
 from speculators_cli.core.errors import SettingsError
@@ -111,24 +111,8 @@ def open_job(settings: GenerateDataSettings) -> Job:
         tokenizer=tokens.tokenizer,
         end_ids=tokens.end_ids,
         vocab_size=tokens.vocab_size,
-        layer_ids=choose_layer_ids(given.target_layer_ids, config.num_layers),
+        layer_ids=choose_captured_layers(given.target_layer_ids, config.num_layers),
         device=device,
         dtype=choose_dtype(given.dtype, device),
         place=place,
     )
-
-
-def choose_layer_ids(given: tuple[int, ...] | None, num_layers: int) -> tuple[int, ...]:
-    """Return the aux layers: the given ones, or early, middle and late.
-
-    Raises:
-        SettingsError: The verifier does not have them.
-    """
-    ids = default_layer_ids(num_layers) if given is None else given
-    if list(ids) != sorted(set(ids)) or ids[0] < 0 or ids[-1] > num_layers:
-        raise SettingsError(
-            f"`--target-layer-ids`: layers `{','.join(map(str, ids))}` are not strictly ascending "
-            f"between 0 and the verifier's {num_layers} layers",
-            hint="Pass `--target-layer-ids` with layers that the verifier has",
-        )
-    return tuple(ids)

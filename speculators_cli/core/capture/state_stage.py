@@ -10,10 +10,8 @@ from speculators_cli.core.capture.generated_folder import (
     remove_leftovers,
 )
 from speculators_cli.core.capture.job import Job
-from speculators_cli.core.capture.state_checks import check_head, check_layers
 from speculators_cli.core.capture.states import (
     SampleWriter,
-    Storage,
     WrittenShard,
     pack,
     plan_sequences,
@@ -21,6 +19,8 @@ from speculators_cli.core.capture.states import (
 )
 from speculators_cli.core.data.token_shards import TokenRow, read_shard
 from speculators_cli.core.engines.engine import CapturedStates, Packed
+from speculators_cli.core.engines.host_states import Storage
+from speculators_cli.core.engines.state_checks import check_head, check_layers
 from speculators_cli.core.engines.transformers_engine import TransformersEngine
 from speculators_cli.core.errors import MachineError
 from speculators_cli.core.files import check_free_space, disk_errors, replacing, write_json

@@ -14,6 +14,7 @@ from speculators_cli.core.data.float8 import ScaledStates
 from speculators_cli.core.data.sample import Sample, States
 from speculators_cli.core.data.stored import StoredStates, find_rows
 from speculators_cli.core.data.supervised_rows import SupervisedRows
+from speculators_cli.core.data.verifier_input import VerifierInput
 
 CAST_AT_ONCE = 1024  # rows
 INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -26,7 +27,8 @@ class Batch:
     The algorithm's `Alignment` decides which rows of a sample a position consists of. Padding has
     document id -1, loss mask False and zeros elsewhere.
 
-    Last hidden states are included for supervised positions only, the targets.
+    Last hidden states are included for supervised positions only, the targets. A batch with
+    `verifier_input` has no hidden states yet: theirs have a width of 0.
     """
 
     input_ids: Tensor  # [seq_len], int64
@@ -40,6 +42,7 @@ class Batch:
     host_mask: Tensor  # [seq_len], bool: the loss mask as read, always on the CPU
     lengths: tuple[int, ...]  # tokens of each document, in order
     sample_ids: tuple[int, ...]  # the sample of each document: its index in the dataset
+    verifier_input: VerifierInput | None = None  # hidden states are still to be computed
 
     def to(self, device: torch.device) -> Self:
         """Copy to a device, except for the host mask; asynchronous from pinned memory."""
@@ -74,6 +77,7 @@ class Batch:
             targets=change(self.targets),
             last_hidden_states=change(self.last_hidden_states),
             is_normed=change(self.is_normed),
+            verifier_input=None if self.verifier_input is None else self.verifier_input.map(change),
         )
 
     def at_positions(
@@ -135,7 +139,8 @@ def collate(
         own = slice(num_targets, num_targets + len(supervised))
         targets[own] = supervised + start
         is_normed[own] = sample.is_normed
-        copy_rows(sample.last_hidden_states, supervised + tokens.start, last[own])
+        if sample.last_hidden_states.shape[1]:  # else they are computed later
+            copy_rows(sample.last_hidden_states, supervised + tokens.start, last[own])
         lengths.append(length)
         start += length
         num_targets += len(supervised)

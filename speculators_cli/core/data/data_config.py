@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from speculators_cli.core.data.formats import FORMATS
-from speculators_cli.core.errors import DataError
+from speculators_cli.core.errors import DataError, SettingsError
 from speculators_cli.core.files import replacing, write_json
 from speculators_cli.core.progress import Progress
 from speculators_cli.core.reading import UnreadableError, read_json_object, refusing
@@ -134,6 +134,22 @@ def default_layer_ids(num_verifier_layers: int) -> tuple[int, ...]:
     """Return the default aux layers of vLLM: early, middle and late."""
     n = num_verifier_layers
     return (2, n // 2, n - 3)
+
+
+def choose_captured_layers(given: tuple[int, ...] | None, num_layers: int) -> tuple[int, ...]:
+    """Return the aux layers to capture: the given ones, or early, middle and late.
+
+    Raises:
+        SettingsError: The verifier does not have them.
+    """
+    ids = default_layer_ids(num_layers) if given is None else given
+    if list(ids) != sorted(set(ids)) or ids[0] < 0 or ids[-1] > num_layers:
+        raise SettingsError(
+            f"`--target-layer-ids`: layers `{_show(ids)}` are not strictly ascending between 0 and "
+            f"the verifier's {num_layers} layers",
+            hint="Pass `--target-layer-ids` with layers that the verifier has",
+        )
+    return tuple(ids)
 
 
 def guess_num_layers(configs: Sequence[DataConfig]) -> int | None:

@@ -8,9 +8,7 @@ from functools import cached_property
 from itertools import islice
 from typing import Protocol
 
-import torch
-
-from speculators_cli.core.data.batch import Batch, collate
+from speculators_cli.core.data.batch import Batch
 from speculators_cli.core.data.packing import Packed, PackingPlan, plan_epoch
 from speculators_cli.core.data.source import SampleSource
 
@@ -183,19 +181,13 @@ class BatchLoader:
         return self.pack(epoch).sequences[index * self.num_ranks + self.rank]
 
     def _collate(self, sequence: Packed) -> Batch:
-        # One at a time: each keeps its file open.
-        samples = map(self.samples.read, sequence)
         total_seq_len = self.total_seq_len
         if not self.pads:
             num_positions = int(self.samples.lengths[list(sequence)].sum())
             total_seq_len = max(min(total_seq_len, num_positions), 1)
-        return collate(
+        return self.samples.collate(
             sequence,
-            samples,
             total_seq_len=total_seq_len,
-            num_aux_layers=self.samples.num_aux_layers,
-            hidden_size=self.samples.hidden_size,
-            dtype=getattr(torch, self.samples.dtype),
-            alignment=self.samples.alignment,
             pin_memory=self.pin_memory,
+            pads=self.pads,
         )

@@ -5,7 +5,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Self, TypeVar
+from typing import TYPE_CHECKING, Self, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,6 +15,9 @@ from speculators_cli.core.data.data_config import DataConfig
 from speculators_cli.core.data.packing import plan_epoch
 from speculators_cli.core.data.sample import Problem, Sample, SampleHeader
 from speculators_cli.core.torch_file.tensor_spec import ITEM_BYTES
+
+if TYPE_CHECKING:
+    from speculators_cli.core.data.batch import Batch
 
 SourceT = TypeVar("SourceT", bound="SampleSource")
 SPLIT_SEED = 0  # the split is the same in every run on the same samples
@@ -34,6 +37,7 @@ class SampleSource(ABC):
     format: str
     bad: tuple[Problem, ...]
     configs: tuple[DataConfig, ...]
+    is_live = False  # whether hidden states are computed while training, not stored
 
     @property
     @abstractmethod
@@ -70,6 +74,34 @@ class SampleSource(ABC):
     @abstractmethod
     def select(self, ids: Iterable[int]) -> Self:
         """Select some of the samples, in the order of `ids`."""
+
+    def collate(
+        self,
+        ids: Sequence[int],
+        *,
+        total_seq_len: int,
+        pin_memory: bool,
+        pads: bool,  # noqa: ARG002 - for sources whose batches have more than positions
+    ) -> "Batch":
+        """Read and pack samples, one at a time, since each keeps its file open.
+
+        Raises:
+            ChangedSampleError: One has changed since the source was opened.
+        """
+        import torch
+
+        from speculators_cli.core.data.batch import collate
+
+        return collate(
+            ids,
+            map(self.read, ids),
+            total_seq_len=total_seq_len,
+            num_aux_layers=self.num_aux_layers,
+            hidden_size=self.hidden_size,
+            dtype=getattr(torch, self.dtype),
+            alignment=self.alignment,
+            pin_memory=pin_memory,
+        )
 
     def write_index(self, file: Path) -> None:  # noqa: B027 - most have nothing to cache
         """Cache the properties of the samples, if reading them again is slow."""

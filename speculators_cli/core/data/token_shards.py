@@ -27,6 +27,7 @@ from speculators_cli.core.reading import (
 
 FORMAT = "speculators-tokens-1"
 PREFIX, SUFFIX = "tokens-", ".safetensors"
+MANIFEST_NAME = "manifest.json"  # beside the shards: what they were made from
 FIX = "Remove the file, then rerun `speculators generate-data`"
 
 
@@ -50,6 +51,12 @@ class TokenShard:
 def shard_name(number: int) -> str:
     """Return the file name of a shard."""
     return f"{PREFIX}{number:05d}{SUFFIX}"
+
+
+def is_shard_name(name: str) -> bool:
+    """Whether a file has the name of a shard of tokens."""
+    number = name.removeprefix(PREFIX).removesuffix(SUFFIX)
+    return number.isdecimal() and name == f"{PREFIX}{number}{SUFFIX}"
 
 
 def write_shard(shard: TokenShard, file: Path) -> None:

@@ -4,6 +4,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 
@@ -55,16 +56,28 @@ class Answerer(Protocol):
 class Packed:
     """Documents of the verifier's tokens, end to end."""
 
-    input_ids: Tensor  # [tokens], int64, on the CPU
+    input_ids: Tensor  # [tokens], int64
     lengths: Sequence[int]  # tokens of each document
-    rows: Tensor  # [rows], int64, ascending, on the CPU: tokens to return last hidden states of
+    rows: Tensor  # [rows], int64, ascending: tokens to return last hidden states of
+    # [aux rows], int64, ascending: tokens to return aux hidden states of; None: all.
+    aux_rows: Tensor | None = None
+    position_ids: Tensor | None = None  # [tokens], int64: from 0 in each document; None: computed
+    num_zero_rows: int = 0  # rows of zeros after the aux hidden states
+
+
+def aux_rows_of(packed: Packed) -> Tensor:
+    """Return the tokens to return aux hidden states of."""
+    if packed.aux_rows is None:
+        return torch.arange(len(packed.input_ids), device=packed.input_ids.device)
+    return packed.aux_rows
 
 
 @dataclass(frozen=True)
 class CapturedStates:
     """Hidden states of packed documents."""
 
-    aux: Tensor  # [tokens, aux*hidden]: the output after k layers, for each layer id k, ascending
+    # [aux rows + zero rows, aux*hidden]: the output after k layers, for each layer id k, ascending.
+    aux: Tensor
     last: Tensor  # [rows, hidden]: before the final norm
 
 

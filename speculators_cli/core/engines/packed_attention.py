@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import AttentionInterface
 
 from speculators_cli.core.kernels.causal_attention import can_use_flash
+from speculators_cli.core.kernels.device import move
 
 NAME = "speculators_packed"
 QUERIES_AT_ONCE = 1024  # of the plain formula, which stores scores
@@ -33,7 +34,7 @@ class Packing:
 
     def __init__(self, lengths: Sequence[int], device: torch.device) -> None:
         self.bounds = (0, *accumulate(lengths))
-        self.offsets = torch.tensor(self.bounds, dtype=torch.int32, device=device)
+        self.offsets = move(torch.tensor(self.bounds, dtype=torch.int32), device)
         # With one token per document, the kernel would assume that no document has fewer.
         self.longest = max(2, *lengths)
         self.num_calls = 0  # of the attention

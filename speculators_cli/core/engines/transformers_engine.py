@@ -26,6 +26,7 @@ from speculators_cli.core.engines.engine import (
     Packed,
     Prompt,
     Sampling,
+    aux_rows_of,
 )
 from speculators_cli.core.engines.packed_attention import Packing, packing
 from speculators_cli.core.engines.sampling import SamplingProcessor
@@ -59,6 +60,7 @@ class TransformersEngine:
         end_ids: Tokens that end an answer.
         name: Of the verifier, for error messages.
         is_compiled: Whether decoder layers are compiled; None: on a GPU where it pays.
+        packs_documents: Whether documents are computed together; None: on a GPU.
 
     Raises:
         SettingsError: The model has another layout than decoder layers and a final norm.
@@ -72,6 +74,7 @@ class TransformersEngine:
         end_ids: frozenset[int],
         name: str,
         is_compiled: bool | None = None,
+        packs_documents: bool | None = None,
     ) -> None:
         self.model = model
         # What `generate` is not told comes from there, such as a penalty on repeated tokens.
@@ -86,6 +89,8 @@ class TransformersEngine:
         self.parts.hook(self.layer_ids, self._keep_aux, self._keep_last)
         self._forwards: list[tuple[Any, Any, Any]] = []  # of compiled layers: plain, compiled
         self.is_packed = self._can_pack()
+        is_gpu = self.parts.device.type != "cpu"
+        self.packs_documents = is_gpu if packs_documents is None else packs_documents
         if is_compiled is None:
             is_spread = len(set(getattr(model, "hf_device_map", {}).values())) > 1
             is_compiled = self.parts.device.type == "cuda" and not is_spread
@@ -111,28 +116,58 @@ class TransformersEngine:
         """Width of the hidden states."""
         return int(self.parts.decoder.get_input_embeddings().weight.shape[1])
 
-    @torch.inference_mode()
     def capture(self, packed: Packed) -> CapturedStates:
-        """Compute the hidden states of packed documents, none of which sees another."""
-        device, size = self.parts.device, self.hidden_size
+        """Compute the hidden states of packed documents, none of which sees another.
+
+        On a CPU each document is computed alone, so that its states do not depend in any bit on the
+        others: which kernel multiplies matrices there depends on their number of rows.
+        """
+        device, aux_rows = self.parts.device, aux_rows_of(packed)
         aux = torch.empty(
-            (len(packed.input_ids), len(self.layer_ids) * size), dtype=self.dtype, device=device
+            (len(aux_rows) + packed.num_zero_rows, len(self.layer_ids) * self.hidden_size),
+            dtype=self.dtype,
+            device=device,
         )
-        last = torch.empty((len(packed.rows), size), dtype=self.dtype, device=device)
-        if self.is_packed:
-            with self._keeping(aux, last, packed.rows.to(device)):
-                self._run_packed(packed.input_ids, packed.lengths)
-            return CapturedStates(aux, last)
-        bounds = [0, *accumulate(packed.lengths)]
-        firsts = torch.searchsorted(packed.rows, torch.tensor(bounds)).tolist()
-        spans = zip(pairwise(bounds), pairwise(firsts), strict=True)
-        for (start, end), (low, high) in spans:
-            rows = (packed.rows[low:high] - start).to(device)
-            with self._keeping(aux[start:end], last[low:high], rows):
-                self._run_alone(packed.input_ids[start:end])
+        last = torch.empty((len(packed.rows), self.hidden_size), dtype=self.dtype, device=device)
+        aux[len(aux_rows) :].zero_()
+        kept = _Kept(
+            aux[: len(aux_rows)],
+            last,
+            aux_rows.to(device, non_blocking=True),
+            packed.rows.to(device, non_blocking=True),
+        )
+        if self.is_packed and self.packs_documents and not len(packed.input_ids):
+            self.join()
+        elif self.is_packed and self.packs_documents:
+            with self._keeping(kept):
+                self._run_packed(packed.input_ids, packed.lengths, packed.position_ids)
+        else:
+            self._capture_each(packed, kept)
         return CapturedStates(aux, last)
 
-    @torch.inference_mode()
+    def join(self) -> None:
+        """Compute one token, for nothing: ranks that share the weights gather them together."""
+        self._run_packed(torch.zeros(1, dtype=torch.int64), [1])
+
+    def _capture_each(self, packed: Packed, kept: "_Kept") -> None:
+        """Compute documents one by one."""
+        bounds = torch.tensor([0, *accumulate(packed.lengths)])
+        places = zip(
+            pairwise(bounds.tolist()),
+            pairwise(torch.searchsorted(kept.aux_rows.cpu(), bounds).tolist()),
+            pairwise(torch.searchsorted(kept.rows.cpu(), bounds).tolist()),
+            strict=True,
+        )
+        for (start, end), aux, last in places:
+            if aux[0] == aux[1] and last[0] == last[1]:
+                continue  # a document of padding, or of no tokens
+            with self._keeping(kept.of_document(start, slice(*aux), slice(*last))):
+                if self.is_packed:
+                    self._run_packed(packed.input_ids[start:end], [end - start])
+                else:
+                    self._run_alone(packed.input_ids[start:end])
+
+    @torch.no_grad()
     def logits(self, input_ids: Tensor) -> Tensor:
         """Compute the model's own logits of one document; [tokens, vocab]."""
         self._use(self._own_attention)
@@ -211,14 +246,19 @@ class TransformersEngine:
             return CPU_BATCH
         return max(1, min(self.parts.count_rows_that_fit(num_tokens, self.dtype), MAX_BATCH))
 
-    def _run_packed(self, input_ids: Tensor, lengths: Sequence[int]) -> Packing:
+    @torch.no_grad()
+    def _run_packed(
+        self, input_ids: Tensor, lengths: Sequence[int], position_ids: Tensor | None = None
+    ) -> Packing:
         """Run the decoder over packed documents, padded to one of few lengths."""
         self._use(packed_attention.NAME)
         device = self.parts.device
         padding = -len(input_ids) % ROUND_TOKENS if device.type == "cuda" else 0
         all_lengths = [*lengths, padding] if padding else list(lengths)
-        ids = torch.cat([input_ids, input_ids.new_zeros(padding)])
-        positions = torch.cat([torch.arange(length) for length in all_lengths])
+        ids, positions = input_ids, position_ids
+        if positions is None or padding:
+            ids = torch.cat([input_ids, input_ids.new_zeros(padding)])
+            positions = torch.cat([torch.arange(length) for length in all_lengths])
         with packing(Packing(all_lengths, device)) as documents:
             self.parts.decoder(
                 input_ids=ids[None].to(device),
@@ -227,6 +267,7 @@ class TransformersEngine:
             )
         return documents
 
+    @torch.no_grad()
     def _run_alone(self, input_ids: Tensor) -> None:
         self._use(self._own_attention)
         self.parts.decoder(input_ids=input_ids[None].to(self.parts.device), use_cache=False)
@@ -241,9 +282,9 @@ class TransformersEngine:
             layer.forward = compiled if attention == packed_attention.NAME else plain
 
     @contextmanager
-    def _keeping(self, aux: Tensor, last: Tensor, rows: Tensor) -> Iterator[None]:
+    def _keeping(self, kept: "_Kept") -> Iterator[None]:
         """Write the states that pass the hooks within the block."""
-        self._kept = _Kept(aux, last, rows)
+        self._kept = kept
         try:
             yield
         finally:
@@ -251,15 +292,17 @@ class TransformersEngine:
 
     def _keep_aux(self, column: int, states: Tensor) -> None:
         if self._kept is not None:
-            size, aux = self.hidden_size, self._kept.aux
-            aux[:, column * size : (column + 1) * size].copy_(states[0, : len(aux)])
+            size, kept = self.hidden_size, self._kept
+            rows = kept.aux_rows.to(states.device)
+            own = kept.aux[:, column * size : (column + 1) * size]
+            own.copy_(states[0].index_select(0, rows))
 
     def _keep_last(self, states: Tensor) -> None:
         if self._kept is not None:
             rows = self._kept.rows.to(states.device)
             self._kept.last.copy_(states[0].index_select(0, rows))
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def _can_pack(self) -> bool:
         """Whether packed documents have the states that each has alone; measured on two of them."""
         if not self.parts.has_known_attention:
@@ -271,7 +314,7 @@ class TransformersEngine:
         packed, alone = (self._check_buffers(sum(lengths)) for _ in range(2))
         rows = torch.arange(sum(lengths), device=self.parts.device)
         try:
-            with self._keeping(*packed, rows):
+            with self._keeping(_Kept(*packed, rows, rows)):
                 documents = self._run_packed(ids, lengths)
         except (NotImplementedError, ValueError):  # it takes no other attention, or builds a mask
             return False
@@ -279,7 +322,7 @@ class TransformersEngine:
         bounds = [0, *accumulate(lengths)]
         for start, end in pairwise(bounds):
             own = torch.arange(end - start, device=self.parts.device)
-            with self._keeping(alone[0][start:end], alone[1][start:end], own):
+            with self._keeping(_Kept(alone[0][start:end], alone[1][start:end], own, own)):
                 self._run_alone(ids[start:end])
         return is_called and _error(packed, alone) <= MAX_PACKING_ERROR[self.dtype]
 
@@ -295,9 +338,16 @@ class TransformersEngine:
 class _Kept:
     """Where the hooks write."""
 
-    aux: Tensor  # [tokens, aux*hidden]
+    aux: Tensor  # [aux rows, aux*hidden]
     last: Tensor  # [rows, hidden]
-    rows: Tensor  # [rows], int64
+    aux_rows: Tensor  # [aux rows], int64: tokens
+    rows: Tensor  # [rows], int64: tokens
+
+    def of_document(self, start: int, aux: slice, last: slice) -> "_Kept":
+        """Return the part of one document, whose first token is `start`."""
+        return _Kept(
+            self.aux[aux], self.last[last], self.aux_rows[aux] - start, self.rows[last] - start
+        )
 
 
 def _error(found: Sequence[Tensor], expected: Sequence[Tensor]) -> float:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from speculators_cli.core.engines.engine import Answer, CapturedStates, Packed, Prompt, Sampling
@@ -147,7 +148,9 @@ class VLLMEngine:
         states = torch.cat([found[index] for index in range(len(documents))])
         # Columns are those of the captured ids, ascending; the last one is before the final norm.
         aux = [self._captured_ids.index(k) for k in self._layer_ids]
-        return CapturedStates(states[:, aux].flatten(1), states[packed.rows, -1])
+        own = states if packed.aux_rows is None else states[packed.aux_rows]
+        own = F.pad(own[:, aux].flatten(1), (0, 0, 0, packed.num_zero_rows))
+        return CapturedStates(own, states[packed.rows, -1])
 
     def close(self) -> None:
         """End vLLM and remove its files; the log of a failure is kept."""

@@ -54,6 +54,8 @@ class TrainState:
     )
     content_hash: str | None = None  # of the samples
     verifier_hash: str | None = None  # of the verifier's frozen weights
+    # What hidden states were computed by while training; None if they are stored.
+    engine: dict[str, str] | None = None
     has_same_data: bool = False  # whether the samples were the same from the first step on
 
     @classmethod

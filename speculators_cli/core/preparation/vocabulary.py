@@ -9,13 +9,17 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from speculators_cli.core.data.folder import SampleFolder, read_folders
+from speculators_cli.core.data.alignment import NEXT_TOKEN
+from speculators_cli.core.data.folder import read_folders
+from speculators_cli.core.data.source import SampleSource
+from speculators_cli.core.data.sources import choose_capture
 from speculators_cli.core.data.token_counts import (
     FILE_NAME,
     TokenCounts,
     read_token_freq,
     write_token_freq,
 )
+from speculators_cli.core.data.tokens import StatesShape, read_tokens
 from speculators_cli.core.data.vocab_map import VocabMap
 from speculators_cli.core.errors import DataError, SettingsError
 from speculators_cli.core.files import check_output_dir
@@ -78,7 +82,7 @@ def build_vocab_map(
         )
     vocab_map = VocabMap.choose(counts, vocabulary.draft_vocab_size, always=always)
     mass = None
-    if samples is not None and vocabulary.mass_samples and vocabulary.verifier_name_or_path:
+    if samples is not None and not samples.is_live and _measures_mass(vocabulary):
         mass = measure_mass(samples, vocabulary, vocab_map, progress)
     output_dir.mkdir(parents=True, exist_ok=True)
     d2t_path, t2d_path = output_dir / "d2t.npy", output_dir / "t2d.npy"
@@ -99,6 +103,10 @@ def build_vocab_map(
         t2d_path=t2d_path,
         token_freq_path=token_freq_path,
     )
+
+
+def _measures_mass(settings: VocabularySettings) -> bool:
+    return bool(settings.mass_samples and settings.verifier_name_or_path)
 
 
 def read_vocab_size(settings: VocabularySettings) -> int:
@@ -140,12 +148,19 @@ def choose_special_ids(
 
 def count(
     settings: BuildVocabMapSettings, vocab_size: int, progress: Progress
-) -> tuple[SampleFolder | None, NDArray[np.int64]]:
+) -> tuple[SampleSource | None, NDArray[np.int64]]:
     """Count all tokens, [vocab], and open the samples, unless counts are read from files."""
     source = settings.counts
     if source.token_freq_path:
         return None, read_token_freq(source.token_freq_path, vocab_size)
     counts = TokenCounts(vocab_size, all_tokens=source.all_tokens)
+    if choose_capture("auto", source.folders) == "online":
+        shape = StatesShape(hidden_size=0, layer_ids=())
+        tokens = read_tokens(
+            source.folders, shape=shape, alignment=NEXT_TOKEN, progress=progress,
+            on_tokens=counts.add,
+        )  # fmt: skip
+        return tokens, counts.total()
     samples = read_folders(
         source.folders,
         data_format=source.data_format,
@@ -170,7 +185,7 @@ def compare_sizes(
 
 
 def measure_mass(
-    samples: SampleFolder, settings: VocabularySettings, vocab_map: VocabMap, progress: Progress
+    samples: SampleSource, settings: VocabularySettings, vocab_map: VocabMap, progress: Progress
 ) -> float | None:
     """Measure the verifier's mean probability within the draft vocabulary at supervised tokens.
 
@@ -205,7 +220,7 @@ def measure_mass(
 
 @torch.no_grad()
 def sample_mass(
-    samples: SampleFolder, sample_id: int, verifier: "FrozenVerifier", vocab_map: VocabMap
+    samples: SampleSource, sample_id: int, verifier: "FrozenVerifier", vocab_map: VocabMap
 ) -> torch.Tensor:
     """Return the probability within the draft vocabulary at some positions; [positions]."""
     from speculators_cli.core.models.agreement import find_scored, spread

@@ -17,14 +17,16 @@ from speculators_cli.core.signals import StopSignals
 from speculators_cli.core.training.checkpoint_checks import check_progress
 from speculators_cli.core.training.distributed import Ranks, shard
 from speculators_cli.core.training.inputs import Inputs
+from speculators_cli.core.training.live_capture import LiveVerifier, load_live_verifier
 from speculators_cli.core.training.loggers import SafeLogger
 from speculators_cli.core.training.optimizer import Optimizer, learning_rate
 from speculators_cli.core.training.optimizer_step import OptimizerStep
-from speculators_cli.core.training.resume import Start, with_verifier
+from speculators_cli.core.training.resume import Start, with_engine, with_verifier
 from speculators_cli.core.training.run_folder import RunFolder
 from speculators_cli.core.training.run_log import RunLog
 from speculators_cli.core.training.sample_check import check_samples
 from speculators_cli.core.training.snapshot import restore
+from speculators_cli.core.training.states import StoredStates
 from speculators_cli.core.training.trainer import Trainer
 from speculators_cli.settings.base import Settings
 from speculators_cli.settings.train import TrainSettings
@@ -41,22 +43,17 @@ def build_trainer(
     signals: StopSignals,
 ) -> Trainer:
     """Load the verifier's frozen parts, build and shard the draft, restore its state."""
-    verifier = load_frozen_verifier(
-        inputs.verifier_files, inputs.verifier_config, progress=progress
-    )
-    verifier = verifier.to(ranks.device)
+    frozen = load_frozen_verifier(inputs.verifier_files, inputs.verifier_config, progress=progress)
+    live = None
+    if inputs.is_live:
+        live = load_live_verifier(settings, inputs, frozen, ranks)
+    verifier = live.frozen if live is not None else frozen.to(ranks.device)
+    start = with_engine(start, live.fingerprint if live else None, settings, progress)
     if settings.data.check_samples and not start.is_resumed:
-        check_samples(
-            inputs.samples, verifier, folder=settings.data.data_path[0], progress=progress
-        )
-        if settings.data.val_data_path and len(inputs.validation_samples):
-            check_samples(
-                inputs.validation_samples,
-                verifier,
-                folder=settings.data.val_data_path[0],
-                progress=progress,
-            )
+        check_all_samples(settings, inputs, verifier, live, progress)
     start = with_verifier(start, verifier.fingerprint, settings, progress)
+    if live is not None:
+        inputs = live.open_cache(settings, inputs)
     draft = build_draft(settings, inputs, verifier)
     shard(draft, ranks, settings.distributed.sharding)
     optimizer = Optimizer(draft, settings.optimizer, use_fast_kernels=draft.use_fast_kernels)
@@ -86,6 +83,7 @@ def build_trainer(
             compute_dtype=choose_compute_dtype(settings.distributed.compute_dtype, ranks.device),
             noise_std=settings.data.noise_std,
             seed=settings.run.seed,
+            filler=live.fills(settings.capture) if live is not None else StoredStates(),
         ),
         rate=partial(
             learning_rate,
@@ -115,6 +113,29 @@ def build_trainer(
             progress=progress,
         ),
     )
+
+
+def check_all_samples(
+    settings: TrainSettings,
+    inputs: Inputs,
+    verifier: FrozenVerifier,
+    live: LiveVerifier | None,
+    progress: Progress,
+) -> None:
+    """Check samples to train on, and those of a folder for validation.
+
+    Raises:
+        DataError: Stored hidden states are marked incorrectly.
+        MachineError: Hidden states that the verifier computes cannot be right.
+    """
+    checked = [(inputs.samples, settings.data.data_path)]
+    if settings.data.val_data_path and len(inputs.validation_samples):
+        checked.append((inputs.validation_samples, settings.data.val_data_path))
+    for samples, folders in checked:
+        if not samples.is_live:
+            check_samples(samples, verifier, folder=folders[0], progress=progress)
+        elif live is not None:
+            live.check(samples)
 
 
 def count_steps(settings: TrainSettings, loader: BatchSource) -> int:

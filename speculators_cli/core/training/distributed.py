@@ -222,7 +222,7 @@ def shard(module: nn.Module, ranks: Ranks, sharding: str) -> None:
     """
     if ranks.num_ranks == 1:
         return
-    fully_shard(module, mesh=_mesh(ranks, sharding))
+    fully_shard(module, mesh=make_mesh(ranks, sharding))
     # The loss is divided by the count over all ranks, so gradients are summed, not averaged.
     # Each FSDP module has its own factor: the default would divide by the number of ranks again.
     for part in module.modules():
@@ -236,7 +236,8 @@ def count_shards(ranks: Ranks, sharding: str) -> int:
     return {"shard": ranks.num_ranks, "replicate": 1, "auto": ranks.num_local_ranks}[sharding]
 
 
-def _mesh(ranks: Ranks, sharding: str) -> DeviceMesh:
+def make_mesh(ranks: Ranks, sharding: str) -> DeviceMesh:
+    """The ranks as a mesh for FSDP2; all ranks must call."""
     shards = count_shards(ranks, sharding)
     copies = ranks.num_ranks // shards
     kind = ranks.device.type

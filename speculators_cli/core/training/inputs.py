@@ -9,15 +9,17 @@ from speculators_cli.core.algorithms import ALGORITHMS
 from speculators_cli.core.algorithms.draft_config import DraftConfig
 from speculators_cli.core.data.data_config import (
     LayerIds,
+    choose_captured_layers,
     resolve_layer_ids,
     warn_of_assumed,
     warn_of_contradiction,
 )
 from speculators_cli.core.data.source import SampleSource, split
-from speculators_cli.core.data.sources import Request, open_samples
+from speculators_cli.core.data.sources import Request, choose_capture, open_samples
+from speculators_cli.core.data.tokens import StatesShape
 from speculators_cli.core.data.vocab_map import VocabMap
 from speculators_cli.core.drafts.trained_draft import ASSUMED_HINT, TrainedDraft
-from speculators_cli.core.errors import DataError
+from speculators_cli.core.errors import DataError, SettingsError
 from speculators_cli.core.models.verifier import VerifierConfig, read_verifier_config
 from speculators_cli.core.models.verifier_files import VerifierFiles
 from speculators_cli.core.progress import Progress
@@ -28,7 +30,7 @@ from speculators_cli.core.training.warm_start import (
     choose_vocab_map,
 )
 from speculators_cli.settings.base import Settings
-from speculators_cli.settings.train import DraftArch, TrainSettings
+from speculators_cli.settings.train import DataSettings, DraftArch, TrainSettings
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,11 @@ class Inputs:
     verifier_config: VerifierConfig
     layer_ids: LayerIds
     source: TrainedDraft | None  # the trained draft to start from
+
+    @property
+    def is_live(self) -> bool:
+        """Whether the verifier computes hidden states while training."""
+        return self.samples.is_live or self.validation_samples.is_live
 
     def draft_config(self, settings: TrainSettings) -> DraftConfig:
         """Config of the draft; sizes and RoPE are the verifier's."""
@@ -126,19 +133,13 @@ def read_inputs(
         MachineError: The hub cannot be reached.
     """
     draft, data = settings.draft, settings.data
+    _refuse_conversations(data)
     files = VerifierFiles(draft.verifier_name_or_path)
     verifier = read_verifier_config(files, trust_remote_code=draft.trust_remote_code)
     files.find_parts(is_tied=verifier.is_tied, modules=verifier.modules)
     vocab_size = files.read_vocab_size(verifier.modules)
-    if source is not None:
-        check_fit(source, verifier, vocab_size)
-        check_embedding(source, files, verifier)
-        vocab_map = choose_vocab_map(source, settings)
-    elif draft.full_vocab:
-        vocab_map = VocabMap.full(vocab_size)
-    else:
-        vocab_map = VocabMap.load(draft.d2t_path, draft.t2d_path)
-        vocab_map.check(vocab_size)
+    vocab_map = _read_vocab_map(settings, source, verifier, files, vocab_size)
+    val_capture = choose_capture(settings.capture.capture, data.val_data_path)
     wanted = Request(
         data.data_path,
         data_format=data.data_format,
@@ -146,7 +147,10 @@ def read_inputs(
         index_file=index_file,
         max_bad_samples=data.max_bad_samples,
         alignment=ALGORITHMS[draft.algorithm].alignment,
+        capture=choose_capture(settings.capture.capture, data.data_path),
     )
+    if "online" in (wanted.capture, val_capture):
+        wanted = replace(wanted, live=_live_shape(settings, source, verifier))
     samples = scanned = open_samples(wanted, progress)
     check_samples_fit(samples, verifier, vocab_size)
     layer_ids = resolve_layer_ids(
@@ -167,11 +171,12 @@ def read_inputs(
         progress=progress,
     )
     if data.val_data_path:
-        others = replace(wanted, folders=data.val_data_path, index_file=None)
+        others = replace(wanted, folders=data.val_data_path, index_file=None, capture=val_capture)
         validation = open_samples(others, progress)
         check_samples_fit(validation, verifier, vocab_size)
     else:
         samples, validation = split(scanned, data.train_data_ratio)
+    _check_capture(settings, is_live=samples.is_live or validation.is_live)
     check_targets(samples, data.total_seq_len, data.data_path[0])
     if not _can_validate(validation, data.total_seq_len, progress):
         validation = validation.select(())
@@ -183,6 +188,55 @@ def read_inputs(
         index_file.parent.mkdir(parents=True, exist_ok=True)
         scanned.write_index(index_file)
     return Inputs(samples, validation, vocab_map, files, verifier, layer_ids, source)
+
+
+def _refuse_conversations(data: DataSettings) -> None:
+    if data.conversations is not None:
+        raise SettingsError(
+            f"`--data-path`: `{data.conversations}` has conversations, which are not tokens yet",
+            hint="Write their tokens with `speculators generate-data --tokens-only`, and pass the "
+            "output folder",
+        )
+
+
+def _check_capture(settings: TrainSettings, *, is_live: bool) -> None:
+    """Refuse a cache of hidden states that are all stored."""
+    if settings.capture.cache_dir is not None and not is_live:
+        raise SettingsError(
+            f"`--cache-dir` is of no use: `{settings.data.data_path[0]}` holds samples with hidden "
+            "states",
+            hint="Leave it out, or pass `--capture online` and a folder with shards of tokens",
+        )
+
+
+def _read_vocab_map(
+    settings: TrainSettings,
+    source: TrainedDraft | None,
+    verifier: VerifierConfig,
+    files: VerifierFiles,
+    vocab_size: int,
+) -> VocabMap:
+    """The draft vocabulary: that of the draft to start from, all tokens, or maps in files."""
+    draft = settings.draft
+    if source is not None:
+        check_fit(source, verifier, vocab_size)
+        check_embedding(source, files, verifier)
+        return choose_vocab_map(source, settings)
+    if draft.full_vocab:
+        return VocabMap.full(vocab_size)
+    vocab_map = VocabMap.load(draft.d2t_path, draft.t2d_path)
+    vocab_map.check(vocab_size)
+    return vocab_map
+
+
+def _live_shape(
+    settings: TrainSettings, source: TrainedDraft | None, verifier: VerifierConfig
+) -> StatesShape:
+    """Hidden states that the verifier computes while training."""
+    given = settings.draft.target_layer_ids
+    if given is None and source is not None:
+        given = source.config.target_layer_ids
+    return StatesShape(verifier.hidden_size, choose_captured_layers(given, verifier.num_layers))
 
 
 def check_samples_fit(samples: SampleSource, verifier: VerifierConfig, vocab_size: int) -> None:

@@ -11,6 +11,9 @@ from speculators_cli.core.data.batch import Batch
 from speculators_cli.core.data.noise import drop_and_add_noise
 from speculators_cli.core.training.distributed import Ranks
 from speculators_cli.core.training.optimizer import Optimizer
+from speculators_cli.core.training.states import StateFiller, StoredStates
+
+STORED = StoredStates()
 
 
 class StepLog(Protocol):
@@ -33,6 +36,7 @@ class OptimizerStep:
         compute_dtype: Of the layers.
         noise_std: Noise on aux hidden states, uniform in [-x, x].
         seed: Of the noise.
+        filler: Gives batches their hidden states, if they were not read with them.
     """
 
     def __init__(
@@ -44,6 +48,7 @@ class OptimizerStep:
         compute_dtype: torch.dtype,
         noise_std: float,
         seed: int,
+        filler: StateFiller = STORED,
     ) -> None:
         self.draft = draft
         self.ranks = ranks
@@ -51,6 +56,7 @@ class OptimizerStep:
         self.compute_dtype = compute_dtype
         self.noise_std = noise_std
         self.seed = seed
+        self.filler = filler
         self.loss_weights = torch.tensor(draft.loss_weights, device=ranks.device)
 
     def run(self, batches: Sequence[Batch], log: StepLog, *, epoch: int, lr: float) -> Tensor:
@@ -66,9 +72,12 @@ class OptimizerStep:
         return self.optimizer.step(lr)
 
     def prepare(self, batch: Batch, log: StepLog, epoch: int) -> Batch:
-        """Cast a training batch, drop broken documents, add noise."""
+        """Fill and cast a training batch, drop broken documents, add noise."""
         ready, is_broken = drop_and_add_noise(
-            batch.cast(self.compute_dtype), self.noise_std, seed=self.seed, epoch=epoch
+            self.filler.fill(batch).cast(self.compute_dtype),
+            self.noise_std,
+            seed=self.seed,
+            epoch=epoch,
         )
         log.add_broken(batch.sample_ids, is_broken)
         return ready

@@ -12,7 +12,7 @@ from speculators_cli.core.algorithms import ALGORITHMS
 from speculators_cli.core.algorithms.cost import find_gpu
 from speculators_cli.core.algorithms.draft_config import DraftConfig
 from speculators_cli.core.data.packing import PackingPlan
-from speculators_cli.core.data.source import SampleSource
+from speculators_cli.core.engines.cost import CaptureCost
 from speculators_cli.core.files import check_output_dir, find_existing
 from speculators_cli.core.progress import SILENT, Progress
 from speculators_cli.core.training.build import (
@@ -21,8 +21,9 @@ from speculators_cli.core.training.build import (
     choose_train_kernels,
     count_steps,
 )
+from speculators_cli.core.training.capture_plan import CapturePlan, plan_capture
 from speculators_cli.core.training.distributed import Ranks, count_shards, start_ranks
-from speculators_cli.core.training.inputs import read_inputs
+from speculators_cli.core.training.inputs import Inputs, read_inputs
 from speculators_cli.core.training.warm_start import read_warm_start
 from speculators_cli.settings.train import TrainSettings
 
@@ -46,10 +47,11 @@ class TrainPlan:
     are_layer_ids_assumed: bool  # a guess that was not confirmed
     num_parameters: int  # of the draft, including its lm_head
     useful_tflop_per_step: float  # of one rank
-    seconds: float | None  # training steps only
+    seconds: float | None  # training steps, and the capture in them
     memory_bytes_per_gpu: int | None  # peak
     memory_terms_bytes: dict[str, int] | None  # breakdown of the peak
     gpu_memory_bytes: int | None
+    capture: CapturePlan | None  # None if hidden states are stored
     data_bytes: int  # read in each epoch
     bytes_per_second: float | None  # from disk, over all ranks
     checkpoint_bytes: int  # each
@@ -86,16 +88,13 @@ def plan(
             settings, source=source, num_ranks=ranks.num_ranks, index_file=None, progress=progress
         )
         config = inputs.draft_config(settings)
-        return _estimate(settings, config, inputs.samples, len(inputs.validation_samples), ranks)
+        return _estimate(settings, config, inputs, ranks)
 
 
 def _estimate(
-    settings: TrainSettings,
-    config: DraftConfig,
-    samples: SampleSource,
-    num_validation_samples: int,
-    ranks: Ranks,
+    settings: TrainSettings, config: DraftConfig, inputs: Inputs, ranks: Ranks
 ) -> TrainPlan:
+    samples = inputs.samples
     per_rank = settings.optimizer.gradient_accumulation_steps
     global_batch = per_rank * ranks.num_ranks
     loader = build_loader(settings, samples, ranks, global_batch)
@@ -117,6 +116,11 @@ def _estimate(
     is_modelled = _runs_fast_in_bfloat16(settings, config, ranks.device)
     gpu = find_gpu(device) if is_modelled else None
     seconds = total_steps * cost.estimate_seconds(flops_per_step, trained, gpu) if gpu else None
+    capture = None
+    if inputs.is_live:
+        capture = plan_capture(settings, inputs, ranks, packed, total_steps, seconds, gpu)
+        if seconds is not None and capture.seconds is not None:
+            seconds += capture.seconds
     data_bytes = samples.num_bytes
     epochs = total_steps / max(packed.num_steps, 1)
     memory = cost.estimate_memory(
@@ -127,10 +131,16 @@ def _estimate(
         num_accumulated=per_rank,
         num_shards=count_shards(ranks, settings.distributed.sharding),
     )
+    if inputs.is_live:
+        memory = CaptureCost(inputs.verifier_config).add_memory(
+            memory,
+            total_seq_len=settings.data.total_seq_len,
+            num_shards=ranks.num_local_ranks if settings.capture.shard_verifier else 1,
+        )
     tokens = sum(part.num_positions for part in work)
     return TrainPlan(
         num_samples=len(samples),
-        num_validation_samples=num_validation_samples,
+        num_validation_samples=len(inputs.validation_samples),
         tokens_per_epoch=tokens,
         supervised_fraction=sum(part.num_targets for part in work) / max(tokens, 1),
         steps_per_epoch=packed.num_steps,
@@ -145,6 +155,7 @@ def _estimate(
         memory_bytes_per_gpu=sum(memory.values()) if is_modelled else None,
         memory_terms_bytes=dict(memory) if is_modelled else None,
         gpu_memory_bytes=torch.cuda.mem_get_info()[1] if is_cuda else None,
+        capture=capture,
         data_bytes=data_bytes,
         bytes_per_second=data_bytes * epochs / seconds if seconds else None,
         # float32 weights and two moments of what is trained; the embedding in its own dtype.

@@ -20,6 +20,7 @@ class TrainReport:
     epochs: int
     duration_seconds: float
     tokens_per_second: float
+    capture_share: float | None  # of the time of steps; None if hidden states are stored
     peak_memory_bytes: int | None  # of the GPU, maximum over ranks
     validation_loss: float | None
     best_validation_loss: float | None

@@ -2,6 +2,7 @@
 
 import json
 import time
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 
 from speculators_cli.core.algorithms import ALGORITHMS
@@ -19,6 +20,9 @@ from speculators_cli.core.training.inputs import Inputs
 from speculators_cli.core.training.run_folder import RunFolder
 from speculators_cli.settings.base import Change, changes_on_resume
 from speculators_cli.settings.train import TrainSettings
+
+# Parts of an engine's fingerprint that may change the rounding of hidden states, and nothing else.
+VERSIONS = ("torch", "transformers")
 
 
 @dataclass(frozen=True)
@@ -168,6 +172,48 @@ def with_verifier(
             )
         progress.warn(changed)
     return replace(start, state=replace(start.state, verifier_hash=fingerprint))
+
+
+def with_engine(
+    start: Start, fingerprint: Mapping[str, str] | None, settings: TrainSettings, progress: Progress
+) -> Start:
+    """The start with the fingerprint of the engine that computes hidden states, after checking it.
+
+    Args:
+        start: The state to start from.
+        fingerprint: Of the engine; None if hidden states are stored.
+        settings: Of the run.
+        progress: Receives a warning of other versions.
+
+    Raises:
+        CheckpointError: The run was started with another verifier, precision or source.
+    """
+    engine = None if fingerprint is None else dict(fingerprint)
+    if start.is_resumed:
+        before, now = start.state.engine or {}, engine or {}
+        changed = [
+            f"  {key}: `{before.get(key)}` then, `{now.get(key)}` now"
+            for key in sorted(before.keys() | now.keys())
+            if before.get(key) != now.get(key)
+        ]
+        are_versions = before.keys() == now.keys() and all(
+            before[key] == now[key] for key in now.keys() - set(VERSIONS)
+        )
+        if changed:
+            _report_engine(changed, are_versions or settings.data.allow_changed_data, progress)
+    return replace(start, state=replace(start.state, engine=engine))
+
+
+def _report_engine(changed: Sequence[str], is_allowed: bool, progress: Progress) -> None:
+    text = "\n".join(["Hidden states were computed differently before:", *changed])
+    if is_allowed:
+        progress.warn(text)
+        return
+    raise CheckpointError(
+        text,
+        hint="Use the same verifier, `--capture` and `--capture-dtype`, or pass "
+        "`--allow-changed-data`",
+    )
 
 
 def find_data_change(saved: TrainState, inputs: Inputs) -> str | None:

@@ -97,7 +97,7 @@ def train(
             ranks.connect(settings.distributed.timeout_seconds)
             with (
                 open_logger(settings, folder, start, progress) as logger,
-                out_of_memory_explained(settings.data.total_seq_len),
+                out_of_memory_explained(settings.data.total_seq_len, is_live=inputs.is_live),
             ):
                 trainer = build_trainer(
                     settings, inputs, ranks, start, folder, logger, progress, signals
@@ -204,11 +204,18 @@ def announce(
         f"{'rank' if ranks.num_ranks == 1 else 'ranks'} on {ranks.device.type}, "
         f"{trainer.total_steps:,} steps"
     )
+    if inputs.is_live:
+        progress.info(f"The verifier computes hidden states of layers {inputs.layer_ids}")
 
 
 @contextmanager
-def out_of_memory_explained(total_seq_len: int) -> Iterator[None]:
-    """Turn PyTorch's out-of-memory errors into one with a hint."""
+def out_of_memory_explained(total_seq_len: int, *, is_live: bool = False) -> Iterator[None]:
+    """Turn PyTorch's out-of-memory errors into one with a hint.
+
+    Args:
+        total_seq_len: Tokens per packed sequence.
+        is_live: Whether the whole verifier is in memory.
+    """
     tokens = f"{total_seq_len:,} tokens per packed sequence"
     try:
         yield
@@ -218,7 +225,10 @@ def out_of_memory_explained(total_seq_len: int) -> Iterator[None]:
             peak = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
             raise MachineError(
                 f"The GPU is out of memory: {tokens}, peak {format_bytes(peak)}",
-                hint="Lower `--total-seq-len`, or shard across more GPUs with `--nproc-per-node`",
+                hint="Lower `--total-seq-len`, or shard the verifier across GPUs with "
+                "`--shard-verifier`"
+                if is_live
+                else "Lower `--total-seq-len`, or shard across more GPUs with `--nproc-per-node`",
             ) from None
         if not isinstance(error, MemoryError) and not _tells(error, NO_ROOM):
             raise
@@ -256,6 +266,7 @@ def make_report(
         epochs=settings.run.epochs,
         duration_seconds=duration_seconds,
         tokens_per_second=trainer.log.tokens_per_second,
+        capture_share=trainer.log.capture_share,
         peak_memory_bytes=peak if is_cuda else None,
         validation_loss=state.metrics.get("loss"),
         best_validation_loss=best.get("loss"),

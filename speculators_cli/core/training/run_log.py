@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor
 from speculators_cli.core.algorithms.draft_model import DraftModel, StepSums
 from speculators_cli.core.data.batch import Batch
 from speculators_cli.core.data.source import SampleSource
+from speculators_cli.core.errors import MachineError
 from speculators_cli.core.progress import Progress, StepReport, ValidationReport
 from speculators_cli.core.training.distributed import Ranks
 from speculators_cli.core.training.loggers import SafeLogger
@@ -23,6 +24,9 @@ SHARED_AT_ONCE = 16
 # it is measured over: prefetching takes a moment to start.
 MAX_WAIT_SHARE = 0.05
 WATCHED_SECONDS = 10.0
+# Documents with hidden states that are not finite, when the verifier computes them.
+MAX_BROKEN_SHARE = 0.01  # between two log steps, if they are as many as the next number
+MAX_IN_A_ROW = 10
 
 
 class WaitWatch:
@@ -41,6 +45,39 @@ class WaitWatch:
         self.waited, self.watched = 0.0, 0.0
         self.has_warned = share > MAX_WAIT_SHARE
         return share if self.has_warned else None
+
+
+class NonFiniteWatch:
+    """Finds out that a verifier computes hidden states that are not finite, for many documents.
+
+    Such documents are left out. A few are tolerated: float16 overflows at rare tokens.
+    """
+
+    def __init__(self) -> None:
+        self.in_a_row = 0  # documents of this rank, up to the last one
+
+    def check(self, are_broken: Sequence[bool], ranks: Ranks) -> MachineError | None:
+        """Return the error that ends the run, the same on all ranks, which must all call.
+
+        Args:
+            are_broken: Of the documents since the last call, in order.
+            ranks: The processes of the run.
+        """
+        longest = self.in_a_row
+        for is_broken in are_broken:
+            self.in_a_row = self.in_a_row + 1 if is_broken else 0
+            longest = max(longest, self.in_a_row)
+        counts = torch.tensor([sum(are_broken), len(are_broken)], dtype=torch.int64)
+        num_broken, num_all = ranks.sum(counts).tolist()
+        is_many = num_broken >= MAX_IN_A_ROW and num_broken > MAX_BROKEN_SHARE * num_all
+        if not is_many and ranks.max(longest) < MAX_IN_A_ROW:
+            return None
+        return MachineError(
+            f"The verifier computed hidden states that are not finite for {num_broken:,} of the "
+            f"last {num_all:,} documents; the run is saved without them",
+            hint="Pass `--capture-dtype bfloat16` or `--capture-dtype float32`: float16 overflows "
+            "in many verifiers",
+        )
 
 
 class RunLog:
@@ -80,11 +117,21 @@ class RunLog:
         self.clock, self.clock_step = time.perf_counter(), 0
         self.num_tokens, self.seconds = 0.0, 0.0
         self.broken_ids: set[int] = set()  # samples skipped so far, on any rank
+        self.captured_seconds: float | None = None  # of `seconds`
+        self.live = NonFiniteWatch() if samples.is_live else None
+        self.problem: MachineError | None = None  # ends the run, the same on all ranks
 
     @property
     def tokens_per_second(self) -> float:
         """Tokens trained on per second, over all ranks; time spent elsewhere is excluded."""
         return self.num_tokens / self.seconds if self.seconds else 0.0
+
+    @property
+    def capture_share(self) -> float | None:
+        """Fraction of the time spent computing hidden states; None if they are stored."""
+        if self.captured_seconds is None or not self.seconds:
+            return None
+        return self.captured_seconds / self.seconds
 
     @property
     def num_broken_samples(self) -> int:
@@ -121,6 +168,7 @@ class RunLog:
         grad_norm: Tensor,
         skipped: int,
         wait_seconds: float,
+        capture_seconds: float | None = None,
     ) -> None:
         """Reduce the sums since the last log step and report them. All ranks must call."""
         metrics = self.sums.reduce(self.ranks)
@@ -141,6 +189,9 @@ class RunLog:
             "num_broken_samples": self.num_broken_samples,
             "data_wait_share": wait_share,
         }
+        if capture_seconds is not None:
+            self.captured_seconds = (self.captured_seconds or 0.0) + capture_seconds
+            metrics["capture_share"] = self.ranks.max(capture_seconds / seconds)
         # Reading the first samples is always slow.
         if step > 1:
             self._warn_of_waiting(step, wait_share * seconds, seconds)
@@ -200,11 +251,10 @@ class RunLog:
 
     def _name_broken(self) -> None:
         """Warn about samples whose hidden states are not finite, found on any rank."""
-        own = {
-            sample_ids[index]
-            for sample_ids, is_broken in self.broken
-            for index in is_broken.nonzero().flatten().tolist()
-        }
+        found = [(ids, is_broken.tolist()) for ids, is_broken in self.broken]
+        own = {i for ids, flags in found for i, is_bad in zip(ids, flags, strict=True) if is_bad}
+        if self.live is not None:
+            self.problem = self.live.check([x for _, flags in found for x in flags], self.ranks)
         self.broken.clear()
         new, num_named = sorted(own - self.broken_ids), 0
         for share in range(int(self.ranks.max(math.ceil(len(new) / SHARED_AT_ONCE)))):

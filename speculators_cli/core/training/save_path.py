@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
+from speculators_cli.core.data.token_shards import MANIFEST_NAME
 from speculators_cli.core.drafts.checkpoint_reader import (
     BEST_LINK,
     find_foreign,
@@ -31,6 +32,7 @@ RECORDS = {
     METRICS_NAME: rb'\{"step": \d+, "split": ',
     RESULT_NAME: rb'\{\s*"(error|checkpoint)": ',
 }
+TOKENS_NAME = "tokens"
 SCRATCH_NAME = ".speculators-run"
 LEFTOVER = re.compile(rf"{re.escape(TEMPORARY)}({'|'.join(map(re.escape, RECORDS))})\.\d+(-\d+)?")
 REPLACED = ".replaced-"  # prefix used by versions without a scratch folder
@@ -82,6 +84,8 @@ def _find_problem(path: Path, *, resume: bool) -> str | None:
     if path.name == BEST_LINK:
         is_own = path.is_symlink() and is_checkpoint_name(str(path.readlink()))
         return None if is_own else "is not a link written by `speculators train`"
+    if path.name == TOKENS_NAME and (path / MANIFEST_NAME).is_file():
+        return None  # written by the run before it began, from conversations
     if path.name == SCRATCH_NAME:
         return None if Scratch(path).is_own else "is not a folder written by `speculators train`"
     if is_checkpoint_name(path.name):

@@ -46,13 +46,15 @@ class Trainer:
         self.lr, self.grad_norm = 0.0, torch.zeros(())  # of the last step
         self.draft, self.ranks = self.optimizer_step.draft, self.optimizer_step.ranks
         self.optimizer = self.optimizer_step.optimizer
+        self.filler = self.optimizer_step.filler
         self.feed = DeviceFeed(self.ranks.device)
 
     def close(self) -> None:
-        """Stop reading samples, in every case."""
+        """Stop reading samples, in every case, and finish writing what was computed."""
         self.loader.close()
         if self.validation_loader is not None:
             self.validation_loader.close()
+        self.filler.close()
 
     @property
     def is_epoch_whole(self) -> bool:
@@ -94,6 +96,7 @@ class Trainer:
         steps = self.feed.steps(self.loader.epoch(self.state.epoch, self.state.step_in_epoch))
         while (batches := self.take(steps)) is not None:
             self.train_step(batches)
+            self.leave_if_broken()
             self.leave_if_asked()
             if self.state.step == self.total_steps:
                 return
@@ -136,6 +139,7 @@ class Trainer:
             grad_norm=self.grad_norm,
             skipped=int(self.optimizer.num_skipped),
             wait_seconds=self.feed.take_wait_seconds(),
+            capture_seconds=self.filler.take_seconds(),
         )
         self.check_gradients()
 
@@ -151,10 +155,12 @@ class Trainer:
         self.draft.eval()
         sums = MetricSums.of(self.draft)
         for (batch,) in self.feed.steps(self.validation_loader.epoch(0)):
-            finite, _ = drop_non_finite(batch.cast(self.optimizer_step.compute_dtype))
+            filled = self.filler.fill(batch).cast(self.optimizer_step.compute_dtype)
+            finite, _ = drop_non_finite(filled)
             sums.add(self.draft(finite), finite)
             self.leave_if_asked()
         self.feed.take_wait_seconds()
+        self.filler.take_seconds()
         return sums.reduce(self.ranks)
 
     def finish_epoch(self) -> None:
@@ -209,6 +215,17 @@ class Trainer:
         number = int(self.ranks.max(self.signals.received))
         if number:
             raise Interrupted(number)
+
+    def leave_if_broken(self) -> None:
+        """Save and stop where the verifier computes states that are not finite; all ranks agree.
+
+        Raises:
+            MachineError: It does, for too many documents.
+        """
+        problem = self.log.problem
+        if problem is not None:
+            self.save(f"step-{self.state.step}")
+            raise problem
 
     def stop(self, number: int) -> NoReturn:
         """Log and save the current state if it is not yet, and end the run.

@@ -8,12 +8,12 @@ import pytest
 
 from speculators_cli.core.capture.generated_folder import (
     LOCK_NAME,
-    MANIFEST_NAME,
     GeneratedFolder,
     agree,
     read_json,
     remove_leftovers,
 )
+from speculators_cli.core.data.token_shards import MANIFEST_NAME
 from speculators_cli.core.errors import DataError, SettingsError
 
 MANIFEST = {"verifier": "some/verifier", "seed": 3, "layer_ids": [2, 4], "split": None}

@@ -13,7 +13,6 @@ from torch import Tensor
 from speculators_cli.core.capture.states import (
     MAX_IN_FLIGHT,
     SampleWriter,
-    Storage,
     WrittenShard,
     pack,
     plan_sequences,
@@ -23,6 +22,7 @@ from speculators_cli.core.data.formats import FORMATS, v1
 from speculators_cli.core.data.supervised_rows import held_states
 from speculators_cli.core.data.token_shards import TokenRow
 from speculators_cli.core.engines.engine import CapturedStates
+from speculators_cli.core.engines.host_states import Storage
 from speculators_cli.core.errors import MachineError
 
 HIDDEN, NUM_AUX = 24, 3

@@ -42,9 +42,13 @@ GREEDY = Sampling(max_new_tokens=7)
 
 @cache
 def engine_of(name: str) -> TransformersEngine:
-    """An engine with a model of its own; tests leave it as it is."""
+    """An engine with a model of its own, which packs as on a GPU; tests leave it as it is."""
     return TransformersEngine(
-        build_model(name), LAYER_IDS, end_ids=frozenset({END_ID}), name="the-verifier"
+        build_model(name),
+        LAYER_IDS,
+        end_ids=frozenset({END_ID}),
+        name="the-verifier",
+        packs_documents=True,
     )
 
 
@@ -133,6 +137,24 @@ def test_no_document_sees_another(name: str) -> None:
     is_other[own] = False
     assert not is_same[own].all(-1).any()
     assert is_same[is_other].all()
+
+
+def test_on_a_cpu_no_bit_of_a_document_depends_on_the_others() -> None:
+    engine = TransformersEngine(
+        build_model("llama"), LAYER_IDS, end_ids=frozenset({END_ID}), name="it"
+    )
+    generator = torch.Generator().manual_seed(5)
+    documents = [torch.randint(3, 30, (n,), generator=generator) for n in (1, 17, 4, 90, 33, 2)]
+
+    def capture(some: list[Tensor]) -> CapturedStates:
+        ids = torch.cat(some)
+        return engine.capture(Packed(ids, [len(x) for x in some], torch.arange(len(ids))))
+
+    together, parts = capture(documents), [capture([x]) for x in documents]
+
+    assert engine.is_packed
+    assert torch.equal(together.aux, torch.cat([part.aux for part in parts]))
+    assert torch.equal(together.last, torch.cat([part.last for part in parts]))
 
 
 @pytest.mark.parametrize("name", FAMILIES)

@@ -7,9 +7,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from speculators_cli.core.capture.state_checks import check_head, check_layers
 from speculators_cli.core.demo.demo import VERIFIER_DIR
 from speculators_cli.core.engines.engine import CapturedStates, Packed
+from speculators_cli.core.engines.state_checks import check_head, check_layers
 from speculators_cli.core.engines.transformers_engine import TransformersEngine, load_model
 from speculators_cli.core.errors import MachineError
 from speculators_cli.core.models.verifier import (

@@ -1,0 +1,79 @@
+"""Estimates of online capture for `--plan`."""
+
+from dataclasses import dataclass
+
+from speculators_cli.core.algorithms.cost import Gpu
+from speculators_cli.core.data.packing import PackingPlan
+from speculators_cli.core.engines.cost import CaptureCost
+from speculators_cli.core.engines.devices import choose_dtype
+from speculators_cli.core.training.cache_choice import choose_cache
+from speculators_cli.core.training.distributed import Ranks
+from speculators_cli.core.training.inputs import Inputs
+from speculators_cli.settings.train import TrainSettings
+
+
+@dataclass(frozen=True)
+class CapturePlan:
+    """Estimates for online capture, and for its alternatives; None means unknown."""
+
+    useful_tflop_per_step: float  # of one rank, without cached samples
+    seconds: float | None  # in the whole run
+    seconds_if_all_were_stored: float | None  # of the whole run: one capture, then all its steps
+    stored_bytes: int  # disk space that this needs, in bfloat16
+    cached_share: float  # of the samples' tokens
+    cache_bytes: int
+    verifier_bytes_per_gpu: int  # weights of its layers
+
+
+def plan_capture(
+    settings: TrainSettings,
+    inputs: Inputs,
+    ranks: Ranks,
+    packed: PackingPlan,
+    total_steps: int,
+    step_seconds: float | None,
+    gpu: Gpu | None,
+) -> CapturePlan:
+    """Estimate the capture of a run, from the lengths of its documents.
+
+    Args:
+        settings: Of the run.
+        inputs: Its samples and verifier.
+        ranks: That share the capture.
+        packed: Sequences of an epoch.
+        total_steps: Of the run.
+        step_seconds: Of the run's steps without capture.
+        gpu: None if its speed is unknown.
+    """
+    samples, cost = inputs.samples, CaptureCost(inputs.verifier_config)
+    shift = samples.alignment.shift
+    lengths = [min(n, settings.data.total_seq_len) + shift for n in samples.lengths.tolist() if n]
+    flops = cost.count_flops(lengths)
+    epochs = total_steps / max(packed.num_steps, 1)
+    cached_share, cache_bytes = 0.0, 0
+    if settings.capture.cache_dir is not None:
+        dtype = choose_dtype(settings.capture.capture_dtype, ranks.device)
+        choice = choose_cache(settings, inputs, dtype=dtype)
+        cached_share, cache_bytes = choice.find_share(samples), choice.num_bytes
+    # Cached samples are computed once; validation samples are computed after each epoch.
+    validation = [
+        min(n, settings.data.total_seq_len) + shift for n in inputs.validation_samples.lengths
+    ]
+    per_epoch = flops + cost.count_flops(validation)
+    needed = per_epoch * (1 + max(epochs - 1, 0) * (1 - cached_share))
+    seconds = stored = None
+    if gpu is not None:
+        seconds = cost.estimate_seconds(needed, gpu.flops) / ranks.num_ranks
+        once = cost.estimate_seconds(per_epoch, gpu.flops) / ranks.num_ranks
+        stored = None if step_seconds is None else step_seconds + once
+    return CapturePlan(
+        useful_tflop_per_step=flops / max(packed.num_steps, 1) / ranks.num_ranks / 1e12,
+        seconds=seconds,
+        seconds_if_all_were_stored=stored,
+        stored_bytes=cost.count_stored_bytes(
+            samples.num_tokens, samples.num_supervised_tokens, samples.num_aux_layers
+        ),
+        cached_share=cached_share,
+        cache_bytes=cache_bytes,
+        verifier_bytes_per_gpu=2 * cost.num_layer_parameters,
+    )
