@@ -20,9 +20,15 @@ class AttentionMemory(Protocol):
 
 
 class CausalMemory:
-    """KV cache of one layer for one growing sequence, for drafting."""
+    """KV cache of one layer for one growing sequence, for drafting.
 
-    def __init__(self) -> None:
+    Args:
+        window: A query at position q sees the keys k with q - k < window; None: all up to q.
+    """
+
+    def __init__(self, window: int | None = None) -> None:
+        self.window = window
+        self.num_dropped = 0  # positions that no later query sees
         self.keys: Tensor | None = None
         self.values: Tensor | None = None
 
@@ -31,17 +37,25 @@ class CausalMemory:
         self.keys = key if self.keys is None else torch.cat((self.keys, key))
         self.values = value if self.values is None else torch.cat((self.values, value))
         num_new, num_all = len(query), len(self.keys)
-        seen = torch.ones(num_new, num_all, dtype=torch.bool, device=query.device)
+        first = num_all - num_new
+        seen = torch.ones(num_new, num_all, dtype=torch.bool, device=query.device).tril(first)
+        if self.window is not None:
+            seen = seen.triu(first - self.window + 1)
         out = F.scaled_dot_product_attention(
             query.transpose(0, 1)[None],
             self.keys.transpose(0, 1)[None],
             self.values.transpose(0, 1)[None],
-            attn_mask=seen.tril(num_all - num_new),
+            attn_mask=seen,
             enable_gqa=True,
         )
         return out[0].transpose(0, 1)
 
     def cut(self, length: int) -> None:
-        """Drop all positions from `length` on."""
-        if self.keys is not None and self.values is not None:
-            self.keys, self.values = self.keys[:length], self.values[:length]
+        """Drop all positions from `length` on, and those that left the window."""
+        if self.keys is None or self.values is None:
+            return
+        first, stop = 0, length - self.num_dropped
+        if self.window is not None:
+            first = max(stop - self.window + 1, 0)
+        self.num_dropped += first
+        self.keys, self.values = self.keys[first:stop], self.values[first:stop]

@@ -28,7 +28,7 @@ class Eagle3Drafter:
 
     def start(self) -> None:
         """Begin a new sequence."""
-        self.memories = [CausalMemory() for _ in self.draft.layers]
+        self.memories = [CausalMemory(window) for window in self.draft.config.windows]
         self.num_positions = 0
 
     @torch.inference_mode()
