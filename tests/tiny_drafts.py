@@ -192,7 +192,13 @@ def lay_out(
     return torch.cat([x, torch.zeros_like(x[:1])])[spans.sources]
 
 
-def attend_from(rows: Tensor, spans: Spans, query: Tensor, *keys_and_values: Tensor) -> Tensor:
+def attend_from(
+    rows: Tensor,
+    spans: Spans,
+    query: Tensor,
+    *keys_and_values: Tensor,
+    window: int | None = None,
+) -> Tensor:
     """`joint_attention` from some rows; the rest is given as `plain_attention` takes it."""
     # Triton is made for Linux alone.
     from speculators_cli.core.kernels.joint_attention import joint_attention
@@ -200,4 +206,4 @@ def attend_from(rows: Tensor, spans: Spans, query: Tensor, *keys_and_values: Ten
     num_steps = len(keys_and_values) // 2
     parts = (keys_and_values[:num_steps], keys_and_values[num_steps:])
     keys, values = ([first, *(x[rows] for x in later)] for first, *later in parts)
-    return joint_attention(lay_out(query[rows], spans), keys, values, spans)
+    return joint_attention(lay_out(query[rows], spans), keys, values, spans, window=window)

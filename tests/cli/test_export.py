@@ -66,6 +66,7 @@ VARIANTS: dict[str, list[str]] = {
     "norm-before-fc": ["--norm-before-fc"],
     "norm-output": ["--norm-output"],
     "residual-before-norm": ["--no-norm-before-residual"],
+    "window": ["--sliding-window", "6", "--num-layers", "2", "--draft-arch", "qwen3"],
 }
 
 
@@ -90,6 +91,12 @@ def test_an_export_is_the_checkpoint_in_another_type(
         assert torch.equal(tensors[name], expected), name
     assert ("d2t" in tensors) == (variant != "full-vocabulary")
     assert content["eagle_aux_hidden_state_layer_ids"] == [3, 5, 7]
+    layers = content["transformer_layer_config"]
+    kinds, window = layers.get("layer_types"), layers.get("sliding_window")
+    is_windowed = variant == "window"
+    assert (kinds, window) == ((["sliding_attention"] * 2, 6) if is_windowed else (None, None))
+    card = (tmp_path / "served/README.md").read_text()
+    assert ("sliding window of 6 tokens" in card) == is_windowed
     assert report["logit_error"] == 0 if dtype == "float32" else 0 < report["logit_error"] < 0.03
 
 

@@ -119,6 +119,32 @@ def test_all_settings_errors_are_shown_at_once(tiny: TinyInputs, capsys: Capture
     assert not tiny.save_path.exists()
 
 
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--full-attention-layers", "0"], "has no effect without `--sliding-window`"),
+        (["--sliding-window", "8", "--full-attention-layers", "2"], "the layers 0 to 1, not all"),
+        (["--sliding-window", "8", "--full-attention-layers", "0,1"], "the layers 0 to 1, not all"),
+        (["--sliding-window", "-1"], "--sliding-window"),
+    ],
+)
+def test_windows_that_no_layer_has_are_refused(
+    tiny: TinyInputs, capsys: Capture, flags: list[str], message: str
+) -> None:
+    assert run(["train", *tiny.flags(num_layers=2), *flags]) == 2
+
+    assert message in " ".join(capsys.readouterr().err.split())
+    assert not tiny.save_path.exists()
+
+
+def test_a_run_is_not_resumed_with_another_window(tiny: TinyInputs, capsys: Capture) -> None:
+    assert run(["train", *tiny.flags(sliding_window=8, max_steps=1)]) == 0
+
+    assert run(["train", *tiny.flags(sliding_window=9, max_steps=2)]) == 4
+
+    assert "`--sliding-window` is `9`, the run began with `8`" in capsys.readouterr().err
+
+
 def test_an_unknown_key_in_the_settings_file_gets_a_suggestion(
     tiny: TinyInputs, capsys: Capture
 ) -> None:

@@ -56,6 +56,16 @@ def test_a_plan_refuses_what_the_run_would(
     assert "--save-path" in capsys.readouterr().err
 
 
+def test_a_plan_knows_the_window(tiny: TinyInputs, capsys: pytest.CaptureFixture[str]) -> None:
+    work = []
+    for window in (0, 5, 4, 1000):
+        flags = tiny.flags(sliding_window=window)
+        assert run(["train", "--plan", "--json", *flags]) == 0
+        work.append(json.loads(capsys.readouterr().out)["plan"]["useful_tflop_per_step"])
+
+    assert work[2] < work[1] < work[0] == work[3]
+
+
 @pytest.mark.parametrize(("every", "max_steps"), [(4, None), (8, 8), (5, 5), (3, 11)])
 def test_a_plan_counts_checkpoints_as_they_are_written(
     every: int, max_steps: int | None, tiny: TinyInputs, capsys: pytest.CaptureFixture[str]

@@ -172,6 +172,67 @@ def test_what_contradicts_the_draft_is_refused(
     assert not (tiny.folder / "second").exists()
 
 
+@pytest.fixture(scope="module")
+def windowed_once(shared_inputs: TinyInputs, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A trained draft with a window in one of two layers; nothing may be written into it."""
+    save_path = tmp_path_factory.mktemp("run") / "windowed"
+    own = shared_inputs.flags(save_path=save_path, max_steps=1, num_layers=2)
+    assert run(["train", *own, "--sliding-window", "9", "--full-attention-layers", "0"]) == 0
+    return save_path
+
+
+KEPT = {"sliding_window": 9, "full_attention_layers": [0]}
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected", "warned"),
+    [
+        ([], KEPT, []),
+        (["--sliding-window", "9"], KEPT, []),
+        (
+            ["--sliding-window", "12"],
+            KEPT | {"sliding_window": 12},
+            ["`--sliding-window` `9`; it is trained further with `12`"],
+        ),
+        (
+            ["--full-attention-layers", "1"],
+            KEPT | {"full_attention_layers": [1]},
+            ["`--full-attention-layers` `0`; it is trained further with `1`"],
+        ),
+        (
+            ["--sliding-window", "0"],
+            {"sliding_window": None, "full_attention_layers": None},
+            ["`--sliding-window` `9`; it is trained further with `none`"],
+        ),
+    ],
+)
+def test_the_windows_of_the_draft_are_kept_unless_given(
+    tiny: TinyInputs,
+    windowed_once: Path,
+    capsys: Capture,
+    flags: list[str],
+    expected: dict[str, object],
+    warned: list[str],
+) -> None:
+    source = ("--from-checkpoint", str(windowed_once))
+
+    assert train(tiny, "second", *source, *flags, max_steps=1) == 0
+
+    err = " ".join(capsys.readouterr().err.split())
+    settings = json.loads((tiny.folder / "second/settings.json").read_text())["eagle3"]
+    config = json.loads((tiny.folder / "second/step-1/config.json").read_text())
+    layers = config["transformer_layer_config"]
+    assert {name: settings[name] for name in KEPT} == expected
+    assert layers.get("sliding_window") == expected["sliding_window"]
+    kinds = layers.get("layer_types", ["full_attention"] * 2)
+    full = [index for index, kind in enumerate(kinds) if kind == "full_attention"]
+    assert full == (expected["full_attention_layers"] or [0, 1])
+    assert err.count("it is trained further with") == len(warned)
+    assert all(text in err for text in warned)
+    # As it was saved, it is resumed without another warning.
+    assert train(tiny, "second", *source, *flags, max_steps=2) == 0
+
+
 def test_samples_of_other_layers_are_refused(
     tiny: TinyInputs, trained: Path, capsys: Capture
 ) -> None:

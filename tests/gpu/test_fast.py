@@ -29,6 +29,13 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "fc-norm": {"fc_norm": True},
     "norm-output": {"norm_output": True},
     "residual-before-norm": {"norm_before_residual": False},
+    "window": {"sliding_window": 20},
+    "shortest-window": {"sliding_window": 3},
+    "window-in-one-layer": {
+        "sliding_window": 50,
+        "num_layers": 2,
+        "full_attention_layers": (1,),
+    },
 }
 
 
@@ -39,8 +46,9 @@ def relative_error(value: Tensor, exact: Tensor) -> float:
 @pytest.mark.parametrize("num_steps", [1, 2, 4])
 @pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), [(8, 2, 64), (6, 6, 128), (4, 1, 40)])
 @pytest.mark.parametrize("share", [1.0, 0.3])
+@pytest.mark.parametrize("window", [None, 4, 70, 500])
 def test_joint_attention_is_as_close_to_float32_as_the_plain_path(
-    num_steps: int, heads: int, kv_heads: int, head_dim: int, share: float
+    num_steps: int, heads: int, kv_heads: int, head_dim: int, share: float, window: int | None
 ) -> None:
     torch.manual_seed(0)
     bounds = (0, 100, 101, 300, 384)
@@ -56,10 +64,10 @@ def test_joint_attention_is_as_close_to_float32_as_the_plain_path(
     assert can_use_flash(query.device, query.dtype, head_dim)
 
     def fast(query: Tensor, *parts: Tensor) -> Tensor:
-        return attend_from(rows, spans, query, *parts)
+        return attend_from(rows, spans, query, *parts, window=window)
 
     def plain(query: Tensor, *parts: Tensor) -> Tensor:
-        return plain_attention(query, bounds, *parts)[rows]
+        return plain_attention(query, bounds, *parts, window=window)[rows]
 
     def run(attend: Any, dtype: torch.dtype) -> list[Tensor]:
         leaves = [x.to(dtype).requires_grad_() for x in (query, *parts)]
@@ -133,8 +141,9 @@ def test_fast_equals_plain(variant: str, fraction: float) -> None:
     assert rounding[0] <= 1.1 * rounding[1], rounding
 
 
+@pytest.mark.parametrize("window", [None, 1, 2, 10])
 @pytest.mark.parametrize("rows", [[1, 4], [5], [2, 5, 9]])
-def test_documents_of_one_query_or_none_are_attended(rows: list[int]) -> None:
+def test_documents_of_one_query_or_none_are_attended(rows: list[int], window: int | None) -> None:
     # Trap: a kernel that takes each document to have a query where none has more than one.
     bounds = (0, 2, 3, 5, 6, 10)
     spans = Spans.of_rows(bounds, np.array(rows), CUDA)
@@ -144,15 +153,39 @@ def test_documents_of_one_query_or_none_are_attended(rows: list[int]) -> None:
         for heads in (4, 2, 2)
     ]
 
-    out = attend_from(torch.tensor(rows, device=CUDA), spans, *inputs)
+    out = attend_from(torch.tensor(rows, device=CUDA), spans, *inputs, window=window)
 
     query, key, value = (x.float() for x in inputs)
-    exact = plain_attention(query, bounds, key, value)[rows]
+    exact = plain_attention(query, bounds, key, value, window=window)[rows]
     assert relative_error(out.detach(), exact.detach()) < 1e-2
     grad_out = torch.randn_like(out)
     grads = torch.autograd.grad(out, inputs, grad_out)
     exact_grads = torch.autograd.grad(exact, inputs, grad_out.float())
     torch.testing.assert_close(grads, exact_grads, rtol=2e-2, atol=2e-2)
+
+
+def test_a_windows_queries_at_the_end_of_a_long_document_are_attended() -> None:
+    # Keys far before the first query belong to no tile of the kernel's backward.
+    torch.manual_seed(0)
+    bounds, rows = (0, 2000, 2003), np.array([1900, 1999, 2002])
+    spans = Spans.of_rows(bounds, rows, CUDA)
+    inputs = [
+        torch.randn(2003, heads, 64, device=CUDA, dtype=torch.bfloat16, requires_grad=True)
+        for heads in (4, 2, 2)
+    ]
+    places = torch.tensor(rows, device=CUDA)
+
+    out = attend_from(places, spans, *inputs, window=130)
+
+    query, key, value = (x.float() for x in inputs)
+    exact = plain_attention(query, bounds, key, value, window=130)[places]
+    assert relative_error(out.detach(), exact.detach()) < 1e-2
+    grad_out = torch.randn_like(out)
+    grads = torch.autograd.grad(out, inputs, grad_out)
+    exact_grads = torch.autograd.grad(exact, inputs, grad_out.float())
+    torch.testing.assert_close(grads, exact_grads, rtol=2e-2, atol=2e-2)
+    assert not grads[1][:1770].any()
+    assert grads[1][1771:2000].any(-1).any(-1).all()
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

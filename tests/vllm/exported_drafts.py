@@ -63,6 +63,12 @@ VARIANTS = {
     "verifier layers 1, 3, 6": Variant(
         layer_ids=(1, 3, 6), misread={"target_layer_ids": LAYER_IDS}
     ),
+    # Shorter than the prompts, and than most of the answers.
+    "window of 12": Variant(("--sliding-window", "12"), misread={"sliding_window": 11}),
+    "window of 12, qwen3 layers, 2 of them": Variant(
+        ("--sliding-window", "12", "--draft-arch", "qwen3", "--num-layers", "2"),
+        misread={"sliding_window": None},
+    ),
     "verifier layers 1, 3, 5, 6": Variant(layer_ids=(1, 3, 5, 6)),
     "RoPE theta 1,000": Variant(rope_theta=1000.0, misread={"rope_parameters": DEFAULT_ROPE}),
 }

@@ -106,6 +106,11 @@ class Algorithm(ABC, Generic[ConfigT, SettingsT]):
         del config
         return {}
 
+    def kept_settings(self, config: ConfigT, settings: SettingsT) -> dict[str, Any]:
+        """Settings of the section that a run has from a trained draft, unless they were given."""
+        del config, settings
+        return {}
+
     def frozen_weights(self, settings: SettingsT) -> frozenset[str]:
         """Names of the draft's own weights that are not trained."""
         del settings

@@ -5,6 +5,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from speculators_cli.core.models.decoder_config import FULL, SLIDING
+
 LAYER_SIZES = (
     "hidden_size",
     "intermediate_size",
@@ -60,8 +62,18 @@ class ExportFormat:
     needs: tuple[Need, ...] = ()  # those that fail silently come first
 
 
-def layer_rules(prefix: str) -> tuple[Rule, ...]:
-    """Rules of a draft's decoder layers, under a prefix of their keys."""
+def layer_rules(prefix: str, *, has_windows: bool = False) -> tuple[Rule, ...]:
+    """Rules of a draft's decoder layers, under a prefix of their keys.
+
+    Args:
+        prefix: Of the keys.
+        has_windows: Whether the engine reads sliding windows.
+    """
+    layer_types = Rule(f"{prefix}layer_types", f"`{FULL}` only", _is_list_of(FULL))
+    if has_windows:
+        layer_types = Rule(
+            f"{prefix}layer_types", f"`{FULL}` or `{SLIDING}`", _is_list_of(FULL, SLIDING)
+        )
     return (
         *(Rule(f"{prefix}{key}", "a positive whole number", is_size) for key in LAYER_SIZES),
         Rule(
@@ -74,7 +86,7 @@ def layer_rules(prefix: str) -> tuple[Rule, ...]:
         Rule(f"{prefix}attention_bias", "`false`", equals(False)),
         Rule(f"{prefix}mlp_bias", "`false`", lambda value: value in (None, False)),
         Rule(f"{prefix}tie_word_embeddings", "`false`", equals(False)),
-        Rule(f"{prefix}layer_types", "`full_attention` only", _is_full_attention),
+        layer_types,
         Rule("draft_vocab_size", "a positive whole number", is_size),
     )
 
@@ -127,5 +139,9 @@ def _is_rope(value: Any) -> bool:
     return "rope_theta" in value and all(_is_positive(x) for listed in lists for x in listed)
 
 
-def _is_full_attention(value: Any) -> bool:
-    return value is None or (isinstance(value, list) and set(map(str, value)) == {"full_attention"})
+def _is_list_of(*kinds: str) -> Callable[[Any], bool]:
+    """Whether a value is missing, or a list of nothing but these."""
+    return lambda value: (
+        value is None
+        or (isinstance(value, list) and bool(value) and all(kind in kinds for kind in value))
+    )

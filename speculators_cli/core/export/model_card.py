@@ -102,10 +102,12 @@ def _facts(
 ) -> list[tuple[str, str]]:
     ids = ", ".join(map(str, served.target_layer_ids))
     vocabulary = f"{served.draft_vocab_size:,} of {served.vocab_size:,} tokens"
+    window = served.sliding_window
+    attention = "" if window is None else f", sliding window of {window:,} tokens"
     return [
         ("verifier", markdown.text(shown)),
         ("exported from", f"{source.kind} {markdown.code(Path(source.name).name)}"),
-        ("decoder layers", f"{served.num_layers} ({served.arch})"),
+        ("decoder layers", f"{served.num_layers} ({served.arch}{attention})"),
         ("hidden size", f"{served.hidden_size:,}"),
         ("draft vocabulary", vocabulary),
         ("verifier layers", f"{ids} (assumed)" if served.are_layer_ids_assumed else ids),

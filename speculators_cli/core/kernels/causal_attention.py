@@ -41,15 +41,17 @@ def forward(
     key: Tensor,  # [seq_len, kv_heads, head_dim]
     value: Tensor,  # [seq_len, kv_heads, head_dim]
     spans: Spans,
+    *,
+    window: int | None = None,  # keys that a query sees, that of its own position included
 ) -> Causal:
     """Attend from each query to the keys of its document up to its own position."""
     if not can_use_flash(query.device, query.dtype, query.shape[-1]):
-        return _dense_forward(query, key, value, spans)
+        return _dense_forward(query, key, value, spans, window)
     # With at most one query per document, the kernel would assume that no document has fewer.
     longest_query = max(spans.longest_query, 2)
     out, lse, rng_state, unused, _ = _flash_forward(
         query, key, value, spans.query_offsets, spans.key_offsets,
-        longest_query, spans.longest_key, 0.0, True, False,
+        longest_query, spans.longest_key, 0.0, True, False, **_flash_window(window),
     )  # fmt: skip
     return Causal(out, lse, (rng_state, unused))
 
@@ -63,15 +65,23 @@ def backward(
     lse: Tensor,  # [heads, queries], float32
     saved: Sequence[Tensor],
     spans: Spans,
+    *,
+    window: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the gradients of query, key and value, for a softmax with output `out` and `lse`."""
     if not can_use_flash(query.device, query.dtype, query.shape[-1]):
-        return _dense_backward(grad_out, query, key, value, out, lse, spans)
+        return _dense_backward(grad_out, query, key, value, out, lse, spans, window)
     grads: tuple[Tensor, Tensor, Tensor] = _flash_backward(
         grad_out, query, key, value, out, lse, spans.query_offsets, spans.key_offsets,
         spans.longest_query, spans.longest_key, 0.0, True, *saved,
+        **_flash_window(window),
     )  # fmt: skip
     return grads
+
+
+def _flash_window(window: int | None) -> dict[str, int]:
+    """The kernel's arguments; it counts keys before the query's, from a document's last query."""
+    return {} if window is None else {"window_size_left": window - 1, "window_size_right": 0}
 
 
 def _documents(spans: Spans) -> Iterator[tuple[slice, slice]]:
@@ -80,21 +90,27 @@ def _documents(spans: Spans) -> Iterator[tuple[slice, slice]]:
             yield slice(*queries), slice(*keys)
 
 
-def _scores(query: Tensor, key: Tensor) -> Tensor:
+def _scores(query: Tensor, key: Tensor, window: int | None) -> Tensor:
     """Return the scaled scores of a document's last queries; [kv_heads, group, queries, keys]."""
     num_queries, _, head_dim = query.shape
     grouped = query.view(num_queries, key.shape[1], -1, head_dim) * head_dim**-0.5
     scores = torch.einsum("qngd,knd->ngqk", grouped, key)
-    hidden = torch.ones(num_queries, len(key), dtype=torch.bool, device=key.device)
-    masked: Tensor = scores.masked_fill(hidden.triu(1 + len(key) - num_queries), float("-inf"))
+    first = len(key) - num_queries  # the position of the first query
+    ones = torch.ones(num_queries, len(key), dtype=torch.bool, device=key.device)
+    hidden = ones.triu(first + 1)
+    if window is not None:
+        hidden |= ones.tril(first - window)
+    masked: Tensor = scores.masked_fill(hidden, float("-inf"))
     return masked
 
 
-def _dense_forward(query: Tensor, key: Tensor, value: Tensor, spans: Spans) -> Causal:
+def _dense_forward(
+    query: Tensor, key: Tensor, value: Tensor, spans: Spans, window: int | None
+) -> Causal:
     out = torch.empty_like(query)
     lse = query.new_empty(query.shape[1], len(query), dtype=torch.float32)
     for queries, keys in _documents(spans):
-        scores = _scores(query[queries], key[keys])
+        scores = _scores(query[queries], key[keys], window)
         weights = scores.softmax(-1, dtype=torch.float32).to(value.dtype)
         out[queries] = torch.einsum("ngqk,knd->qngd", weights, value[keys]).flatten(1, 2)
         lse[:, queries] = scores.float().logsumexp(-1).flatten(0, 1)
@@ -109,6 +125,7 @@ def _dense_backward(
     out: Tensor,
     lse: Tensor,
     spans: Spans,
+    window: int | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     grad_query, grad_key, grad_value = map(torch.zeros_like, (query, key, value))
     num_kv_heads, scale = key.shape[1], query.shape[-1] ** -0.5
@@ -118,7 +135,7 @@ def _dense_backward(
             own: Tensor = x[queries].unflatten(1, (num_kv_heads, -1))
             return own
 
-        scores = _scores(query[queries], key[keys]).float()
+        scores = _scores(query[queries], key[keys], window).float()
         joint = lse[:, queries].unflatten(0, (num_kv_heads, -1))[..., None]
         weights = (scores - joint).exp()  # [kv_heads, group, queries, keys]
         delta = (grouped(out) * grouped(grad_out)).sum(-1).permute(1, 2, 0)[..., None]

@@ -27,24 +27,39 @@ def joint_attention(
     keys: Sequence[Tensor],  # step 0: [seq_len, kv_heads, head_dim]; later: [active, ...]
     values: Sequence[Tensor],  # as the keys
     spans: Spans,
+    *,
+    window: int | None = None,
 ) -> Tensor:
-    """Attend from each row; [active, heads, head_dim]."""
-    out: Tensor = _JointAttention.apply(query, spans, *keys, *values)
+    """Attend from each row; [active, heads, head_dim].
+
+    With a window, a row's query of TTT step k sees its k own keys and the `window - k` newest of
+    step 0; the window must exceed k.
+    """
+    if window is not None:
+        window -= len(keys) - 1
+        assert window > 0, "a window within the own keys takes the plain path"
+    out: Tensor = _JointAttention.apply(query, spans, window, *keys, *values)
     return out
 
 
 class _JointAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, query: Tensor, spans: Spans, *keys_and_values: Tensor) -> Tensor:
+    def forward(
+        ctx: Any,
+        query: Tensor,
+        spans: Spans,
+        window: int | None,  # of step 0's keys
+        *keys_and_values: Tensor,
+    ) -> Tensor:
         num_steps = len(keys_and_values) // 2
         query = query.contiguous()
         causal = causal_attention.forward(
-            query, keys_and_values[0], keys_and_values[num_steps], spans
+            query, keys_and_values[0], keys_and_values[num_steps], spans, window=window
         )
         own = _Own.of(keys_and_values)
         out, lse = _merge(query, own, causal.out, causal.lse, spans.places)
         ctx.save_for_backward(query, *keys_and_values, out, lse, *causal.saved)
-        ctx.spans, ctx.num_steps = spans, num_steps
+        ctx.spans, ctx.window, ctx.num_steps = spans, window, num_steps
         return out
 
     @staticmethod
@@ -63,6 +78,7 @@ class _JointAttention(torch.autograd.Function):
             _laid_out(lse, spans).T.contiguous(),
             saved,
             spans,
+            window=ctx.window,
         )
         own = _Own.of(keys_and_values)
         grad_query, grad_own_keys, grad_own_values = _merge_backward(
@@ -70,6 +86,7 @@ class _JointAttention(torch.autograd.Function):
         )
         return (
             grad_query,
+            None,
             None,
             grad_key,
             *grad_own_keys,

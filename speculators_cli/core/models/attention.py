@@ -20,9 +20,14 @@ class AttentionMemory(Protocol):
 
 
 class CausalMemory:
-    """KV cache of one layer for one growing sequence."""
+    """KV cache of one layer for one growing sequence.
 
-    def __init__(self) -> None:
+    Args:
+        window: A query at position q sees the keys k with q - k < window; None: all up to q.
+    """
+
+    def __init__(self, window: int | None = None) -> None:
+        self.window = window
         self.keys: Tensor | None = None
         self.values: Tensor | None = None
 
@@ -31,12 +36,15 @@ class CausalMemory:
         self.keys = key if self.keys is None else torch.cat((self.keys, key))
         self.values = value if self.values is None else torch.cat((self.values, value))
         num_new, num_all = len(query), len(self.keys)
-        seen = torch.ones(num_new, num_all, dtype=torch.bool, device=query.device)
+        first = num_all - num_new
+        seen = torch.ones(num_new, num_all, dtype=torch.bool, device=query.device).tril(first)
+        if self.window is not None:
+            seen = seen.triu(first - self.window + 1)
         out = F.scaled_dot_product_attention(
             query.transpose(0, 1)[None],
             self.keys.transpose(0, 1)[None],
             self.values.transpose(0, 1)[None],
-            attn_mask=seen.tril(num_all - num_new),
+            attn_mask=seen,
             enable_gqa=True,
         )
         return out[0].transpose(0, 1)

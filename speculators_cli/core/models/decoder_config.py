@@ -4,6 +4,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+# Kinds of layer in config.json, as in transformers.
+FULL, SLIDING = "full_attention", "sliding_attention"
+
 
 @dataclass(frozen=True, kw_only=True)
 class DecoderConfig:
@@ -19,6 +22,14 @@ class DecoderConfig:
     rms_norm_eps: float
     rope_parameters: Mapping[str, Any]  # keys as in transformers: rope_type, rope_theta, factor ...
     max_position_embeddings: int
+    sliding_window: int | None = None  # a query sees this many keys, its own included; None: all
+    full_attention_layers: tuple[int, ...] = ()  # those without the window, if there is one
+
+    @property
+    def windows(self) -> tuple[int | None, ...]:
+        """The window of each layer; None: full attention."""
+        full = self.full_attention_layers
+        return tuple(None if i in full else self.sliding_window for i in range(self.num_layers))
 
     @property
     def has_qk_norm(self) -> bool:
@@ -27,6 +38,14 @@ class DecoderConfig:
 
     def layers_json(self, *, vocab_size: int) -> dict[str, Any]:
         """Return the layers as a transformers `config.json`, with all values explicit."""
+        windows: dict[str, Any] = {}
+        if self.sliding_window is not None:
+            # Engines read the first two; transformers drops the window of qwen3 without the third.
+            windows = {
+                "layer_types": [FULL if x is None else SLIDING for x in self.windows],
+                "sliding_window": self.sliding_window,
+                "use_sliding_window": True,
+            }
         return {
             "model_type": self.arch,
             "hidden_size": self.hidden_size,
@@ -42,6 +61,7 @@ class DecoderConfig:
             "rope_parameters": dict(self.rope_parameters),
             "attention_bias": False,
             "tie_word_embeddings": False,
+            **windows,
         }
 
     def layer_shapes(self, *, input_size: int) -> dict[str, tuple[int, ...]]:

@@ -69,9 +69,11 @@ class RowMemory:
     Args:
         num_rows: Rows of the batch.
         num_positions: Maximum length of a row.
+        window: Number of positions that a query reads, with its own; None: all before it.
     """
 
-    def __init__(self, num_rows: int, num_positions: int) -> None:
+    def __init__(self, num_rows: int, num_positions: int, window: int | None = None) -> None:
+        self.window = window
         self._shape = (num_rows, num_positions)
         self._keys: Tensor | None = None
         self._values: Tensor | None = None
@@ -132,7 +134,8 @@ class RowPass:
         split = (-1, self._positions.num_new)
         new_key, new_value = (x.unflatten(0, split) for x in (key, value))
         keys, values = self._memory.store(new_key, new_value, self._positions)
-        out = attend(query.unflatten(0, split), keys, values, self._positions)
+        window = self._memory.window
+        out = attend(query.unflatten(0, split), keys, values, self._positions, window=window)
         return out.flatten(0, 1)
 
 

@@ -184,10 +184,12 @@ def read_inputs(
     _warn_of_other_verifier(scanned, verifier, progress)
     _warn_of_other_rope(verifier, source, progress)
     _warn_of_lost_tokens(samples, data.total_seq_len, progress)
+    inputs = Inputs(samples, validation, vocab_map, files, verifier, layer_ids, source)
+    inputs.draft_config(settings)  # refuses settings of no draft before anything is written
     if index_file is not None:
         index_file.parent.mkdir(parents=True, exist_ok=True)
         scanned.write_index(index_file)
-    return Inputs(samples, validation, vocab_map, files, verifier, layer_ids, source)
+    return inputs
 
 
 def _refuse_conversations(data: DataSettings) -> None:

@@ -83,7 +83,7 @@ def plan(
     with start_ranks(settings.distributed.device, settings.distributed.timeout_seconds) as ranks:
         if num_ranks is not None:
             ranks = replace(ranks, num_ranks=num_ranks, num_local_ranks=num_ranks)
-        settings, source = read_warm_start(settings)
+        settings, source = read_warm_start(settings, progress)
         inputs = read_inputs(
             settings, source=source, num_ranks=ranks.num_ranks, index_file=None, progress=progress
         )

@@ -81,7 +81,9 @@ def train(
     ):
         progress = progress if ranks.is_first else SILENT
         index_file = None if dry_run else settings.run.save_path / INDEX_NAME
-        settings, source = ranks.first_then_others("draft", lambda: read_warm_start(settings))
+        settings, source = ranks.first_then_others(
+            "draft", lambda: read_warm_start(settings, progress)
+        )
         inputs = ranks.first_then_others(
             "inputs",
             lambda: read_inputs(

@@ -13,7 +13,7 @@ from speculators_cli.core.errors import DataError, SettingsError
 from speculators_cli.core.models.verifier import load_embedding
 from speculators_cli.core.models.verifier_files import VerifierFiles
 from speculators_cli.core.models.verifier_shape import VerifierShape, read_verifier_shape
-from speculators_cli.core.progress import Progress
+from speculators_cli.core.progress import SILENT, Progress
 from speculators_cli.settings.train import TrainSettings
 
 FLAG = "--from-checkpoint"
@@ -21,8 +21,12 @@ ROWS_AT_ONCE = 4096  # of an embedding, cast in memory
 ROUNDING = 2**-7  # bfloat16 keeps 8 bits; either side may have been rounded
 
 
-def read_warm_start(settings: TrainSettings) -> tuple[TrainSettings, TrainedDraft | None]:
-    """The draft to start from, if any, and the settings with the values that it fixes.
+def read_warm_start(
+    settings: TrainSettings, progress: Progress = SILENT
+) -> tuple[TrainSettings, TrainedDraft | None]:
+    """The draft to start from, if any, and the settings with the values that it has.
+
+    Warns of values that the settings change.
 
     Raises:
         SettingsError: A setting contradicts the draft.
@@ -65,7 +69,24 @@ def read_warm_start(settings: TrainSettings) -> tuple[TrainSettings, TrainedDraf
                     hint=f"Leave it out: `{FLAG}` fixes the shape of the draft",
                 )
         content[section] = content.get(section, {}) | values
+    kept = source.algorithm.kept_settings(config, settings.algorithm_settings)
+    given = settings.algorithm_settings
+    for name, value in kept.items():
+        if name not in given.model_fields_set:
+            content[config.algorithm][name] = value
+        elif getattr(given, name) != value:
+            progress.warn(
+                f"The draft in `{source.name}` was trained with `--{name.replace('_', '-')}` "
+                f"`{_shown(value)}`; it is trained further with `{_shown(getattr(given, name))}`"
+            )
     return type(settings).model_validate(content), source
+
+
+def _shown(value: object) -> str:
+    """A value as one would type it."""
+    if value is None:
+        return "none"
+    return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
 def check_fit(source: TrainedDraft, verifier: VerifierShape, vocab_size: int) -> None:

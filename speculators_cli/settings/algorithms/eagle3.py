@@ -2,14 +2,19 @@
 
 from typing import Annotated, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from speculators_cli.settings.base import (
     REFUSED_ON_RESUME,
     WARNED_ON_RESUME,
+    LayerIdsSetting,
     OffFlag,
     Settings,
 )
+
+
+def _or_none(value: int | None) -> int | None:
+    return value or None
 
 
 class Eagle3Settings(Settings):
@@ -35,6 +40,18 @@ class Eagle3Settings(Settings):
     )
     norm_output: Annotated[bool, REFUSED_ON_RESUME] = Field(
         False, description="Feed normalized hidden states to the next TTT step"
+    )
+    sliding_window: Annotated[int | None, AfterValidator(_or_none), REFUSED_ON_RESUME] = Field(
+        None,
+        ge=0,
+        description="Sliding window of the draft's attention, in tokens, that of the query "
+        "included; 0 is full attention; default: full attention, or the window of the draft in "
+        "`--from-checkpoint`",
+    )
+    full_attention_layers: Annotated[LayerIdsSetting, REFUSED_ON_RESUME] = Field(
+        None,
+        description="Decoder layers of the draft without the sliding window, ascending from 0; "
+        "default: none, or those of the draft in `--from-checkpoint`",
     )
     train_head: Annotated[bool, REFUSED_ON_RESUME, OffFlag("--freeze-head")] = Field(
         True, description="Train the draft's LM head; off: keep it frozen at the verifier's weights"

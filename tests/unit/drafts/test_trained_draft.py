@@ -175,6 +175,37 @@ def test_an_upstream_checkpoint_is_read_with_the_defaults_of_its_family(
     assert source.embedding is not None
 
 
+@pytest.mark.parametrize("model_type", ["llama", "qwen3"])
+def test_the_window_of_upstreams_default_draft_is_read(tmp_path: Path, model_type: str) -> None:
+    # Upstream 0.9.0 writes all three; its draft with full attention has the size, too.
+    config = make_config(arch=model_type, target_layer_ids=(1, 4, 7))
+    tensors = {name: torch.ones(shape) for name, shape in config.tensor_shapes().items()}
+    maps = {"d2t": torch.arange(19), "t2d": torch.arange(37) % 2 == 0}
+    windows = []
+    for kind in ("sliding_attention", "full_attention"):
+        content = upstream_config(
+            model_type=model_type,
+            layer_types=[kind],
+            sliding_window=2048,
+            use_sliding_window=kind == "sliding_attention",
+            max_window_layers=28,
+        )
+
+        folder = write(tmp_path / kind, content, tensors | maps)
+
+        windows.append(read_draft(folder, Overrides(), flag="CHECKPOINT").config.windows)
+    assert windows == [(2048,), (None,)]
+
+
+def test_a_size_without_kinds_of_layers_is_no_window(
+    tmp_path: Path, tensors: dict[str, Tensor]
+) -> None:
+    # As engines read it.
+    folder = write(tmp_path / "upstream", upstream_config(sliding_window=7), tensors)
+
+    assert read_draft(folder, Overrides(), flag="CHECKPOINT").config.windows == (None,)
+
+
 def resized(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """Three heads in place of six."""
     prefix = "layers.0.self_attn."
@@ -217,9 +248,25 @@ REFUSED: dict[str, tuple[Change, str]] = {
         lambda c, _: c["transformer_layer_config"].update(attention_bias=True),
         "has `attention_bias` `True`",
     ),
-    "a window": (
+    "a window without a size": (
         lambda c, _: c["transformer_layer_config"].update(layer_types=["sliding_attention"]),
-        "sliding_attention",
+        "has `transformer_layer_config.sliding_window` `None`, expected a size",
+    ),
+    "a window of no tokens": (
+        lambda c, _: c["transformer_layer_config"].update(
+            layer_types=["sliding_attention"], sliding_window=0
+        ),
+        "has `transformer_layer_config.sliding_window` `0`",
+    ),
+    "windows of more layers": (
+        lambda c, _: c["transformer_layer_config"].update(
+            layer_types=["sliding_attention"] * 2, sliding_window=4
+        ),
+        "expected one value for each of 1 layers",
+    ),
+    "chunks of attention": (
+        lambda c, _: c["transformer_layer_config"].update(layer_types=["chunked_attention"]),
+        "has `layer_types` `chunked_attention`",
     ),
     "another activation": (
         lambda c, _: c["transformer_layer_config"].update(hidden_act="gelu"),

@@ -50,6 +50,34 @@ def test_the_hint_of_an_obstacle_is_a_target_that_has_none(
     assert hints == [True, False]
 
 
+@pytest.mark.parametrize("target", ["sglang", "eagle"])
+def test_a_window_is_refused_where_config_json_cannot_have_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], target: str
+) -> None:
+    config = make_config(norm_before_residual=False, sliding_window=5)
+    draft = write_draft(tmp_path / "draft", config)
+
+    code = run(["export", str(draft), "--output-dir", str(tmp_path / "out"), "--target", target])
+
+    err = capsys.readouterr().err
+    assert code == 4
+    assert "its layers have a sliding window of 5 tokens" in err
+    assert "`--target vllm`" in err
+
+
+def test_windows_of_two_kinds_are_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = make_config(num_layers=2, sliding_window=5, full_attention_layers=(1,))
+    draft = write_draft(tmp_path / "draft", config)
+
+    code = run(["export", str(draft), "--output-dir", str(tmp_path / "out")])
+
+    assert code == 4
+    assert "some of its layers have a sliding window" in capsys.readouterr().err
+    assert find_problems(draft, "vllm") == ["`layer_types` has layers of both types"]
+
+
 def test_every_format_is_of_a_target() -> None:
     assert len(TARGETS) > 2
     for algorithm in ALGORITHMS.values():

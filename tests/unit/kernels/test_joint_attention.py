@@ -33,6 +33,29 @@ def test_joint_attention_of_some_rows_equals_the_plain_one_of_all(
     assert_same(fast, plain, query, *parts)
 
 
+@pytest.mark.parametrize(("num_steps", "window"), [(1, 1), (1, 4), (3, 3), (3, 5), (3, 9)])
+def test_joint_attention_with_a_window_equals_the_plain_one(
+    num_steps: int, window: int, rng: torch.Generator
+) -> None:
+    bounds = (0, 5, 6, 13, 16)
+    rows = torch.tensor([2, 4, 8, 9, 12])
+    spans = Spans.of_rows(bounds, rows.numpy(), CPU)
+    query = torch.randn(16, 4, 8, generator=rng)
+    parts = [torch.randn(16, 2, 8, generator=rng) for _ in range(2 * num_steps)]
+
+    def fast(query: Tensor, *parts: Tensor) -> Tensor:
+        return attend_from(rows, spans, query, *parts, window=window)
+
+    def plain(query: Tensor, *parts: Tensor) -> Tensor:
+        return plain_attention(query, bounds, *parts, window=window)[rows]
+
+    if (num_steps, window) == (1, 1):
+        # The softmax of one score has no gradient of the query and the key.
+        torch.testing.assert_close(fast(query, *parts), plain(query, *parts))
+    else:
+        assert_same(fast, plain, query, *parts)
+
+
 def test_joint_attention_of_all_rows_equals_the_plain_one(rng: torch.Generator) -> None:
     bounds = (0, 5, 6, 13)
     parts = [torch.randn(13, 2, 8, generator=rng) for _ in range(4)]

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from speculators_cli.core.algorithms.algorithm import Algorithm
+from speculators_cli.core.algorithms.eagle3.attention import is_joinable
 from speculators_cli.core.algorithms.eagle3.config import SWITCHES, Eagle3Config
 from speculators_cli.core.algorithms.eagle3.config_reader import (
     find_assumed,
@@ -24,6 +25,7 @@ from speculators_cli.core.algorithms.eagle3.training import Eagle3Training
 from speculators_cli.core.algorithms.overrides import Overrides
 from speculators_cli.core.data.alignment import NEXT_TOKEN
 from speculators_cli.core.data.vocab_map import VocabMap
+from speculators_cli.core.errors import SettingsError
 from speculators_cli.core.models.attention import CausalMemory
 from speculators_cli.core.models.losses import LOSSES
 from speculators_cli.core.models.verifier import FrozenVerifier
@@ -94,25 +96,38 @@ class Eagle3(Algorithm[Eagle3Config, Eagle3Settings]):
     def build_config(self, settings: Eagle3Settings, shape: Mapping[str, Any]) -> Eagle3Config:
         """The config of a fresh draft."""
         switches = {name: getattr(settings, name) for name in SWITCHES}
-        return Eagle3Config(**shape, **switches, ttt_steps=settings.ttt_steps)
+        windows = choose_windows(settings, num_layers=shape["num_layers"])
+        return Eagle3Config(**shape, **switches, **windows, ttt_steps=settings.ttt_steps)
 
     def adapt_config(self, config: Eagle3Config, settings: Eagle3Settings) -> Eagle3Config:
-        """The config of a trained draft that is trained further: the TTT steps may change."""
-        return replace(config, ttt_steps=settings.ttt_steps)
+        """The config of a trained draft with other TTT steps and windows."""
+        windows = choose_windows(settings, num_layers=config.num_layers)
+        return replace(config, ttt_steps=settings.ttt_steps, **windows)
 
     def fixed_settings(self, config: Eagle3Config) -> dict[str, Any]:
         """Settings of the section that a trained draft fixes."""
         return {name: getattr(config, name) for name in SWITCHES}
+
+    def kept_settings(self, config: Eagle3Config, settings: Eagle3Settings) -> dict[str, Any]:
+        """The windows of a trained draft, which a run may change."""
+        kept: dict[str, Any] = {"sliding_window": config.sliding_window}
+        has_none = "sliding_window" in settings.model_fields_set and settings.sliding_window is None
+        if not has_none:
+            kept["full_attention_layers"] = config.full_attention_layers or None
+        return kept
 
     def frozen_weights(self, settings: Eagle3Settings) -> frozenset[str]:
         """The LM head, if it is frozen."""
         return frozenset() if settings.train_head else frozenset({"lm_head.weight"})
 
     def find_unsupported(self, settings: Eagle3Settings) -> str | None:
-        """Return the loss if it has no fused kernel; every other part has one."""
-        if LOSSES[settings.loss].has_fused_kernel:
-            return None
-        return f"loss `{settings.loss}` has no fused kernel"
+        """Return the loss or the window without a fused kernel; every other part has one."""
+        if not LOSSES[settings.loss].has_fused_kernel:
+            return f"loss `{settings.loss}` has no fused kernel"
+        window, num_steps = settings.sliding_window, settings.ttt_steps
+        if not is_joinable(window, num_steps=num_steps):
+            return f"a sliding window of {window} tokens is shorter than {num_steps} TTT steps"
+        return None
 
     def build(
         self,
@@ -164,10 +179,32 @@ class Eagle3(Algorithm[Eagle3Config, Eagle3Settings]):
         positions = torch.arange(1, NUM_PROBE_TOKENS + 1)
         logits = []
         for step in range(2):
-            memories = [CausalMemory() for _ in draft.layers]
+            memories = [CausalMemory(window) for window in config.windows]
             normed, hidden = draft.step(tokens.roll(-step), hidden, positions + step, memories)
             logits.append(draft.lm_head(normed))
         return torch.cat(logits)
+
+
+def choose_windows(settings: Eagle3Settings, *, num_layers: int) -> dict[str, Any]:
+    """The fields of a config that give each layer its window.
+
+    Raises:
+        SettingsError: Layers with full attention do not exist, or there is no window.
+    """
+    window, full = settings.sliding_window, settings.full_attention_layers or ()
+    if full and window is None:
+        raise SettingsError(
+            "`--full-attention-layers` has no effect without `--sliding-window`",
+            hint="Pass both, or neither for full attention in all layers",
+        )
+    if full and (full[-1] >= num_layers or len(full) == num_layers):
+        given = ",".join(map(str, full))
+        raise SettingsError(
+            f"`--full-attention-layers` is `{given}`, expected some of the layers 0 to "
+            f"{num_layers - 1}, not all",
+            hint="Leave `--sliding-window` out for full attention in all layers",
+        )
+    return {"sliding_window": window, "full_attention_layers": full}
 
 
 def load_draft(

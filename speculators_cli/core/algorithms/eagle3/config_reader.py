@@ -16,6 +16,7 @@ from speculators_cli.core.algorithms.overrides import Overrides
 from speculators_cli.core.data.data_config import default_layer_ids
 from speculators_cli.core.errors import CheckpointError
 from speculators_cli.core.models.config_values import Values
+from speculators_cli.core.models.decoder_config import FULL, SLIDING
 from speculators_cli.core.models.rope import RopeError, read_rope
 
 PLAIN_ARCHITECTURES = ("LlamaForCausalLMEagle3", "Eagle3LlamaForCausalLM")
@@ -148,7 +149,7 @@ def _build(
     layers: Values,
     overrides: Overrides,
     *,
-    flags: Mapping[str, bool],
+    flags: Mapping[str, Any],
     num_tokens: int | None,
     layer_ids: tuple[int, ...],
     verifier: tuple[str | None, tuple[str, ...]],
@@ -189,6 +190,7 @@ def _build(
         ttt_steps=num_tokens or DEFAULT_NUM_TOKENS,
         verifier_name_or_path=verifier_name,
         verifier_architectures=architectures,
+        **_read_windows(layers, sizes["num_layers"]),
         **sizes,
         **flags,
     )
@@ -249,10 +251,9 @@ def _refuse_other_layers(values: Values, layers: Values) -> None:
     act = layers.text("hidden_act") or "silu"
     found = {
         "hidden_act": ("silu" if act == "swish" else act, "silu"),
-        **{
-            key: (layers.switch(key) or False, False)
-            for key in ("attention_bias", "mlp_bias", "use_sliding_window")
-        },
+        **{key: (layers.switch(key) or False, False) for key in ("attention_bias", "mlp_bias")},
+        # Engines read the layers' kinds only; without these, other tools differ in what it means.
+        "use_sliding_window": (_has_unclear_window(layers), False),
         "layer_types": (_other_attention(layers), "full_attention"),
         "logit_scale": (layers.number("logit_scale") or 1.0, 1.0),
         "dual_chunk_attention_config": (layers.has("dual_chunk_attention_config"), False),
@@ -265,9 +266,27 @@ def _refuse_other_layers(values: Values, layers: Values) -> None:
             )
 
 
+def _has_unclear_window(layers: Values) -> bool:
+    return bool(layers.switch("use_sliding_window")) and not layers.has("layer_types")
+
+
 def _other_attention(layers: Values) -> str:
     kinds = layers.texts("layer_types")
-    return next((kind for kind in kinds if kind != "full_attention"), "full_attention")
+    return next((kind for kind in kinds if kind not in (FULL, SLIDING)), FULL)
+
+
+def _read_windows(layers: Values, num_layers: int) -> dict[str, Any]:
+    """The windows of the layers, as engines read them: without kinds of layers there are none."""
+    kinds = layers.texts("layer_types")
+    if SLIDING not in kinds:
+        return {}
+    if len(kinds) != num_layers:
+        raise layers.error("layer_types", f"one value for each of {num_layers} layers")
+    window = layers.size("sliding_window")
+    if window is None:
+        raise layers.error("sliding_window", f"a size, since it has layers of type `{SLIDING}`")
+    full = tuple(index for index, kind in enumerate(kinds) if kind == FULL)
+    return {"sliding_window": window, "full_attention_layers": full}
 
 
 def _rope(values: Values, layers: Values, sizes: Mapping[str, int]) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from speculators_cli.core.algorithms.export_format import (
 )
 
 ARCHITECTURE = "LlamaForCausalLMEagle3"
+MIXED = "some of its layers have a sliding window, and the engine needs the same in all layers"
 IDS = Eagle3Config.layer_ids_key
 
 SPECULATORS_RULES = (
@@ -24,7 +25,7 @@ SPECULATORS_RULES = (
         "`llama` or `qwen3`",
         lambda x: x in ("llama", "qwen3"),
     ),
-    *layer_rules("transformer_layer_config."),
+    *layer_rules("transformer_layer_config.", has_windows=True),
     Rule("target_hidden_size", "a positive whole number", is_size),
     layer_ids_rule(IDS),
     *map(switch_rule, SWITCHES),
@@ -48,9 +49,12 @@ NEEDS = (
 
 
 def _find_obstacles(config: Eagle3Config) -> list[str]:
+    found = []
     if config.norm_before_fc and config.fc_norm:
-        return ["`norm_before_fc` and `fc_norm` exclude each other"]
-    return []
+        found.append("`norm_before_fc` and `fc_norm` exclude each other")
+    if len(set(config.windows)) > 1:
+        found.append(MIXED)
+    return found
 
 
 def _find_plain_obstacles(config: Eagle3Config) -> list[str]:
@@ -68,6 +72,11 @@ def _find_plain_obstacles(config: Eagle3Config) -> list[str]:
         found.append(f"its layers are `{config.arch}`, and the format has llama layers only")
     if config.num_layers != 1:
         found.append(f"it has {config.num_layers} layers, and the format has one")
+    if config.sliding_window is not None:
+        found.append(
+            f"its layers have a sliding window of {config.sliding_window:,} tokens, and the format "
+            "has full attention only"
+        )
     if config.num_aux_layers != 3:
         found.append(f"it reads {config.num_aux_layers} verifier layers, and the format has three")
     return found
@@ -111,6 +120,8 @@ def _find_contradictions(config: Eagle3Config, content: Mapping[str, Any]) -> li
     found = []
     if config.norm_before_fc and config.fc_norm:
         found.append("`norm_before_fc` and `fc_norm` are both on")
+    if len(set(config.windows)) > 1:
+        found.append("`layer_types` has layers of both types")
     num_aux = content.get("transformer_layer_config", {}).get("num_aux_hidden_states", 3)
     if num_aux != config.num_aux_layers:
         found.append(

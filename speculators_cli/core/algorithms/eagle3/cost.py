@@ -34,8 +34,8 @@ class RowCounts:
     num_active: int  # are scored in some TTT step
     num_needed: int  # are read as some active position's token
     num_targets: int  # supervised
-    num_pairs: int  # of an active row and a key that it attends to in step 0
-    num_all_pairs: int  # of any position and a key that it attends to
+    pairs: tuple[int, ...]  # in each layer, of an active row and a key that it attends to
+    all_pairs: tuple[int, ...]  # in each layer, of any position and a key that it attends to
 
 
 class Eagle3Cost(CostModel[Eagle3Config, Eagle3Settings]):
@@ -49,7 +49,7 @@ class Eagle3Cost(CostModel[Eagle3Config, Eagle3Settings]):
         lengths: Sequence[int],
     ) -> Work:
         """The work of one packed sequence, from its masks."""
-        return _make_work(config, settings, count_rows(loss_mask, lengths, config.ttt_steps))
+        return _make_work(config, settings, count_rows(config, loss_mask, lengths))
 
     def expect_work(
         self,
@@ -62,15 +62,15 @@ class Eagle3Cost(CostModel[Eagle3Config, Eagle3Settings]):
         sizes, targets = lengths, np.minimum(num_targets, lengths)
         # One turn per document: a few positions before its first supervised one are active too.
         active = np.minimum(targets + config.ttt_steps - 1, sizes) * (targets > 0)
-        all_pairs = sizes * (sizes + 1) / 2
-        pairs = all_pairs * active / np.maximum(sizes, 1)
+        share = active / np.maximum(sizes, 1)
+        all_pairs = [_pairs_of(sizes, window) for window in config.windows]
         rows = RowCounts(
             num_positions=int(sizes.sum()),
             num_active=int(active.sum()),
             num_needed=int(active.sum()),
             num_targets=int(targets.sum()),
-            num_pairs=int(pairs.sum()),
-            num_all_pairs=int(all_pairs.sum()),
+            pairs=tuple(int((pairs * share).sum()) for pairs in all_pairs),
+            all_pairs=tuple(int(pairs.sum()) for pairs in all_pairs),
         )
         return _make_work(config, settings, rows)
 
@@ -142,12 +142,24 @@ def _make_work(config: Eagle3Config, settings: Eagle3Settings, rows: RowCounts) 
     return Work(rows.num_positions, rows.num_targets, rows.num_active, flops)
 
 
+def _pairs_of(sizes: NDArray[np.int64], window: int | None) -> NDArray[np.float64]:
+    """Pairs of a position and a key that it attends to, of documents of these sizes."""
+    seen = sizes if window is None else np.minimum(sizes, window)
+    pairs: NDArray[np.float64] = seen * (seen + 1) / 2 + (sizes - seen) * seen
+    return pairs
+
+
 def count_rows(
+    config: Eagle3Config,
     loss_mask: Tensor,  # [seq_len], bool, on the CPU
     lengths: Sequence[int],  # of documents
-    num_steps: int,
 ) -> RowCounts:
-    """Count the rows of one packed sequence."""
+    """Count the rows of one packed sequence.
+
+    Keys are those of step 0: with a window, a later step sees one more key of its own for each one
+    less of them.
+    """
+    num_steps = config.ttt_steps
     documents = torch.full(loss_mask.shape, -1, dtype=torch.int64)
     places = torch.zeros_like(documents)
     start = 0
@@ -159,13 +171,14 @@ def count_rows(
     needed = active.clone()
     for step in range(1, min(num_steps, len(active))):
         needed[step:] |= active[: len(active) - step]
+    seen = [places if window is None else places.clamp(max=window) for window in config.windows]
     return RowCounts(
         num_positions=start,
         num_active=int(active.sum()),
         num_needed=int(needed.sum()),
         num_targets=int((loss_mask & (documents >= 0)).sum()),
-        num_pairs=int(places[active].sum()),
-        num_all_pairs=int(places.sum()),
+        pairs=tuple(int(keys[active].sum()) for keys in seen),
+        all_pairs=tuple(int(keys.sum()) for keys in seen),
     )
 
 
@@ -186,6 +199,7 @@ def count_flops(config: Eagle3Config, rows: RowCounts, *, train_head: bool) -> f
     head = config.draft_vocab_size * size * rows.num_targets
     products += head + head * steps * (3 if train_head else 2)
     # Scores and values forward, five products backward.
-    pairs = steps * rows.num_pairs * config.num_layers
-    pairs += (config.num_layers - 1) * (rows.num_all_pairs - rows.num_pairs)
+    pairs = steps * sum(rows.pairs)
+    # In step 0, all layers but the last attend from every position.
+    pairs += sum(rows.all_pairs[:-1]) - sum(rows.pairs[:-1])
     return 2.0 * (products + 7 * pairs * query)

@@ -31,7 +31,9 @@ class Eagle3Drafter:
 
     def start(self, num_rows: int, num_positions: int) -> None:
         """Begin a batch."""
-        self.memories = [RowMemory(num_rows, num_positions) for _ in self.draft.layers]
+        self.memories = [
+            RowMemory(num_rows, num_positions, window) for window in self.draft.config.windows
+        ]
         self.ends = [0] * num_rows  # of each row: number of verified positions
         size, device = self.draft.config.hidden_size, self.kept_ids.device
         # Of the last verified position of each row: input of the LM head, and of the next step.

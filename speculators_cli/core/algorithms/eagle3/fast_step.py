@@ -69,6 +69,7 @@ class FastLayer:
         rope: Cosine and sine by position.
         embedded: [seq_len, hidden]: normalised embeddings without norm weights, for a first layer.
         is_last: Whether step 0 leaves off the other rows once their keys are known.
+        window: Positions that a query sees, its own included; None: all.
     """
 
     def __init__(
@@ -80,8 +81,10 @@ class FastLayer:
         *,
         embedded: Tensor | None,
         is_last: bool,
+        window: int | None,
     ) -> None:
         self.layer, self.rows, self.rope, self.is_last = layer, rows, rope, is_last
+        self.window = window
         self.step = 0
         self.keys: list[Tensor] = []
         self.values: list[Tensor] = []
@@ -147,7 +150,7 @@ class FastLayer:
             residual = normed if is_shared else gather(residual, rows.rows, rows.places)
         spans = rows.all_spans if keeps_all else rows.spans
         query = self.project_query(normed, positions if keeps_all else active_positions, spans)
-        attended = joint_attention(query, self.keys, self.values, spans)
+        attended = joint_attention(query, self.keys, self.values, spans, window=self.window)
         hidden = self.o.linear(attended.flatten(1))
         normed, residual = apply_norm(layer.post_attention_layernorm, hidden, add=residual)
         activated = swiglu(self.gate_up.linear(normed))
@@ -192,6 +195,7 @@ def build_layers(draft: Eagle3Draft, batch: Batch, rows: ActiveRows) -> list[Fas
             dtype,
             embedded=embedded if index == 0 else None,
             is_last=index == num_layers - 1,
+            window=draft.config.windows[index],
         )
         for index, layer in enumerate(draft.layers)
     ]

@@ -92,7 +92,7 @@ class Eagle3Training(Eagle3Draft, DraftModel):
             return self._unroll_fast(batch, weights)
         log_probs, tokens = map(batch.at_positions, self.targets(batch))
         hidden = self.fuse(batch.aux_hidden_states)
-        memories = [TTTMemory(batch.lengths) for _ in self.layers]
+        memories = [TTTMemory(batch.lengths, window) for window in self.config.windows]
         losses, agreed = [], []
         for step in range(self.config.ttt_steps):
             normed, hidden = self.step(

@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -110,20 +111,50 @@ def test_rows_are_counted_as_they_are_computed() -> None:
     # Two documents of 4 and 3, one position of padding; step 1 scores one position earlier.
     mask = torch.tensor([0, 0, 1, 0, 1, 0, 1, 0]).bool()
 
-    rows = count_rows(mask, (4, 3), 2)
+    rows = count_rows(make_config(ttt_steps=2), mask, (4, 3))
 
     assert rows == RowCounts(
         num_positions=7,
         num_active=5,  # 1, 2 | 4, 5, 6
         num_needed=7,  # 1, 2, 3 | 4, 5, 6, and the padding after them
         num_targets=3,
-        num_pairs=2 + 3 + 1 + 2 + 3,
-        num_all_pairs=1 + 2 + 3 + 4 + 1 + 2 + 3,
+        pairs=(2 + 3 + 1 + 2 + 3,),
+        all_pairs=(1 + 2 + 3 + 4 + 1 + 2 + 3,),
     )
 
 
+def test_pairs_outside_the_window_are_not_counted() -> None:
+    config = make_config(ttt_steps=2, num_layers=3, sliding_window=2, full_attention_layers=(1,))
+    mask = torch.tensor([0, 0, 1, 0, 1, 0, 1, 0]).bool()
+
+    rows = count_rows(config, mask, (4, 3))
+
+    few, few_of_all = 2 + 2 + 1 + 2 + 2, 1 + 2 + 2 + 2 + 1 + 2 + 2
+    assert rows.pairs == (few, 11, few)
+    assert rows.all_pairs == (few_of_all, 16, few_of_all)
+
+
+def test_a_window_is_expected_as_it_is_counted() -> None:
+    config = make_config(num_layers=2, sliding_window=5)
+    lengths = (3, 5, 9, 15)
+    work = Eagle3Cost().count_work(config, Eagle3Settings(), torch.ones(32).bool(), lengths)
+    sizes = np.array(lengths)
+
+    expected = Eagle3Cost().expect_work(config, Eagle3Settings(), sizes, sizes)
+
+    assert expected == work
+
+
+def test_with_a_window_operations_grow_linearly_with_a_document() -> None:
+    config, sizes = make_config(sliding_window=64), 64 + np.array([[1000], [2000], [3000]])
+
+    flops = [Eagle3Cost().expect_work(config, Eagle3Settings(), size, size).flops for size in sizes]
+
+    assert flops[2] - flops[1] == pytest.approx(flops[1] - flops[0], rel=1e-12)
+
+
 def test_more_steps_than_positions_are_counted() -> None:
-    rows = count_rows(torch.ones(3).bool(), (3,), 7)
+    rows = count_rows(make_config(ttt_steps=7), torch.ones(3).bool(), (3,))
 
     assert rows.num_active == rows.num_needed == 3
 
@@ -151,7 +182,7 @@ def test_operations_of_a_draft_of_ones_are_those_counted_by_hand() -> None:
         head_dim=1, draft_vocab_size=1, target_layer_ids=(1,), ttt_steps=2,
     )  # fmt: skip
     rows = RowCounts(
-        num_positions=10, num_active=4, num_needed=5, num_targets=3, num_pairs=20, num_all_pairs=55
+        num_positions=10, num_active=4, num_needed=5, num_targets=3, pairs=(20,), all_pairs=(55,)
     )
 
     flops = count_flops(config, rows, train_head=True)

@@ -65,6 +65,29 @@ def test_any_mask_gives_what_the_plain_path_gives(
         assert (mine - grad).norm() <= 1e-5 * grad.norm() + 1e-6, name
 
 
+# The shortest, one that hides keys in a layer only, and one that hides none.
+@pytest.mark.parametrize(("window", "full_layers"), [(3, ()), (5, (0,)), (64, ())])
+def test_a_window_gives_what_the_plain_path_gives(
+    window: int, full_layers: tuple[int, ...], rng: torch.Generator
+) -> None:
+    draft = fast_draft(rng, num_layers=2, sliding_window=window, full_attention_layers=full_layers)
+    batch = pack(*(make_sample(n, draft.config, rng) for n in (10, 6)), total_seq_len=15)
+    found = []
+    for is_fast in (True, False):
+        draft.use_fast_kernels = is_fast
+        draft.zero_grad()
+        sums = draft(batch)
+        sums.loss.backward()
+        grads = {n: p.grad for n, p in draft.named_parameters() if p.grad is not None}
+        found.append((sums, grads))
+
+    (fast, own), (plain, exact) = found
+    torch.testing.assert_close(fast.stacked(), plain.stacked(), rtol=RTOL, atol=ATOL)
+    assert own.keys() == exact.keys()
+    for name, grad in exact.items():
+        assert (own[name] - grad).norm() <= 1e-5 * grad.norm() + 1e-6, name
+
+
 def test_steps_that_read_past_the_end_alone_give_what_the_plain_path_gives(
     rng: torch.Generator,
 ) -> None:
