@@ -9,12 +9,12 @@ from transformers import PreTrainedTokenizerFast
 from speculators_cli.core.capture.answers import (
     Regeneration,
     read_answer,
-    seed_of,
     write_script,
 )
 from speculators_cli.core.capture.rendered import PROMPT_TOO_LONG, TRUNCATED, Rendered
 from speculators_cli.core.conversations.prompts import Conversation, Message, Source, parse_row
 from speculators_cli.core.engines.engine import Answer, Prompt, Sampling
+from speculators_cli.core.engines.sampling import seed_of
 from tests.unit.capture.chat_templates import (
     BASE,
     CHATML,
