@@ -11,6 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from speculators_cli.cli.app import run
 from speculators_cli.core.data.formats import FORMATS
@@ -18,7 +19,6 @@ from speculators_cli.core.data.sample import Sample
 from speculators_cli.core.data.supervised_rows import SupervisedRows
 from speculators_cli.core.data.token_shards import read_shard
 from speculators_cli.core.demo.demo import read_prompts
-from tests.cache_free_draft_and_verify import load_plain
 from tests.chat_verifier import write_chat_verifier, write_rows
 from tests.generated_samples import sample_files
 from tests.run_files import tree
@@ -132,7 +132,7 @@ def test_samples_have_transformers_own_states(
 ) -> None:
     generate(write_rows(tmp_path / "rows.jsonl", GIVEN))
 
-    model = load_plain(verifier)
+    model = AutoModelForCausalLM.from_pretrained(verifier, dtype=torch.float32)
     for file in sample_files(tmp_path / "out"):
         sample = read(file)
         before_norm: list[torch.Tensor] = []
@@ -158,7 +158,7 @@ def test_answers_are_the_verifiers_most_probable_tokens(
 ) -> None:
     report = generate(prompts, *ANSWERING)
 
-    model = load_plain(verifier)
+    model = AutoModelForCausalLM.from_pretrained(verifier, dtype=torch.float32)
     num_answered = 0
     for file in sample_files(tmp_path / "out"):
         sample = read(file)
@@ -381,7 +381,9 @@ def test_layers_are_those_that_are_asked_for(
     first, _, final = sample.aux_hidden_states
     # All tokens of a text are supervised.
     assert torch.equal(final[:][1:], sample.last_hidden_states[torch.arange(1, len(final))])
-    embedding = load_plain(verifier).model.embed_tokens.weight
+    embedding = AutoModelForCausalLM.from_pretrained(
+        verifier, dtype=torch.float32
+    ).model.embed_tokens.weight
     assert torch.equal(first[:], embedding[sample.input_ids])
 
 

@@ -21,6 +21,7 @@ from typing import Any
 
 import transformers
 
+from speculators_cli.core.capture import states
 from speculators_cli.core.capture.generate import generate_data
 from speculators_cli.core.capture.generated_folder import LOCK_NAME
 from speculators_cli.core.files import TEMPORARY
@@ -30,7 +31,10 @@ from tests.chat_verifier import write_rows, write_word_verifier
 from tests.faults.kill_points import SHARES, Point, fork, wait
 from tests.run_files import tree
 
-BEGUN = re.compile(rf"open .*/{re.escape(TEMPORARY)}(.+\.(?:pt|safetensors|json))\.\d+")
+# Under its own name, too: a file that is not replaced atomically is torn.
+BEGUN = re.compile(
+    rf"open .*/(?:{re.escape(TEMPORARY)})?([^/]+?\.(?:pt|safetensors|json))(?:\.\d+)?"
+)
 NUM_ROWS, SHARD_SIZE = 5, 2
 SECTIONS: Mapping[str, Mapping[str, Any]] = {
     "answers": {"tokens": {"regenerate": True, "max_new_tokens": 5, "temperature": 0.8}},
@@ -100,6 +104,7 @@ def main() -> None:
     write_word_verifier(folder / "verifier")
     write_prompts(folder / "prompts.jsonl")
     settings = read_settings(folder, out_dir, job)
+    states.MAX_IN_FLIGHT = 0  # each write is waited for, so changes have the same order every time
 
     def generate(point: Point | None = None) -> int:
         work: Callable[[], object] = lambda: generate_data(settings, progress=SilentProgress())  # noqa: E731

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate, pairwise
 from typing import Any
 
@@ -35,6 +35,7 @@ from speculators_cli.core.models.family import quietly
 from speculators_cli.core.reading import first_line
 
 ROUND_TOKENS = 256  # packed sequences are padded to a multiple of it: few shapes to compile
+ROUND_ANSWER = 64  # answers near the last position end at a multiple of it: few batches
 CPU_BATCH = 64  # prompts answered together
 MAX_BATCH = 512
 # Of random tokens, packed against alone. A document that sees another one differs by far more.
@@ -141,12 +142,21 @@ class TransformersEngine:
 
     def answer(self, prompts: Sequence[Prompt], sampling: Sampling) -> Iterator[Answer]:
         """Answer prompts, in batches of similar length."""
-        order = sorted(range(len(prompts)), key=lambda i: len(prompts[i].ids))
+        lengths = [len(prompt.ids) for prompt in prompts]
+        order = sorted(range(len(prompts)), key=lengths.__getitem__)
         while order:
-            longest = len(prompts[order[-1]].ids) + sampling.max_new_tokens
-            size = self._batch_size(longest)
-            batch, order = order[-size:], order[:-size]
-            found = self._answer_batch([prompts[i] for i in batch], sampling)
+            longest = lengths[order[-1]]
+            room = self._room_after(longest, sampling.max_new_tokens)
+            size = self._batch_size(longest + room)
+            # An answer's maximum length depends on its own prompt only.
+            batch = [
+                i
+                for i in order[-size:]
+                if self._room_after(lengths[i], sampling.max_new_tokens) == room
+            ]
+            order = order[: -len(batch)]
+            own = replace(sampling, max_new_tokens=room)
+            found = self._answer_batch([prompts[i] for i in batch], own)
             for index, ids in zip(batch, found, strict=True):
                 is_truncated = not ids or ids[-1] not in self._end_ids
                 yield Answer(index, ids, is_truncated)
@@ -184,6 +194,14 @@ class TransformersEngine:
             ),
         )
         return [self._up_to_end(row) for row in out[:, longest:].tolist()]
+
+    def _room_after(self, num_tokens: int, max_new_tokens: int) -> int:
+        """Return how many tokens may follow a prompt: a verifier may have no further positions."""
+        limit = getattr(self.parts.decoder.config, "max_position_embeddings", None)
+        room = max_new_tokens if limit is None else limit - num_tokens
+        if room >= max_new_tokens:
+            return max_new_tokens
+        return max(1, room - room % ROUND_ANSWER if room >= ROUND_ANSWER else room)
 
     def _up_to_end(self, tokens: list[int]) -> list[int]:
         ends = (index for index, token in enumerate(tokens) if token in self._end_ids)

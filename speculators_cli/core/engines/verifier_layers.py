@@ -52,14 +52,17 @@ class VerifierLayers:
         return any("expert" in type(module).__name__.lower() for module in self.decoder.modules())
 
     def count_rows_that_fit(self, num_tokens: int, dtype: torch.dtype) -> int:
-        """Return how many sequences of this length have room for keys and values on the GPU."""
+        """Return how many sequences of this length have room for keys and values on the GPU.
+
+        Independent of what else is in its memory, so that a run has the same batches again.
+        """
         config = self.decoder.config
         heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
         head_dim = getattr(config, "head_dim", None)
         width = heads * (head_dim or config.hidden_size // config.num_attention_heads)
         bytes_per_token = 2 * len(self.layers) * width * dtype.itemsize
-        free, _ = torch.cuda.mem_get_info(self.device)
-        free += torch.cuda.memory_reserved(self.device) - torch.cuda.memory_allocated(self.device)
+        memory = torch.cuda.get_device_properties(self.device).total_memory
+        free = memory - sum(x.nbytes for x in self.decoder.parameters())
         return int(free * CACHE_SHARE / (bytes_per_token * num_tokens))
 
     def hook(

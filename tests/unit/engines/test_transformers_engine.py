@@ -238,6 +238,24 @@ def test_a_verifiers_own_ways_to_generate_do_not_change_its_answers() -> None:
     assert list(answer.ids) == generate_alone(model_of("llama"), prompt)
 
 
+@pytest.mark.parametrize("name", ["opt", "llama"])
+def test_answers_end_at_the_last_position(name: str) -> None:
+    """The tiny models have 128 positions; OPT's are learned, and it has no more."""
+    sampling = Sampling(max_new_tokens=90, temperature=1.0)
+    prompts = random_prompts((10, 30, 45, 60, 70, 120, 127, 128))
+    engine = TransformersEngine(build_model(name), (1,), end_ids=frozenset(), name="it")
+
+    found = {answer.index: answer for answer in engine.answer(prompts, sampling)}
+
+    # 64 at once where there is room for more than that, else all that there is.
+    lengths = [len(found[index].ids) for index in range(len(prompts))]
+    assert lengths == [90, 90, 64, 64, 58, 8, 1, 1]
+    assert all(answer.is_truncated for answer in found.values())
+    for index in (2, 4):
+        (alone,) = engine.answer([prompts[index]], sampling)
+        assert list(alone.ids) == list(found[index].ids)
+
+
 def test_prompts_beyond_a_batch_are_answered(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("speculators_cli.core.engines.transformers_engine.CPU_BATCH", 3)
     prompts = random_prompts() * 2
