@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from tests.chat_verifier import write_rows, write_word_verifier
 from tests.run_files import read_metrics
 from tests.tiny_run import TinyInputs
 
@@ -74,6 +75,27 @@ def test_two_ranks_with_fast_kernels_equal_one_with_plain_ones(
     assert gradient_norms(two) == pytest.approx(gradient_norms(one), rel=1e-3)
     # As above, after two steps.
     assert largest_difference(one / "step-2", two / "step-2") < 2e-4
+
+
+def test_two_ranks_evaluate_the_prompts_of_one(tiny: TinyInputs, tmp_path: Path) -> None:
+    verifier = write_word_verifier(tmp_path / "worded")
+    rows = [{"prompt": " ".join(f"w{5 + (i + k) % 30}" for k in range(3 + i))} for i in range(5)]
+    given = {
+        "verifier_name_or_path": verifier,
+        "evaluate_prompts": write_rows(tmp_path / "prompts.jsonl", rows),
+        "evaluate_max_new_tokens": 12,
+        "epochs": 1,
+    }
+    one, two = tmp_path / "one", tmp_path / "two"
+
+    train(tiny, one, num_ranks=1, gradient_accumulation_steps=2, **given)
+    train(tiny, two, num_ranks=2, **given)
+
+    (expected,), (found,) = read_metrics(one, "val"), read_metrics(two, "val")
+    keys = [key for key in expected if key.startswith("evaluated")]
+    # Weights part in the last bits, tokens do not.
+    assert {key: found[key] for key in keys} == {key: expected[key] for key in keys}
+    assert found["evaluated_passes"] > 10
 
 
 def test_a_run_goes_on_with_another_number_of_ranks(tiny: TinyInputs, tmp_path: Path) -> None:
