@@ -23,6 +23,9 @@ if TYPE_CHECKING:
         SpeculatorsError,
         StoppedError,
     )
+    from speculators_cli.core.evaluated_training import train
+    from speculators_cli.core.evaluation.evaluate import evaluate
+    from speculators_cli.core.evaluation.report import EvaluationReport
     from speculators_cli.core.export.export import ExportReport, export
     from speculators_cli.core.models.verifier import (
         FrozenVerifier,
@@ -42,10 +45,10 @@ if TYPE_CHECKING:
     )
     from speculators_cli.core.training.plan import TrainPlan, plan
     from speculators_cli.core.training.report import TrainReport
-    from speculators_cli.core.training.run import train
     from speculators_cli.settings.bench import BenchSettings
     from speculators_cli.settings.build_vocab_map import BuildVocabMapSettings
     from speculators_cli.settings.convert_v0 import ConvertV0Settings
+    from speculators_cli.settings.evaluate import EvaluateSettings
     from speculators_cli.settings.export import ExportSettings
     from speculators_cli.settings.generate_data import GenerateDataSettings
     from speculators_cli.settings.inspect_data import InspectDataSettings
@@ -63,6 +66,8 @@ __all__ = [
     "ConvertV0Settings",
     "DataError",
     "DivergedError",
+    "EvaluateSettings",
+    "EvaluationReport",
     "ExportError",
     "ExportReport",
     "ExportSettings",
@@ -89,6 +94,7 @@ __all__ = [
     "bench",
     "build_vocab_map",
     "convert_v0",
+    "evaluate",
     "export",
     "generate_data",
     "inspect_data",
@@ -116,6 +122,9 @@ _HOMES = {
         "SpeculatorsError",
         "StoppedError",
     ),
+    "core.evaluated_training": ("train",),
+    "core.evaluation.evaluate": ("evaluate",),
+    "core.evaluation.report": ("EvaluationReport",),
     "core.export.export": ("ExportReport", "export"),
     "core.models.verifier": ("FrozenVerifier", "load_frozen_verifier", "read_verifier_config"),
     "core.models.verifier_files": ("VerifierFiles",),
@@ -126,10 +135,10 @@ _HOMES = {
     "core.progress": ("Progress", "SilentProgress", "StepReport", "ValidationReport"),
     "core.training.plan": ("TrainPlan", "plan"),
     "core.training.report": ("TrainReport",),
-    "core.training.run": ("train",),
     "settings.bench": ("BenchSettings",),
     "settings.build_vocab_map": ("BuildVocabMapSettings",),
     "settings.convert_v0": ("ConvertV0Settings",),
+    "settings.evaluate": ("EvaluateSettings",),
     "settings.export": ("ExportSettings",),
     "settings.generate_data": ("GenerateDataSettings",),
     "settings.inspect_data": ("InspectDataSettings",),

@@ -163,9 +163,14 @@ class Output:
     def validated(self, report: ValidationReport) -> None:
         """Show the validation at the end of an epoch."""
         best = "  best so far" if report.is_best else ""
+        figures = []
+        if report.loss is not None:
+            figures.append(f"loss {report.loss:.3f}")
+            figures.append(f"acceptance length {_figure(report.acceptance_length, 2)}")
+        if report.evaluated_acceptance_length is not None:
+            figures.append(f"evaluated {report.evaluated_acceptance_length:.2f}")
         self.info(
-            f"epoch {report.epoch + 1}/{report.num_epochs} validated: loss {report.loss:.3f}  "
-            f"acceptance length {_figure(report.acceptance_length, 2)}{best}"
+            f"epoch {report.epoch + 1}/{report.num_epochs} validated: {'  '.join(figures)}{best}"
         )
 
     def close(self) -> None:

@@ -56,13 +56,13 @@ def train(
     # Read when torch is imported: where a rank is lost, the others' messages are those that count.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     with importing():
-        from speculators_cli.core.training import run
+        from speculators_cli.core import evaluated_training
         from speculators_cli.core.training.report import TrainReport
 
     try:
         if settings.data.conversations is not None and not dry_run:
             settings = write_tokens(settings, output)
-        report: TrainReport = run.train(settings, progress=output, dry_run=dry_run)
+        report: TrainReport = evaluated_training.train(settings, progress=output, dry_run=dry_run)
     finally:
         output.close()
     if not is_first_rank():
@@ -72,7 +72,8 @@ def train(
     else:
         output.panel("Dry run" if dry_run else "Trained", _rows(report))
     if report.was_already_finished:
-        output.hint("Raise `--epochs` to train further: the run was already finished")
+        flag = "--early-stopping-patience" if report.is_stopped_early else "--epochs"
+        output.hint(f"Raise `{flag}` to train further: the run was already finished")
 
 
 def write_tokens(settings: TrainSettings, output: Output) -> TrainSettings:
@@ -109,6 +110,17 @@ def _rows(report: Any) -> list[tuple[str, str]]:
         rates = "  ".join(f"{rate:.2f}" for rate in report.acceptance_rates)
         length = f"{report.acceptance_length:.2f}  ({rates} at each position)"
         rows.append(("simulated acceptance length", length))
+    rows += _evaluated_rows(report)
     if report.num_skipped_steps:
         rows.append(("skipped steps", f"{report.num_skipped_steps:,}"))
     return rows
+
+
+def _evaluated_rows(report: Any) -> list[tuple[str, str]]:
+    if report.evaluated_acceptance_length is None:
+        return []
+    length = f"{report.evaluated_acceptance_length:.2f}"
+    if report.best_evaluated_acceptance_length is not None:
+        best = report.best_evaluated_acceptance_length
+        length += f", {best:.2f} in the best epoch {report.best_epoch}"
+    return [("evaluated acceptance length", length)]

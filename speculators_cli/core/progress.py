@@ -25,13 +25,14 @@ class StepReport:
 
 @dataclass(frozen=True)
 class ValidationReport:
-    """Validation results at the end of an epoch."""
+    """Results of the validation at the end of an epoch, and of the evaluation on prompts."""
 
     epoch: int
     num_epochs: int
-    loss: float  # as in `TrainReport`
+    loss: float | None  # as in `TrainReport`; None without validation
     acceptance_length: float | None  # simulated
     is_best: bool
+    evaluated_acceptance_length: float | None = None  # None without prompts
 
 
 class Task(Protocol):

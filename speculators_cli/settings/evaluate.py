@@ -1,9 +1,10 @@
 """Every setting of `speculators evaluate`."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from speculators_cli.settings.base import (
     MODEL_NAME,
@@ -86,6 +87,29 @@ class DraftingSettings(Settings):
 class EvaluationEngineSettings(Settings):
     """What runs the verifier."""
 
+    engine: Literal["transformers", "vllm"] = Field(
+        "transformers",
+        description="Engine that drafts and verifies; vllm counts accepted tokens and is timed with"
+        " and without the draft, but has no counts by prompt",
+    )
+    endpoint: str | None = Field(
+        None,
+        min_length=1,
+        description="URL of a running vLLM server that has the draft loaded, to measure instead",
+    )
+    concurrency: str = Field(
+        "1,8,32",
+        description="Numbers of requests at a time for which vLLM or the server is timed, "
+        "separated by commas",
+    )
+    repeats: int = Field(3, ge=1, description="Timed runs over all prompts, for each of them")
+    vllm_python: Path | None = Field(
+        None, description="Python interpreter with vLLM; default: this one"
+    )
+    tensor_parallel_size: int = Field(1, ge=1, description="GPUs of one vLLM engine")
+    vllm_args: str = Field(
+        "", description="More engine arguments of vLLM, as on its command line, in quotes"
+    )
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = Field(
         "auto",
         description="Precision of verifier and draft; auto is bfloat16 on GPU and float32 on CPU",
@@ -97,6 +121,36 @@ class EvaluationEngineSettings(Settings):
         description="Maximum number of prompts drafted and verified together; default: 16 on CPU, "
         "64 on GPU, fewer where memory is short",
     )
+
+    @property
+    def is_served(self) -> bool:
+        """Whether a serving engine drafts and verifies."""
+        return self.engine == "vllm" or self.endpoint is not None
+
+    @property
+    def concurrencies(self) -> tuple[int, ...]:
+        """`concurrency`, as numbers in order, without repeats."""
+        return tuple(dict.fromkeys(int(part) for part in self.concurrency.split(",")))
+
+    @field_validator("concurrency")
+    @classmethod
+    def _are_positive_numbers(cls, value: str) -> str:
+        for part in value.split(","):
+            if not part.strip().isdecimal() or int(part) < 1:
+                raise ValueError(f"must be numbers from 1 on, separated by commas, got `{value}`")
+        return value
+
+    @model_validator(mode="after")
+    def _engine_has_its_flags(self) -> Self:
+        of_vllm = self.vllm_python is not None or self.tensor_parallel_size > 1 or self.vllm_args
+        if self.engine != "vllm" and of_vllm:
+            raise ValueError("`--vllm-python`, `--tensor-parallel-size` and `--vllm-args` need "
+                             "`--engine vllm`")  # fmt: skip
+        if self.engine == "vllm" and self.endpoint is not None:
+            raise ValueError("`--endpoint` and `--engine vllm` exclude each other")
+        if self.is_served and self.batch_size is not None:
+            raise ValueError("`--batch-size` is of the transformers engine")
+        return self
 
 
 class ResultSettings(Settings):
@@ -146,14 +200,22 @@ class EvaluateSettings(Settings):
     def _has_one_input(self) -> Self:
         if (self.prompts.prompts is None) == (self.simulation.simulate is None):
             raise ValueError("needs either `--prompts` or `--simulate`")
+        in_process: dict[str, object] = {
+            "--html": self.result.html,
+            "--diagnose": self.result.diagnose or None,
+            "--against": self.source.against,
+        }
         if self.simulation.simulate is not None:
-            needing = {
-                "--html": self.result.html,
-                "--diagnose": self.result.diagnose or None,
-                "--against": self.source.against,
-                "--min-acceptance-length": self.result.min_acceptance_length,
-            }
-            for flag, value in needing.items():
-                if value is not None:
-                    raise ValueError(f"`{flag}` needs `--prompts`")
+            in_process["--min-acceptance-length"] = self.result.min_acceptance_length
+            _refuse(in_process, "needs `--prompts`")
+            if self.engine.is_served:
+                raise ValueError("`--simulate` runs no engine")
+        if self.engine.is_served:
+            _refuse(in_process, "needs the transformers engine")
         return self
+
+
+def _refuse(values: Mapping[str, object], reason: str) -> None:
+    for flag, value in values.items():
+        if value is not None:
+            raise ValueError(f"`{flag}` {reason}")

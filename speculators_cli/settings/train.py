@@ -84,6 +84,12 @@ class RunSettings(Settings):
     max_steps: Annotated[int | None, WARNED_ON_RESUME] = Field(
         None, ge=1, description="Stop after this many optimizer steps, even within an epoch"
     )
+    early_stopping_patience: int | None = Field(
+        None,
+        ge=1,
+        description="Stop after this many epochs in a row without a better one: by the acceptance "
+        "length on `--evaluate-prompts`, else by the validation; default: never",
+    )
     resume_from_checkpoint: bool = Field(
         True,
         description="Resume from the latest checkpoint in the save path; off: start from scratch "
@@ -276,6 +282,23 @@ class CheckpointSettings(Settings):
     )
 
 
+class PromptEvaluationSettings(Settings):
+    """A small evaluation after each epoch, as by `speculators evaluate`."""
+
+    evaluate_prompts: Annotated[str | None, WARNED_ON_RESUME] = Field(
+        None,
+        min_length=1,
+        description="Prompts to evaluate the draft on after each epoch, as of `evaluate --prompts`;"
+        " the best checkpoint is then chosen by the acceptance length on them",
+    )
+    evaluate_max_prompts: Annotated[int, WARNED_ON_RESUME] = Field(
+        32, ge=1, description="Read only this many of these prompts; all ranks share them"
+    )
+    evaluate_max_new_tokens: Annotated[int, WARNED_ON_RESUME] = Field(
+        128, ge=2, description="Maximum length of an answer to them, in tokens"
+    )
+
+
 class DistributedSettings(Settings):
     """Devices and ranks."""
 
@@ -303,6 +326,9 @@ class TrainSettings(Settings):
     optimizer: OptimizerSettings = Field(default_factory=OptimizerSettings, title="Optimizer")
     schedule: ScheduleSettings = Field(default_factory=ScheduleSettings, title="Schedule")
     checkpoints: CheckpointSettings = Field(default_factory=CheckpointSettings, title="Checkpoints")
+    evaluation: PromptEvaluationSettings = Field(
+        default_factory=PromptEvaluationSettings, title="Evaluation"
+    )
     distributed: DistributedSettings = Field(
         default_factory=DistributedSettings, title="Distributed"
     )

@@ -63,11 +63,14 @@ def report_of(num_accepted: tuple[int, int, int], *, num_different: int = 0) -> 
         best_validation_loss=None,
         acceptance_length=None,
         acceptance_rates=(),
+        evaluated_acceptance_length=None,
+        best_evaluated_acceptance_length=None,
         target_layer_ids=(1,),
         are_layer_ids_assumed=False,
         num_skipped_steps=0,
         num_bad_samples=0,
         is_resumed=False,
+        is_stopped_early=False,
         was_already_finished=False,
         is_dry_run=False,
     )
@@ -218,7 +221,9 @@ def test_the_whole_demo_holds_what_it_reports(tmp_path: Path) -> None:
     assert (folder / "notes.txt").exists()
     saved = json.loads((folder / "demo.json").read_text())
     assert saved.pop("made_by") == "speculators demo"
-    assert {"verifier/config.json", "data/data_24.pt", "d2t.npy"} <= saved.pop("files").keys()
+    assert {"verifier/config.json", "data/samples/00000/data_24.pt", "d2t.npy"} <= saved.pop(
+        "files"
+    ).keys()
     assert saved == {name: report[name] for name in saved}
     assert "acceptance_length" in saved
     check_acceptance(Path(report["checkpoint"]), report)

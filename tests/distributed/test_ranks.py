@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from tests.chat_verifier import write_rows, write_word_verifier
 from tests.run_files import read_metrics
 from tests.tiny_run import TinyInputs
 from tests.token_files import make_rows, write_tokens
@@ -132,6 +133,27 @@ def test_a_sharded_verifier_has_the_states_of_a_whole_one(tiny: TinyInputs) -> N
     rest = 4 * (2 * 37 * 24 + 24)
     for line in lines:
         assert line["own_bytes"] == pytest.approx((line["whole_bytes"] - rest) / 2 + rest, rel=0.01)
+
+
+def test_two_ranks_evaluate_the_prompts_of_one(tiny: TinyInputs, tmp_path: Path) -> None:
+    verifier = write_word_verifier(tmp_path / "worded")
+    rows = [{"prompt": " ".join(f"w{5 + (i + k) % 30}" for k in range(3 + i))} for i in range(5)]
+    given = {
+        "verifier_name_or_path": verifier,
+        "evaluate_prompts": write_rows(tmp_path / "prompts.jsonl", rows),
+        "evaluate_max_new_tokens": 12,
+        "epochs": 1,
+    }
+    one, two = tmp_path / "one", tmp_path / "two"
+
+    train(tiny, one, num_ranks=1, gradient_accumulation_steps=2, **given)
+    train(tiny, two, num_ranks=2, **given)
+
+    (expected,), (found,) = read_metrics(one, "val"), read_metrics(two, "val")
+    keys = [key for key in expected if key.startswith("evaluated")]
+    # Weights part in the last bits, tokens do not.
+    assert {key: found[key] for key in keys} == {key: expected[key] for key in keys}
+    assert found["evaluated_passes"] > 10
 
 
 def test_a_run_goes_on_with_another_number_of_ranks(tiny: TinyInputs, tmp_path: Path) -> None:

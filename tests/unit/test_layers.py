@@ -27,7 +27,7 @@ LAYERS: list[set[str]] = [
     {"core.algorithms"},
     {"core.drafts"},
     {"core.capture", "core.evaluation", "core.export", "core.preparation", "core.training"},
-    {"core.bench", "core.demo"},
+    {"core.bench", "core.demo", "core.evaluated_training"},
     {"cli"},
     {"__main__"},
 ]

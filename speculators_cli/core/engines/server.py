@@ -2,14 +2,16 @@
 
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from http.client import HTTPException
-from typing import Any
+from typing import Any, TypeVar
 from urllib.error import HTTPError
 from urllib.parse import urlsplit
 from urllib.request import Request, urlopen
 
 from speculators_cli.core.errors import MachineError, SettingsError
+
+T = TypeVar("T")
 
 NUM_RETRIES = 3
 TOO_MANY_REQUESTS, SERVER_ERROR = 429, 500
@@ -62,11 +64,26 @@ class Server:
         Raises:
             MachineError: It fails each time, or its reply cannot be used.
         """
+        return self._fetch(path, body, _parse_object, seconds=seconds, num_retries=num_retries)
+
+    def fetch_text(self, path: str, *, seconds: float) -> str:
+        """Send a GET request whose reply is text, such as metrics; otherwise like `ask`."""
+        return self._fetch(path, None, bytes.decode, seconds=seconds, num_retries=NUM_RETRIES)
+
+    def _fetch(
+        self,
+        path: str,
+        body: Mapping[str, Any] | None,
+        parse: Callable[[bytes], T],
+        *,
+        seconds: float,
+        num_retries: int,
+    ) -> T:
         for trial in range(num_retries + 1):
             if trial:
                 time.sleep(self._backoff_seconds * 2 ** (trial - 1))
             try:
-                return self._ask_once(path, body, seconds)
+                return parse(self._ask_once(path, body, seconds))
             except HTTPError as error:
                 with error:
                     reason = f"status {error.code}, {_message(error)}"
@@ -83,21 +100,23 @@ class Server:
             hint=f"Check that the server of `{self._flag}` runs, and read its log",
         )
 
-    def _ask_once(
-        self, path: str, body: Mapping[str, Any] | None, seconds: float
-    ) -> dict[str, Any]:
+    def _ask_once(self, path: str, body: Mapping[str, Any] | None, seconds: float) -> bytes:
         data = None if body is None else json.dumps(body).encode()
         # The scheme is checked: a file cannot be opened.
         request = Request(self.url + path, data, self._headers)  # noqa: S310
         with urlopen(request, timeout=seconds) as response:  # noqa: S310
-            text = response.read()
-        try:
-            reply = json.loads(text)
-        except ValueError:
-            raise ValueError("the reply is not JSON") from None
-        if not isinstance(reply, dict):
-            raise ValueError("the reply is not a JSON object")
-        return reply
+            content: bytes = response.read()
+        return content
+
+
+def _parse_object(text: bytes) -> dict[str, Any]:
+    try:
+        reply = json.loads(text)
+    except ValueError:
+        raise ValueError("the reply is not JSON") from None
+    if not isinstance(reply, dict):
+        raise ValueError("the reply is not a JSON object")
+    return reply
 
 
 def _message(error: HTTPError) -> str:

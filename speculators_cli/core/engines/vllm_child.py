@@ -7,6 +7,7 @@ with it every process that vLLM has started. Modes:
 - `versions`: reply with the versions of packages, without loading any, and end.
 - `answer`: generate an answer to each request.
 - `capture`: write the hidden states of each request's tokens to a file.
+- `measure`: answer the prompts of each request, timed, with the engine's counts.
 """
 
 import json
@@ -108,8 +109,24 @@ def serve(engine: Any, requests: "queue.Queue[dict[str, Any] | None]", replies: 
         replies.show_life()
 
 
+class RefusedError(Exception):
+    """The engine refuses a request."""
+
+
 def submit(engine: Any, request: dict[str, Any], replies: Replies) -> None:
-    """Submit a request to the engine."""
+    """Submit a request to the engine, or reply that it is refused."""
+    try:
+        add(engine, request)
+    except RefusedError as error:
+        replies.send(index=request["index"], refused=str(error))
+
+
+def add(engine: Any, request: dict[str, Any]) -> None:
+    """Submit a request to the engine.
+
+    Raises:
+        RefusedError: It is refused.
+    """
     from vllm import SamplingParams
     from vllm.exceptions import VLLMValidationError
     from vllm.sampling_params import RequestOutputKind
@@ -120,7 +137,21 @@ def submit(engine: Any, request: dict[str, Any], replies: Replies) -> None:
     try:
         engine.add_request(str(request["index"]), {"prompt_token_ids": request["ids"]}, sampling)
     except (ValueError, VLLMValidationError) as error:
-        replies.send(index=request["index"], refused=str(error))
+        raise RefusedError(str(error)) from None
+
+
+def serve_measured(
+    engine: Any, requests: "queue.Queue[dict[str, Any] | None]", replies: Replies
+) -> None:
+    """Measure requests, one after the other, until there are no more, or one is refused."""
+    measure = import_module("vllm_measure").measure
+    while (request := requests.get()) is not None:
+        try:
+            reply = measure(engine, request, add, replies.show_life)
+        except RefusedError as error:
+            replies.send(refused=str(error))
+            return
+        replies.send(**reply)
 
 
 def describe(output: Any) -> dict[str, Any]:
@@ -183,7 +214,7 @@ def main(mode: str, descriptor: str, content: str) -> None:
         engine = start_engine(mode, job)
         threading.Thread(target=watch_engine, args=(engine, states_dir), daemon=True).start()
         replies.send(ready=True)
-        serve(engine, requests, replies)
+        (serve_measured if mode == "measure" else serve)(engine, requests, replies)
         engine.engine_core.shutdown()
     except BaseException:
         traceback.print_exc()

@@ -120,7 +120,11 @@ class VLLMEngine:
             MachineError: vLLM cannot be loaded, or has failed twice.
         """
         requests = [
-            {"index": index, "ids": list(prompt.ids), "sampling": _sampling(sampling, prompt.seed)}
+            {
+                "index": index,
+                "ids": list(prompt.ids),
+                "sampling": sampling_parameters(sampling, prompt.seed),
+            }
             for index, prompt in enumerate(prompts)
         ]
 
@@ -286,7 +290,8 @@ class VLLMEngine:
             time.sleep(FILE_POLL_SECONDS)
 
 
-def _sampling(sampling: Sampling, seed: int) -> dict[str, Any]:
+def sampling_parameters(sampling: Sampling, seed: int) -> dict[str, Any]:
+    """How vLLM calls the parameters of a request."""
     content = asdict(sampling)
     content["max_tokens"] = content.pop("max_new_tokens")
     # Greedy answers need no random numbers, and a generator each is slow.

@@ -42,6 +42,7 @@ def load_verifier(
     config: VerifierConfig | None = None,
     tokens: VerifierTokens | None = None,
     trust_remote_code: bool = False,
+    memory_hint: str = MEMORY_HINT,
 ) -> LoadedVerifier:
     """Load a verifier with its tokenizer.
 
@@ -53,6 +54,7 @@ def load_verifier(
         config: If it was read before.
         tokens: If they were loaded before.
         trust_remote_code: Whether custom code from the verifier's repository may run.
+        memory_hint: What to do if it does not fit.
 
     Raises:
         SettingsError: It cannot be loaded.
@@ -65,7 +67,7 @@ def load_verifier(
         dtype=dtype,
         device=device or torch.device("cpu"),
         trust_remote_code=trust_remote_code,
-        memory_hint=MEMORY_HINT,
+        memory_hint=memory_hint,
     )
     rows = open_rows(model, tuple(layer_ids), name=files.name_or_path)
     embedding = model.get_input_embeddings().weight.detach()

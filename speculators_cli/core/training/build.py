@@ -100,6 +100,7 @@ def build_trainer(
         max_skipped_steps=settings.optimizer.max_skipped_steps,
         checkpoint_every_steps=settings.checkpoints.checkpoint_every_steps,
         keep_checkpoints=settings.checkpoints.keep_checkpoints,
+        patience=settings.run.early_stopping_patience,
         folder=folder,
         signals=signals,
         is_saved=start.is_resumed,

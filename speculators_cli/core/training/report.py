@@ -25,12 +25,15 @@ class TrainReport:
     validation_loss: float | None
     best_validation_loss: float | None
     acceptance_length: float | None  # simulated
+    evaluated_acceptance_length: float | None  # on prompts
+    best_evaluated_acceptance_length: float | None
     acceptance_rates: tuple[float, ...]  # of each prediction
     target_layer_ids: tuple[int, ...]
     are_layer_ids_assumed: bool  # a guess that was not confirmed
     num_skipped_steps: int
     num_bad_samples: int
     is_resumed: bool
+    is_stopped_early: bool
     was_already_finished: bool
     is_dry_run: bool
 

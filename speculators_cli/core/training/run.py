@@ -13,10 +13,17 @@ from speculators_cli.core.files import check_output_dir, format_bytes
 from speculators_cli.core.place import adopt_slurm, is_first_rank
 from speculators_cli.core.progress import SILENT, Progress
 from speculators_cli.core.signals import StopSignals
+from speculators_cli.core.training.best import EVALUATED
 from speculators_cli.core.training.build import build_trainer
 from speculators_cli.core.training.distributed import Ranks, end_process, start_ranks
 from speculators_cli.core.training.inputs import Inputs, read_inputs
 from speculators_cli.core.training.loggers import SafeLogger, build_loggers
+from speculators_cli.core.training.prompt_evaluation import (
+    OpenEvaluation,
+    PromptEvaluation,
+    check_patience,
+    keeping_random_state,
+)
 from speculators_cli.core.training.report import TrainReport
 from speculators_cli.core.training.resume import Start, find_start
 from speculators_cli.core.training.run_end import RunEnd, recording_end
@@ -33,7 +40,11 @@ NO_ROOM = ("DefaultCPUAllocator",)
 
 
 def train(
-    settings: TrainSettings, *, progress: Progress = SILENT, dry_run: bool = False
+    settings: TrainSettings,
+    *,
+    progress: Progress = SILENT,
+    dry_run: bool = False,
+    open_evaluation: OpenEvaluation | None = None,
 ) -> TrainReport:
     """Train a draft model, from scratch or from the latest checkpoint in the save path.
 
@@ -41,6 +52,7 @@ def train(
         settings: All settings of the run.
         progress: Reports progress.
         dry_run: Build everything, run one step, write nothing.
+        open_evaluation: Loads what evaluates the draft on prompts after each epoch, if so set.
 
     Raises:
         SettingsError: A setting or one of its paths cannot be used; nothing was written.
@@ -94,6 +106,7 @@ def train(
                 progress=progress,
             ),
         )
+        check_patience(settings, inputs)
         with open_folder(settings, ranks, end, dry_run=dry_run) as folder:
             start = find_start(settings, inputs, ranks, folder, progress)
             ranks.connect(settings.distributed.timeout_seconds)
@@ -105,6 +118,12 @@ def train(
                     settings, inputs, ranks, start, folder, logger, progress, signals
                 )
                 is_finished = trainer.is_finished
+                if open_evaluation is not None and not is_finished:
+                    with keeping_random_state(ranks.device):
+                        evaluate = open_evaluation(settings, inputs, ranks, progress)
+                    trainer.evaluation = PromptEvaluation(
+                        evaluate, trainer.draft, inputs.vocab_map, ranks
+                    )
                 announce(settings, inputs, trainer, start, progress)
                 with closing(trainer), ranks.ending_when_stuck():
                     if dry_run:
@@ -273,6 +292,8 @@ def make_report(
         validation_loss=state.metrics.get("loss"),
         best_validation_loss=best.get("loss"),
         acceptance_length=state.metrics.get("acceptance_length"),
+        evaluated_acceptance_length=state.metrics.get(EVALUATED),
+        best_evaluated_acceptance_length=best.get(EVALUATED),
         acceptance_rates=tuple(
             state.metrics[f"acceptance_rate_{step}"]
             for step in range(len(trainer.draft.loss_weights))
@@ -283,6 +304,7 @@ def make_report(
         num_skipped_steps=int(trainer.optimizer.num_skipped),
         num_bad_samples=len(trainer.log.samples.bad) + trainer.log.num_broken_samples,
         is_resumed=start.is_resumed,
+        is_stopped_early=trainer.is_stopped_early,
         was_already_finished=was_already_finished,
         is_dry_run=is_dry_run,
     )

@@ -12,7 +12,9 @@ from speculators_cli.core.algorithms.draft_model import DraftModel, StepSums
 from speculators_cli.core.data.batch import Batch
 from speculators_cli.core.data.source import SampleSource
 from speculators_cli.core.errors import MachineError
+from speculators_cli.core.models.train_state import TrainState
 from speculators_cli.core.progress import Progress, StepReport, ValidationReport
+from speculators_cli.core.training.best import EVALUATED, count_epochs_since_best
 from speculators_cli.core.training.distributed import Ranks
 from speculators_cli.core.training.loggers import SafeLogger
 from speculators_cli.core.training.metrics import Metrics, MetricSums
@@ -213,6 +215,37 @@ class RunLog:
     def log_validation(self, step: int, epoch: int, metrics: Metrics, *, is_best: bool) -> None:
         """Report a validation, and warn about one without metrics."""
         self._log("val", step, epoch, metrics)
+        self._warn_of_validation(epoch, metrics)
+        if metrics.get("loss") is None and metrics.get(EVALUATED) is None:
+            return
+        self.progress.validated(
+            ValidationReport(
+                epoch=epoch,
+                num_epochs=self.num_epochs,
+                loss=metrics.get("loss"),
+                acceptance_length=metrics.get("acceptance_length"),
+                is_best=is_best,
+                evaluated_acceptance_length=metrics.get(EVALUATED),
+            )
+        )
+
+    def note_early_stop(self, state: TrainState) -> None:
+        """Report that training stops before its last epoch."""
+        best = "no epoch" if state.best is None else f"epoch {int(state.best['name']) + 1}"
+        self.progress.info(
+            f"Stopping after epoch {state.epoch}: none of the last "
+            f"{count_epochs_since_best(state)} was better than {best}"
+        )
+
+    def _warn_of_validation(self, epoch: int, metrics: Metrics) -> None:
+        if EVALUATED in metrics and metrics[EVALUATED] is None:
+            self.progress.warn(
+                f"The evaluation of epoch {epoch + 1} has no metrics: every answer ends with its "
+                "first token",
+                hint="Pass other prompts as `--evaluate-prompts`",
+            )
+        if "loss" not in metrics:
+            return
         loss = metrics["loss"]
         if loss is None:
             self.progress.warn(
@@ -227,15 +260,6 @@ class RunLog:
                 "compared with the best one",
                 hint="Lower `--lr`, and start from an earlier checkpoint with `--from-checkpoint`",
             )
-        self.progress.validated(
-            ValidationReport(
-                epoch=epoch,
-                num_epochs=self.num_epochs,
-                loss=loss,
-                acceptance_length=metrics["acceptance_length"],
-                is_best=is_best,
-            )
-        )
 
     def _log(self, split: str, step: int, epoch: int, metrics: Metrics) -> None:
         if self.logger is not None:

@@ -13,10 +13,13 @@ MOMENTS = ("exp_avg", "exp_avg_sq")  # shaped as the parameter
 STEP = "step"  # a scalar
 
 
-def gather_weights(module: nn.Module) -> dict[str, Tensor]:
-    """Full parameters by name, on the CPU of rank 0; empty elsewhere. All ranks must call."""
+def gather_weights(module: nn.Module, *, on_every_rank: bool = False) -> dict[str, Tensor]:
+    """Full parameters by name, on the CPU of rank 0 or of every rank; empty elsewhere.
+
+    All ranks must call.
+    """
     _reshard(module)
-    return _gather(module.named_parameters())
+    return _gather(module.named_parameters(), on_every_rank=on_every_rank)
 
 
 def gather_moments(module: nn.Module, optimizer: Optimizer) -> dict[str, Tensor]:
@@ -56,12 +59,14 @@ def _reshard(module: nn.Module) -> None:
         module.reshard()
 
 
-def _gather(named: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
-    is_first = not dist.is_initialized() or dist.get_rank() == 0
+def _gather(
+    named: Iterable[tuple[str, Tensor]], *, on_every_rank: bool = False
+) -> dict[str, Tensor]:
+    is_kept = on_every_rank or not dist.is_initialized() or dist.get_rank() == 0
     gathered = {}
     for name, tensor in named:
         whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-        if is_first:
+        if is_kept:
             gathered[name] = whole.detach().cpu()
     return gathered
 

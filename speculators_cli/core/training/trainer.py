@@ -1,10 +1,10 @@
 """Trainer: the training loop."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from math import isfinite
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import torch
 
@@ -13,9 +13,15 @@ from speculators_cli.core.data.loader import BatchSource
 from speculators_cli.core.errors import DivergedError, StoppedError
 from speculators_cli.core.models.train_state import TrainState
 from speculators_cli.core.signals import Interrupted, StopSignals
+from speculators_cli.core.training.best import (
+    count_epochs_since_best,
+    describe_best,
+    is_better,
+)
 from speculators_cli.core.training.feed import DeviceFeed, StepBatches
-from speculators_cli.core.training.metrics import Metrics, MetricSums, are_finite
+from speculators_cli.core.training.metrics import Metrics, MetricSums
 from speculators_cli.core.training.optimizer_step import OptimizerStep
+from speculators_cli.core.training.prompt_evaluation import PromptEvaluation
 from speculators_cli.core.training.run_folder import RunFolder
 from speculators_cli.core.training.run_log import RunLog
 from speculators_cli.core.training.snapshot import gather_moments, gather_weights
@@ -38,6 +44,8 @@ class Trainer:
     keep_checkpoints: int | None  # latest ones in addition to the best; None: all
     folder: RunFolder | None  # on rank 0, unless it is a dry run
     log: RunLog
+    patience: int | None = None  # epochs without a better one after which training stops
+    evaluation: PromptEvaluation | None = None  # on prompts, after each epoch
     signals: StopSignals = field(default_factory=StopSignals)  # open
     is_saved: bool = False  # whether a checkpoint holds this state
 
@@ -64,7 +72,15 @@ class Trainer:
     @property
     def is_finished(self) -> bool:
         """Whether the run is complete, including validation and checkpoint of the last epoch."""
-        return self.state.step >= self.total_steps and not self.is_epoch_whole
+        is_done = self.state.step >= self.total_steps and not self.is_epoch_whole
+        return is_done or self.is_stopped_early
+
+    @property
+    def is_stopped_early(self) -> bool:
+        """Whether the last epochs brought no better one; told from the state, so also resumed."""
+        if self.patience is None or self.state.step_in_epoch or self.state.step == 0:
+            return False
+        return count_epochs_since_best(self.state) >= self.patience
 
     def fit(self) -> None:
         """Train from the current step to the last one; a signal saves a checkpoint.
@@ -86,7 +102,7 @@ class Trainer:
                 self.save(f"step-{self.state.step}")
                 return
             self.finish_epoch()
-            if self.state.step >= self.total_steps:
+            if self.state.step >= self.total_steps or self.is_stopped_early:
                 return
 
     def train_epoch(self) -> None:
@@ -163,30 +179,34 @@ class Trainer:
         self.filler.take_seconds()
         return sums.reduce(self.ranks)
 
+    def evaluate(self) -> Metrics | None:
+        """Metrics over prompts; None without prompts.
+
+        Raises:
+            Interrupted: A signal arrived; all ranks stop after their prompts.
+        """
+        if self.evaluation is None:
+            return None
+        metrics = self.evaluation.run()
+        self.leave_if_asked()
+        return metrics
+
     def finish_epoch(self) -> None:
-        """Validate and save a finished epoch."""
+        """Validate, evaluate and save a finished epoch."""
         epoch = self.state.epoch
         with self.between_steps():
-            metrics = self.validate()
-        name = str(epoch)
-        is_best = metrics is None or self.is_better(metrics)
-        best = self.state.best
-        if is_best:
-            best = {"name": name, **{key: (metrics or {}).get(key) for key in BEST_KEYS}}
-        known = {name: x for name, x in (metrics or {}).items() if x is not None and isfinite(x)}
+            found = [x for x in (self.validate(), self.evaluate()) if x is not None]
+        metrics = {name: value for part in found for name, value in part.items()}
+        by_prompts = self.evaluation is not None
+        is_best = not metrics or is_better(metrics, self.state.best, by_prompts=by_prompts)
+        best = describe_best(epoch, metrics) if is_best else self.state.best
+        known = {name: x for name, x in metrics.items() if x is not None and isfinite(x)}
         self.state = replace(self.state, epoch=epoch + 1, step_in_epoch=0, best=best, metrics=known)
-        if metrics is not None:
+        if metrics:
             self.log.log_validation(self.state.step, epoch, metrics, is_best=is_best)
-        self.save(name)
-
-    def is_better(self, metrics: Metrics) -> bool:
-        """Whether a validation beats the best one so far.
-
-        Compared by simulated acceptance length, if the algorithm has one; ties, as at the start of
-        a run, by the loss. A validation without a finite loss is never better.
-        """
-        rank, best_rank = _rank(metrics), _rank(self.state.best or {})
-        return rank is not None and (best_rank is None or rank > best_rank)
+        self.save(str(epoch))
+        if self.is_stopped_early and self.state.step < self.total_steps:
+            self.log.note_early_stop(self.state)
 
     def save(self, name: str) -> None:
         """Save a checkpoint; every rank waits until it is committed."""
@@ -269,14 +289,3 @@ class Trainer:
         """Whether a checkpoint is due in the middle of an epoch, after the current step."""
         every = self.checkpoint_every_steps
         return every is not None and self.state.step % every == 0 and not self.is_epoch_whole
-
-
-BEST_KEYS = ("acceptance_length", "loss")
-
-
-def _rank(metrics: Mapping[str, Any]) -> tuple[float, float] | None:
-    """Sort key of a validation; None if it has no metrics, or one is not finite."""
-    length, loss = metrics.get("acceptance_length"), metrics.get("loss")
-    if loss is None or not are_finite(loss, 0.0 if length is None else length):
-        return None
-    return (0.0 if length is None else length, -loss)
