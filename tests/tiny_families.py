@@ -45,6 +45,7 @@ CLIP: dict[str, Any] = VISION | {"num_hidden_layers": 1, "num_attention_heads": 
 # Configs of families whose documents are packed.
 PACKED: Mapping[str, Callable[[], Any]] = {
     "llama": lambda: t.LlamaConfig(**SIZES),
+    "wide-llama": lambda: t.LlamaConfig(**SIZES | {"hidden_size": 48, "intermediate_size": 64}),
     "qwen2-half-sliding": lambda: t.Qwen2Config(
         **PLAIN, **SLIDING, use_sliding_window=True, max_window_layers=2
     ),

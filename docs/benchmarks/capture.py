@@ -36,7 +36,9 @@ SHAPES: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-def build(shape: str, device: str, dtype: torch.dtype, *, is_compiled: bool) -> TransformersEngine:
+def build(
+    shape: str, device: str, dtype: torch.dtype, *, is_compiled: bool, is_float8: bool
+) -> TransformersEngine:
     """A verifier of this shape with random weights."""
     config = LlamaConfig(
         **SHAPES[shape],
@@ -47,7 +49,12 @@ def build(shape: str, device: str, dtype: torch.dtype, *, is_compiled: bool) -> 
         model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
     n = config.num_hidden_layers
     return TransformersEngine(
-        model, (2, n // 2, n - 3), end_ids=frozenset({0}), name=shape, is_compiled=is_compiled
+        model,
+        (2, n // 2, n - 3),
+        end_ids=frozenset({0}),
+        name=shape,
+        is_compiled=is_compiled,
+        is_float8=is_float8,
     )
 
 
@@ -97,10 +104,17 @@ def main() -> None:
     parser.add_argument("--eager", action="store_true", help="do not compile the layers")
     parser.add_argument("--storage-dtype", choices=["bfloat16", "float8"], default="bfloat16")
     parser.add_argument("--to-disk", type=Path, help="also write the samples below this folder")
+    parser.add_argument("--compute-dtype", choices=["auto", "float8"], default="auto")
     options = parser.parse_args()
     dtype = torch.bfloat16 if options.device == "cuda" else torch.float32
     started_at = time.perf_counter()
-    engine = build(options.shape, options.device, dtype, is_compiled=not options.eager)
+    engine = build(
+        options.shape,
+        options.device,
+        dtype,
+        is_compiled=not options.eager,
+        is_float8=options.compute_dtype == "float8",
+    )
     print(f"built in {time.perf_counter() - started_at:.1f} s, packed: {engine.is_packed}")
     storage = Storage(options.storage_dtype, has_all_last_states=False)
     sequences = list(plan_sequences(make_rows(options.rows, options.row_tokens), options.tokens))

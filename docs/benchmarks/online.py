@@ -25,6 +25,7 @@ def main() -> None:
     parser.add_argument("--device", default="auto")
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--warmup-steps", type=int, default=4)
+    parser.add_argument("--capture-compute-dtype", choices=["auto", "float8"], default="auto")
     given = parser.parse_args()
     report = bench(
         BenchSettings.model_validate(
@@ -32,6 +33,7 @@ def main() -> None:
                 "shape": {"shape": given.shape, "draft_vocab_size": given.draft_vocab_size},
                 "step": {
                     "total_seq_len": given.total_seq_len, "device": given.device, "capture": True,
+                    "capture_compute_dtype": given.capture_compute_dtype,
                 },
                 "measure": {
                     "steps": given.steps, "warmup_steps": given.warmup_steps, "profile": False,

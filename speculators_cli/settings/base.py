@@ -314,6 +314,13 @@ ComputeDtype = Annotated[
         "weights and optimizer state are always float32"
     ),
 ]
+ComputeInFloat8 = Annotated[
+    Literal["auto", "float8"],
+    Field(
+        description="Precision of the verifier's matrix products; float8 is e4m3, scaled by token "
+        "and output, for verifiers that are served in float8; auto is that of its weights"
+    ),
+]
 Kernels = Annotated[
     Literal["auto", "plain", "fast"],
     Field(

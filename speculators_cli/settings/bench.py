@@ -7,6 +7,7 @@ from pydantic import Field, model_validator
 from speculators_cli.settings.algorithms.eagle3 import Eagle3Settings
 from speculators_cli.settings.base import (
     ComputeDtype,
+    ComputeInFloat8,
     DataFormat,
     Device,
     Folders,
@@ -68,6 +69,7 @@ class BenchStepSettings(Settings):
         description="Compute the hidden states in each step with a verifier of random weights, as "
         "`train --capture online`",
     )
+    capture_compute_dtype: ComputeInFloat8 = "auto"
     device: Device = "auto"
     compute_dtype: ComputeDtype = "auto"
     kernels: Kernels = "auto"

@@ -6,7 +6,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from speculators_cli.settings.base import REFUSED_ON_RESUME, Settings
+from speculators_cli.settings.base import REFUSED_ON_RESUME, ComputeInFloat8, Settings
 
 UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
@@ -35,6 +35,7 @@ class CaptureSettings(Settings):
         description="Precision of the verifier in online capture; auto is bfloat16 on GPU and "
         "float32 on CPU",
     )
+    capture_compute_dtype: ComputeInFloat8 = "auto"
     shard_verifier: bool = Field(
         False,
         description="Shard the verifier's layers across the GPUs of a machine in online capture, "
@@ -60,6 +61,8 @@ class CaptureSettings(Settings):
     def _cache_has_a_folder(self) -> Self:
         given = {"--cache-size": self.cache_size, "--cache-dtype": self.cache_dtype}
         flags = [f"`{flag}`" for flag, value in given.items() if value is not None]
+        if self.shard_verifier and self.capture_compute_dtype != "auto":
+            raise ValueError("`--capture-compute-dtype` does not work with `--shard-verifier`")
         if self.cache_dir is None and flags:
             raise ValueError(f"{', '.join(flags)} needs `--cache-dir`")
         if self.cache_dir is not None and self.capture == "stored":

@@ -7,6 +7,7 @@ from pydantic import Field, model_validator
 
 from speculators_cli.settings.base import (
     MODEL_NAME,
+    ComputeInFloat8,
     Device,
     LayerIdsSetting,
     Positional,
@@ -121,6 +122,7 @@ class EngineSettings(Settings):
         "transformers", description="Engine that runs the verifier"
     )
     device: Device = "auto"
+    compute_dtype: ComputeInFloat8 = "auto"
     device_map: str | None = Field(
         None,
         min_length=1,
@@ -144,8 +146,10 @@ class EngineSettings(Settings):
     @model_validator(mode="after")
     def _engine_has_its_flags(self) -> Self:
         if self.engine == "vllm":
-            if self.device_map is not None:
-                raise ValueError("`--device-map` is of the transformers engine")
+            if self.device_map is not None or self.compute_dtype != "auto":
+                raise ValueError(
+                    "`--device-map` and `--compute-dtype` need `--engine transformers`"
+                )
         elif self.vllm_python is not None or self.tensor_parallel_size > 1 or self.vllm_args:
             raise ValueError("`--vllm-python`, `--tensor-parallel-size` and `--vllm-args` need "
                              "`--engine vllm`")  # fmt: skip

@@ -360,7 +360,12 @@ def _build_step(
     filler: StateFiller = StoredStates()
     if step.capture:
         engine = build_engine(
-            verifier, vocab_size, config.target_layer_ids, dtype=dtype, device=ranks.device
+            verifier,
+            vocab_size,
+            config.target_layer_ids,
+            dtype=dtype,
+            device=ranks.device,
+            is_float8=step.capture_compute_dtype == "float8",
         )
         frozen = _frozen_parts(engine, verifier)
         filler = LiveStates(engine, weights_bytes=count_own_bytes(engine.model))

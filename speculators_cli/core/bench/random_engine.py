@@ -16,6 +16,7 @@ def build_engine(
     *,
     dtype: torch.dtype,
     device: torch.device,
+    is_float8: bool,
 ) -> TransformersEngine:
     """Build a verifier of these sizes, with Llama layers; nothing is read."""
     config = LlamaConfig(
@@ -34,4 +35,10 @@ def build_engine(
     with device:
         model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
     model.requires_grad_(False)
-    return TransformersEngine(model, layer_ids, end_ids=frozenset(), name=verifier.name_or_path)
+    return TransformersEngine(
+        model,
+        layer_ids,
+        end_ids=frozenset(),
+        name=verifier.name_or_path,
+        is_float8=is_float8,
+    )

@@ -78,7 +78,13 @@ class Engines:
             device_map=job.settings.engine.device_map,
             trust_remote_code=job.trusts_remote_code,
         )
-        return TransformersEngine(model, job.layer_ids, end_ids=job.end_ids, name=name)
+        return TransformersEngine(
+            model,
+            job.layer_ids,
+            end_ids=job.end_ids,
+            name=name,
+            is_float8=job.settings.engine.compute_dtype == "float8",
+        )
 
     def _start_vllm(self) -> VLLMEngine:
         job, engine = self._job, self._job.settings.engine

@@ -224,6 +224,7 @@ def tokens_manifest(job: Job, prompts: Prompts) -> dict[str, Any]:
         manifest |= {
             "engine": "endpoint" if job.settings.engine.endpoint else job.settings.engine.engine,
             "dtype": str(job.dtype).removeprefix("torch."),
+            "compute_dtype": job.settings.engine.compute_dtype,
             "weights": job.weights_hash,
             "temperature": tokens.temperature,
             "top_p": tokens.top_p,
@@ -243,6 +244,7 @@ def states_manifest(job: Job) -> dict[str, Any]:
         "layer_ids": list(job.layer_ids),
         "engine": engine.engine,
         "dtype": str(job.dtype).removeprefix("torch."),
+        "compute_dtype": engine.compute_dtype,
         "storage_dtype": storage.storage_dtype,
         "all_last_states": storage.all_last_states,
         "capture_tokens": engine.capture_tokens,

@@ -28,6 +28,7 @@ from speculators_cli.core.engines.engine import (
     Sampling,
     aux_rows_of,
 )
+from speculators_cli.core.engines.float8_linear import use_float8
 from speculators_cli.core.engines.packed_attention import Packing, packing
 from speculators_cli.core.engines.sampling import SamplingProcessor
 from speculators_cli.core.engines.verifier_layers import VerifierLayers, find_layers
@@ -61,9 +62,11 @@ class TransformersEngine:
         name: Of the verifier, for error messages.
         is_compiled: Whether decoder layers are compiled; None: on a GPU where it pays.
         packs_documents: Whether documents are computed together; None: on a GPU.
+        is_float8: Whether the linear layers are computed in float8.
 
     Raises:
         SettingsError: The model has another layout than decoder layers and a final norm.
+        MachineError: The device cannot multiply in float8.
     """
 
     def __init__(
@@ -75,6 +78,7 @@ class TransformersEngine:
         name: str,
         is_compiled: bool | None = None,
         packs_documents: bool | None = None,
+        is_float8: bool = False,
     ) -> None:
         self.model = model
         # What `generate` is not told comes from there, such as a penalty on repeated tokens.
@@ -83,6 +87,9 @@ class TransformersEngine:
         self.dtype: torch.dtype = model.dtype
         self._end_ids = sorted(end_ids)
         self.parts: VerifierLayers = find_layers(model, name)
+        self._is_float8 = is_float8
+        if is_float8:
+            use_float8(self.parts)
         self._own_attention = self.model.config._attn_implementation  # noqa: SLF001
         self._attention = self._own_attention
         self._kept: _Kept | None = None
@@ -109,6 +116,7 @@ class TransformersEngine:
             "transformers": transformers.__version__,
             "torch": torch.__version__,
             "dtype": str(self.dtype).removeprefix("torch."),
+            **({"compute_dtype": "float8"} if self._is_float8 else {}),
         }
 
     @property
