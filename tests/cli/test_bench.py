@@ -41,7 +41,7 @@ def test_a_window_is_measured(tiny: TinyInputs, capsys: pytest.CaptureFixture[st
     work = []
     for window in ("0", "6"):
         assert run(["bench", "--json", *flags, "--sliding-window", window]) == 0
-        work.append(json.loads(capsys.readouterr().out)["useful_tflop_per_step"])
+        work.append(json.loads(capsys.readouterr().out)["useful_tflop"])
 
     assert work[1] < work[0]
 
