@@ -36,6 +36,16 @@ def test_a_verifier_of_ones_own_is_measured(
     assert report["launch_ms"] is None
 
 
+def test_a_window_is_measured(tiny: TinyInputs, capsys: pytest.CaptureFixture[str]) -> None:
+    flags = ["--verifier-name-or-path", str(tiny.verifier_dir), "--device", "cpu", *SMALL]
+    work = []
+    for window in ("0", "6"):
+        assert run(["bench", "--json", *flags, "--sliding-window", window]) == 0
+        work.append(json.loads(capsys.readouterr().out)["useful_tflop"])
+
+    assert work[1] < work[0]
+
+
 @pytest.mark.parametrize("kernels", KERNELS)
 def test_samples_from_disk_are_trained_on(
     kernels: str, tiny: TinyInputs, capsys: pytest.CaptureFixture[str]

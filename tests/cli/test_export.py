@@ -183,6 +183,12 @@ ADVICE = {
         "0.25.0",
         "Needs vLLM 0.25.0 or newer: older ones do not load its `fc_norm`.",
     ),
+    ("--sliding-window", "6"): ("0.22.0", "Tested with vLLM 0.22.0 to 0.32.0."),
+    ("--sliding-window", "6", "--draft-arch", "qwen3"): (
+        "0.26.0",
+        "Needs vLLM 0.26.0 or newer: older ones ignore the sliding window of its qwen3 layers and "
+        "silently accept fewer tokens; they do not load its qwen3 layers.",
+    ),
     ("--draft-arch", "qwen3", "--norm-output"): (
         "0.25.0",
         "Needs vLLM 0.25.0 or newer: older ones ignore its `norm_output` and silently accept "

@@ -44,14 +44,15 @@ class Eagle3Settings(Settings):
     sliding_window: Annotated[int | None, AfterValidator(_or_none), REFUSED_ON_RESUME] = Field(
         None,
         ge=0,
-        description="Sliding window of the draft's attention, in tokens, that of the query "
-        "included; 0 is full attention; default: full attention, or the window of the draft in "
-        "`--from-checkpoint`",
+        description="Sliding window of the draft's attention, in tokens, the query's own included; "
+        "0 is full attention; default: full attention, or as in the draft that training starts "
+        "from",
     )
     full_attention_layers: Annotated[LayerIdsSetting, REFUSED_ON_RESUME] = Field(
         None,
         description="Decoder layers of the draft without the sliding window, ascending from 0; "
-        "default: none, or those of the draft in `--from-checkpoint`",
+        "vLLM serves only drafts whose layers are all of one kind; default: none, or as in the "
+        "draft that training starts from",
     )
     train_head: Annotated[bool, REFUSED_ON_RESUME, OffFlag("--freeze-head")] = Field(
         True, description="Train the draft's LM head; off: keep it frozen at the verifier's weights"

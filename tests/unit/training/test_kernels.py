@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from speculators_cli.core.algorithms import ALGORITHMS
 from speculators_cli.core.errors import MachineError
 from speculators_cli.core.kernels import support
 from speculators_cli.core.models.losses import LOSSES, Loss
@@ -45,6 +46,18 @@ def test_auto_trains_with_plain_kernels_where_the_loss_has_no_fused_one(
 
     assert report.validation_loss is not None
     assert 0 < report.validation_loss < 3  # three TTT steps of at most one
+
+
+@pytest.mark.parametrize(("window", "is_fast"), [(2, False), (3, True), (None, True)])
+def test_a_window_within_the_ttt_steps_trains_with_plain_kernels(
+    window: int | None, is_fast: bool, tiny: TinyInputs
+) -> None:
+    settings = tiny.settings(eagle3={"sliding_window": window, "ttt_steps": 3})
+
+    unsupported = ALGORITHMS["eagle3"].find_unsupported(settings.algorithm_settings)
+
+    assert (unsupported is None) == is_fast
+    assert is_fast or "a sliding window of 2 tokens is shorter than 3 TTT steps" in str(unsupported)
 
 
 def test_fast_refuses_a_loss_without_a_fused_kernel_by_its_name(

@@ -89,17 +89,19 @@ def _document_attention(
     # Of the later steps' own keys, those from here on; the last step's is always seen.
     first_own = max(1, last - window + 1)
     size = max(window, MIN_BLOCK)
-    queries = query.split(size)
     own_parts = [x.split(size) for x in (*keys[first_own:], *values[first_own:])]
+    key_parts, value_parts = keys[0].split(size), values[0].split(size)
     outputs = []
-    for index, (block, *own) in enumerate(zip(queries, *own_parts, strict=True)):
-        start = index * size
-        first, stop = max(start + last - window + 1, 0), start + len(block)
+    for index, (block, *own) in enumerate(zip(query.split(size), *own_parts, strict=True)):
+        # The first of its queries sees no more than the block before.
+        near = slice(max(index - 1, 0), index + 1)
+        before = (index - near.start) * size  # keys before its first query
+        cut = max(before + last - window + 1, 0)
         num_own = len(own) // 2
-        block_keys = [keys[0][first:stop], *own[:num_own]]
-        block_values = [values[0][first:stop], *own[num_own:]]
+        block_keys = [torch.cat(key_parts[near])[cut:], *own[:num_own]]
+        block_values = [torch.cat(value_parts[near])[cut:], *own[num_own:]]
         outputs.append(
-            _block_attention(block, block_keys, block_values, start - first, window - last)
+            _block_attention(block, block_keys, block_values, before - cut, window - last)
         )
     return torch.cat(outputs)
 

@@ -36,12 +36,17 @@ PLAIN_RULES = (
     *layer_rules(""),
     Rule("norm_before_residual", "`false`", equals(False)),
 )
-# Which releases of vLLM read what, as measured by tests/vllm/try_versions.py.
+# Which releases of vLLM read what, as measured by tests/vllm/try_versions.py, windows by source.
 NEEDS = (
     Need(
         lambda config: config.norm_output,
         "0.25.0",
         "ignore its `norm_output` and silently accept fewer tokens",
+    ),
+    Need(
+        lambda config: config.arch == "qwen3" and config.sliding_window is not None,
+        "0.26.0",
+        "ignore the sliding window of its qwen3 layers and silently accept fewer tokens",
     ),
     Need(lambda config: config.fc_norm, "0.25.0", "do not load its `fc_norm`"),
     Need(lambda config: config.arch == "qwen3", "0.25.0", "do not load its qwen3 layers"),
