@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from speculators_cli.core.evaluated_training import train
     from speculators_cli.core.evaluation.evaluate import evaluate
     from speculators_cli.core.evaluation.report import EvaluationReport
+    from speculators_cli.core.evaluation.served import evaluate_served
+    from speculators_cli.core.evaluation.served_report import ServedReport
     from speculators_cli.core.export.export import ExportReport, export
     from speculators_cli.core.models.verifier import (
         FrozenVerifier,
@@ -79,6 +81,7 @@ __all__ = [
     "MachineError",
     "Overrides",
     "Progress",
+    "ServedReport",
     "SettingsError",
     "SilentProgress",
     "SpeculatorsError",
@@ -95,6 +98,7 @@ __all__ = [
     "build_vocab_map",
     "convert_v0",
     "evaluate",
+    "evaluate_served",
     "export",
     "generate_data",
     "inspect_data",
@@ -125,6 +129,8 @@ _HOMES = {
     "core.evaluated_training": ("train",),
     "core.evaluation.evaluate": ("evaluate",),
     "core.evaluation.report": ("EvaluationReport",),
+    "core.evaluation.served": ("evaluate_served",),
+    "core.evaluation.served_report": ("ServedReport",),
     "core.export.export": ("ExportReport", "export"),
     "core.models.verifier": ("FrozenVerifier", "load_frozen_verifier", "read_verifier_config"),
     "core.models.verifier_files": ("VerifierFiles",),

@@ -43,16 +43,19 @@ def _throughput(found: "Throughput") -> tuple[str, str, str, str]:
 def _rows(report: "ServedReport") -> Iterator[tuple[str, str]]:
     counted = report.counted
     yield "draft", report.draft
-    versions = ", ".join(f"{key} {value}" for key, value in report.engine.items() if value)
-    yield "verifier", f"{report.verifier}, {versions}"
+    versions = ", ".join(
+        f"{key} {value}" for key, value in report.engine.items() if value and key != "engine"
+    )
+    yield "verifier", report.verifier
+    yield "engine", versions
     bad = f", {report.num_bad_rows:,} rows left out" if report.num_bad_rows else ""
     yield "prompts", f"{report.prompts}, {len(counted.answers):,} answered{bad}"
     yield (
         "acceptance length",
         f"{report.acceptance_length:.2f} over {counted.num_passes:,} verifier passes of "
-        f"{len(counted.num_accepted)} draft tokens; the engine has no counts by prompt for an "
-        "interval",
+        f"{len(counted.num_accepted)} draft tokens",
     )
+    yield "interval", "none: the engine has no counts by prompt"
     if report.num_different is not None:
         yield (
             "output identical to that without the draft",

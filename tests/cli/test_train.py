@@ -15,6 +15,7 @@ from speculators_cli.cli.app import run
 from speculators_cli.core.data.folder import SampleFolder
 from speculators_cli.core.data.formats import FORMATS, v1
 from speculators_cli.core.data.sample import Sample
+from tests.chat_verifier import write_rows, write_word_verifier
 from tests.generated_samples import sample_files
 from tests.tiny_run import TinyInputs, write_as_specforge
 
@@ -501,3 +502,43 @@ def test_samples_that_the_verifier_predicts_give_no_warning(
     assert code == 0
     assert "final norm" not in err
     assert "shifted" not in err
+
+
+def test_the_evaluation_on_prompts_is_shown_logged_and_recorded(
+    tiny: TinyInputs, tmp_path: Path, capsys: Capture
+) -> None:
+    verifier = write_word_verifier(tmp_path / "worded")
+    rows = [{"prompt": "w5 w9 w11"}, {"prompt": "w6 w7"}]
+    given = {
+        "verifier_name_or_path": verifier,
+        "evaluate_prompts": write_rows(tmp_path / "prompts.jsonl", rows),
+        "evaluate_max_new_tokens": 8,
+        "early_stopping_patience": 5,
+    }
+
+    code = run(["train", *tiny.flags(**given)])
+
+    out, err = capsys.readouterr()
+    result = json.loads((tiny.save_path / "result.json").read_text())
+    length = result["evaluated_acceptance_length"]
+    assert code == 0
+    assert 1.0 <= length <= result["best_evaluated_acceptance_length"]
+    assert "evaluated acceptance length" in out
+    assert f"evaluated {length:.2f}" in err
+    assert result["is_stopped_early"] is False
+
+
+def test_the_hint_of_a_run_that_was_stopped_early_names_its_flag(
+    tiny: TinyInputs, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    monkeypatch.setattr(
+        "speculators_cli.core.training.trainer.Trainer.validate",
+        lambda _: {"loss": 2.0, "acceptance_length": 1.0},
+    )
+    line = ["train", *tiny.flags(epochs=5, early_stopping_patience=1)]
+    assert run(line) == 0
+    capsys.readouterr()
+
+    assert run(line) == 0
+
+    assert "Raise `--early-stopping-patience`" in capsys.readouterr().err

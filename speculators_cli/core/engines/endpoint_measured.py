@@ -20,7 +20,10 @@ PASSES = "vllm:spec_decode_num_drafts_total"
 ACCEPTED = "vllm:spec_decode_num_accepted_tokens_per_pos_total"
 GENERATED = "vllm:generation_tokens_total"
 SETTLE_SECONDS = 0.5  # a server counts a step after it has sent its tokens
-_SAMPLE = re.compile(r"^(?P<name>[\w:]+)(?:\{(?P<labels>.*)\})? (?P<value>\S+)(?: \d+)?$")
+_SAMPLE = re.compile(
+    r"^(?P<name>[\w:]+)(?:\{(?P<labels>.*)\})? "
+    r"(?P<value>[-+]?(?:[\d.]+(?:[eE][-+]?\d+)?|NaN|Inf))(?: \d+)?$"
+)
 _POSITION = re.compile(r'(?:^|,)position="(\d+)"')
 
 

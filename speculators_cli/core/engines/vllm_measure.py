@@ -45,11 +45,12 @@ def measure(
         show_life()
     seconds = time.perf_counter() - started_at
     after = count(engine)
+    accepted_before = before[1] or [0] * len(after[1])
     return {
         "answers": [answers[index] for index in range(len(answers))],
         "seconds": seconds,
         "num_passes": after[0] - before[0],
-        "num_accepted": [a - b for a, b in zip(after[1], before[1], strict=True)],
+        "num_accepted": [a - b for a, b in zip(after[1], accepted_before, strict=True)],
     }
 
 

@@ -34,6 +34,11 @@ def evaluate(settings: EvaluateSettings, *, progress: Progress = SILENT) -> Eval
         CheckpointError: The draft is incomplete, or is another verifier's.
         MachineError: Memory is short, or the hub cannot be reached.
     """
+    if settings.engine.is_served:
+        raise SettingsError(
+            "`--engine vllm` and `--endpoint` are not of this function",
+            hint="Call `evaluate_served`",
+        )
     started_at = time.perf_counter()
     page = settings.result.html
     if page is not None:

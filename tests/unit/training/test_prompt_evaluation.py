@@ -1,5 +1,8 @@
 """Prompts evaluated after each epoch: figures, the best epoch, early stopping, resuming."""
 
+import os
+import signal
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,7 +13,7 @@ import torch
 
 from speculators_cli.core import evaluated_training
 from speculators_cli.core.drafts.trained_draft import TrainedDraft
-from speculators_cli.core.errors import DataError, MachineError
+from speculators_cli.core.errors import DataError, MachineError, StoppedError
 from speculators_cli.core.evaluation.evaluate import evaluate
 from speculators_cli.core.progress import Progress
 from speculators_cli.core.training import run
@@ -260,3 +263,23 @@ def test_a_finished_run_loads_no_verifier(tiny: TinyInputs) -> None:
 
     assert report.was_already_finished
     assert not evaluation.is_opened
+
+
+def test_a_signal_while_evaluating_saves_the_epoch_which_is_evaluated_on_resume(
+    tiny: TinyInputs,
+) -> None:
+    class Stopping(Accepting):
+        def evaluate(self, _: TrainedDraft) -> Sequence[int]:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(10)  # interrupted at once
+            raise AssertionError("it went on")
+
+    with pytest.raises(StoppedError):
+        run.train(tiny.settings(), open_evaluation=Stopping(iter([])))
+    assert read_metrics(tiny.save_path, "val") == []
+
+    report = run.train(tiny.settings(), open_evaluation=accepting([[1], [2]]))
+
+    assert report.is_resumed
+    lines = read_metrics(tiny.save_path, "val")
+    assert [line["evaluated_acceptance_length"] for line in lines] == [2.0, 3.0]
