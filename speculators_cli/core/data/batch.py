@@ -40,6 +40,7 @@ class Batch:
     host_mask: Tensor  # [seq_len], bool: the loss mask as read, always on the CPU
     lengths: tuple[int, ...]  # tokens of each document, in order
     sample_ids: tuple[int, ...]  # the sample of each document: its index in the dataset
+    anchors: Tensor | None = None  # [anchors], int64, ascending: drawn positions, on the CPU
 
     def to(self, device: torch.device) -> Self:
         """Copy to a device, except for the host mask; asynchronous from pinned memory."""

@@ -152,7 +152,9 @@ class Trainer:
         sums = MetricSums.of(self.draft)
         for (batch,) in self.feed.steps(self.validation_loader.epoch(0)):
             finite, _ = drop_non_finite(batch.cast(self.optimizer_step.compute_dtype))
-            sums.add(self.draft(finite), finite)
+            # The same positions after each epoch, so that their losses compare.
+            drawn = self.draft.draw(finite, seed=self.optimizer_step.seed, epoch=VALIDATION_EPOCH)
+            sums.add(self.draft(drawn), drawn)
             self.leave_if_asked()
         self.feed.take_wait_seconds()
         return sums.reduce(self.ranks)
@@ -254,6 +256,7 @@ class Trainer:
         return every is not None and self.state.step % every == 0 and not self.is_epoch_whole
 
 
+VALIDATION_EPOCH = -1  # for draws: that of no training epoch
 BEST_KEYS = ("acceptance_length", "loss")
 
 

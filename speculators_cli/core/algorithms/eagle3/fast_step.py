@@ -9,7 +9,7 @@ from torch import Tensor
 from speculators_cli.core.algorithms.draft_model import StepSums
 from speculators_cli.core.algorithms.eagle3.active_rows import ActiveRows, find_active_rows
 from speculators_cli.core.algorithms.eagle3.draft import Eagle3Draft, FirstLayer
-from speculators_cli.core.algorithms.eagle3.objective import sum_steps
+from speculators_cli.core.algorithms.objective import sum_steps
 from speculators_cli.core.data.batch import Batch
 from speculators_cli.core.kernels.joint_attention import joint_attention
 from speculators_cli.core.kernels.linear_kl import Targets, linear_kl

@@ -9,7 +9,7 @@ from speculators_cli.core.algorithms.draft_model import DraftModel, StepSums
 from speculators_cli.core.algorithms.eagle3.attention import TTTMemory
 from speculators_cli.core.algorithms.eagle3.config import Eagle3Config
 from speculators_cli.core.algorithms.eagle3.draft import Eagle3Draft
-from speculators_cli.core.algorithms.eagle3.objective import (
+from speculators_cli.core.algorithms.objective import (
     COUNTERS,
     RATIOS,
     scored_positions,
