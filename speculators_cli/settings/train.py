@@ -2,11 +2,12 @@
 
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import AfterValidator, Field, ValidationInfo, field_validator
+from pydantic import AfterValidator, Field, ValidationInfo, field_validator, model_validator
 
 from speculators_cli.settings.algorithms import ALGORITHM_SETTINGS
+from speculators_cli.settings.algorithms.dflash import DFlashSettings
 from speculators_cli.settings.algorithms.eagle3 import Eagle3Settings
 from speculators_cli.settings.base import (
     MODEL_NAME,
@@ -25,6 +26,7 @@ from speculators_cli.settings.base import (
     Settings,
     TotalSeqLen,
     TrustRemoteCode,
+    fill_in_defaults,
     not_a_choice,
     path_error,
 )
@@ -282,6 +284,7 @@ class TrainSettings(Settings):
     run: RunSettings = Field(default_factory=RunSettings, title="Run")
     data: DataSettings = Field(default_factory=DataSettings, title="Data")
     eagle3: Eagle3Settings = Field(default_factory=Eagle3Settings, title="EAGLE-3")
+    dflash: DFlashSettings = Field(default_factory=DFlashSettings, title="DFlash")
     optimizer: OptimizerSettings = Field(default_factory=OptimizerSettings, title="Optimizer")
     schedule: ScheduleSettings = Field(default_factory=ScheduleSettings, title="Schedule")
     checkpoints: CheckpointSettings = Field(default_factory=CheckpointSettings, title="Checkpoints")
@@ -294,3 +297,8 @@ class TrainSettings(Settings):
         """The section that has the name of the algorithm."""
         section: Settings = getattr(self, self.draft.algorithm)
         return section
+
+    @model_validator(mode="after")
+    def _algorithm_has_its_defaults(self) -> Self:
+        fill_in_defaults(self, self.algorithm_settings.defaults)
+        return self

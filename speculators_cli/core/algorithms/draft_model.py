@@ -55,7 +55,7 @@ class DraftModel(nn.Module, ABC):
         """Weight of each prediction in the loss."""
 
     def draw(self, batch: Batch, *, seed: int, epoch: int) -> Batch:  # noqa: ARG002
-        """The batch with the positions that this draft draws at random, on the host; before all else.
+        """The batch with positions that this draft draws at random, on the host; before all else.
 
         A draw depends on the seed, the epoch and the samples only.
         """

@@ -105,7 +105,8 @@ class Eagle3Training(Eagle3Draft, DraftModel):
 
     def _unroll_fast(self, batch: Batch, weights: Tensor | None) -> StepSums:
         # Triton is only available with a GPU.
-        from speculators_cli.core.algorithms.eagle3.fast_step import find_targets, unroll
+        from speculators_cli.core.algorithms.eagle3.fast_step import unroll
+        from speculators_cli.core.algorithms.fused_targets import find_targets
 
         if weights is None:
             weights = torch.ones(self.config.ttt_steps, device=self.fc.weight.device)
