@@ -88,11 +88,12 @@ class DFlashDraft(nn.Module):
         for layer, (key, value) in zip(self.layers, context, strict=True):
             hidden = layer(hidden, rope, BlockMemory(shape, spans, anchors, key, value))
         normed: Tensor = self.norm(hidden)
-        return normed.unflatten(0, (len(tokens), shape.size))
+        return normed.view(len(tokens), shape.size, -1)
 
     def logits(
         self,
         normed: Tensor,  # [..., hidden]
     ) -> Tensor:
         """Logits of the draft vocabulary; [..., draft_vocab]."""
-        return F.linear(normed, self.head.to(normed.dtype))
+        logits: Tensor = F.linear(normed, self.head.to(normed.dtype))
+        return logits

@@ -1,7 +1,7 @@
 """The mask token: a verifier token that no text has, in place of an unknown token."""
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from typing import Any
 
@@ -15,13 +15,20 @@ FLAG = "--mask-token-id"
 RESERVED = re.compile(r"mask|reserved|unused|extra_?\d|placeholder|dummy", re.IGNORECASE)
 
 
+# Names of tokens of a byte that no UTF-8 text has, in byte-level and byte-fallback tokenizers.
+BYTES = (0xC0, 0xC1, *range(0xF5, 0x100))
+IMPOSSIBLE = {name for byte in BYTES for name in (chr(byte), f"<0x{byte:02X}>")}
+UNDECODABLE = "\ufffd"
+
+
 def choose_mask_token(
     given: int | None, files: VerifierFiles, vocab_size: int, *, trust_remote_code: bool
 ) -> int:
     """The mask token of a run, given or chosen.
 
     Chosen is a row of the embedding that the tokenizer has no token for, else a token that its
-    makers reserved; never one that text, a chat template or the end of an answer has.
+    makers reserved, else one of a byte that no text has; never one that text, a chat template or
+    the end of an answer has.
 
     Raises:
         SettingsError: The given one cannot be used, or none can be chosen.
@@ -43,6 +50,7 @@ def choose_mask_token(
     used = _find_used(files, tokenizer, trust_remote_code=trust_remote_code)
     special = {int(i) for i in tokenizer.added_tokens_decoder}
     reserved = [i for i in sorted(special - used) if RESERVED.search(names.get(i, ""))]
+    reserved += _find_impossible(tokenizer, names)
     if not reserved:
         raise SettingsError(
             f"`{FLAG}`: no mask token can be chosen: every token of verifier "
@@ -50,6 +58,12 @@ def choose_mask_token(
             hint=hint,
         )
     return reserved[0]
+
+
+def _find_impossible(tokenizer: Any, names: Mapping[int, str]) -> list[int]:
+    """Tokens of single bytes that no text has, since UTF-8 has no such bytes."""
+    found = [i for i, name in names.items() if name in IMPOSSIBLE]
+    return sorted(i for i in found if tokenizer.decode([i]) == UNDECODABLE)
 
 
 def _check(given: int, files: VerifierFiles, vocab_size: int, *, trust_remote_code: bool) -> None:
