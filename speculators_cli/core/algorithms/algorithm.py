@@ -169,6 +169,14 @@ class Algorithm(ABC, Generic[ConfigT, SettingsT]):
             head: [vocab, hidden]: the verifier's LM head, for a draft that has none of its own.
         """
 
+    def find_length_risk(
+        self,
+        config: ConfigT,  # noqa: ARG002
+        num_draft_tokens: int,  # noqa: ARG002
+    ) -> str | None:
+        """What changes if a draft proposes this many tokens, as a sentence; None: the rest stay."""
+        return None
+
     @abstractmethod
     def compute_probe_logits(
         self, config: ConfigT, weights: Mapping[str, Tensor], embedding: Tensor
