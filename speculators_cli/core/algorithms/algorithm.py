@@ -29,6 +29,7 @@ class Algorithm(ABC, Generic[ConfigT, SettingsT]):
     settings_class: ClassVar[type[Settings]]  # the section of `speculators train`
     alignment: ClassVar[Alignment]  # which rows of a sample it trains on
     cost: CostModel[ConfigT, SettingsT]  # of a training step
+    num_aux_layers: ClassVar[int] = 3  # verifier layers that it reads, where samples do not decide
     title: ClassVar[str] = ""  # in model cards; empty: the name
     # Settings of the section that a model card lists, and their names in it.
     card_settings: ClassVar[Mapping[str, str]] = {}

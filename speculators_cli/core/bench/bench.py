@@ -324,7 +324,10 @@ def _build_step(
         settings.algorithm_settings,
         verifier,
         vocab_map,
-        LayerIds(default_layer_ids(verifier.num_layers), is_assumed=True),
+        LayerIds(
+            default_layer_ids(verifier.num_layers, ALGORITHMS[shape.algorithm].num_aux_layers),
+            is_assumed=True,
+        ),
         arch=shape.draft_arch,
         num_layers=shape.num_layers,
     )

@@ -130,10 +130,13 @@ def write_data_config(
         write_json(content, temporary)
 
 
-def default_layer_ids(num_verifier_layers: int) -> tuple[int, ...]:
-    """Return the default aux layers of vLLM: early, middle and late."""
+def default_layer_ids(num_verifier_layers: int, num_aux_layers: int = 3) -> tuple[int, ...]:
+    """Return the default aux layers: three as in vLLM, any other number evenly from 2 to n - 2."""
     n = num_verifier_layers
-    return (2, n // 2, n - 3)
+    if num_aux_layers == 3:
+        return (2, n // 2, n - 3)
+    gaps = max(num_aux_layers - 1, 1)
+    return tuple(2 + round(i * (n - 4) / gaps) for i in range(num_aux_layers))
 
 
 def guess_num_layers(configs: Sequence[DataConfig]) -> int | None:
@@ -217,8 +220,8 @@ def resolve_layer_ids(
         )
     n = num_verifier_layers
     form = FORMATS.get(data_format)
-    usual = (form.usual_layer_ids if form else None) or default_layer_ids
-    ids = found.pop() if found else usual(n)
+    usual = (form.usual_layer_ids if form else None) if num_aux_layers == 3 else None
+    ids = found.pop() if found else usual(n) if usual else default_layer_ids(n, num_aux_layers)
     is_said = any(ids is not None and not config.is_assumed for config, ids in said)
     return LayerIds(_checked(ids, n, num_aux_layers), is_assumed=not is_said)
 

@@ -40,6 +40,7 @@ class DFlash(Algorithm[DFlashConfig, DFlashSettings]):
     settings_class = DFlashSettings
     alignment = NEXT_TOKEN
     cost = DFlashCost()
+    num_aux_layers = 5
     title = "DFlash"
     card_settings: ClassVar = {
         "block_size": "tokens per block",
