@@ -28,7 +28,11 @@ def flags_of(settings_class: type[Settings], own: tuple[Flag, ...] = ()) -> tupl
         settings_class: Its fields are sections, the title of each the name of a panel.
         own: Flags of the command that are no settings.
     """
-    fields = list(setting_fields(settings_class))
+    # A setting that several algorithms have is one flag.
+    by_name: dict[str, SettingField] = {}
+    for field in setting_fields(settings_class):
+        by_name.setdefault(field.name, field)
+    fields = list(by_name.values())
     made = [setting_flag(field, settings_class) for field in fields]
     panels = list(dict.fromkeys(flag.panel for flag in (*made, *own)))
     sorted_by_panel = sorted((*made, *own), key=lambda flag: panels.index(flag.panel))

@@ -352,7 +352,7 @@ def write_settings(settings: Settings, file: Path) -> None:
 def changes_on_resume(old: Mapping[str, Any], new: Settings) -> list[Change]:
     """Settings that matter to a resumed run and differ from those it began with."""
     current = new.model_dump(mode="json")
-    changes = []
+    changes: list[Change] = []
     for field in setting_fields(type(new)):
         mark = find_mark(field.info, OnResume)
         now = current[field.section][field.name]
@@ -360,6 +360,7 @@ def changes_on_resume(old: Mapping[str, Any], new: Settings) -> list[Change]:
         before = old.get(field.section, {}).get(field.name, field.info.get_default())
         if MODEL_NAME in field.info.metadata and isinstance(before, str):
             before = _absolute(before)
-        if mark is not None and before != now:
+        is_known = any(change.name == field.flag for change in changes)
+        if mark is not None and before != now and not is_known:
             changes.append(Change(field.flag, before, now, mark.change))
     return changes

@@ -5,6 +5,7 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, model_validator
 
 from speculators_cli.settings.algorithms.dflash import DFlashSettings
+from speculators_cli.settings.algorithms.dspark import DSparkSettings
 from speculators_cli.settings.algorithms.eagle3 import Eagle3Settings
 from speculators_cli.settings.base import (
     ComputeDtype,
@@ -104,6 +105,7 @@ class BenchSettings(Settings):
     shape: BenchShapeSettings = Field(default_factory=BenchShapeSettings, title="Shape")
     eagle3: Eagle3Settings = Field(default_factory=Eagle3Settings, title="EAGLE-3")
     dflash: DFlashSettings = Field(default_factory=DFlashSettings, title="DFlash")
+    dspark: DSparkSettings = Field(default_factory=DSparkSettings, title="DSpark")
     step: BenchStepSettings = Field(default_factory=BenchStepSettings, title="Step")
     samples: BenchSamplesSettings = Field(default_factory=BenchSamplesSettings, title="Samples")
     measure: BenchMeasureSettings = Field(default_factory=BenchMeasureSettings, title="Measure")

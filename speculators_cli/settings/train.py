@@ -8,6 +8,7 @@ from pydantic import AfterValidator, Field, ValidationInfo, field_validator, mod
 
 from speculators_cli.settings.algorithms import ALGORITHM_SETTINGS
 from speculators_cli.settings.algorithms.dflash import DFlashSettings
+from speculators_cli.settings.algorithms.dspark import DSparkSettings
 from speculators_cli.settings.algorithms.eagle3 import Eagle3Settings
 from speculators_cli.settings.base import (
     MODEL_NAME,
@@ -285,6 +286,7 @@ class TrainSettings(Settings):
     data: DataSettings = Field(default_factory=DataSettings, title="Data")
     eagle3: Eagle3Settings = Field(default_factory=Eagle3Settings, title="EAGLE-3")
     dflash: DFlashSettings = Field(default_factory=DFlashSettings, title="DFlash")
+    dspark: DSparkSettings = Field(default_factory=DSparkSettings, title="DSpark")
     optimizer: OptimizerSettings = Field(default_factory=OptimizerSettings, title="Optimizer")
     schedule: ScheduleSettings = Field(default_factory=ScheduleSettings, title="Schedule")
     checkpoints: CheckpointSettings = Field(default_factory=CheckpointSettings, title="Checkpoints")

@@ -115,6 +115,17 @@ class Algorithm(ABC, Generic[ConfigT, SettingsT]):
                 verifier has files.
         """
 
+    def adopt(
+        self,
+        config: DraftConfig,  # noqa: ARG002
+        settings: SettingsT,  # noqa: ARG002
+    ) -> ConfigT | None:
+        """The config of a draft that starts from one of another algorithm; None: it cannot.
+
+        Weights of the same names are kept; others are those of a fresh draft.
+        """
+        return None
+
     def adapt_config(self, config: ConfigT, settings: SettingsT) -> ConfigT:
         """The config of a trained draft that is trained further with these settings."""
         del settings

@@ -8,8 +8,8 @@ from pydantic import Field, model_validator
 from speculators_cli.settings.base import REFUSED_ON_RESUME, WARNED_ON_RESUME, Settings
 
 
-class DFlashSettings(Settings):
-    """What is special to DFlash."""
+class BlockSettings(Settings):
+    """What drafts of blocks have in common."""
 
     # Defaults of settings in other sections, where no value is given.
     defaults: ClassVar[Mapping[str, object]] = {
@@ -19,26 +19,15 @@ class DFlashSettings(Settings):
     }
 
     block_size: Annotated[int, REFUSED_ON_RESUME] = Field(
-        8, ge=2, description="Tokens in a block: the anchor, and one draft token fewer"
+        8,
+        ge=2,
+        description="Number of tokens in a block; DFlash proposes one fewer, DSpark all",
     )
     num_anchors: Annotated[int, WARNED_ON_RESUME] = Field(
         512, ge=1, description="Maximum number of blocks trained per packed sequence"
     )
-    block_loss: Annotated[Literal["kl", "ce", "tv"], WARNED_ON_RESUME] = Field(
-        "kl",
-        description="Loss of a draft token: KL divergence from the verifier's distribution, "
-        "cross-entropy with the verifier's token, or total variation distance",
-    )
-    block_loss_weights: Annotated[Literal["decay", "dpace"], WARNED_ON_RESUME] = Field(
-        "decay",
-        description="Weights of the draft tokens in the loss: fixed decay, or by the probability "
-        "that the tokens before are accepted (D-PACE, for cross-entropy only)",
-    )
     block_loss_gamma: Annotated[float, WARNED_ON_RESUME] = Field(
         4.0, gt=0, description="Fixed decay: draft token k is weighted by exp(-k/gamma), k from 0"
-    )
-    dpace_alpha: Annotated[float, WARNED_ON_RESUME] = Field(
-        0.5, ge=0, le=1, description="D-PACE: smoothing of the draft's probabilities towards 1"
     )
     mask_token_id: Annotated[int | None, REFUSED_ON_RESUME] = Field(
         None,
@@ -50,6 +39,24 @@ class DFlashSettings(Settings):
         None,
         ge=1,
         description="Sliding window of the draft's attention, in tokens; default: full attention",
+    )
+
+
+class DFlashSettings(BlockSettings):
+    """What is special to DFlash."""
+
+    block_loss: Annotated[Literal["kl", "ce", "tv"], WARNED_ON_RESUME] = Field(
+        "kl",
+        description="Loss of a draft token: KL divergence from the verifier's distribution, "
+        "cross-entropy with the verifier's token, or total variation distance",
+    )
+    block_loss_weights: Annotated[Literal["decay", "dpace"], WARNED_ON_RESUME] = Field(
+        "decay",
+        description="Weights of the draft tokens in the loss: fixed decay, or by the probability "
+        "that the tokens before are accepted (D-PACE, for cross-entropy only)",
+    )
+    dpace_alpha: Annotated[float, WARNED_ON_RESUME] = Field(
+        0.5, ge=0, le=1, description="D-PACE: smoothing of the draft's probabilities towards 1"
     )
     causal_block: Annotated[bool, REFUSED_ON_RESUME] = Field(
         False, description="Let a block's tokens attend only to those before them in the block"

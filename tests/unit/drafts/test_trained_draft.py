@@ -210,7 +210,7 @@ REFUSED: dict[str, tuple[Change, str]] = {
     ),
     "another algorithm": (
         lambda c, _: c.update(speculators_model_type="mtp"),
-        "of algorithm `mtp`, expected `eagle3`, `dflash`",
+        "of algorithm `mtp`, expected `eagle3`, `dflash`, `dspark`",
     ),
     "no layers": (lambda c, _: c.pop("transformer_layer_config"), "lacks `transformer_layer"),
     "biases": (

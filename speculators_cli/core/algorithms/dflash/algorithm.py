@@ -1,6 +1,6 @@
 """DFlash (arXiv 2602.06036), as an entry of the table of algorithms."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -66,10 +66,7 @@ class DFlash(Algorithm[DFlashConfig, DFlashSettings]):
 
     def count_aux_layers(self, config: DFlashConfig, tensors: Mapping[str, Tensor]) -> int | None:
         """Verifier layers that `fc` reads; None if its shape does not fit the config."""
-        fusion, size = tensors.get("fc.weight"), config.target_hidden_size
-        if fusion is None or fusion.dim() != 2 or fusion.shape[1] % size:
-            return None
-        return fusion.shape[1] // size
+        return count_aux_layers(config, tensors)
 
     def checkpoint_name(self, tensor: str) -> str:
         """The name in a checkpoint."""
@@ -183,16 +180,26 @@ class DFlash(Algorithm[DFlashConfig, DFlashSettings]):
         # Of the verifier's head, which is not at hand, a draft without its own needs any.
         draft = load_draft(config, weights, embedding, embedding)
         drafter = BlockDrafter(draft, torch.arange(config.draft_vocab_size))
-        generator = torch.Generator().manual_seed(0)
-        logits = []
-        for _ in range(2):
-            shape = (NUM_PROBE_TOKENS, config.target_hidden_size)
-            aux = tuple(
-                torch.randn(shape, generator=generator) for _ in range(config.num_aux_layers)
-            )
-            tokens = torch.randint(config.vocab_size, (NUM_PROBE_TOKENS,), generator=generator)
-            logits.append(drafter.compute_logits(tokens, aux))
-        return torch.cat(logits)
+        return torch.cat(
+            [drafter.compute_logits(tokens, aux) for tokens, aux in draw_probe(config)]
+        )
+
+
+def draw_probe(config: DFlashConfig) -> Iterator[tuple[Tensor, tuple[Tensor, ...]]]:
+    """Random tokens and hidden states of two verifier passes."""
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(2):
+        shape = (config.num_aux_layers, NUM_PROBE_TOKENS, config.target_hidden_size)
+        aux = torch.randn(shape, generator=generator).unbind()
+        yield torch.randint(config.vocab_size, shape[1:2], generator=generator), aux
+
+
+def count_aux_layers(config: DFlashConfig, tensors: Mapping[str, Tensor]) -> int | None:
+    """Verifier layers that `fc` reads; None if its shape does not fit the config."""
+    fusion, size = tensors.get("fc.weight"), config.target_hidden_size
+    if fusion is None or fusion.dim() != 2 or fusion.shape[1] % size:
+        return None
+    return fusion.shape[1] // size
 
 
 def load_draft(

@@ -18,14 +18,16 @@ class DFlashConfig(DraftConfig):
     draft_window: int | None = None  # tokens; None: full attention
     causal_block: bool = False
 
+    first_slot: ClassVar[int] = 1  # of a block that predicts a token: its own
+
     @property
     def num_draft_tokens(self) -> int:
-        """Draft tokens that it was trained for: all of a block but its anchor."""
-        return self.block_size - 1
+        """Draft tokens that it was trained for: one for each slot of a block that predicts."""
+        return self.block_size - self.first_slot
 
     def with_num_draft_tokens(self, num_draft_tokens: int) -> Self:
         """The same draft with blocks of another size, whose tokens all attend to each other."""
-        return replace(self, block_size=num_draft_tokens + 1)
+        return replace(self, block_size=num_draft_tokens + self.first_slot)
 
     @property
     def owns_head(self) -> bool:

@@ -20,7 +20,7 @@ from speculators_cli.core.models.config_values import Values
 
 ARCHITECTURE = "DFlashDraftModel"
 OWN_PART = "dflash_config"
-__all__ = ["ARCHITECTURE", "find_assumed", "is_dflash", "read_draft_config"]
+__all__ = ["ARCHITECTURE", "find_assumed", "is_dflash", "read_block_config", "read_draft_config"]
 
 
 def is_dflash(content: Mapping[str, Any]) -> bool:
@@ -45,17 +45,30 @@ def read_draft_config(
 
 
 def _from_speculators(values: Values, overrides: Overrides) -> DFlashConfig:
-    layers = values.part("transformer_layer_config")
-    speculators = values.part("speculators_config")
-    verifier = speculators.part("verifier")
     if values.switch("sample_from_anchor"):
         raise CheckpointError(
             f"`{values.name}` predicts from its anchor (`sample_from_anchor` is on), which engines "
             "do not serve as DFlash",
             hint=CONVERT_HINT,
         )
+    return read_block_config(values, overrides, first_slot=DFlashConfig.first_slot)
+
+
+def read_block_config(values: Values, overrides: Overrides, *, first_slot: int) -> DFlashConfig:
+    """Read what drafts of blocks have in common, in the speculators format.
+
+    Args:
+        values: Of config.json.
+        overrides: Values that replace those of config.json.
+        first_slot: Of a block that predicts a token.
+
+    Raises:
+        CheckpointError: This package does not compute it, or a value is missing.
+    """
+    layers = values.part("transformer_layer_config")
+    speculators = values.part("speculators_config")
+    verifier = speculators.part("verifier")
     num_tokens = speculators.first_part("proposal_methods").size("speculative_tokens")
-    block_size = values.size("block_size") or (num_tokens and num_tokens + 1)
     causal = layers.switch("is_causal")
     if causal is None:
         # Absent, blocks are bidirectional, with any kind of layer.
@@ -64,7 +77,7 @@ def _from_speculators(values: Values, overrides: Overrides) -> DFlashConfig:
         values,
         layers,
         overrides,
-        block_size=block_size,
+        block_size=values.size("block_size") or (num_tokens and num_tokens + first_slot),
         mask=_read_id(values, "mask_token_id"),
         layer_ids=values.layer_ids(DFlashConfig.layer_ids_key),
         causal=causal,

@@ -70,11 +70,11 @@ NEEDS = (Need(lambda _: True, "0.32.0", "were not tested with DFlash drafts of t
 
 
 def _find_obstacles(config: DFlashConfig) -> list[str]:
-    return _find_bad_mask(config)
+    return find_bad_mask(config)
 
 
 def _find_plain_obstacles(config: DFlashConfig) -> list[str]:
-    found = _find_bad_mask(config)
+    found = find_bad_mask(config)
     if config.owns_head:
         found.append(
             f"it has {config.draft_vocab_size:,} of {config.vocab_size:,} tokens, and the engine "
@@ -85,7 +85,8 @@ def _find_plain_obstacles(config: DFlashConfig) -> list[str]:
     return found
 
 
-def _find_bad_mask(config: DFlashConfig) -> list[str]:
+def find_bad_mask(config: DFlashConfig) -> list[str]:
+    """Whether the mask token has no embedding."""
     if config.mask_token_id < config.vocab_size:
         return []
     return [
@@ -116,8 +117,9 @@ def _plain_config(config: DFlashConfig, dtype: str) -> dict[str, Any]:
     }
 
 
-def _find_contradictions(config: DFlashConfig, content: Mapping[str, Any]) -> list[str]:
-    found = _find_bad_mask(config)
+def find_contradictions(config: DFlashConfig, content: Mapping[str, Any]) -> list[str]:
+    """Values of config.json that are valid but contradict each other."""
+    found = find_bad_mask(config)
     layers = content.get("transformer_layer_config", {})
     if len(layers.get("layer_types", [])) not in (0, config.num_layers):
         found.append("`layer_types` has another number of layers than `num_hidden_layers`")
@@ -140,7 +142,7 @@ FORMATS: Mapping[str, ExportFormat] = {
         find_obstacles=_find_obstacles,
         build_config=_speculators_config,
         rules=SPECULATORS_RULES,
-        find_contradictions=_find_contradictions,
+        find_contradictions=find_contradictions,
         needs=NEEDS,
     ),
     "sglang": ExportFormat(
@@ -148,6 +150,6 @@ FORMATS: Mapping[str, ExportFormat] = {
         find_obstacles=_find_plain_obstacles,
         build_config=_plain_config,
         rules=PLAIN_RULES,
-        find_contradictions=_find_contradictions,
+        find_contradictions=find_contradictions,
     ),
 }

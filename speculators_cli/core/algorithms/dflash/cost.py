@@ -6,6 +6,7 @@ context is projected once per layer at every position; blocks run through all la
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,7 +15,7 @@ from torch import Tensor
 from speculators_cli.core.algorithms.cost import CostModel, Gpu, Work
 from speculators_cli.core.algorithms.dflash.config import DFlashConfig
 from speculators_cli.core.kernels.logit_chunks import chunk_size
-from speculators_cli.settings.algorithms.dflash import DFlashSettings
+from speculators_cli.settings.algorithms.dflash import BlockSettings, DFlashSettings
 
 # Fraction of the data sheet's FLOPS that the compute-bound part of a step reaches, and bytes moved
 # per trained parameter, as for EAGLE-3; not fitted to this algorithm.
@@ -34,23 +35,31 @@ class BlockCounts:
     context: float  # rows that the anchors attend to, summed
 
 
-class DFlashCost(CostModel[DFlashConfig, DFlashSettings]):
+ConfigT = TypeVar("ConfigT", bound=DFlashConfig)
+SettingsT = TypeVar("SettingsT", bound=BlockSettings)
+
+
+class BlockCost(CostModel[ConfigT, SettingsT]):
     """The cost of a step over drawn anchors."""
+
+    def count_own_products(self, config: ConfigT, counts: BlockCounts) -> float:  # noqa: ARG002
+        """Multiply-adds, forward and backward, of what an algorithm adds to DFlash."""
+        return 0.0
 
     def count_work(
         self,
-        config: DFlashConfig,
-        settings: DFlashSettings,
+        config: ConfigT,
+        settings: SettingsT,
         loss_mask: Tensor,
         lengths: Sequence[int],
     ) -> Work:
         """The work of one packed sequence, from its masks."""
-        return _make_work(config, settings, _count(config, settings, loss_mask, lengths))
+        return self.make_work(config, _count(config, settings.num_anchors, loss_mask, lengths))
 
     def expect_work(
         self,
-        config: DFlashConfig,
-        settings: DFlashSettings,
+        config: ConfigT,
+        settings: SettingsT,
         lengths: NDArray[np.int64],
         num_targets: NDArray[np.int64],
     ) -> Work:
@@ -60,17 +69,27 @@ class DFlashCost(CostModel[DFlashConfig, DFlashSettings]):
             (int(length - count), int(count))
             for length, count in zip(lengths, targets, strict=True)
         ]
-        return _make_work(config, settings, _count_runs(config, settings, runs, int(lengths.sum())))
+        counts = _count_runs(config, settings.num_anchors, runs, int(lengths.sum()))
+        return self.make_work(config, counts)
 
-    def count_trained(self, config: DFlashConfig, settings: DFlashSettings) -> int:
+    def make_work(self, config: ConfigT, counts: BlockCounts) -> Work:
+        """The work of these counts."""
+        return Work(
+            num_positions=counts.num_positions,
+            num_targets=counts.num_supervised,
+            num_active=counts.num_anchors,
+            flops=count_flops(config, counts) + 2.0 * self.count_own_products(config, counts),
+        )
+
+    def count_trained(self, config: ConfigT, settings: SettingsT) -> int:
         """Weights that the optimizer updates: all of its own."""
         del settings
         return config.count_parameters()
 
     def estimate_memory(
         self,
-        config: DFlashConfig,
-        settings: DFlashSettings,
+        config: ConfigT,
+        settings: SettingsT,
         work: Sequence[Work],
         *,
         total_seq_len: int,
@@ -111,8 +130,12 @@ class DFlashCost(CostModel[DFlashConfig, DFlashSettings]):
         return flops / (FLOPS_REACHED * gpu.flops) + moving
 
 
+class DFlashCost(BlockCost[DFlashConfig, DFlashSettings]):
+    """The cost of a DFlash step."""
+
+
 def _count(
-    config: DFlashConfig, settings: DFlashSettings, loss_mask: Tensor, lengths: Sequence[int]
+    config: DFlashConfig, num_anchors: int, loss_mask: Tensor, lengths: Sequence[int]
 ) -> BlockCounts:
     """Counts from a mask: each run of supervised positions, by its place in its document."""
     mask, start = loss_mask.numpy(), 0
@@ -121,18 +144,18 @@ def _count(
         own = np.flatnonzero(np.diff(np.concatenate(([0], mask[start : start + length], [0]))))
         runs += [(int(first), int(stop - first)) for first, stop in own.reshape(-1, 2)]
         start += length
-    return _count_runs(config, settings, runs, start)
+    return _count_runs(config, num_anchors, runs, start)
 
 
 def _count_runs(
     config: DFlashConfig,
-    settings: DFlashSettings,
+    num_anchors: int,
     runs: Sequence[tuple[int, int]],  # place in its document, length
     num_positions: int,
 ) -> BlockCounts:
     steps = config.num_draft_tokens
     supervised = sum(length for _, length in runs)
-    anchors = min(settings.num_anchors, supervised)
+    anchors = min(num_anchors, supervised)
     share = anchors / max(supervised, 1)
     scored = sum(sum(max(length - s, 0) for s in range(steps)) for _, length in runs)
     context = sum(length * (first + (length + 1) / 2) for first, length in runs)
@@ -140,16 +163,6 @@ def _count_runs(
     reach = scored / max(supervised, 1)
     targets = supervised * (1 - (1 - share) ** reach)
     return BlockCounts(num_positions, supervised, anchors, scored * share, targets, context * share)
-
-
-def _make_work(config: DFlashConfig, settings: DFlashSettings, counts: BlockCounts) -> Work:
-    del settings
-    return Work(
-        num_positions=counts.num_positions,
-        num_targets=counts.num_supervised,
-        num_active=counts.num_anchors,
-        flops=count_flops(config, counts),
-    )
 
 
 def count_flops(config: DFlashConfig, counts: BlockCounts) -> float:

@@ -40,6 +40,10 @@ class BlockDrafter:
 
     def compute_logits(self, tokens: Tensor, aux_hidden_states: tuple[Tensor, ...]) -> Tensor:
         """Logits of the tokens after the last of `tokens`; [draft tokens, draft_vocab]."""
+        return self.draft.logits(self.fill_in(tokens, aux_hidden_states))
+
+    def fill_in(self, tokens: Tensor, aux_hidden_states: tuple[Tensor, ...]) -> Tensor:
+        """What the LM head reads for each draft token; [draft tokens, hidden]."""
         aux = torch.cat(aux_hidden_states, dim=-1)
         positions = torch.arange(len(tokens), device=tokens.device) + self.num_positions
         new = self.draft.read_context(aux, positions)
@@ -58,4 +62,4 @@ class BlockDrafter:
             BlockSpans((0, 1), (0, self.num_positions), (last,)),
             tokens.new_tensor([last]),
         )
-        return self.draft.logits(normed[0, 1:])
+        return normed[0, self.draft.config.first_slot :]

@@ -1,6 +1,7 @@
 """DFlashTraining: a DFlash draft and its training step."""
 
 from collections.abc import Mapping
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -9,7 +10,7 @@ from speculators_cli.core.algorithms.dflash.blocks import Blocks, draw_anchors, 
 from speculators_cli.core.algorithms.dflash.config import DFlashConfig
 from speculators_cli.core.algorithms.dflash.draft import DFlashDraft
 from speculators_cli.core.algorithms.dflash.loss_weights import LossWeights, weigh_by_acceptance
-from speculators_cli.core.algorithms.draft_model import DraftModel, StepSums
+from speculators_cli.core.algorithms.draft_model import DraftModel, Ratio, StepSums
 from speculators_cli.core.algorithms.objective import COUNTERS, RATIOS, sum_steps
 from speculators_cli.core.data.batch import Batch
 from speculators_cli.core.data.vocab_map import VocabMap
@@ -34,8 +35,8 @@ class DFlashTraining(DFlashDraft, DraftModel):
     """
 
     config: DFlashConfig
-    counters = COUNTERS
-    ratios = RATIOS
+    counters: ClassVar[tuple[str, ...]] = COUNTERS
+    ratios: ClassVar[tuple[Ratio, ...]] = RATIOS
 
     def __init__(
         self,
@@ -106,9 +107,22 @@ class DFlashTraining(DFlashDraft, DraftModel):
         # A last one, for what is not scored.
         log_probs = torch.cat((log_probs, log_probs.new_zeros(1, log_probs.shape[1])))
         tokens = torch.cat((tokens, tokens.new_zeros(1)))
-        logits = self.logits(normed)
         scored = self._scored(batch, blocks)
-        losses = self.loss.plain(logits, log_probs[blocks.targets]).masked_fill(~scored, 0.0)
+        return self.score(batch, blocks, normed, log_probs[blocks.targets], tokens, scored, weights)
+
+    def score(
+        self,
+        batch: Batch,  # noqa: ARG002
+        blocks: Blocks,
+        normed: Tensor,  # [anchors, predictions, hidden]
+        log_probs: Tensor,  # [anchors, predictions, draft_vocab]: the verifier's
+        tokens: Tensor,  # [targets + 1], int64: the verifier's
+        scored: Tensor,  # [anchors, predictions], bool
+        weights: Tensor | None,
+    ) -> StepSums:
+        """Losses and agreement of all predictions."""
+        logits = self.logits(normed)
+        losses = self.loss.plain(logits, log_probs).masked_fill(~scored, 0.0)
         agreed = self.kept_ids[logits.detach().argmax(-1)] == tokens[blocks.targets]
         sums = sum_steps(losses.T, agreed.T, scored.T, weights)
         if self.weights.alpha is None:
@@ -127,7 +141,7 @@ class DFlashTraining(DFlashDraft, DraftModel):
             blocks.spans,
             blocks.anchors,
         )
-        return normed[:, 1:]
+        return normed[:, self.config.first_slot :]
 
     @torch.no_grad()
     def targets(self, batch: Batch) -> tuple[Tensor, Tensor]:
