@@ -1,0 +1,169 @@
+"""DFlashTraining: a DFlash draft and its training step."""
+
+from collections.abc import Mapping
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from speculators_cli.core.algorithms.dflash.blocks import Blocks, draw_anchors, find_blocks
+from speculators_cli.core.algorithms.dflash.config import DFlashConfig
+from speculators_cli.core.algorithms.dflash.draft import DFlashDraft
+from speculators_cli.core.algorithms.dflash.loss_weights import LossWeights, weigh_by_acceptance
+from speculators_cli.core.algorithms.draft_model import DraftModel, Ratio, StepSums
+from speculators_cli.core.algorithms.objective import COUNTERS, RATIOS, sum_steps
+from speculators_cli.core.data.batch import Batch
+from speculators_cli.core.data.vocab_map import VocabMap
+from speculators_cli.core.models.losses import Loss
+from speculators_cli.core.models.verifier import FrozenVerifier
+
+# Standard deviation of initial weights, as in Qwen3.
+INIT_STD = 0.02
+
+
+class DFlashTraining(DFlashDraft, DraftModel):
+    """A DFlash draft that is trained on the verifier's distributions.
+
+    Args:
+        config: Of the draft.
+        verifier: Frozen embedding, final norm and LM head.
+        vocab_map: Which verifier tokens the draft can propose.
+        loss: Loss function per prediction.
+        weights: What the predictions of a block weigh in the loss.
+        num_anchors: Blocks per packed sequence, at most.
+        use_fast_kernels: Whether the loss is fused with the LM head.
+    """
+
+    config: DFlashConfig
+    counters: ClassVar[tuple[str, ...]] = COUNTERS
+    ratios: ClassVar[tuple[Ratio, ...]] = RATIOS
+
+    def __init__(
+        self,
+        config: DFlashConfig,
+        verifier: FrozenVerifier,
+        vocab_map: VocabMap,
+        *,
+        loss: Loss,
+        weights: LossWeights,
+        num_anchors: int,
+        use_fast_kernels: bool = False,
+    ) -> None:
+        super().__init__(config, verifier.embedding, verifier.head)
+        self.use_fast_kernels = use_fast_kernels
+        self.verifier = verifier
+        self.vocab_map = vocab_map
+        self.loss = loss
+        self.weights = weights
+        self.num_anchors = num_anchors
+        self.kept_ids = vocab_map.kept_ids.to(verifier.head.device)
+        self.verifier_rows = verifier.head if vocab_map.is_full else verifier.head[self.kept_ids]
+
+    def initialise(self, seed: int) -> None:
+        """Initialize norm weights to one, matrices normally, lm_head from the verifier."""
+        generator = torch.Generator(self.fc.weight.device).manual_seed(seed)
+        own_head = None if self.lm_head is None else self.lm_head.weight
+        with torch.no_grad():
+            for parameter in self.parameters():
+                if parameter.dim() == 1:
+                    parameter.fill_(1.0)
+                elif parameter is not own_head:
+                    parameter.normal_(std=INIT_STD, generator=generator)
+            if own_head is not None:
+                own_head.copy_(self.verifier_rows)
+
+    @property
+    def loss_weights(self) -> tuple[float, ...]:
+        """Weight of each prediction of a block; where it depends on the block, one."""
+        return self.weights.of_predictions(self.config.num_draft_tokens)
+
+    def draw(self, batch: Batch, *, seed: int, epoch: int) -> Batch:
+        """The batch with its anchors."""
+        return draw_anchors(batch, self.num_anchors, seed=seed, epoch=epoch)
+
+    def normalise(self, loss_weights: Tensor, num_scored: Tensor) -> Tensor:
+        """What a scored prediction weighs: the loss is one weighted mean over all of them."""
+        return loss_weights / (loss_weights * num_scored).sum().clamp(min=1e-12)
+
+    def count_scored(self, batch: Batch) -> Tensor:
+        """Anchors at which each prediction will be scored; [predictions], int64."""
+        return self._scored(batch, find_blocks(batch, self.config.num_draft_tokens)).sum(0)
+
+    def _scored(self, batch: Batch, blocks: Blocks) -> Tensor:
+        """Where predictions are scored; [anchors, predictions], bool."""
+        # A document with broken hidden states keeps its targets, and loses its mask.
+        return (blocks.targets >= 0) & batch.loss_mask[blocks.anchors, None]
+
+    def forward(self, batch: Batch, weights: Tensor | None = None) -> StepSums:
+        """Fill in the blocks of all anchors at once, and score their tokens."""
+        blocks = find_blocks(batch, self.config.num_draft_tokens)
+        normed = self.predict(batch, blocks)
+        if self.use_fast_kernels:
+            # Triton is only available with a GPU.
+            from speculators_cli.core.algorithms.dflash.fused_loss import score
+
+            return score(self, batch, blocks, normed, weights)
+        log_probs, tokens = self.targets(batch)
+        # A last one, for what is not scored.
+        log_probs = torch.cat((log_probs, log_probs.new_zeros(1, log_probs.shape[1])))
+        tokens = torch.cat((tokens, tokens.new_zeros(1)))
+        scored = self._scored(batch, blocks)
+        return self.score(batch, blocks, normed, log_probs[blocks.targets], tokens, scored, weights)
+
+    def score(
+        self,
+        batch: Batch,  # noqa: ARG002
+        blocks: Blocks,
+        normed: Tensor,  # [anchors, predictions, hidden]
+        log_probs: Tensor,  # [anchors, predictions, draft_vocab]: the verifier's
+        tokens: Tensor,  # [targets + 1], int64: the verifier's
+        scored: Tensor,  # [anchors, predictions], bool
+        weights: Tensor | None,
+    ) -> StepSums:
+        """Losses and agreement of all predictions."""
+        logits = self.logits(normed)
+        losses = self.loss.plain(logits, log_probs).masked_fill(~scored, 0.0)
+        agreed = self.kept_ids[logits.detach().argmax(-1)] == tokens[blocks.targets]
+        sums = sum_steps(losses.T, agreed.T, scored.T, weights)
+        if self.weights.alpha is None:
+            return sums
+        own = weigh_by_acceptance(losses.detach(), scored, self.weights.alpha)
+        return sums._replace(loss=(losses * own * (1.0 if weights is None else weights)).sum())
+
+    def predict(self, batch: Batch, blocks: Blocks) -> Tensor:
+        """What the LM head reads for each prediction; [anchors, predictions, hidden]."""
+        # Row r has the states of token r, and the position of token r + 1.
+        context = self.read_context(batch.aux_hidden_states, batch.position_ids - 1)
+        normed = self.fill_in(
+            batch.input_ids[blocks.anchors],
+            batch.position_ids[blocks.anchors],
+            context,
+            blocks.spans,
+            blocks.anchors,
+        )
+        return normed[:, self.config.first_slot :]
+
+    @torch.no_grad()
+    def targets(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """The verifier's distribution over the draft vocabulary, and its tokens.
+
+        While training, the verifier's token is its best within the draft vocabulary; in validation
+        (`eval()`) its best of all, so that a token the draft cannot propose counts as a miss.
+
+        Returns:
+            Log-probabilities, [targets, draft_vocab], float32; verifier ids, [targets], int64.
+        """
+        normed = self.verifier.normed(batch.last_hidden_states, batch.is_normed)
+        logits = self.verifier.logits(
+            normed, self.verifier_rows, self.verifier.bias_of(self.kept_ids)
+        )
+        is_training = self.training
+        tokens = self.kept_ids[logits.argmax(-1)] if is_training else self.verifier.tokens(normed)
+        return logits.log_softmax(-1), tokens
+
+    def frozen_tensors(self) -> Mapping[str, Tensor]:
+        """The verifier's embedding, and the vocabulary maps unless the vocabulary is full."""
+        tensors = {"embed_tokens.weight": self.embedding}
+        if not self.vocab_map.is_full:
+            tensors |= {"d2t": self.vocab_map.d2t, "t2d": self.vocab_map.t2d}
+        return tensors
