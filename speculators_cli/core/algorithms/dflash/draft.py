@@ -79,16 +79,22 @@ class DFlashDraft(nn.Module):
     ) -> Tensor:
         """What the LM head reads at every token of every block; [anchors, block, hidden]."""
         shape, dtype = self.block_shape, context[0][0].dtype
-        mask = self.embedding[self.config.mask_token_id]
-        embedded = mask.expand(len(tokens), shape.size - 1, -1)
-        embedded = torch.cat((self.embedding[tokens][:, None], embedded), dim=1)
-        hidden = embedded.to(dtype).flatten(0, 1)
+        hidden = self.embed_blocks(tokens).to(dtype)
         places = torch.arange(shape.size, device=tokens.device)
         rope = self.rotary((position_ids[:, None] + places).flatten())
         for layer, (key, value) in zip(self.layers, context, strict=True):
             hidden = layer(hidden, rope, BlockMemory(shape, spans, anchors, key, value))
         normed: Tensor = self.norm(hidden)
         return normed.view(len(tokens), shape.size, -1)
+
+    def embed_blocks(
+        self,
+        tokens: Tensor,  # [anchors], int64: verifier ids of the anchors
+    ) -> Tensor:
+        """The tokens of blocks that are known, the anchors, and masks; [anchors*block, hidden]."""
+        mask = self.embedding[self.config.mask_token_id]
+        masks = mask.expand(len(tokens), self.config.block_size - 1, -1)
+        return torch.cat((self.embedding[tokens][:, None], masks), dim=1).flatten(0, 1)
 
     def logits(
         self,

@@ -31,7 +31,7 @@ class DFlashTraining(DFlashDraft, DraftModel):
         loss: Loss function per prediction.
         weights: What the predictions of a block weigh in the loss.
         num_anchors: Blocks per packed sequence, at most.
-        use_fast_kernels: Whether the loss is fused with the LM head.
+        use_fast_kernels: Whether to compute with GPU kernels, and the loss fused with the LM head.
     """
 
     config: DFlashConfig
@@ -97,12 +97,13 @@ class DFlashTraining(DFlashDraft, DraftModel):
     def forward(self, batch: Batch, weights: Tensor | None = None) -> StepSums:
         """Fill in the blocks of all anchors at once, and score their tokens."""
         blocks = find_blocks(batch, self.config.num_draft_tokens)
-        normed = self.predict(batch, blocks)
         if self.use_fast_kernels:
             # Triton is only available with a GPU.
-            from speculators_cli.core.algorithms.dflash.fused_loss import score
+            from speculators_cli.core.algorithms.dflash import fast_step, fused_loss
 
-            return score(self, batch, blocks, normed, weights)
+            normed = fast_step.predict(self, batch, blocks)
+            return fused_loss.score(self, batch, blocks, normed, weights)
+        normed = self.predict(batch, blocks)
         log_probs, tokens = self.targets(batch)
         # A last one, for what is not scored.
         log_probs = torch.cat((log_probs, log_probs.new_zeros(1, log_probs.shape[1])))

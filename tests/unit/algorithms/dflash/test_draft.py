@@ -313,7 +313,7 @@ def test_nothing_supervised_gives_a_loss_of_zero_with_gradients(rng: torch.Gener
     sums.loss.backward()
 
     assert counts.tolist() == [0] * 4
-    assert float(sums.loss) == 0.0
+    assert sums.loss.item() == 0.0
     assert all(float(p.grad.abs().sum()) == 0.0 for p in draft.parameters() if p.grad is not None)
 
 
