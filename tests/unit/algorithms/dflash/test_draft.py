@@ -1,7 +1,7 @@
 """The training step against DFlash written out anchor by anchor, in float64, one document."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -12,8 +12,10 @@ from torch import Tensor
 from speculators_cli.core.algorithms.dflash.algorithm import DFlash
 from speculators_cli.core.algorithms.dflash.blocks import find_blocks
 from speculators_cli.core.algorithms.dflash.config import DFlashConfig
+from speculators_cli.core.algorithms.dflash.drafter import BlockDrafter
 from speculators_cli.core.algorithms.dflash.loss_weights import LossWeights
 from speculators_cli.core.algorithms.dflash.training import DFlashTraining
+from speculators_cli.core.algorithms.drafter import Verified
 from speculators_cli.core.data.batch import Batch
 from speculators_cli.core.data.sample import Sample
 from tests.tiny_dflash import DECAY, MASK, filled_blocks, make_block_config
@@ -180,6 +182,15 @@ def test_losses_and_gradients_equal_the_definition_on_packed_documents(
         assert error < 2e-5, (name, float(error))
 
 
+def verify(sample: Sample, start: int, stop: int) -> Verified:
+    """Positions of a sample, as of one row that a verifier pass verified."""
+    aux = torch.cat([layer[start:stop] for layer in sample.aux_hidden_states], dim=-1)
+    tokens = sample.input_ids[None, start + 1 : stop + 1]
+    return Verified(tokens, aux[None], [start], [stop - start])
+        sample.input_ids[None, start + 1 : stop + 1], aux[None], [start], [stop - start]
+    )
+
+
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_an_anchor_predicts_in_a_packed_sequence_what_it_drafts_alone(
     variant: str, rng: torch.Generator
@@ -189,31 +200,77 @@ def test_an_anchor_predicts_in_a_packed_sequence_what_it_drafts_alone(
     samples = [make_sample(n, config, rng, supervised_fraction=1.0) for n in (7, 3, 9)]
     batch = draw(draft, pack(*samples))
     blocks = find_blocks(batch, config.num_draft_tokens)
-    drafter = DFlash().build_drafter(
-        config,
-        dict(draft.named_parameters()),
-        draft.embedding,
-        draft.kept_ids,
-        num_draft_tokens=config.num_draft_tokens,
-        head=draft.verifier.head,
-    )
+    drafter = load_drafter(draft)
 
     with torch.no_grad():
         packed = draft.logits(draft.predict(batch, blocks))
 
     alone = []
     for sample in samples:
-        drafter.start()
+        length = len(sample.input_ids)
+        drafter.start(1, length + config.num_draft_tokens)
         # The first tokens at once, as of a prompt, then one token for each verifier pass.
-        parts = [slice(0, 2), *(slice(t, t + 1) for t in range(2, len(sample.input_ids) - 1))]
-        for part in parts:
-            tokens = sample.input_ids[part.start + 1 : part.stop + 1]
-            aux = tuple(layer[part] for layer in sample.aux_hidden_states)
-            alone.append(drafter.compute_logits(tokens, aux))
+        for start, stop in ((0, 2), *((t, t + 1) for t in range(2, length - 1))):
+            drafter.read(verify(sample, start, stop))
+            alone.append(drafter.compute_logits()[0])
     rows = batch.position_ids[blocks.anchors]
     later = packed[rows > 1]  # the drafter read the first two positions together
     assert len(later) == len(alone) == 5 + 1 + 7
     torch.testing.assert_close(later, torch.stack(alone), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_each_row_of_a_batch_is_drafted_as_that_row_alone(
+    variant: str, rng: torch.Generator
+) -> None:
+    config = make_block_config(**VARIANTS[variant])
+    drafter = load_drafter(filled_blocks(config, rng))
+    samples = [make_sample(n, config, rng, supervised_fraction=1.0) for n in (13, 12, 14, 11)]
+    ends = (3, 5, 4, 7)
+
+    def draft_alone(sample: Sample, *spans: tuple[int, int]) -> Tensor:
+        drafter.start(1, 20)
+        for start, stop in spans:
+            drafter.read(verify(sample, start, stop))
+        return drafter.compute_logits()[0]
+
+    expected = [
+        draft_alone(samples[2], (0, 4), (4, 6)),
+        draft_alone(samples[3], (0, 3)),  # began where row 0 had ended
+        draft_alone(samples[2], (0, 4), (4, 6), (6, 9)),
+        draft_alone(samples[3], (0, 3), (3, 4)),
+    ]
+
+    drafter.start(3, 20)
+    for row, end in enumerate(ends[:3]):
+        drafter.read(replace(verify(samples[row], 0, end), row=row))
+    # Rows verify three, one and two of three positions.
+    new = [verify(samples[row], ends[row], ends[row] + 3) for row in range(3)]
+    drafter.read(merge(new, counts=(3, 1, 2)))
+    drafter.read(replace(verify(samples[3], 0, 3), row=0))
+    drafter.keep((2, 0))
+    found = [*drafter.compute_logits()]
+    drafter.read(merge([verify(samples[2], 6, 9), verify(samples[3], 3, 6)], counts=(3, 1)))
+    found += [*drafter.compute_logits()]
+
+    # float32 rounds products of other shapes in another order.
+    torch.testing.assert_close(torch.stack(found), torch.stack(expected), rtol=1e-4, atol=1e-5)
+
+
+def load_drafter(draft: DFlashTraining) -> BlockDrafter:
+    return DFlash().build_drafter(
+        draft.config,
+        dict(draft.named_parameters()),
+        draft.embedding,
+        draft.kept_ids,
+        num_draft_tokens=draft.config.num_draft_tokens,
+        head=draft.verifier.head,
+    )
+
+
+def merge(rows: Sequence[Verified], counts: Sequence[int]) -> Verified:
+    tokens, aux = (torch.cat([getattr(x, name) for x in rows]) for name in ("tokens", "aux"))
+    return Verified(tokens, aux, [x.firsts[0] for x in rows], counts)
 
 
 def test_an_anchor_reads_nothing_at_its_token_or_later_or_of_other_documents(

@@ -6,7 +6,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from speculators_cli.core.models.verifier_model import VerifierModel
 
 from speculators_cli.core.algorithms.dflash.blocks import draw_anchors
 from speculators_cli.core.algorithms.dflash.config import DFlashConfig
@@ -14,9 +13,10 @@ from speculators_cli.core.algorithms.overrides import Overrides
 from speculators_cli.core.bench.bench import bench
 from speculators_cli.core.demo.demo import VERIFIER_DIR, read_prompts
 from speculators_cli.core.drafts.trained_draft import read_draft
+from speculators_cli.core.engines.engine import Prompt, Sampling
 from speculators_cli.core.errors import SettingsError
-from speculators_cli.core.evaluation.draft_and_verify import evaluate
-from speculators_cli.core.models.verifier import load_frozen_verifier, read_verifier_config
+from speculators_cli.core.evaluation.measurement import Work, answer_alone, measure
+from speculators_cli.core.evaluation.verifier import load_verifier
 from speculators_cli.core.models.verifier_files import VerifierFiles
 from speculators_cli.core.progress import SilentProgress
 from speculators_cli.core.training.plan import plan
@@ -157,21 +157,24 @@ def test_drafting_keeps_the_verifiers_answers(tmp_path: Path, is_full: bool) -> 
         }
     )
     report = train(settings, progress=QUIET)
-    files = VerifierFiles(name)
-    frozen = load_frozen_verifier(files, read_verifier_config(files, trust_remote_code=False))
     draft = read_draft(str(report.checkpoint), Overrides(), flag="CHECKPOINT")
-    verifier = VerifierModel(name, draft.config.target_layer_ids, dtype=torch.float32)
+    verifier = load_verifier(
+        VerifierFiles(name), draft.config.target_layer_ids, dtype=torch.float32
+    )
 
-    drafter = draft.build_drafter(frozen.embedding, num_draft_tokens=4, head=frozen.head)
-    prompts = [verifier.encode(text) for text in texts]
-    result = evaluate(verifier, drafter, prompts, max_new_tokens=24, progress=QUIET)
+    drafter = draft.build_drafter(verifier.embedding, num_draft_tokens=4, head=verifier.head)
+    # Fewer rows than prompts: some begin while others go on, and rows are dropped at the end.
+    prompts = [Prompt(verifier.encode(text), 0) for text in texts]
+    work = Work(prompts, Sampling(24), 3)
+    own = answer_alone(verifier, work, QUIET).answers
+    result = measure(verifier, drafter, work, own, progress=QUIET)
 
     assert draft.config.owns_head != is_full
     assert draft.config.target_layer_ids == (1, 2, 4, 5)
     assert isinstance(draft.config, DFlashConfig)
-    assert draft.config.mask_token_id not in verifier.end_ids
+    assert draft.config.mask_token_id not in verifier.tokens.end_ids
     assert result.is_lossless
-    assert result.num_draft_tokens == 4
+    assert len(result.acceptance_rates) == 4
     assert 1.2 < result.acceptance_length <= 5.0
 
 

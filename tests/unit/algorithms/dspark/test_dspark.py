@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from speculators_cli.core.algorithms.dflash.blocks import find_blocks
+from speculators_cli.core.algorithms.drafter import Verified
 from speculators_cli.core.algorithms.dspark.algorithm import DSpark
 from speculators_cli.core.algorithms.dspark.config import DSparkConfig
 from speculators_cli.core.algorithms.dspark.training import DSparkTraining, LossParts
@@ -143,9 +144,12 @@ def test_a_chain_is_drafted_by_its_own_tokens(rng: torch.Generator) -> None:
         num_draft_tokens=4,
     )
 
-    chain = drafter.propose(
-        sample.input_ids[1:5], tuple(layer[:4] for layer in sample.aux_hidden_states)
-    )
+    aux = torch.cat([layer[:4] for layer in sample.aux_hidden_states], dim=-1)
+    # Beside a row whose chain is another.
+    drafter.start(2, 12)
+    for row, tokens in enumerate((sample.input_ids[None, 1:5], sample.input_ids[None, 2:6])):
+        drafter.read(Verified(tokens, aux[None], [0], [4], row=row))
+    chain, other = drafter.propose().tolist()
 
     # Training, where a sample has the very tokens of the chain after the anchor.
     sample.input_ids[5:9] = torch.tensor(chain)
@@ -158,6 +162,7 @@ def test_a_chain_is_drafted_by_its_own_tokens(rng: torch.Generator) -> None:
         without = draft.logits(normed)
     assert draft.kept_ids[logits[3].argmax(-1)].tolist() == chain
     assert draft.kept_ids[without[3].argmax(-1)].tolist() != chain
+    assert other != chain
 
 
 def spark_settings(tiny: TinyInputs, **changes: Any) -> TrainSettings:
