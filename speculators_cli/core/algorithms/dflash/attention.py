@@ -5,7 +5,7 @@ those with k <= q, if blocks are causal, else k - q < window. So engines compute
 block's last token begins later than that of its anchor.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -54,7 +54,7 @@ class BlockSpans:
     context_bounds: tuple[int, ...]
     host_anchors: tuple[int, ...]  # rows, ascending
 
-    def groups(self) -> Iterator[tuple[slice, slice]]:
+    def ranges(self) -> Iterator[tuple[slice, slice]]:
         """Anchors of a document that are computed together, and the rows that any of them reads."""
         documents = zip(pairwise(self.anchor_bounds), pairwise(self.context_bounds), strict=True)
         for (first, last), (start, _) in documents:
@@ -63,46 +63,60 @@ class BlockSpans:
                 yield slice(begin, end), slice(start, self.host_anchors[end - 1] + 1)
 
 
+@dataclass(frozen=True)
+class Group:
+    """Blocks that are computed together, and what they see."""
+
+    slots: slice  # of all tokens of all blocks
+    rows: slice  # of the context
+    seen: Tensor  # [slots, rows + slots], bool
+
+
+def find_groups(
+    shape: BlockShape,
+    spans: BlockSpans,
+    anchors: Tensor,  # [anchors], int64: the last row of the context of each
+) -> list[Group]:
+    """What the blocks of a sequence see, the same in every layer."""
+    groups, device = [], anchors.device
+    own = shape.sees_own(device)
+    for some, rows in spans.ranges():
+        num_anchors = some.stop - some.start
+        places = torch.arange(rows.start, rows.stop, device=device)
+        # The row of an anchor holds the states of the token one before it.
+        context = shape.sees_context(anchors[some, None] - places + 1).flatten(0, 1)
+        same = torch.eye(num_anchors, dtype=torch.bool, device=device)
+        blocks = (same[:, None, :, None] & own[None, :, None, :]).flatten(2).flatten(0, 1)
+        slots = slice(some.start * shape.size, some.stop * shape.size)
+        groups.append(Group(slots, rows, torch.cat((context, blocks), dim=1)))
+    return groups
+
+
 class BlockMemory:
     """Keys and values of the context in one layer, for the blocks of one sequence.
 
     Args:
-        shape: Of the blocks.
-        spans: Their anchors and context.
-        anchors: [anchors], int64: the row of each.
+        groups: Of all blocks.
         key: [rows, kv_heads, head_dim]: of the context.
         value: [rows, kv_heads, head_dim]
     """
 
-    def __init__(
-        self, shape: BlockShape, spans: BlockSpans, anchors: Tensor, key: Tensor, value: Tensor
-    ) -> None:
-        self.shape, self.spans, self.anchors = shape, spans, anchors
-        self.key, self.value = key, value
+    def __init__(self, groups: Sequence[Group], key: Tensor, value: Tensor) -> None:
+        self.groups, self.key, self.value = groups, key, value
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """Attend from all tokens of all blocks; [anchors*size, heads, head_dim]."""
-        size, num_heads = self.shape.size, query.shape[1]
-        repeats = num_heads // key.shape[1]
-        own = self.shape.sees_own(query.device)
-        outputs = []
-        for anchors, rows in self.spans.groups():
-            slots = slice(anchors.start * size, anchors.stop * size)
-            num_anchors = anchors.stop - anchors.start
-            places = torch.arange(rows.start, rows.stop, device=query.device)
-            # The row of an anchor holds the states of the token one before it.
-            distances = self.anchors[anchors, None] - places + 1
-            context = self.shape.sees_context(distances).flatten(0, 1)
-            blocks = torch.block_diag(*[own] * num_anchors).bool()
-            outputs.append(
-                _attend(
-                    query[slots],
-                    torch.cat((self.key[rows], key[slots])),
-                    torch.cat((self.value[rows], value[slots])),
-                    torch.cat((context, blocks), dim=1),
-                    repeats,
-                )
+        repeats = query.shape[1] // key.shape[1]
+        outputs = [
+            _attend(
+                query[group.slots],
+                torch.cat((self.key[group.rows], key[group.slots])),
+                torch.cat((self.value[group.rows], value[group.slots])),
+                group.seen,
+                repeats,
             )
+            for group in self.groups
+        ]
         return torch.cat(outputs)
 
 

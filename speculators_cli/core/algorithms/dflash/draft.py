@@ -6,7 +6,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from speculators_cli.core.algorithms.dflash.attention import BlockMemory, BlockShape, BlockSpans
+from speculators_cli.core.algorithms.dflash.attention import (
+    BlockMemory,
+    BlockShape,
+    BlockSpans,
+    find_groups,
+)
 from speculators_cli.core.algorithms.dflash.config import DFlashConfig
 from speculators_cli.core.models.layers import (
     Attention,
@@ -82,8 +87,9 @@ class DFlashDraft(nn.Module):
         hidden = self.embed_blocks(tokens).to(dtype)
         places = torch.arange(shape.size, device=tokens.device)
         rope = self.rotary((position_ids[:, None] + places).flatten())
+        groups = find_groups(shape, spans, anchors)
         for layer, (key, value) in zip(self.layers, context, strict=True):
-            hidden = layer(hidden, rope, BlockMemory(shape, spans, anchors, key, value))
+            hidden = layer(hidden, rope, BlockMemory(groups, key, value))
         normed: Tensor = self.norm(hidden)
         return normed.view(len(tokens), shape.size, -1)
 

@@ -7,7 +7,7 @@ values of the context are one product for all layers.
 import torch
 from torch import Tensor
 
-from speculators_cli.core.algorithms.dflash.attention import BlockMemory
+from speculators_cli.core.algorithms.dflash.attention import BlockMemory, find_groups
 from speculators_cli.core.algorithms.dflash.blocks import Blocks
 from speculators_cli.core.algorithms.dflash.draft import Context, DFlashDraft
 from speculators_cli.core.data.batch import Batch
@@ -32,8 +32,9 @@ def predict(draft: DFlashDraft, batch: Batch, blocks: Blocks) -> Tensor:
     positions = (batch.position_ids[anchors, None] + places).flatten()
     hidden = draft.embed_blocks(batch.input_ids[anchors]).to(dtype)
     residual: Tensor | None = None
+    groups = find_groups(draft.block_shape, blocks.spans, anchors)
     for layer, (key, value) in zip(layers, context, strict=True):
-        memory = BlockMemory(draft.block_shape, blocks.spans, anchors, key, value)
+        memory = BlockMemory(groups, key, value)
         hidden, residual = _run_layer(layer, hidden, residual, rope, positions, memory)
     normed, _ = _norm(draft.norm, hidden, residual)
     return normed.view(len(anchors), config.block_size, -1)[:, config.first_slot :]

@@ -1,10 +1,11 @@
 """DFlashTraining: a DFlash draft and its training step."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from speculators_cli.core.algorithms.dflash.blocks import Blocks, draw_anchors, find_blocks
 from speculators_cli.core.algorithms.dflash.config import DFlashConfig
@@ -19,6 +20,7 @@ from speculators_cli.core.models.verifier import FrozenVerifier
 
 # Standard deviation of initial weights, as in Qwen3.
 INIT_STD = 0.02
+MAX_LOGITS = 2**27  # of the draft that are computed at once, without fused kernels
 
 
 class DFlashTraining(DFlashDraft, DraftModel):
@@ -104,27 +106,55 @@ class DFlashTraining(DFlashDraft, DraftModel):
             normed = fast_step.predict(self, batch, blocks)
             return fused_loss.score(self, batch, blocks, normed, weights)
         normed = self.predict(batch, blocks)
-        log_probs, tokens = self.targets(batch)
-        # A last one, for what is not scored.
-        log_probs = torch.cat((log_probs, log_probs.new_zeros(1, log_probs.shape[1])))
-        tokens = torch.cat((tokens, tokens.new_zeros(1)))
-        scored = self._scored(batch, blocks)
-        return self.score(batch, blocks, normed, log_probs[blocks.targets], tokens, scored, weights)
+        parts = self._score_in_chunks(batch, blocks, normed)
+        return self.sum_parts(parts, self._scored(batch, blocks), weights)
 
-    def score(
+    def _score_in_chunks(self, batch: Batch, blocks: Blocks, normed: Tensor) -> list[Tensor]:
+        """Score some anchors at a time; where there are several chunks, logits are not kept."""
+        num_anchors, num_predictions, _ = normed.shape
+        size = max(MAX_LOGITS // (num_predictions * self.config.draft_vocab_size), 1)
+        if num_anchors <= size:
+            return list(self.score_anchors(batch, blocks, normed, 0, num_anchors))
+        chunks = [
+            checkpoint(
+                self.score_anchors,
+                batch,
+                blocks,
+                normed[start : start + size],
+                start,
+                min(start + size, num_anchors),
+                use_reentrant=False,
+            )
+            for start in range(0, num_anchors, size)
+        ]
+        return [torch.cat(parts) for parts in zip(*chunks, strict=True)]
+
+    def score_anchors(
         self,
-        batch: Batch,  # noqa: ARG002
+        batch: Batch,
         blocks: Blocks,
-        normed: Tensor,  # [anchors, predictions, hidden]
-        log_probs: Tensor,  # [anchors, predictions, draft_vocab]: the verifier's
-        tokens: Tensor,  # [targets + 1], int64: the verifier's
+        normed: Tensor,  # [some, predictions, hidden]: of the anchors from `start` to `stop`
+        start: int,
+        stop: int,
+    ) -> tuple[Tensor, ...]:
+        """Losses of predictions, whether the verifier agrees, and what a subclass adds.
+
+        Returns:
+            Each [some, predictions]; any value where nothing is scored.
+        """
+        log_probs, tokens = self.targets_of(batch, blocks, start, stop)
+        logits = self.logits(normed)
+        agreed = self.kept_ids[logits.detach().argmax(-1)] == tokens
+        return self.loss.plain(logits, log_probs), agreed
+
+    def sum_parts(
+        self,
+        parts: Sequence[Tensor],  # of `score_anchors`, for all anchors
         scored: Tensor,  # [anchors, predictions], bool
         weights: Tensor | None,
     ) -> StepSums:
-        """Losses and agreement of all predictions."""
-        logits = self.logits(normed)
-        losses = self.loss.plain(logits, log_probs).masked_fill(~scored, 0.0)
-        agreed = self.kept_ids[logits.detach().argmax(-1)] == tokens[blocks.targets]
+        """Sum over the anchors."""
+        losses, agreed = parts[0].masked_fill(~scored, 0.0), parts[1]
         sums = sum_steps(losses.T, agreed.T, scored.T, weights)
         if self.weights.alpha is None:
             return sums
@@ -145,22 +175,31 @@ class DFlashTraining(DFlashDraft, DraftModel):
         return normed[:, self.config.first_slot :]
 
     @torch.no_grad()
-    def targets(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """The verifier's distribution over the draft vocabulary, and its tokens.
+    def targets_of(
+        self, batch: Batch, blocks: Blocks, start: int, stop: int
+    ) -> tuple[Tensor, Tensor]:
+        """The verifier's distribution and token for each prediction of some anchors.
 
         While training, the verifier's token is its best within the draft vocabulary; in validation
         (`eval()`) its best of all, so that a token the draft cannot propose counts as a miss.
 
         Returns:
-            Log-probabilities, [targets, draft_vocab], float32; verifier ids, [targets], int64.
+            Log-probabilities, [some, predictions, draft_vocab], float32; verifier ids, [some,
+            predictions], int64; any value where nothing is scored.
         """
-        normed = self.verifier.normed(batch.last_hidden_states, batch.is_normed)
+        first, last = blocks.targets_of(start, stop)
+        here = slice(first, max(last, first))
+        normed = self.verifier.normed(batch.last_hidden_states[here], batch.is_normed[here])
+        # One more, for what is not scored.
+        normed = torch.cat((normed, normed.new_zeros(1, normed.shape[1])))
         logits = self.verifier.logits(
             normed, self.verifier_rows, self.verifier.bias_of(self.kept_ids)
         )
         is_training = self.training
         tokens = self.kept_ids[logits.argmax(-1)] if is_training else self.verifier.tokens(normed)
-        return logits.log_softmax(-1), tokens
+        indices = blocks.targets[start:stop]
+        indices = (indices - first).where(indices >= 0, len(normed) - 1)
+        return logits.log_softmax(-1)[indices], tokens[indices]
 
     def frozen_tensors(self) -> Mapping[str, Tensor]:
         """The verifier's embedding, and the vocabulary maps unless the vocabulary is full."""

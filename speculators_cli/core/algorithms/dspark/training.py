@@ -1,5 +1,6 @@
 """DSparkTraining: a DSpark draft and its training step."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -12,7 +13,7 @@ from speculators_cli.core.algorithms.dflash.training import DFlashTraining
 from speculators_cli.core.algorithms.draft_model import Ratio, StepSums
 from speculators_cli.core.algorithms.dspark.config import DSparkConfig
 from speculators_cli.core.algorithms.dspark.heads import ConfidenceHead, MarkovHead
-from speculators_cli.core.algorithms.objective import COUNTERS, RATIOS, sum_steps
+from speculators_cli.core.algorithms.objective import COUNTERS, RATIOS
 from speculators_cli.core.data.batch import Batch
 from speculators_cli.core.data.vocab_map import VocabMap
 from speculators_cli.core.models.losses import LOSSES, ce_loss, tv_loss
@@ -73,18 +74,18 @@ class DSparkTraining(DFlashTraining):
             with torch.no_grad():
                 self.confidence_head.proj.bias.zero_()
 
-    def score(
+    def score_anchors(
         self,
         batch: Batch,
         blocks: Blocks,
-        normed: Tensor,  # [anchors, predictions, hidden]
-        log_probs: Tensor,  # [anchors, predictions, draft_vocab]: the verifier's
-        tokens: Tensor,  # [targets + 1], int64: the verifier's
-        scored: Tensor,  # [anchors, predictions], bool
-        weights: Tensor | None,
-    ) -> StepSums:
-        """Losses, confidence and agreement of all predictions."""
-        embedded = self.markov_head.embed(self.tokens_before(batch, blocks), normed.dtype)
+        normed: Tensor,  # [some, predictions, hidden]: of the anchors from `start` to `stop`
+        start: int,
+        stop: int,
+    ) -> tuple[Tensor, ...]:
+        """Losses of predictions, whether the verifier agrees, and losses of the confidence."""
+        log_probs, tokens = self.targets_of(batch, blocks, start, stop)
+        before = self.tokens_before(batch, blocks)[start:stop]
+        embedded = self.markov_head.embed(before, normed.dtype)
         logits = self.logits(normed) + self.markov_head(embedded)
         distances = tv_loss(logits, log_probs)
         losses = self.parts.ce * ce_loss(logits, log_probs) + self.parts.l1 * 2 * distances
@@ -95,10 +96,19 @@ class DSparkTraining(DFlashTraining):
                 self.confidence_head(normed, embedded), 1.0 - distances.detach(), reduction="none"
             )
         losses = losses + self.parts.confidence * confidence
-        agreed = self.kept_ids[logits.detach().argmax(-1)] == tokens[blocks.targets]
-        sums = sum_steps(losses.T, agreed.T, scored.T, weights)
-        own = confidence.detach().masked_fill(~scored, 0.0).sum(0)
-        return sums._replace(counters=sums.counters | {"confidence_losses": own})
+        agreed = self.kept_ids[logits.detach().argmax(-1)] == tokens
+        return losses, agreed, confidence.detach()
+
+    def sum_parts(
+        self,
+        parts: Sequence[Tensor],  # of `score_anchors`, for all anchors
+        scored: Tensor,  # [anchors, predictions], bool
+        weights: Tensor | None,
+    ) -> StepSums:
+        """Sum over the anchors."""
+        sums = super().sum_parts(parts, scored, weights)
+        confidence = parts[2].masked_fill(~scored, 0.0).sum(0)
+        return sums._replace(counters=sums.counters | {"confidence_losses": confidence})
 
     def tokens_before(self, batch: Batch, blocks: Blocks) -> Tensor:
         """The token before each prediction, as the sample has it; [anchors, predictions]."""

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from speculators_cli.core.algorithms.dflash import training
 from speculators_cli.core.algorithms.dflash.algorithm import DFlash
 from speculators_cli.core.algorithms.dflash.blocks import find_blocks
 from speculators_cli.core.algorithms.dflash.config import DFlashConfig
@@ -323,9 +324,9 @@ def test_other_losses_equal_their_definition(loss: str, rng: torch.Generator) ->
     sums = draft(batch)
 
     q = draft.logits(draft.predict(batch, blocks)).double().softmax(-1)
-    p = draft.targets(batch)[0].double().exp()
+    p = draft.targets_of(batch, blocks, 0, len(q))[0].double().exp()
     scored = blocks.targets >= 0
-    q, p = q[scored], p[blocks.targets[scored]]
+    q, p = q[scored], p[scored]
     each = (
         -q[torch.arange(len(q)), p.argmax(-1)].log() if loss == "ce" else (p - q).abs().sum(-1) / 2
     )
@@ -348,10 +349,10 @@ def test_dpace_weighs_a_prediction_by_the_prefixes_that_it_is_part_of(
     sums.loss.backward()
 
     logits = draft.logits(draft.predict(batch, blocks)).detach().double()
-    best = draft.targets(batch)[0].argmax(-1)
+    best = draft.targets_of(batch, blocks, 0, len(logits))[0].argmax(-1)
     total, count = torch.zeros((), dtype=torch.float64), 0
-    for row, targets in zip(logits, blocks.targets.tolist(), strict=True):
-        ces = [-row[s].log_softmax(-1)[best[t]] for s, t in enumerate(targets) if t >= 0]
+    for row, tokens, targets in zip(logits, best, blocks.targets.tolist(), strict=True):
+        ces = [-row[s].log_softmax(-1)[tokens[s]] for s, t in enumerate(targets) if t >= 0]
         q = [0.75 * float((-ce).exp()) + 0.25 for ce in ces]
         prefixes = [math.prod(q[: m + 1]) for m in range(len(q))]
         total = total + sum(ce * sum(prefixes[s:]) for s, ce in enumerate(ces))
@@ -360,9 +361,37 @@ def test_dpace_weighs_a_prediction_by_the_prefixes_that_it_is_part_of(
     torch.testing.assert_close(sums.loss.double(), total / count, rtol=1e-5, atol=0)
 
 
-def test_nothing_supervised_gives_a_loss_of_zero_with_gradients(rng: torch.Generator) -> None:
+@pytest.mark.parametrize("loss", ["kl", "ce"])
+def test_anchors_are_scored_some_at_a_time(
+    loss: str, rng: torch.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = make_block_config()
+    draft = filled_blocks(config, rng, loss=loss)
+    batch = draw(draft, pack(*(make_sample(n, config, rng) for n in (9, 14))))
+
+    whole = draft(batch)
+    whole.loss.backward()
+    expected = {name: p.grad.clone() for name, p in draft.named_parameters() if p.grad is not None}
+    draft.zero_grad()
+    monkeypatch.setattr(training, "MAX_LOGITS", 3 * 4 * 19)  # three anchors
+    parts = draft(batch)
+    parts.loss.backward()
+
+    assert batch.anchors is not None
+    assert len(batch.anchors) > 6
+    # float32 sums in another order.
+    torch.testing.assert_close(parts.stacked(), whole.stacked(), rtol=1e-5, atol=1e-5)
+    for name, p in draft.named_parameters():
+        torch.testing.assert_close(p.grad, expected[name], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("kernels", KERNELS)
+def test_nothing_supervised_gives_a_loss_of_zero_with_gradients(
+    kernels: str, rng: torch.Generator
+) -> None:
     config = make_block_config()
     draft = filled_blocks(config, rng)
+    draft.use_fast_kernels = kernels == "fast"
     batch = draw(draft, pack(make_sample(9, config, rng, supervised_fraction=0.0)))
 
     counts = draft.count_scored(batch)
