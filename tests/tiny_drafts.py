@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from speculators_cli.core.algorithms.draft_config import DraftConfig
 from speculators_cli.core.algorithms.eagle3.config import Eagle3Config
 from speculators_cli.core.algorithms.eagle3.training import Eagle3Training
 from speculators_cli.core.data.batch import Batch, collate
@@ -152,7 +153,7 @@ def filled_draft(
 
 def make_sample(
     num_tokens: int,
-    config: Eagle3Config,
+    config: DraftConfig,
     rng: torch.Generator,
     *,
     supervised_fraction: float = 0.7,

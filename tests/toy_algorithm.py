@@ -387,6 +387,7 @@ class Toy(Algorithm[ToyConfig, ToySettings]):
         kept_ids: Tensor,
         *,
         num_draft_tokens: int,
+        head: Tensor | None = None,
     ) -> ToyDrafter:
         """A trained draft that proposes tokens."""
         return ToyDrafter(load_toy(config, weights, embedding), kept_ids.to(embedding.device))

@@ -35,7 +35,7 @@ def with_settings(
 
     def decorate(command: Callable[..., Any]) -> Any:
         name = command.__name__.replace("_", "-")
-        names = [field.name for field in setting_fields(settings_class)]
+        names = list(dict.fromkeys(field.name for field in setting_fields(settings_class)))
 
         def run(**values: Any) -> Any:
             values.pop(HELP.parameter)

@@ -9,6 +9,7 @@ from pydantic_core import PydanticUndefined
 
 from speculators_cli.cli.completion import complete_choice, complete_list
 from speculators_cli.cli.flags import CONFIG, HELP, OUTPUT, Flag
+from speculators_cli.settings.algorithms import ALGORITHM_SETTINGS
 from speculators_cli.settings.base import (
     ListOf,
     OffFlag,
@@ -27,7 +28,11 @@ def flags_of(settings_class: type[Settings], own: tuple[Flag, ...] = ()) -> tupl
         settings_class: Its fields are sections, the title of each the name of a panel.
         own: Flags of the command that are no settings.
     """
-    fields = list(setting_fields(settings_class))
+    # A setting that several algorithms have is one flag.
+    by_name: dict[str, SettingField] = {}
+    for field in setting_fields(settings_class):
+        by_name.setdefault(field.name, field)
+    fields = list(by_name.values())
     made = [setting_flag(field, settings_class) for field in fields]
     panels = list(dict.fromkeys(flag.panel for flag in (*made, *own)))
     sorted_by_panel = sorted((*made, *own), key=lambda flag: panels.index(flag.panel))
@@ -42,7 +47,7 @@ def setting_flag(field: SettingField, settings_class: type[Settings]) -> Flag:
     return Flag(
         field.name,
         (field.flag,),
-        build_help(field.info),
+        build_help(field.info, field.name),
         settings_class.model_fields[field.section].title or field.section,
         None if is_switch else field.flag if field.positional else metavar(field.info),
         (off.flag if off else f"--no-{field.flag[2:]}",) if is_switch else (),
@@ -65,10 +70,15 @@ def is_list(info: FieldInfo) -> bool:
     return get_origin(info.annotation) is tuple and get_args(info.annotation)[0] is Path
 
 
-def build_help(info: FieldInfo) -> str:
-    """Help of a flag: its description and its default."""
-    default = show_default(info)
-    return f"{info.description} ({default})" if default else str(info.description)
+def build_help(info: FieldInfo, name: str) -> str:
+    """Help of a flag: its description and its default, with those of some algorithms."""
+    own = [
+        f"{algorithm}: {section.defaults[name]}"
+        for algorithm, section in ALGORITHM_SETTINGS.items()
+        if name in section.defaults
+    ]
+    shown = ", ".join(filter(None, (show_default(info), *own)))
+    return f"{info.description} ({shown})" if shown else str(info.description)
 
 
 def show_default(info: FieldInfo) -> str:

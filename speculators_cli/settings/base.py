@@ -88,6 +88,8 @@ class Settings(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
     command: ClassVar[str] = ""  # that has these settings, for hints; of a section: none
+    # Of an algorithm's section: its defaults of settings in other sections, by name.
+    defaults: ClassVar[Mapping[str, object]] = {}
 
     @field_validator("*", mode="before")
     @classmethod
@@ -162,6 +164,24 @@ def setting_fields(settings_class: type[Settings]) -> Iterator[SettingField]:
         assert issubclass(section_class, Settings), "a section is a settings class"
         for name, info in section_class.model_fields.items():
             yield SettingField(section, name, info)
+
+
+def fill_in_defaults(settings: Settings, defaults: Mapping[str, object]) -> None:
+    """Give settings in any section other defaults; they count as not given, as before."""
+    for name in type(settings).model_fields:
+        section: Settings = getattr(settings, name)
+        given = section.model_fields_set
+        changed = {
+            key: value
+            for key, value in defaults.items()
+            if key in type(section).model_fields and key not in given
+        }
+        if changed:
+            checked = type(section).model_validate(
+                {**section.model_dump(exclude_unset=True), **changed}
+            )
+            checked.model_fields_set.difference_update(changed)
+            object.__setattr__(settings, name, checked)
 
 
 def _expand(value: object) -> object:
@@ -351,7 +371,7 @@ def write_settings(settings: Settings, file: Path) -> None:
 def changes_on_resume(old: Mapping[str, Any], new: Settings) -> list[Change]:
     """Settings that matter to a resumed run and differ from those it began with."""
     current = new.model_dump(mode="json")
-    changes = []
+    changes: list[Change] = []
     for field in setting_fields(type(new)):
         mark = find_mark(field.info, OnResume)
         now = current[field.section][field.name]
@@ -359,6 +379,7 @@ def changes_on_resume(old: Mapping[str, Any], new: Settings) -> list[Change]:
         before = old.get(field.section, {}).get(field.name, field.info.get_default())
         if MODEL_NAME in field.info.metadata and isinstance(before, str):
             before = _absolute(before)
-        if mark is not None and before != now:
+        is_known = any(change.name == field.flag for change in changes)
+        if mark is not None and before != now and not is_known:
             changes.append(Change(field.flag, before, now, mark.change))
     return changes

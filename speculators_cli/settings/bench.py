@@ -4,6 +4,8 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
+from speculators_cli.settings.algorithms.dflash import DFlashSettings
+from speculators_cli.settings.algorithms.dspark import DSparkSettings
 from speculators_cli.settings.algorithms.eagle3 import Eagle3Settings
 from speculators_cli.settings.base import (
     ComputeDtype,
@@ -16,6 +18,7 @@ from speculators_cli.settings.base import (
     Settings,
     TotalSeqLen,
     TrustRemoteCode,
+    fill_in_defaults,
 )
 from speculators_cli.settings.train import (
     Algorithm,
@@ -108,6 +111,8 @@ class BenchSettings(Settings):
 
     shape: BenchShapeSettings = Field(default_factory=BenchShapeSettings, title="Shape")
     eagle3: Eagle3Settings = Field(default_factory=Eagle3Settings, title="EAGLE-3")
+    dflash: DFlashSettings = Field(default_factory=DFlashSettings, title="DFlash")
+    dspark: DSparkSettings = Field(default_factory=DSparkSettings, title="DSpark")
     step: BenchStepSettings = Field(default_factory=BenchStepSettings, title="Step")
     samples: BenchSamplesSettings = Field(default_factory=BenchSamplesSettings, title="Samples")
     measure: BenchMeasureSettings = Field(default_factory=BenchMeasureSettings, title="Measure")
@@ -117,6 +122,11 @@ class BenchSettings(Settings):
         """The section that has the name of the algorithm."""
         section: Settings = getattr(self, self.shape.algorithm)
         return section
+
+    @model_validator(mode="after")
+    def _algorithm_has_its_defaults(self) -> Self:
+        fill_in_defaults(self, self.algorithm_settings.defaults)
+        return self
 
     @model_validator(mode="after")
     def _nothing_given_is_ignored(self) -> Self:

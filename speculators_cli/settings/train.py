@@ -7,6 +7,8 @@ from typing import Annotated, Literal, Self
 from pydantic import AfterValidator, Field, ValidationInfo, field_validator, model_validator
 
 from speculators_cli.settings.algorithms import ALGORITHM_SETTINGS
+from speculators_cli.settings.algorithms.dflash import DFlashSettings
+from speculators_cli.settings.algorithms.dspark import DSparkSettings
 from speculators_cli.settings.algorithms.eagle3 import Eagle3Settings
 from speculators_cli.settings.base import (
     MODEL_NAME,
@@ -26,6 +28,7 @@ from speculators_cli.settings.base import (
     Settings,
     TotalSeqLen,
     TrustRemoteCode,
+    fill_in_defaults,
     is_conversations,
     not_a_choice,
     path_error,
@@ -323,6 +326,8 @@ class TrainSettings(Settings):
     data: DataSettings = Field(default_factory=DataSettings, title="Data")
     capture: CaptureSettings = Field(default_factory=CaptureSettings, title="Capture")
     eagle3: Eagle3Settings = Field(default_factory=Eagle3Settings, title="EAGLE-3")
+    dflash: DFlashSettings = Field(default_factory=DFlashSettings, title="DFlash")
+    dspark: DSparkSettings = Field(default_factory=DSparkSettings, title="DSpark")
     optimizer: OptimizerSettings = Field(default_factory=OptimizerSettings, title="Optimizer")
     schedule: ScheduleSettings = Field(default_factory=ScheduleSettings, title="Schedule")
     checkpoints: CheckpointSettings = Field(default_factory=CheckpointSettings, title="Checkpoints")
@@ -346,3 +351,8 @@ class TrainSettings(Settings):
         """The section that has the name of the algorithm."""
         section: Settings = getattr(self, self.draft.algorithm)
         return section
+
+    @model_validator(mode="after")
+    def _algorithm_has_its_defaults(self) -> Self:
+        fill_in_defaults(self, self.algorithm_settings.defaults)
+        return self

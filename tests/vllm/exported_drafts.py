@@ -22,7 +22,6 @@ from speculators_cli.core.drafts.trained_draft import read_draft
 from speculators_cli.core.engines.engine import Prompt, Sampling
 from speculators_cli.core.evaluation.draft_and_verify import draft_and_verify
 from speculators_cli.core.evaluation.verifier import load_verifier
-from speculators_cli.core.models.verifier import load_embedding
 from speculators_cli.core.models.verifier_files import VerifierFiles
 from speculators_cli.core.progress import SilentProgress
 from tests.embedded_verifier_map import write_vocab_map
@@ -72,6 +71,24 @@ VARIANTS = {
     "verifier layers 1, 3, 5, 6": Variant(layer_ids=(1, 3, 5, 6)),
     "RoPE theta 1,000": Variant(rope_theta=1000.0, misread={"rope_parameters": DEFAULT_ROPE}),
 }
+BLOCKS = ("--algorithm", "dflash", "--block-size", "4", "--epochs", "24", "--num-layers")
+FULL = {"causal_block": True}
+BLOCK_VARIANTS = {
+    "1 layer": Variant((*BLOCKS, "1"), misread=FULL),
+    "full vocabulary": Variant((*BLOCKS, "1", "--full-vocab"), misread={"mask_token_id": 70}),
+    "2 layers": Variant((*BLOCKS, "2"), misread=FULL),
+    "causal": Variant((*BLOCKS, "1", "--causal-block"), misread={"causal_block": False}),
+    "window": Variant((*BLOCKS, "1", "--draft-window", "4"), misread={"draft_window": 3}),
+    "causal window": Variant(
+        (*BLOCKS, "1", "--draft-window", "4", "--causal-block"), misread={"draft_window": None}
+    ),
+    "verifier layers 1 to 5": Variant(
+        (*BLOCKS, "1"), layer_ids=(1, 2, 3, 4, 5), misread={"target_layer_ids": (2, 3, 4, 5, 6)}
+    ),
+    "RoPE theta 1,000": Variant(
+        (*BLOCKS, "1"), rope_theta=1000.0, misread={"rope_parameters": DEFAULT_ROPE}
+    ),
+}
 
 
 class EngineError(Exception):
@@ -105,7 +122,7 @@ class Questions:
         Raises:
             EngineError: It does not run; with what it complained of first.
         """
-        content = {
+        content = _read_proposal(draft) | {
             "verifier": self.verifier,
             "draft": str(draft),
             "way": way,
@@ -132,9 +149,12 @@ class Questions:
         source = replace(source, config=config, weights=known)
         files = VerifierFiles(self.verifier)
         verifier = load_verifier(files, config.target_layer_ids, dtype=torch.float32)
+        drafter = source.build_drafter(
+            verifier.embedding, num_draft_tokens=config.num_draft_tokens, head=verifier.head
+        )
         answers = draft_and_verify(
             verifier.rows,
-            source.build_drafter(load_embedding(files), num_draft_tokens=3),
+            drafter,
             [Prompt(ids, 0) for ids in self.prompts],
             Sampling(MAX_NEW_TOKENS),
             end_ids=verifier.tokens.end_ids,
@@ -144,9 +164,30 @@ class Questions:
         return Served([list(x.tokens) for x in answers], [list(x.num_accepted) for x in answers])
 
 
+def _read_proposal(draft: Path | None) -> dict[str, Any]:
+    """How an engine is told to draft, by what a draft says of itself."""
+    content = {} if draft is None else json.loads((draft / "config.json").read_text())
+    method = content.get("speculators_model_type", "eagle3")
+    proposals = content.get("speculators_config", {}).get("proposal_methods", [{}])
+    return {
+        "method": method,
+        "num_draft_tokens": proposals[0].get("speculative_tokens", 3),
+        # Of layers that one call of the engine norms the keys of.
+        "num_layers": content["transformer_layer_config"]["num_hidden_layers"]
+        if method == "dflash"
+        else 1,
+    }
+
+
 def _run_engine(command: list[str]) -> None:
     kept = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
-    own = {"OMP_NUM_THREADS": "1", "VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1"}
+    # In one process, so that what serve.py mends is mended.
+    own = {
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        "OMP_NUM_THREADS": "1",
+        "VLLM_CPU_KVCACHE_SPACE": "1",
+        "HF_HUB_OFFLINE": "1",
+    }
     try:
         done = subprocess.run(
             command,

@@ -17,7 +17,13 @@ def main(job_file: str, result_file: str) -> None:
     from vllm import LLM
 
     job = json.loads(Path(job_file).read_text())
-    draft = {"method": "eagle3", "model": job["draft"], "num_speculative_tokens": 3}
+    if job["num_layers"] > 1:
+        mend_grouped_norm()
+    draft = {
+        "method": job["method"],
+        "model": job["draft"],
+        "num_speculative_tokens": job["num_draft_tokens"],
+    }
     ways: dict[str, dict[str, Any]] = {
         "alone": {"model": job["verifier"]},
         "explicit": {"model": job["verifier"], "speculative_config": draft},
@@ -34,6 +40,21 @@ def main(job_file: str, result_file: str) -> None:
     served = [answer(engine, prompt, job["max_new_tokens"]) for prompt in job["prompts"]]
     answers, accepted = zip(*served, strict=True)
     Path(result_file).write_text(json.dumps({"answers": answers, "accepted": accepted}))
+
+
+def mend_grouped_norm() -> None:
+    """Norm the context keys of each layer by its own weights.
+
+    The CPU kernel of the engine takes the first layer's for all of them; that of CUDA does not.
+    """
+    import torch
+    from vllm.model_executor.models import qwen3_dflash
+
+    def normalise(model: Any, all_k: Any) -> Any:
+        normed = torch.nn.functional.rms_norm(all_k, all_k.shape[-1:], eps=model._rms_norm_eps)
+        return (normed * model._k_norm_weights[:, None, None, :]).contiguous()
+
+    qwen3_dflash.DFlashQwen3Model._normalize_context_k = normalise
 
 
 def answer(engine: Any, prompt: list[int], max_new_tokens: int) -> tuple[list[int], list[int]]:

@@ -17,6 +17,7 @@ from speculators_cli.core.drafts.trained_draft import read_draft
 from speculators_cli.core.models.tokenizer import load_tokenizer
 from speculators_cli.core.models.verifier_files import VerifierFiles
 from tests.vllm.exported_drafts import (
+    BLOCK_VARIANTS,
     RESIDUAL_OFF,
     VARIANTS,
     Questions,
@@ -105,6 +106,27 @@ def test_a_misread_config_would_be_seen(folder: Path, name: str) -> None:
 
     own = questions.draft_and_verify(draft)
     misread = questions.draft_and_verify(draft, **VARIANTS[name].misread)
+
+    assert own.answers == misread.answers
+    assert own.accepted != misread.accepted
+
+
+@pytest.mark.parametrize("name", BLOCK_VARIANTS)
+def test_the_engine_fills_in_the_blocks_that_we_do(
+    bench: Bench, folder: Path, name: str, check: Check
+) -> None:
+    draft = export(train(BLOCK_VARIANTS[name], folder), folder / f"blocks {name}")
+
+    check(bench, draft, "explicit", f"DFlash, {name}")
+
+
+@pytest.mark.parametrize("name", BLOCK_VARIANTS)
+def test_a_misread_block_config_would_be_seen(folder: Path, name: str) -> None:
+    draft = export(train(BLOCK_VARIANTS[name], folder), folder / f"blocks {name}")
+    questions = ask_demo()
+
+    own = questions.draft_and_verify(draft)
+    misread = questions.draft_and_verify(draft, **BLOCK_VARIANTS[name].misread)
 
     assert own.answers == misread.answers
     assert own.accepted != misread.accepted

@@ -15,6 +15,7 @@ from speculators_cli.core.algorithms.overrides import Overrides
 from speculators_cli.core.data.alignment import Alignment
 from speculators_cli.core.data.vocab_map import VocabMap
 from speculators_cli.core.models.verifier import FrozenVerifier
+from speculators_cli.core.models.verifier_files import VerifierFiles
 from speculators_cli.settings.base import Settings
 
 ConfigT = TypeVar("ConfigT", bound=DraftConfig)
@@ -28,6 +29,7 @@ class Algorithm(ABC, Generic[ConfigT, SettingsT]):
     settings_class: ClassVar[type[Settings]]  # the section of `speculators train`
     alignment: ClassVar[Alignment]  # which rows of a sample it trains on
     cost: CostModel[ConfigT, SettingsT]  # of a training step
+    num_aux_layers: ClassVar[int] = 3  # verifier layers that it reads, where samples do not decide
     title: ClassVar[str] = ""  # in model cards; empty: the name
     # Settings of the section that a model card lists, and their names in it.
     card_settings: ClassVar[Mapping[str, str]] = {}
@@ -87,14 +89,42 @@ class Algorithm(ABC, Generic[ConfigT, SettingsT]):
         """The config with the values that the tensors, under our names, determine."""
         return config
 
+    def choose_values(
+        self,
+        settings: SettingsT,
+        files: VerifierFiles,
+        vocab_size: int,
+        *,
+        trust_remote_code: bool,
+    ) -> Mapping[str, Any]:
+        """Config fields of a fresh draft that depend on the verifier's files.
+
+        Raises:
+            SettingsError: A setting does not fit the verifier.
+        """
+        del settings, files, vocab_size, trust_remote_code
+        return {}
+
     @abstractmethod
     def build_config(self, settings: SettingsT, shape: Mapping[str, Any]) -> ConfigT:
         """The config of a fresh draft.
 
         Args:
             settings: The section of the run's settings.
-            shape: The fields that every `DraftConfig` has.
+            shape: The fields that every `DraftConfig` has, and those of `choose_values`, where the
+                verifier has files.
         """
+
+    def adopt(
+        self,
+        config: DraftConfig,  # noqa: ARG002
+        settings: SettingsT,  # noqa: ARG002
+    ) -> ConfigT | None:
+        """The config of a draft that starts from one of another algorithm; None: it cannot.
+
+        Weights of the same names are kept; others are those of a fresh draft.
+        """
+        return None
 
     def adapt_config(self, config: ConfigT, settings: SettingsT) -> ConfigT:
         """The config of a trained draft that is trained further with these settings."""
@@ -143,6 +173,7 @@ class Algorithm(ABC, Generic[ConfigT, SettingsT]):
         kept_ids: Tensor,
         *,
         num_draft_tokens: int,
+        head: Tensor | None = None,
     ) -> Drafter:
         """A trained draft that proposes tokens, in float32, on the device of the embedding.
 
@@ -152,7 +183,16 @@ class Algorithm(ABC, Generic[ConfigT, SettingsT]):
             embedding: [vocab, hidden]: the verifier's, or the draft's own.
             kept_ids: [draft_vocab], int64: the verifier ids of draft ids.
             num_draft_tokens: Draft tokens per verifier forward pass.
+            head: [vocab, hidden]: the verifier's LM head, for a draft that has none of its own.
         """
+
+    def find_length_risk(
+        self,
+        config: ConfigT,  # noqa: ARG002
+        num_draft_tokens: int,  # noqa: ARG002
+    ) -> str | None:
+        """What changes if a draft proposes this many tokens, as a sentence; None: the rest stay."""
+        return None
 
     @abstractmethod
     def compute_probe_logits(

@@ -34,6 +34,11 @@ class DraftConfig(DecoderConfig, ABC):
         return len(self.target_layer_ids)
 
     @property
+    def owns_head(self) -> bool:
+        """Whether the draft has an LM head of its own; else it uses the verifier's."""
+        return True
+
+    @property
     @abstractmethod
     def num_draft_tokens(self) -> int:
         """Draft tokens per verifier forward pass that it was trained for."""

@@ -54,6 +54,21 @@ class DraftModel(nn.Module, ABC):
     def loss_weights(self) -> tuple[float, ...]:
         """Weight of each prediction in the loss."""
 
+    def draw(self, batch: Batch, *, seed: int, epoch: int) -> Batch:  # noqa: ARG002
+        """The batch with positions that this draft draws at random, on the host; before all else.
+
+        A draw depends on the seed, the epoch and the samples only.
+        """
+        return batch
+
+    def normalise(
+        self,
+        loss_weights: Tensor,  # [predictions], float32
+        num_scored: Tensor,  # [predictions], int64: of all sequences of a step
+    ) -> Tensor:
+        """What a scored position of each prediction weighs: the loss is a sum of means."""
+        return loss_weights / num_scored.clamp(min=1)
+
     @abstractmethod
     def count_scored(self, batch: Batch) -> Tensor:
         """Positions at which each prediction is scored, from masks only; [predictions], int64."""

@@ -330,12 +330,17 @@ def _read_samples(
         max_bad_samples=None,
         alignment=ALGORITHMS[settings.shape.algorithm].alignment,
         capture="online" if settings.step.capture else "stored",
-        live=StatesShape(verifier.hidden_size, default_layer_ids(verifier.num_layers)),
+        live=StatesShape(verifier.hidden_size, _layer_ids(settings, verifier)),
     )
     source = open_samples(wanted, progress)
     check_samples_fit(source, verifier, vocab_size)
     check_targets(source, settings.step.total_seq_len, samples.data_path[0])
     return source
+
+
+def _layer_ids(settings: BenchSettings, verifier: VerifierConfig) -> tuple[int, ...]:
+    num_aux_layers = ALGORITHMS[settings.shape.algorithm].num_aux_layers
+    return default_layer_ids(verifier.num_layers, num_aux_layers)
 
 
 def _build_step(
@@ -352,7 +357,7 @@ def _build_step(
         settings.algorithm_settings,
         verifier,
         vocab_map,
-        LayerIds(default_layer_ids(verifier.num_layers), is_assumed=True),
+        LayerIds(_layer_ids(settings, verifier), is_assumed=True),
         arch=shape.draft_arch,
         num_layers=shape.num_layers,
     )

@@ -43,6 +43,7 @@ class Batch:
     lengths: tuple[int, ...]  # tokens of each document, in order
     sample_ids: tuple[int, ...]  # the sample of each document: its index in the dataset
     verifier_input: VerifierInput | None = None  # hidden states are still to be computed
+    anchors: Tensor | None = None  # [anchors], int64, ascending: drawn positions, on the CPU
 
     def to(self, device: torch.device) -> Self:
         """Copy to a device, except for the host mask; asynchronous from pinned memory."""

@@ -130,19 +130,24 @@ def write_data_config(
         write_json(content, temporary)
 
 
-def default_layer_ids(num_verifier_layers: int) -> tuple[int, ...]:
-    """Return the default aux layers of vLLM: early, middle and late."""
+def default_layer_ids(num_verifier_layers: int, num_aux_layers: int = 3) -> tuple[int, ...]:
+    """Return the default aux layers: three as in vLLM, any other number evenly from 2 to n - 2."""
     n = num_verifier_layers
-    return (2, n // 2, n - 3)
+    if num_aux_layers == 3:
+        return (2, n // 2, n - 3)
+    gaps = max(num_aux_layers - 1, 1)
+    return tuple(2 + round(i * (n - 4) / gaps) for i in range(num_aux_layers))
 
 
-def choose_captured_layers(given: tuple[int, ...] | None, num_layers: int) -> tuple[int, ...]:
-    """Return the aux layers to capture: the given ones, or early, middle and late.
+def choose_captured_layers(
+    given: tuple[int, ...] | None, num_layers: int, num_aux_layers: int = 3
+) -> tuple[int, ...]:
+    """Return the aux layers to capture: the given ones, or the default ones.
 
     Raises:
         SettingsError: The verifier does not have them.
     """
-    ids = default_layer_ids(num_layers) if given is None else given
+    ids = default_layer_ids(num_layers, num_aux_layers) if given is None else given
     if list(ids) != sorted(set(ids)) or ids[0] < 0 or ids[-1] > num_layers:
         raise SettingsError(
             f"`--target-layer-ids`: layers `{_show(ids)}` are not strictly ascending between 0 and "
@@ -233,8 +238,8 @@ def resolve_layer_ids(
         )
     n = num_verifier_layers
     form = FORMATS.get(data_format)
-    usual = (form.usual_layer_ids if form else None) or default_layer_ids
-    ids = found.pop() if found else usual(n)
+    usual = (form.usual_layer_ids if form else None) if num_aux_layers == 3 else None
+    ids = found.pop() if found else usual(n) if usual else default_layer_ids(n, num_aux_layers)
     is_said = any(ids is not None and not config.is_assumed for config, ids in said)
     return LayerIds(_checked(ids, n, num_aux_layers), is_assumed=not is_said)
 

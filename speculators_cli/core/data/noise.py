@@ -24,7 +24,7 @@ def drop_and_add_noise(batch: Batch, std: float, *, seed: int, epoch: int) -> tu
     target_documents = documents[batch.targets]
     mark_broken(batch.last_hidden_states, target_documents, is_broken)
     zero_broken(batch.last_hidden_states, target_documents, is_broken)
-    keys = [_key(seed, epoch, sample_id) for sample_id in batch.sample_ids]
+    keys = [document_key(seed, epoch, sample_id) for sample_id in batch.sample_ids]
     perturb(
         batch.aux_hidden_states,
         documents,
@@ -50,13 +50,13 @@ def add_noise(batch: Batch, std: float, *, seed: int, epoch: int) -> Batch:
     noise = torch.zeros_like(aux)
     start = 0
     for sample_id, length in zip(batch.sample_ids, batch.lengths, strict=True):
-        generator.manual_seed(_key(seed, epoch, sample_id))
+        generator.manual_seed(document_key(seed, epoch, sample_id))
         noise[start : start + length].uniform_(-std, std, generator=generator)
         start += length
     return replace(batch, aux_hidden_states=aux + noise)
 
 
-def _key(seed: int, epoch: int, sample_id: int) -> int:
-    """Return the seed of a document's noise."""
-    digest = sha256(f"{seed}/{epoch}/{sample_id}".encode()).digest()
+def document_key(seed: int, epoch: int, sample_id: int, *, purpose: str = "") -> int:
+    """Return the seed of a document's random numbers: of its noise, or for another purpose."""
+    digest = sha256(f"{purpose}{seed}/{epoch}/{sample_id}".encode()).digest()
     return int.from_bytes(digest[:7], "little")

@@ -65,14 +65,23 @@ class TrainedDraft:
         """The algorithm of the draft."""
         return ALGORITHMS[self.config.algorithm]
 
-    def build_drafter(self, embedding: Tensor, *, num_draft_tokens: int) -> Drafter:
-        """A drafter on the device of an embedding: the verifier's, or the draft's own."""
+    def build_drafter(
+        self, embedding: Tensor, *, num_draft_tokens: int, head: Tensor | None = None
+    ) -> Drafter:
+        """A drafter on the device of an embedding: the verifier's, or the draft's own.
+
+        Args:
+            embedding: [vocab, hidden]
+            num_draft_tokens: Draft tokens per verifier forward pass.
+            head: [vocab, hidden]: the verifier's LM head; needed unless `config.owns_head`.
+        """
         return self.algorithm.build_drafter(
             self.config,
             self.weights,
             embedding,
             self.vocab_map.kept_ids,
             num_draft_tokens=num_draft_tokens,
+            head=head,
         )
 
     def compute_probe_logits(self, embedding: Tensor) -> Tensor:

@@ -199,7 +199,9 @@ class Diagnostician:
         embedding = self._verifier.embedding
         if variant.source.embedding is not None:
             embedding = variant.source.embedding.to(embedding.device)
-        drafter = variant.source.build_drafter(embedding, num_draft_tokens=self._num_draft_tokens)
+        drafter = variant.source.build_drafter(
+            embedding, num_draft_tokens=self._num_draft_tokens, head=self._verifier.head
+        )
         return draft_everywhere(drafter, forced, self._select(variant))
 
     def _select(self, variant: _Variant) -> Callable[[Tensor], Tensor]:

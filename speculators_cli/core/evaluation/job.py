@@ -175,7 +175,9 @@ class Job:
         if source.embedding is not None:
             embedding = source.embedding.to(embedding.device)
         drafter = source.build_drafter(
-            embedding, num_draft_tokens=num_draft_tokens or self.num_draft_tokens
+            embedding,
+            num_draft_tokens=num_draft_tokens or self.num_draft_tokens,
+            head=self.verifier.head,
         )
         if num_draft_tokens is None:
             check_num_draft_tokens(drafter, self.num_draft_tokens, source)

@@ -43,7 +43,9 @@ class RepeatedEvaluation:
         rows = self.verifier.rows
         rows.select_layers(draft.config.target_layer_ids)
         drafter = draft.build_drafter(
-            self.verifier.embedding, num_draft_tokens=self.num_draft_tokens
+            self.verifier.embedding,
+            num_draft_tokens=self.num_draft_tokens,
+            head=self.verifier.head,
         )
         drafted = draft_and_verify(
             rows,

@@ -24,6 +24,7 @@ class LoadedVerifier:
     rows: RowVerifier
     tokens: VerifierTokens
     embedding: Tensor  # [vocab, hidden]
+    head: Tensor  # [vocab, hidden]: of the LM head
     is_batched: bool  # False: one prompt at a time, without a KV cache
 
     def encode(self, text: str) -> list[int]:
@@ -70,7 +71,12 @@ def load_verifier(
         memory_hint=memory_hint,
     )
     rows = open_rows(model, tuple(layer_ids), name=files.name_or_path)
-    embedding = model.get_input_embeddings().weight.detach()
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     return LoadedVerifier(
-        files.name_or_path, rows, tokens, embedding, is_batched=isinstance(rows, CachedRows)
+        files.name_or_path,
+        rows,
+        tokens,
+        embedding.weight.detach(),
+        head.weight.detach(),
+        is_batched=isinstance(rows, CachedRows),
     )

@@ -116,8 +116,11 @@ def export(settings: ExportSettings, *, progress: Progress = SILENT) -> ExportRe
             f"All norm weights of `{source.name}` are exactly 1.0, as before training: rounding "
             "may have discarded their updates"
         )
-    risk = target.find_serving_risk(served)
-    if risk is not None:
+    risks = (
+        target.find_serving_risk(served),
+        source.algorithm.find_length_risk(source.config, num_tokens),
+    )
+    for risk in filter(None, risks):
         progress.warn(risk)
     tensors = cast_tensors(source, DTYPES[chosen.dtype], with_embedding=chosen.embeddings)
     form, advice = target.format_of(served), target.advise(served)

@@ -119,7 +119,9 @@ def _compare_logits(exported: TrainedDraft, source: TrainedDraft) -> Verificatio
     if embedding is None:
         shape = (source.config.vocab_size, source.config.hidden_size)
         embedding = torch.randn(shape, generator=torch.Generator().manual_seed(1))
-    expected = source.compute_probe_logits(embedding)
+    # Of another number of draft tokens, if the user chose one.
+    sized = source.config.with_num_draft_tokens(exported.config.num_draft_tokens)
+    expected = replace(source, config=sized).compute_probe_logits(embedding)
     own = embedding if exported.embedding is None else exported.embedding
     found = exported.compute_probe_logits(own)
     error = (found - expected).pow(2).mean().sqrt() / expected.pow(2).mean().sqrt()

@@ -103,10 +103,19 @@ class Attention(nn.Module):
         """Attend from each position through `memory`; [seq_len, hidden]."""
         heads = (x.shape[0], -1, self.head_dim)
         query = rotate(self.q_norm(self.q_proj(x).view(heads)), rope)
-        key = rotate(self.k_norm(self.k_proj(x).view(heads)), rope)
-        value = self.v_proj(x).view(heads)
+        key, value = self.keys_and_values(x, rope)
         out: Tensor = self.o_proj(memory.attend(query, key, value).flatten(1))
         return out
+
+    def keys_and_values(
+        self,
+        x: Tensor,  # [seq_len, input_size]
+        rope: tuple[Tensor, Tensor],
+    ) -> tuple[Tensor, Tensor]:
+        """Keys and values of each position, each [seq_len, kv_heads, head_dim]."""
+        heads = (x.shape[0], -1, self.head_dim)
+        key = rotate(self.k_norm(self.k_proj(x).view(heads)), rope)
+        return key, self.v_proj(x).view(heads)
 
 
 class MLP(nn.Module):

@@ -157,7 +157,8 @@ def build_draft(settings: TrainSettings, inputs: Inputs, verifier: FrozenVerifie
         seed=settings.run.seed,
     )
     if inputs.source is not None:
-        draft.load_state_dict(dict(inputs.source.weights))
+        # A draft of another algorithm lacks some.
+        draft.load_state_dict({**draft.state_dict(), **inputs.source.weights})
     return draft
 
 

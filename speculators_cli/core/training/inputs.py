@@ -1,8 +1,10 @@
 """Inputs: everything a run reads and checks before it loads weights or writes files."""
 
 import shlex
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from speculators_cli.core.algorithms import ALGORITHMS
@@ -44,6 +46,7 @@ class Inputs:
     verifier_config: VerifierConfig
     layer_ids: LayerIds
     source: TrainedDraft | None  # the trained draft to start from
+    own_values: Mapping[str, Any]  # of a fresh draft's config, chosen by its algorithm
 
     @property
     def is_live(self) -> bool:
@@ -62,6 +65,7 @@ class Inputs:
                 self.layer_ids,
                 arch=settings.draft.draft_arch,
                 num_layers=settings.draft.num_layers,
+                own_values=self.own_values,
             )
         fixed = _config_of_run(self.verifier_config, self.layer_ids)
         config = replace(self.source.config, **fixed)
@@ -78,6 +82,7 @@ def fresh_config(
     *,
     arch: DraftArch,
     num_layers: int,
+    own_values: Mapping[str, Any] = MappingProxyType({}),
 ) -> DraftConfig:
     """The config of a draft that is trained from scratch."""
     shape: dict[str, Any] = {
@@ -95,7 +100,7 @@ def fresh_config(
         "vocab_size": vocab_map.vocab_size,
         "draft_vocab_size": vocab_map.draft_vocab_size,
     }
-    shape |= _config_of_run(verifier, layer_ids)
+    shape |= _config_of_run(verifier, layer_ids) | dict(own_values)
     fresh: DraftConfig = ALGORITHMS[algorithm].build_config(algorithm_settings, shape)
     return fresh
 
@@ -184,12 +189,24 @@ def read_inputs(
     _warn_of_other_verifier(scanned, verifier, progress)
     _warn_of_other_rope(verifier, source, progress)
     _warn_of_lost_tokens(samples, data.total_seq_len, progress)
-    inputs = Inputs(samples, validation, vocab_map, files, verifier, layer_ids, source)
+    own_values = _choose_values(settings, files, vocab_size) if source is None else {}
+    inputs = Inputs(samples, validation, vocab_map, files, verifier, layer_ids, source, own_values)
     inputs.draft_config(settings)  # refuses settings of no draft before anything is written
     if index_file is not None:
         index_file.parent.mkdir(parents=True, exist_ok=True)
         scanned.write_index(index_file)
     return inputs
+
+
+def _choose_values(
+    settings: TrainSettings, files: VerifierFiles, vocab_size: int
+) -> Mapping[str, Any]:
+    return ALGORITHMS[settings.draft.algorithm].choose_values(
+        settings.algorithm_settings,
+        files,
+        vocab_size,
+        trust_remote_code=settings.draft.trust_remote_code,
+    )
 
 
 def _refuse_conversations(data: DataSettings) -> None:
@@ -238,7 +255,9 @@ def _live_shape(
     given = settings.draft.target_layer_ids
     if given is None and source is not None:
         given = source.config.target_layer_ids
-    return StatesShape(verifier.hidden_size, choose_captured_layers(given, verifier.num_layers))
+    num_aux_layers = ALGORITHMS[settings.draft.algorithm].num_aux_layers
+    layer_ids = choose_captured_layers(given, verifier.num_layers, num_aux_layers)
+    return StatesShape(verifier.hidden_size, layer_ids)
 
 
 def check_samples_fit(samples: SampleSource, verifier: VerifierConfig, vocab_size: int) -> None:

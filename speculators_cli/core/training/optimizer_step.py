@@ -64,7 +64,7 @@ class OptimizerStep:
         ready = [self.prepare(batch, log, epoch) for batch in batches]
         # Depends only on masks, so the sum over ranks precedes the first forward pass.
         num_scored = torch.stack([self.draft.count_scored(batch) for batch in ready]).sum(0)
-        weights = self.loss_weights / self.ranks.sum(num_scored).clamp(min=1)
+        weights = self.draft.normalise(self.loss_weights, self.ranks.sum(num_scored))
         for batch in ready:
             sums = self.draft(batch, weights)
             sums.loss.backward()
@@ -72,7 +72,7 @@ class OptimizerStep:
         return self.optimizer.step(lr)
 
     def prepare(self, batch: Batch, log: StepLog, epoch: int) -> Batch:
-        """Fill and cast a training batch, drop broken documents, add noise."""
+        """Fill and cast a training batch, drop broken documents, add noise, draw positions."""
         ready, is_broken = drop_and_add_noise(
             self.filler.fill(batch).cast(self.compute_dtype),
             self.noise_std,
@@ -80,4 +80,4 @@ class OptimizerStep:
             epoch=epoch,
         )
         log.add_broken(batch.sample_ids, is_broken)
-        return ready
+        return self.draft.draw(ready, seed=self.seed, epoch=epoch)

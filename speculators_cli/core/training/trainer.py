@@ -173,7 +173,9 @@ class Trainer:
         for (batch,) in self.feed.steps(self.validation_loader.epoch(0)):
             filled = self.filler.fill(batch).cast(self.optimizer_step.compute_dtype)
             finite, _ = drop_non_finite(filled)
-            sums.add(self.draft(finite), finite)
+            # The same positions after each epoch, so that their losses compare.
+            drawn = self.draft.draw(finite, seed=self.optimizer_step.seed, epoch=VALIDATION_EPOCH)
+            sums.add(self.draft(drawn), drawn)
             self.leave_if_asked()
         self.feed.take_wait_seconds()
         self.filler.take_seconds()
@@ -289,3 +291,6 @@ class Trainer:
         """Whether a checkpoint is due in the middle of an epoch, after the current step."""
         every = self.checkpoint_every_steps
         return every is not None and self.state.step % every == 0 and not self.is_epoch_whole
+
+
+VALIDATION_EPOCH = -1  # for draws: that of no training epoch

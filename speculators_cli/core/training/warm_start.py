@@ -1,10 +1,12 @@
 """Warm start: a run that starts from the weights of a trained draft, and keeps its shape."""
 
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from speculators_cli.core.algorithms import ALGORITHMS
 from speculators_cli.core.algorithms.overrides import Overrides
 from speculators_cli.core.data.data_config import LayerIds
 from speculators_cli.core.data.vocab_map import VocabMap
@@ -47,6 +49,7 @@ def read_warm_start(
         ),
         flag=FLAG,
     )
+    source = _adopt(source, settings)
     config = source.config
     fixed: dict[str, dict[str, Any]] = {
         "draft": {
@@ -87,6 +90,15 @@ def _shown(value: object) -> str:
     if value is None:
         return "none"
     return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
+
+
+def _adopt(source: TrainedDraft, settings: TrainSettings) -> TrainedDraft:
+    """The draft as one of the algorithm of the run, if that can start from it."""
+    chosen = settings.draft.algorithm
+    if chosen == source.algorithm.name or "algorithm" not in settings.draft.model_fields_set:
+        return source
+    config = ALGORITHMS[chosen].adopt(source.config, settings.algorithm_settings)
+    return source if config is None else replace(source, config=config)
 
 
 def check_fit(source: TrainedDraft, verifier: VerifierShape, vocab_size: int) -> None:

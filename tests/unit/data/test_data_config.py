@@ -8,6 +8,7 @@ import pytest
 from speculators_cli.core.data.data_config import (
     DataConfig,
     LayerIds,
+    default_layer_ids,
     read_data_config,
     resolve_layer_ids,
 )
@@ -139,3 +140,11 @@ def test_a_value_of_any_length_is_shown_in_short(tmp_path: Path) -> None:
         read_data_config(file)
 
     assert len(error.value.message) < 300
+
+
+def test_without_ids_three_layers_are_those_of_the_generator_and_others_are_even() -> None:
+    assert resolve(aux=5).ids == (2, 9, 16, 23, 30)
+    assert resolve(aux=1).ids == (2,)
+    assert resolve(aux=5).is_assumed
+    assert default_layer_ids(36, 5) == (2, 10, 18, 26, 34)
+    assert default_layer_ids(36) == (2, 18, 33)

@@ -240,8 +240,8 @@ REFUSED: dict[str, tuple[Change, str]] = {
         "has no verifier",
     ),
     "another algorithm": (
-        lambda c, _: c.update(speculators_model_type="dflash"),
-        "of algorithm `dflash`, expected `eagle3`",
+        lambda c, _: c.update(speculators_model_type="mtp"),
+        "of algorithm `mtp`, expected `eagle3`, `dflash`, `dspark`",
     ),
     "no layers": (lambda c, _: c.pop("transformer_layer_config"), "lacks `transformer_layer"),
     "biases": (

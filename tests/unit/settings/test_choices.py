@@ -25,7 +25,7 @@ FOLDER_FORMATS = {"auto", "pt", *FORMATS} - {"v0", "v1"}
     [
         (TrainSettings, "algorithm", ALGORITHMS),
         (TrainSettings, "logger", LOGGERS),
-        (TrainSettings, "loss", LOSSES),
+        (TrainSettings, "block_loss", LOSSES),
         (TrainSettings, "data_format", FOLDER_FORMATS),
         (BenchSettings, "shape", SHAPES),
         (ExportSettings, "target", TARGETS),

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from speculators_cli.core.algorithms.draft_model import StepSums
-from speculators_cli.core.algorithms.eagle3.objective import COUNTERS, RATIOS
+from speculators_cli.core.algorithms.objective import COUNTERS, RATIOS
 from speculators_cli.core.data.batch import Batch
 from speculators_cli.core.training.distributed import Ranks
 from speculators_cli.core.training.metrics import MetricSums

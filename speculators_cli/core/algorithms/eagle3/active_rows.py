@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from speculators_cli.core.algorithms.eagle3.objective import scored_positions
+from speculators_cli.core.algorithms.objective import scored_positions
 from speculators_cli.core.data.batch import Batch
 from speculators_cli.core.kernels.device import move
 from speculators_cli.core.kernels.spans import Spans, document_bounds

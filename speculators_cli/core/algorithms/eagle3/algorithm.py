@@ -11,7 +11,6 @@ from speculators_cli.core.algorithms.algorithm import Algorithm
 from speculators_cli.core.algorithms.eagle3.attention import is_joinable
 from speculators_cli.core.algorithms.eagle3.config import SWITCHES, Eagle3Config
 from speculators_cli.core.algorithms.eagle3.config_reader import (
-    find_assumed,
     has_plain_layers,
     is_eagle3,
     read_draft_config,
@@ -22,6 +21,7 @@ from speculators_cli.core.algorithms.eagle3.cost import Eagle3Cost
 from speculators_cli.core.algorithms.eagle3.draft import Eagle3Draft
 from speculators_cli.core.algorithms.eagle3.drafter import Eagle3Drafter
 from speculators_cli.core.algorithms.eagle3.training import Eagle3Training
+from speculators_cli.core.algorithms.layers_reader import find_assumed
 from speculators_cli.core.algorithms.overrides import Overrides
 from speculators_cli.core.data.alignment import NEXT_TOKEN
 from speculators_cli.core.data.vocab_map import VocabMap
@@ -161,8 +161,10 @@ class Eagle3(Algorithm[Eagle3Config, Eagle3Settings]):
         kept_ids: Tensor,
         *,
         num_draft_tokens: int,
+        head: Tensor | None = None,
     ) -> Eagle3Drafter:
         """A trained draft that proposes a chain of tokens."""
+        del head
         draft = load_draft(config, weights, embedding)
         return Eagle3Drafter(draft, kept_ids.to(embedding.device), num_draft_tokens)
 

@@ -3,31 +3,30 @@
 from collections.abc import Mapping
 from typing import Any
 
-from transformers import AutoConfig, PreTrainedConfig
+from transformers import AutoConfig
 
 from speculators_cli.core.algorithms.draft_config import (
     LAYER_IDS_ASSUMED,
-    PRODUCER,
-    DraftConfig,
     is_speculators,
 )
 from speculators_cli.core.algorithms.eagle3.config import SWITCHES, Eagle3Config
+from speculators_cli.core.algorithms.layers_reader import (
+    layers_of,
+    read_layers_rope,
+    read_sizes,
+    read_windows,
+    refuse_other_layers,
+)
 from speculators_cli.core.algorithms.overrides import Overrides
 from speculators_cli.core.data.data_config import default_layer_ids
 from speculators_cli.core.errors import CheckpointError
 from speculators_cli.core.models.config_values import Values
-from speculators_cli.core.models.decoder_config import FULL, SLIDING
-from speculators_cli.core.models.rope import RopeError, read_rope
 
 PLAIN_ARCHITECTURES = ("LlamaForCausalLMEagle3", "Eagle3LlamaForCausalLM")
 # Families with the layers of llama if projections are separate tensors without bias.
 LLAMA_LAYERS = ("llama", "mistral", "qwen2", "phi3")
 DEFAULT_NUM_TOKENS = 3  # if config.json has no number of draft tokens
-CONVERT_HINT = "Train it again with `speculators train`"
 _IDS = Eagle3Config.layer_ids_key
-# Values that no tensor determines, and for which engines have a default.
-_UNSEEN = ("rms_norm_eps", "max_position_embeddings")
-_THETA_KEYS = ("rope_theta", "rotary_emb_base")
 
 
 def is_eagle3(content: Mapping[str, Any]) -> bool:
@@ -65,25 +64,10 @@ def has_plain_layers(content: Mapping[str, Any]) -> bool:
     return architectures in PLAIN_ARCHITECTURES
 
 
-def find_assumed(content: Mapping[str, Any], config: DraftConfig) -> dict[str, Any]:
-    """Values missing from config.json that no tensor determines, with their defaults."""
-    layers = _layers_of(content)
-    found = {key: getattr(config, key) for key in _UNSEEN if layers.get(key) is None}
-    rope = layers.get("rope_scaling") or layers.get("rope_parameters") or {}
-    if all(x is None for x in (rope.get("rope_theta"), *map(layers.get, _THETA_KEYS))):
-        found["rope_theta"] = config.rope_parameters["rope_theta"]
-    return found
-
-
 def ties_head(content: Mapping[str, Any], name: str) -> bool:
     """Whether a config.json ties the LM head to the embedding."""
-    layers = _layers_of(content)
+    layers = layers_of(content)
     return any(Values(part, name).switch("tie_word_embeddings") for part in (content, layers))
-
-
-def _layers_of(content: Mapping[str, Any]) -> Any:
-    """The part of a config.json that describes the decoder layers."""
-    return content["transformer_layer_config"] if is_speculators(content) else content
 
 
 def _from_speculators(values: Values, overrides: Overrides) -> Eagle3Config:
@@ -156,9 +140,9 @@ def _build(
 ) -> Eagle3Config:
     name = values.name
     verifier_name = overrides.verifier_name_or_path or verifier[0]
-    _refuse_other_layers(values, layers)
+    refuse_other_layers(values, layers)
     arch, family = _find_family(layers)
-    sizes = _read_sizes(layers, arch, family)
+    sizes = read_sizes(layers, arch, family)
     if not verifier_name:
         raise CheckpointError(
             f"The config.json of `{name}` has no verifier",
@@ -183,14 +167,14 @@ def _build(
         arch=arch,
         target_hidden_size=values.size("target_hidden_size") or sizes["hidden_size"],
         rms_norm_eps=layers.number("rms_norm_eps") or family.rms_norm_eps,
-        rope_parameters=_rope(values, layers, sizes),
+        rope_parameters=read_layers_rope(values, layers, sizes),
         draft_vocab_size=values.size("draft_vocab_size") or sizes["vocab_size"],
         target_layer_ids=ids,
         are_layer_ids_assumed=is_assumed,
         ttt_steps=num_tokens or DEFAULT_NUM_TOKENS,
         verifier_name_or_path=verifier_name,
         verifier_architectures=architectures,
-        **_read_windows(layers, sizes["num_layers"]),
+        **read_windows(layers, sizes["num_layers"]),
         **sizes,
         **flags,
     )
@@ -211,98 +195,3 @@ def _find_family(layers: Values) -> tuple[str, Any]:
         f"`{layers.name}` has decoder layers of type `{model_type}`, expected one of {expected}",
         hint="Pass a draft with such layers",
     )
-
-
-def _read_sizes(layers: Values, arch: str, family: PreTrainedConfig) -> dict[str, Any]:
-    """Sizes under the names of `Eagle3Config`; missing ones have the family's default."""
-    keys = {
-        "hidden_size": "hidden_size",
-        "intermediate_size": "intermediate_size",
-        "num_layers": "num_hidden_layers",
-        "num_heads": "num_attention_heads",
-        "max_position_embeddings": "max_position_embeddings",
-        "vocab_size": "vocab_size",
-    }
-    sizes: dict[str, Any] = {
-        own: layers.size(key) or getattr(family, key) for own, key in keys.items()
-    }
-    heads = sizes["num_heads"]
-    kv_heads, head_dim = heads, sizes["hidden_size"] // heads
-    if arch == "qwen3":
-        head_dim = family.head_dim
-        kv_heads = heads if "num_key_value_heads" in layers.content else family.num_key_value_heads
-    sizes["num_kv_heads"] = layers.size("num_key_value_heads") or kv_heads
-    sizes["head_dim"] = layers.size("head_dim") or head_dim
-    if sizes["head_dim"] == 0:
-        raise layers.error("num_attention_heads", f"at most {sizes['hidden_size']:,}")
-    return sizes
-
-
-def _refuse_other_layers(values: Values, layers: Values) -> None:
-    """Refuse layers that this package does not support."""
-    for part in (values, layers):
-        for key in ("quantization_config", "compression_config"):
-            if part.has(key):
-                method = part.part(key).content.get("quant_method", "an unnamed method")
-                raise CheckpointError(
-                    f"`{values.name}` is quantised with `{method}`",
-                    hint="Pass the draft before quantisation",
-                )
-    act = layers.text("hidden_act") or "silu"
-    found = {
-        "hidden_act": ("silu" if act == "swish" else act, "silu"),
-        **{key: (layers.switch(key) or False, False) for key in ("attention_bias", "mlp_bias")},
-        # Engines read the layers' kinds only; without these, other tools differ in what it means.
-        "use_sliding_window": (_has_unclear_window(layers), False),
-        "layer_types": (_other_attention(layers), "full_attention"),
-        "logit_scale": (layers.number("logit_scale") or 1.0, 1.0),
-        "dual_chunk_attention_config": (layers.has("dual_chunk_attention_config"), False),
-    }
-    for key, (value, expected) in found.items():
-        if value != expected:
-            raise CheckpointError(
-                f"`{values.name}` has `{key}` `{value}`, but only `{expected}` is supported",
-                hint=CONVERT_HINT,
-            )
-
-
-def _has_unclear_window(layers: Values) -> bool:
-    return bool(layers.switch("use_sliding_window")) and not layers.has("layer_types")
-
-
-def _other_attention(layers: Values) -> str:
-    kinds = layers.texts("layer_types")
-    return next((kind for kind in kinds if kind not in (FULL, SLIDING)), FULL)
-
-
-def _read_windows(layers: Values, num_layers: int) -> dict[str, Any]:
-    """The windows of the layers, as engines read them: without kinds of layers there are none."""
-    kinds = layers.texts("layer_types")
-    if SLIDING not in kinds:
-        return {}
-    if len(kinds) != num_layers:
-        raise layers.error("layer_types", f"one value for each of {num_layers} layers")
-    window = layers.size("sliding_window")
-    if window is None:
-        raise layers.error("sliding_window", f"a size, since it has layers of type `{SLIDING}`")
-    full = tuple(index for index, kind in enumerate(kinds) if kind == FULL)
-    return {"sliding_window": window, "full_attention_layers": full}
-
-
-def _rope(values: Values, layers: Values, sizes: Mapping[str, int]) -> dict[str, Any]:
-    content = dict(layers.content)
-    producer, rope = values.content.get("producer"), content.get("rope_parameters")
-    if isinstance(producer, dict) and producer.get("name") == PRODUCER and isinstance(rope, dict):
-        # Earlier versions wrote the verifier's `alpha` but trained without it.
-        content["rope_parameters"] = {key: x for key, x in rope.items() if key != "alpha"}
-    try:
-        return read_rope(
-            content,
-            head_dim=sizes["head_dim"],
-            max_position_embeddings=sizes["max_position_embeddings"],
-        )
-    except RopeError as error:
-        raise CheckpointError(
-            f"The RoPE of `{layers.name}` is not supported: it {error}",
-            hint=CONVERT_HINT,
-        ) from None

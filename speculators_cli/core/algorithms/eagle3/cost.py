@@ -16,7 +16,7 @@ from torch import Tensor
 
 from speculators_cli.core.algorithms.cost import CostModel, Gpu, Work
 from speculators_cli.core.algorithms.eagle3.config import Eagle3Config
-from speculators_cli.core.algorithms.eagle3.objective import scored_positions
+from speculators_cli.core.algorithms.objective import scored_positions
 from speculators_cli.core.kernels.logit_chunks import chunk_size
 from speculators_cli.settings.algorithms.eagle3 import Eagle3Settings
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from speculators_cli.core.algorithms.draft_model import StepSums
 from speculators_cli.core.algorithms.eagle3.active_rows import ActiveRows, find_active_rows
 from speculators_cli.core.algorithms.eagle3.draft import Eagle3Draft, FirstLayer
-from speculators_cli.core.algorithms.eagle3.objective import sum_steps
+from speculators_cli.core.algorithms.objective import sum_steps
 from speculators_cli.core.data.batch import Batch
 from speculators_cli.core.kernels.joint_attention import joint_attention
 from speculators_cli.core.kernels.linear_kl import Targets, linear_kl
@@ -19,7 +19,6 @@ from speculators_cli.core.kernels.shared import SharedRows, SharedWeight, gather
 from speculators_cli.core.kernels.spans import Spans
 from speculators_cli.core.kernels.swiglu import swiglu
 from speculators_cli.core.models.layers import DecoderLayer, RMSNorm
-from speculators_cli.core.models.verifier import FrozenVerifier
 
 Rope = tuple[Tensor, Tensor]
 
@@ -199,33 +198,6 @@ def build_layers(draft: Eagle3Draft, batch: Batch, rows: ActiveRows) -> list[Fas
         )
         for index, layer in enumerate(draft.layers)
     ]
-
-
-def find_targets(
-    batch: Batch,
-    verifier: FrozenVerifier,
-    head: Tensor,  # [draft_vocab, hidden]: the verifier's LM head over the draft vocabulary
-    kept_ids: Tensor,  # [draft_vocab], int64
-    *,
-    over_whole_vocab: bool,
-) -> Targets:
-    """What the draft is scored against, with the verifier's tokens over the chosen vocabulary."""
-    last_hidden = batch.last_hidden_states
-    if verifier.has_rms_norm:
-        normed, _ = rms_norm(last_hidden, verifier.norm_weight, verifier.config.rms_norm_eps)
-        last_hidden = torch.where(batch.is_normed[:, None], last_hidden, normed)
-    else:
-        last_hidden = verifier.normed(last_hidden, batch.is_normed)
-    return Targets(
-        hidden=last_hidden,
-        head=head,
-        is_kept=batch.loss_mask[batch.targets],
-        tokens=verifier.tokens(last_hidden) if over_whole_vocab else None,
-        kept_ids=kept_ids,
-        logit_scale=verifier.config.logit_scale,
-        softcap=verifier.config.logit_softcap,
-        bias=verifier.bias_of(kept_ids),
-    )
 
 
 def score(

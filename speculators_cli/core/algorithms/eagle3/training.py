@@ -9,7 +9,7 @@ from speculators_cli.core.algorithms.draft_model import DraftModel, StepSums
 from speculators_cli.core.algorithms.eagle3.attention import TTTMemory
 from speculators_cli.core.algorithms.eagle3.config import Eagle3Config
 from speculators_cli.core.algorithms.eagle3.draft import Eagle3Draft
-from speculators_cli.core.algorithms.eagle3.objective import (
+from speculators_cli.core.algorithms.objective import (
     COUNTERS,
     RATIOS,
     scored_positions,
@@ -105,7 +105,8 @@ class Eagle3Training(Eagle3Draft, DraftModel):
 
     def _unroll_fast(self, batch: Batch, weights: Tensor | None) -> StepSums:
         # Triton is only available with a GPU.
-        from speculators_cli.core.algorithms.eagle3.fast_step import find_targets, unroll
+        from speculators_cli.core.algorithms.eagle3.fast_step import unroll
+        from speculators_cli.core.algorithms.fused_targets import find_targets
 
         if weights is None:
             weights = torch.ones(self.config.ttt_steps, device=self.fc.weight.device)

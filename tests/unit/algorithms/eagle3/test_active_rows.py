@@ -4,7 +4,7 @@ import numpy as np
 import torch
 
 from speculators_cli.core.algorithms.eagle3.active_rows import find_active_rows
-from speculators_cli.core.algorithms.eagle3.objective import scored_positions
+from speculators_cli.core.algorithms.objective import scored_positions
 from speculators_cli.core.kernels.spans import Spans
 from tests.tiny_drafts import make_config, make_sample, pack
 

@@ -3,7 +3,7 @@
 import torch
 from torch.utils import _pytree as pytree
 
-from speculators_cli.core.algorithms.eagle3.objective import scored_positions, shifted, sum_steps
+from speculators_cli.core.algorithms.objective import scored_positions, shifted, sum_steps
 
 #                          document 0 ........  document 1 ....  padding
 DOCUMENT_IDS = torch.tensor([0, 0, 0, 0, 0, 1, 1, 1, 1, -1, -1])

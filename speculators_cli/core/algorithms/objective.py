@@ -1,7 +1,8 @@
-"""Training-time test: the positions that each TTT step scores, and its counters.
+"""The positions that each prediction of a chain is scored at, and its counters.
 
-TTT step k at position i scores the verifier's distribution of position i+k, if that is in the
-same document and supervised (EAGLE-3, arXiv 2503.01840, section 3.2).
+Prediction k at position i is scored against the verifier's distribution of position i+k, if that is
+in the same document and supervised: TTT step k of EAGLE-3 (arXiv 2503.01840, section 3.2), token k
+of a block.
 """
 
 import torch

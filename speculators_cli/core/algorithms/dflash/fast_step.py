@@ -1,0 +1,100 @@
+"""The blocks of a step with GPU kernels: the same function as the plain forward.
+
+Weights are cast to the compute dtype once, and gradients are accumulated in float32. The keys and
+values of the context are one product for all layers.
+"""
+
+import torch
+from torch import Tensor
+
+from speculators_cli.core.algorithms.dflash.attention import BlockMemory, find_groups
+from speculators_cli.core.algorithms.dflash.blocks import Blocks
+from speculators_cli.core.algorithms.dflash.draft import Context, DFlashDraft
+from speculators_cli.core.data.batch import Batch
+from speculators_cli.core.kernels.rms_norm import rms_norm
+from speculators_cli.core.kernels.rotary import rotate
+from speculators_cli.core.kernels.shared import SharedWeight
+from speculators_cli.core.kernels.swiglu import swiglu
+from speculators_cli.core.models.layers import Attention, DecoderLayer, RMSNorm
+
+Rope = tuple[Tensor, Tensor]
+
+
+def predict(draft: DFlashDraft, batch: Batch, blocks: Blocks) -> Tensor:
+    """What the LM head reads for each prediction; [anchors, predictions, hidden]."""
+    config, dtype, device = draft.config, batch.aux_hidden_states.dtype, batch.input_ids.device
+    longest = max(batch.lengths, default=0) + config.block_size + 1
+    rope = draft.rotary(torch.arange(longest, device=device))
+    layers: list[DecoderLayer] = list(draft.layers)  # type: ignore[arg-type]
+    context = _read_context(draft, layers, batch, rope)
+    places = torch.arange(config.block_size, device=device)
+    anchors = blocks.anchors
+    positions = (batch.position_ids[anchors, None] + places).flatten()
+    hidden = draft.embed_blocks(batch.input_ids[anchors]).to(dtype)
+    residual: Tensor | None = None
+    groups = find_groups(draft.block_shape, blocks.spans, anchors)
+    for layer, (key, value) in zip(layers, context, strict=True):
+        memory = BlockMemory(groups, key, value)
+        hidden, residual = _run_layer(layer, hidden, residual, rope, positions, memory)
+    normed, _ = _norm(draft.norm, hidden, residual)
+    return normed.view(len(anchors), config.block_size, -1)[:, config.first_slot :]
+
+
+def _norm(norm: RMSNorm, x: Tensor, add: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """`x + add` normalised, and `x + add` to go on with."""
+    return rms_norm(x, norm.weight, norm.eps, add=add)
+
+
+def _read_context(
+    draft: DFlashDraft, layers: list[DecoderLayer], batch: Batch, rope: Rope
+) -> Context:
+    """Keys and values of the context in each layer."""
+    dtype = batch.aux_hidden_states.dtype
+    fused = SharedWeight([draft.fc.weight], dtype).linear(batch.aux_hidden_states)
+    normed, _ = _norm(draft.hidden_norm, fused)
+    attentions = [layer.self_attn for layer in layers]
+    weights = [part.weight for own in attentions for part in (own.k_proj, own.v_proj)]
+    projected = SharedWeight(weights, dtype).linear(normed).chunk(len(weights), dim=1)
+    # Padding, which no anchor reads, is at position 0.
+    positions = (batch.position_ids - 1).clamp(min=0)
+    return [
+        (_turn(own, own.k_norm, key, rope, positions), _by_head(own, value))
+        for own, key, value in zip(attentions, projected[::2], projected[1::2], strict=True)
+    ]
+
+
+def _run_layer(
+    layer: DecoderLayer,
+    hidden: Tensor,  # [rows, hidden]
+    residual: Tensor | None,  # what the next norm is to add to it
+    rope: Rope,
+    positions: Tensor,  # [rows], int64
+    memory: BlockMemory,
+) -> tuple[Tensor, Tensor]:
+    """One layer over all rows; hidden states, and what is to be added to them."""
+    dtype, own, mlp = hidden.dtype, layer.self_attn, layer.mlp
+    normed, residual = _norm(layer.input_layernorm, hidden, residual)
+    parts = [own.q_proj.weight, own.k_proj.weight, own.v_proj.weight]
+    projected = SharedWeight(parts, dtype).linear(normed)
+    query, key, value = projected.split([len(part) for part in parts], dim=1)
+    attended = memory.attend(
+        _turn(own, own.q_norm, query, rope, positions),
+        _turn(own, own.k_norm, key, rope, positions),
+        _by_head(own, value),
+    )
+    hidden = SharedWeight([own.o_proj.weight], dtype).linear(attended.flatten(1))
+    normed, residual = _norm(layer.post_attention_layernorm, hidden, residual)
+    gate_up = SharedWeight([mlp.gate_proj.weight, mlp.up_proj.weight], dtype).linear(normed)
+    return SharedWeight([mlp.down_proj.weight], dtype).linear(swiglu(gate_up)), residual
+
+
+def _by_head(attention: Attention, x: Tensor) -> Tensor:
+    """Split rows into heads; [rows, heads, head_dim]."""
+    return x.view(len(x), -1, attention.head_dim)
+
+
+def _turn(
+    attention: Attention, norm: torch.nn.Module, x: Tensor, rope: Rope, positions: Tensor
+) -> Tensor:
+    """Queries or keys after their norm, rotated by their positions."""
+    return rotate(norm(_by_head(attention, x)), rope, positions)
