@@ -11,7 +11,6 @@ from speculators_cli.settings.evaluate import EvaluateSettings
 
 EXAMPLES = (
     "speculators evaluate checkpoints --prompts mt_bench.jsonl --num-speculative-tokens 3",
-    "speculators evaluate served --prompts humaneval --max-prompts 80 --json",
     "speculators evaluate served --prompts gsm8k --engine vllm --concurrency 1,8,32",
     "speculators evaluate checkpoints --against other-draft --prompts gsm8k",
 )

@@ -221,7 +221,7 @@ def test_the_whole_demo_holds_what_it_reports(tmp_path: Path) -> None:
     assert (folder / "notes.txt").exists()
     saved = json.loads((folder / "demo.json").read_text())
     assert saved.pop("made_by") == "speculators demo"
-    assert {"verifier/config.json", "data/samples/00000/data_24.pt", "d2t.npy"} <= saved.pop(
+    assert {"verifier/config.json", "data/samples/00000/000024.pt", "d2t.npy"} <= saved.pop(
         "files"
     ).keys()
     assert saved == {name: report[name] for name in saved}
