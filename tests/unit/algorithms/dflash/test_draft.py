@@ -188,8 +188,6 @@ def verify(sample: Sample, start: int, stop: int) -> Verified:
     aux = torch.cat([layer[start:stop] for layer in sample.aux_hidden_states], dim=-1)
     tokens = sample.input_ids[None, start + 1 : stop + 1]
     return Verified(tokens, aux[None], [start], [stop - start])
-        sample.input_ids[None, start + 1 : stop + 1], aux[None], [start], [stop - start]
-    )
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

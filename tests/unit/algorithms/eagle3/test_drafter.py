@@ -4,13 +4,13 @@ from typing import Any
 
 import pytest
 import torch
-from speculators_cli.core.algorithms.eagle3.objective import shifted
 from torch import Tensor
 
 from speculators_cli.core.algorithms.drafter import Verified
 from speculators_cli.core.algorithms.eagle3.attention import TTTMemory
 from speculators_cli.core.algorithms.eagle3.drafter import Eagle3Drafter
 from speculators_cli.core.algorithms.eagle3.training import Eagle3Training
+from speculators_cli.core.algorithms.objective import shifted
 from speculators_cli.core.data.batch import Batch
 from tests.tiny_drafts import filled_draft, make_config, make_sample, pack
 
