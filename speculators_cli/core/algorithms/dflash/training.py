@@ -33,7 +33,8 @@ class DFlashTraining(DFlashDraft, DraftModel):
         loss: Loss function per prediction.
         weights: What the predictions of a block weigh in the loss.
         num_anchors: Blocks per packed sequence, at most.
-        use_fast_kernels: Whether to compute with GPU kernels, and the loss fused with the LM head.
+        use_fast_kernels: Whether to compute with GPU kernels; a loss without one is computed in
+            chunks.
     """
 
     config: DFlashConfig
@@ -99,13 +100,15 @@ class DFlashTraining(DFlashDraft, DraftModel):
     def forward(self, batch: Batch, weights: Tensor | None = None) -> StepSums:
         """Fill in the blocks of all anchors at once, and score their tokens."""
         blocks = find_blocks(batch, self.config.num_draft_tokens)
-        if self.use_fast_kernels:
+        if not self.use_fast_kernels:
+            normed = self.predict(batch, blocks)
+        else:
             # Triton is only available with a GPU.
             from speculators_cli.core.algorithms.dflash import fast_step, fused_loss
 
             normed = fast_step.predict(self, batch, blocks)
-            return fused_loss.score(self, batch, blocks, normed, weights)
-        normed = self.predict(batch, blocks)
+            if self.loss.has_fused_kernel:
+                return fused_loss.score(self, batch, blocks, normed, weights)
         parts = self._score_in_chunks(batch, blocks, normed)
         return self.sum_parts(parts, self._scored(batch, blocks), weights)
 
