@@ -15,6 +15,7 @@ from speculators_cli.core.algorithms.draft_model import DraftModel, Ratio, StepS
 from speculators_cli.core.algorithms.objective import COUNTERS, RATIOS, sum_steps
 from speculators_cli.core.data.batch import Batch
 from speculators_cli.core.data.vocab_map import VocabMap
+from speculators_cli.core.errors import SettingsError
 from speculators_cli.core.models.losses import Loss
 from speculators_cli.core.models.verifier import FrozenVerifier
 
@@ -35,6 +36,9 @@ class DFlashTraining(DFlashDraft, DraftModel):
         num_anchors: Blocks per packed sequence, at most.
         use_fast_kernels: Whether to compute with GPU kernels; a loss without one is computed in
             chunks.
+
+    Raises:
+        SettingsError: The draft would use an LM head with a bias.
     """
 
     config: DFlashConfig
@@ -52,6 +56,12 @@ class DFlashTraining(DFlashDraft, DraftModel):
         num_anchors: int,
         use_fast_kernels: bool = False,
     ) -> None:
+        if not config.owns_head and verifier.head_bias is not None:
+            raise SettingsError(
+                f"The LM head of verifier `{config.verifier_name_or_path}` has a bias, which "
+                "engines and training would apply to the draft differently",
+                hint="Train with a draft vocabulary, without `--full-vocab`",
+            )
         super().__init__(config, verifier.embedding, verifier.head)
         self.use_fast_kernels = use_fast_kernels
         self.verifier = verifier
