@@ -54,7 +54,9 @@ class BlockCost(CostModel[ConfigT, SettingsT]):
         lengths: Sequence[int],
     ) -> Work:
         """The work of one packed sequence, from its masks."""
-        return self.make_work(config, _count(config, settings.num_anchors, loss_mask, lengths))
+        return self.make_work(
+            config, count_blocks(config, settings.num_anchors, loss_mask, lengths)
+        )
 
     def expect_work(
         self,
@@ -134,7 +136,7 @@ class DFlashCost(BlockCost[DFlashConfig, DFlashSettings]):
     """The cost of a DFlash step."""
 
 
-def _count(
+def count_blocks(
     config: DFlashConfig, num_anchors: int, loss_mask: Tensor, lengths: Sequence[int]
 ) -> BlockCounts:
     """Counts from a mask: each run of supervised positions, by its place in its document."""

@@ -15,6 +15,7 @@ from speculators_cli.core.algorithms.draft_model import DraftModel, Ratio, StepS
 from speculators_cli.core.algorithms.objective import COUNTERS, RATIOS, sum_steps
 from speculators_cli.core.data.batch import Batch
 from speculators_cli.core.data.vocab_map import VocabMap
+from speculators_cli.core.errors import SettingsError
 from speculators_cli.core.models.losses import Loss
 from speculators_cli.core.models.verifier import FrozenVerifier
 
@@ -33,7 +34,11 @@ class DFlashTraining(DFlashDraft, DraftModel):
         loss: Loss function per prediction.
         weights: What the predictions of a block weigh in the loss.
         num_anchors: Blocks per packed sequence, at most.
-        use_fast_kernels: Whether to compute with GPU kernels, and the loss fused with the LM head.
+        use_fast_kernels: Whether to compute with GPU kernels; a loss without one is computed in
+            chunks.
+
+    Raises:
+        SettingsError: The draft would use an LM head with a bias.
     """
 
     config: DFlashConfig
@@ -51,6 +56,12 @@ class DFlashTraining(DFlashDraft, DraftModel):
         num_anchors: int,
         use_fast_kernels: bool = False,
     ) -> None:
+        if not config.owns_head and verifier.head_bias is not None:
+            raise SettingsError(
+                f"The LM head of verifier `{config.verifier_name_or_path}` has a bias, which "
+                "engines and training would apply to the draft differently",
+                hint="Train with a draft vocabulary, without `--full-vocab`",
+            )
         super().__init__(config, verifier.embedding, verifier.head)
         self.use_fast_kernels = use_fast_kernels
         self.verifier = verifier
@@ -99,13 +110,15 @@ class DFlashTraining(DFlashDraft, DraftModel):
     def forward(self, batch: Batch, weights: Tensor | None = None) -> StepSums:
         """Fill in the blocks of all anchors at once, and score their tokens."""
         blocks = find_blocks(batch, self.config.num_draft_tokens)
-        if self.use_fast_kernels:
+        if not self.use_fast_kernels:
+            normed = self.predict(batch, blocks)
+        else:
             # Triton is only available with a GPU.
             from speculators_cli.core.algorithms.dflash import fast_step, fused_loss
 
             normed = fast_step.predict(self, batch, blocks)
-            return fused_loss.score(self, batch, blocks, normed, weights)
-        normed = self.predict(batch, blocks)
+            if self.loss.has_fused_kernel:
+                return fused_loss.score(self, batch, blocks, normed, weights)
         parts = self._score_in_chunks(batch, blocks, normed)
         return self.sum_parts(parts, self._scored(batch, blocks), weights)
 

@@ -134,6 +134,11 @@ class DSpark(Algorithm[DSparkConfig, DSparkSettings]):
         shape = {name: getattr(config, name) for name in names}
         return shape | {"confidence_head": config.has_confidence}
 
+    def find_unsupported(self, settings: DSparkSettings) -> str | None:
+        """Return None: the loss is computed without a fused kernel, in chunks."""
+        del settings
+        return None
+
     def build(
         self,
         config: DSparkConfig,
@@ -145,7 +150,6 @@ class DSpark(Algorithm[DSparkConfig, DSparkSettings]):
         seed: int,
     ) -> DSparkTraining:
         """A fresh draft on the device of the verifier's frozen parts, ready to train."""
-        assert not use_fast_kernels, "its loss has no fused kernel"
         with verifier.head.device:
             draft = DSparkTraining(
                 config,
@@ -154,6 +158,7 @@ class DSpark(Algorithm[DSparkConfig, DSparkSettings]):
                 parts=LossParts(settings.ce_weight, settings.l1_weight, settings.confidence_weight),
                 weights=LossWeights(gamma=settings.block_loss_gamma),
                 num_anchors=settings.num_anchors,
+                use_fast_kernels=use_fast_kernels,
             )
         draft.initialise(seed)
         return draft

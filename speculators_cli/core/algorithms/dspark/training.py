@@ -39,6 +39,7 @@ class DSparkTraining(DFlashTraining):
         parts: Of the loss.
         weights: What the predictions of a block weigh in the loss.
         num_anchors: Blocks per packed sequence, at most.
+        use_fast_kernels: Whether to compute the layers with GPU kernels.
     """
 
     config: DSparkConfig
@@ -54,6 +55,7 @@ class DSparkTraining(DFlashTraining):
         parts: LossParts,
         weights: LossWeights,
         num_anchors: int,
+        use_fast_kernels: bool = False,
     ) -> None:
         super().__init__(
             config,
@@ -62,6 +64,7 @@ class DSparkTraining(DFlashTraining):
             loss=LOSSES["ce"],
             weights=weights,
             num_anchors=num_anchors,
+            use_fast_kernels=use_fast_kernels,
         )
         self.parts = parts
         self.markov_head = MarkovHead(config)

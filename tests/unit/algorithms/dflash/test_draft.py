@@ -19,6 +19,7 @@ from speculators_cli.core.algorithms.dflash.training import DFlashTraining
 from speculators_cli.core.algorithms.drafter import Verified
 from speculators_cli.core.data.batch import Batch
 from speculators_cli.core.data.sample import Sample
+from speculators_cli.core.errors import SettingsError
 from tests.tiny_dflash import DECAY, MASK, filled_blocks, make_block_config
 from tests.tiny_drafts import KERNELS, make_sample, pack
 
@@ -399,6 +400,21 @@ def test_nothing_supervised_gives_a_loss_of_zero_with_gradients(
     assert counts.tolist() == [0] * 4
     assert sums.loss.item() == 0.0
     assert all(float(p.grad.abs().sum()) == 0.0 for p in draft.parameters() if p.grad is not None)
+
+
+def test_a_head_with_a_bias_is_not_borrowed(rng: torch.Generator) -> None:
+    draft = filled_blocks(make_block_config(draft_vocab_size=37), rng)
+    draft.verifier.head_bias = torch.zeros(37)
+
+    with pytest.raises(SettingsError, match="has a bias"):
+        training.DFlashTraining(
+            draft.config,
+            draft.verifier,
+            draft.vocab_map,
+            loss=draft.loss,
+            weights=DECAY,
+            num_anchors=4,
+        )
 
 
 def test_the_verifier_gets_no_gradient_and_lends_its_head(rng: torch.Generator) -> None:

@@ -27,7 +27,7 @@ from speculators_cli.settings.export import ExportSettings
 from speculators_cli.settings.train import TrainSettings
 from tests.run_files import read_metrics
 from tests.tiny_dflash import DECAY, filled_blocks, make_block_config
-from tests.tiny_drafts import make_sample, pack, read_folder, write_folder
+from tests.tiny_drafts import KERNELS, make_sample, pack, read_folder, write_folder
 from tests.tiny_run import TinyInputs
 from tests.unit.algorithms.dflash.test_draft import Reference, rms
 from tests.unit.export.test_contract import change, put
@@ -90,13 +90,15 @@ def score_anchor(
     return losses
 
 
+@pytest.mark.parametrize("kernels", KERNELS)
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_losses_and_gradients_equal_the_definition_on_packed_documents(
-    variant: str, rng: torch.Generator
+    variant: str, kernels: str, rng: torch.Generator
 ) -> None:
     # Traps: the token before is one off; slot 0 not scored; gradients through the target.
     config = make_spark_config(**VARIANTS[variant])
     draft = filled_spark(config, rng)
+    draft.use_fast_kernels = kernels == "fast"
     samples = [make_sample(n, config, rng) for n in (6, 2, 9)]
     w = {name: p.detach().double().requires_grad_() for name, p in draft.named_parameters()}
     reference = Reference(config, w)

@@ -1,0 +1,62 @@
+"""The cost model of blocks: counts against those of real batches."""
+
+import numpy as np
+import pytest
+import torch
+
+from speculators_cli.core.algorithms.dflash.blocks import find_blocks
+from speculators_cli.core.algorithms.dflash.cost import DFlashCost, count_blocks, count_flops
+from speculators_cli.settings.algorithms.dflash import DFlashSettings
+from tests.tiny_dflash import filled_blocks, make_block_config
+from tests.tiny_drafts import make_sample, pack
+
+
+@pytest.mark.parametrize("num_anchors", [6, 100])
+def test_counts_are_those_of_drawn_anchors_on_average(
+    num_anchors: int, rng: torch.Generator
+) -> None:
+    config = make_block_config()
+    draft = filled_blocks(config, rng, num_anchors=num_anchors)
+    batch = pack(*(make_sample(n, config, rng) for n in (9, 14)))
+    counts = count_blocks(config, num_anchors, batch.host_mask, batch.lengths)
+
+    scored, context, targets = [], [], []
+    for epoch in range(300 if num_anchors == 6 else 1):
+        drawn = draft.draw(batch, seed=0, epoch=epoch)
+        blocks = find_blocks(drawn, config.num_draft_tokens)
+        scored.append(int((blocks.targets >= 0).sum()))
+        context.append(int(drawn.position_ids[blocks.anchors].sum()))
+        targets.append(len(set(blocks.targets[blocks.targets >= 0].tolist())))
+
+    assert counts.num_anchors == min(num_anchors, int(batch.host_mask.sum()))
+    # 300 draws: a standard deviation of a fifth leaves 1.2 %.
+    assert counts.num_scored == pytest.approx(np.mean(scored), rel=0.05)
+    assert counts.context == pytest.approx(np.mean(context), rel=0.05)
+    # Neighbours overlap: the model takes draws as independent.
+    assert counts.num_targets == pytest.approx(np.mean(targets), rel=0.15)
+
+
+def test_a_long_answer_costs_the_same_from_headers_and_masks() -> None:
+    config, cost = make_block_config(), DFlashCost()
+    settings = DFlashSettings(num_anchors=10)
+    mask = torch.arange(50) >= 20
+
+    from_mask = cost.count_work(config, settings, mask, [50])
+    from_headers = cost.expect_work(config, settings, np.array([50]), np.array([30]))
+
+    assert from_mask == from_headers
+    assert from_mask.num_targets == 30
+
+
+def test_operations_follow_their_formula(rng: torch.Generator) -> None:
+    config = make_block_config(num_layers=1, draft_vocab_size=37)
+    batch = pack(make_sample(21, config, rng, supervised_fraction=1.0), total_seq_len=20)
+    counts = count_blocks(config, 100, batch.host_mask, batch.lengths)
+
+    flops = count_flops(config, counts)
+
+    rows, scored = 20 * 5, 20 + 19 + 18 + 17
+    expected = 2 * 20 * 3 * 24 * 24 + 3 * 20 * 2 * 16 * 24
+    expected += 3 * rows * (2 * 24 * 48 + 2 * 16 * 24 + 3 * 24 * 40)
+    expected += 37 * 24 * (20 + 2 * scored) + 7 * 48 * 5 * (210 + 20 * 5)
+    assert flops == pytest.approx(2 * expected)
