@@ -170,7 +170,8 @@ class Diagnostician:
                 listed = ",".join(map(str, shifted))
                 yield _Variant("layer ids", f"aux layers {listed}", source, shifted)
         for name, value in source.algorithm.fixed_settings(config).items():
-            changes: dict[str, Any] = {name: not value} if isinstance(value, bool) else {}
+            is_switch = isinstance(value, bool) and hasattr(config, name)
+            changes: dict[str, Any] = {name: not value} if is_switch else {}
             flipped = replace(config, **changes)
             if flipped != config and flipped.tensor_shapes() == config.tensor_shapes():
                 change = f"`{name}` {'off' if value else 'on'}"
