@@ -48,6 +48,10 @@ def evaluate(settings: EvaluateSettings, *, progress: Progress = SILENT) -> Eval
     with memory_explained():
         work = job.work
         drafter = job.build_drafter(job.source)
+        source = job.source
+        risk = source.algorithm.find_length_risk(source.config, job.num_draft_tokens)
+        if risk is not None:
+            progress.warn(risk)
         own = answer_alone(job.verifier, work, progress).answers
         measured = measure(job.verifier, drafter, work, own, progress=progress)
         if measured.num_passes == 0:
