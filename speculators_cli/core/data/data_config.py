@@ -238,8 +238,10 @@ def resolve_layer_ids(
         )
     n = num_verifier_layers
     form = FORMATS.get(data_format)
-    usual = (form.usual_layer_ids if form else None) if num_aux_layers == 3 else None
-    ids = found.pop() if found else usual(n) if usual else default_layer_ids(n, num_aux_layers)
+    usual = form.usual_layer_ids(n) if form and form.usual_layer_ids else ()
+    if len(usual) != num_aux_layers:
+        usual = default_layer_ids(n, num_aux_layers)
+    ids = found.pop() if found else usual
     is_said = any(ids is not None and not config.is_assumed for config, ids in said)
     return LayerIds(_checked(ids, n, num_aux_layers), is_assumed=not is_said)
 

@@ -22,7 +22,6 @@ from tests.tiny_families import (
     ALONE,
     END_ID,
     FAMILIES,
-    HIDDEN,
     NUM_LAYERS,
     PACKED,
     SIZES,
@@ -107,7 +106,7 @@ def test_packed_documents_have_the_states_of_one_forward_each(name: str) -> None
     found = engine_of(name).capture(packed)
 
     assert engine_of(name).is_packed == (name in PACKED)
-    assert found.aux.shape == (sum(LENGTHS), len(LAYER_IDS) * HIDDEN)
+    assert found.aux.shape == (sum(LENGTHS), len(LAYER_IDS) * found.last.shape[1])
     assert_same_states(found, capture_alone(model_of(name), packed))
 
 
