@@ -1,47 +1,39 @@
 """DFlash (arXiv 2602.06036), as an entry of the table of algorithms."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from speculators_cli.core.algorithms.algorithm import Algorithm
-from speculators_cli.core.algorithms.dflash.config import DFlashConfig
-from speculators_cli.core.algorithms.dflash.config_reader import (
-    find_assumed,
-    is_dflash,
-    read_draft_config,
+from speculators_cli.core.algorithms.dflash.block_algorithm import (
+    NUM_PROBE_TOKENS,
+    BlockAlgorithm,
+    draw_probe,
 )
+from speculators_cli.core.algorithms.dflash.config import DFlashConfig
+from speculators_cli.core.algorithms.dflash.config_reader import is_dflash, read_draft_config
 from speculators_cli.core.algorithms.dflash.contract import FORMATS
 from speculators_cli.core.algorithms.dflash.cost import DFlashCost
 from speculators_cli.core.algorithms.dflash.draft import DFlashDraft
 from speculators_cli.core.algorithms.dflash.drafter import BlockDrafter
 from speculators_cli.core.algorithms.dflash.loss_weights import LossWeights
-from speculators_cli.core.algorithms.dflash.mask_token import choose_mask_token
 from speculators_cli.core.algorithms.dflash.training import DFlashTraining
-from speculators_cli.core.algorithms.drafter import Verified
 from speculators_cli.core.algorithms.overrides import Overrides
-from speculators_cli.core.data.alignment import NEXT_TOKEN
 from speculators_cli.core.data.vocab_map import VocabMap
-from speculators_cli.core.errors import SettingsError
 from speculators_cli.core.models.losses import LOSSES
 from speculators_cli.core.models.verifier import FrozenVerifier
-from speculators_cli.core.models.verifier_files import VerifierFiles
 from speculators_cli.settings.algorithms.dflash import DFlashSettings
 
-NUM_PROBE_TOKENS = 32
 SHAPE = ("block_size", "mask_token_id", "draft_window", "causal_block")
 
 
-class DFlash(Algorithm[DFlashConfig, DFlashSettings]):
+class DFlash(BlockAlgorithm[DFlashConfig, DFlashSettings]):
     """The draft fills in all tokens of a block at once, reading hidden states in every layer."""
 
     name = "dflash"
     settings_class = DFlashSettings
-    alignment = NEXT_TOKEN
     cost = DFlashCost()
-    num_aux_layers = 5
     title = "DFlash"
     card_settings: ClassVar = {
         "block_size": "tokens per block",
@@ -61,50 +53,14 @@ class DFlash(Algorithm[DFlashConfig, DFlashSettings]):
         """The config of a trained draft, from any tool."""
         return read_draft_config(content, overrides, name=name)
 
-    def find_assumed(self, content: Mapping[str, Any], config: DFlashConfig) -> Mapping[str, Any]:
-        """Values missing from config.json that no tensor determines, with their defaults."""
-        return find_assumed(content, config)
-
-    def count_aux_layers(self, config: DFlashConfig, tensors: Mapping[str, Tensor]) -> int | None:
-        """Verifier layers that `fc` reads; None if its shape does not fit the config."""
-        return count_aux_layers(config, tensors)
-
-    def checkpoint_name(self, tensor: str) -> str:
-        """The name in a checkpoint."""
-        return tensor.removeprefix("model.")
-
-    def find_unread(self, config: DFlashConfig) -> frozenset[str]:
-        """The verifier's LM head, saved with a draft of the full vocabulary."""
-        return frozenset() if config.owns_head else frozenset({"lm_head.weight"})
-
-    def choose_values(
-        self,
-        settings: DFlashSettings,
-        files: VerifierFiles,
-        vocab_size: int,
-        *,
-        trust_remote_code: bool,
-    ) -> Mapping[str, Any]:
-        """The mask token."""
-        token = choose_mask_token(
-            settings.mask_token_id, files, vocab_size, trust_remote_code=trust_remote_code
-        )
-        return {"mask_token_id": token}
-
     def build_config(self, settings: DFlashSettings, shape: Mapping[str, Any]) -> DFlashConfig:
         """The config of a fresh draft; without the verifier's files, its last token is the mask.
 
         Raises:
             SettingsError: Its layers are of another kind than engines compute.
         """
-        if shape["arch"] != "qwen3":
-            raise SettingsError(
-                f"`--draft-arch` is `{shape['arch']}`, but DFlash drafts have `qwen3` layers",
-                hint="Pass `--draft-arch qwen3`, or leave it out",
-            )
-        mask = {"mask_token_id": shape["vocab_size"] - 1, **shape}
         return DFlashConfig(
-            **mask,
+            **self.complete(shape),
             block_size=settings.block_size,
             draft_window=settings.draft_window,
             causal_block=settings.causal_block,
@@ -186,25 +142,6 @@ class DFlash(Algorithm[DFlashConfig, DFlashSettings]):
             drafter.read(verified)
             logits.append(drafter.compute_logits()[0])
         return torch.cat(logits)
-
-
-def draw_probe(config: DFlashConfig) -> Iterator[Verified]:
-    """Random tokens and hidden states of two verifier passes, of one row."""
-    generator, num_new = torch.Generator().manual_seed(0), NUM_PROBE_TOKENS
-    for first in (0, num_new):
-        aux = torch.randn(
-            1, num_new, config.num_aux_layers * config.target_hidden_size, generator=generator
-        )
-        tokens = torch.randint(config.vocab_size, (1, num_new), generator=generator)
-        yield Verified(tokens, aux, [first], [num_new])
-
-
-def count_aux_layers(config: DFlashConfig, tensors: Mapping[str, Tensor]) -> int | None:
-    """Verifier layers that `fc` reads; None if its shape does not fit the config."""
-    fusion, size = tensors.get("fc.weight"), config.target_hidden_size
-    if fusion is None or fusion.dim() != 2 or fusion.shape[1] % size:
-        return None
-    return fusion.shape[1] // size
 
 
 def load_draft(

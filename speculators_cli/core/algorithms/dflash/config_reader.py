@@ -9,7 +9,6 @@ from speculators_cli.core.algorithms.dflash.config import DFlashConfig
 from speculators_cli.core.algorithms.draft_config import LAYER_IDS_ASSUMED, is_speculators
 from speculators_cli.core.algorithms.layers_reader import (
     CONVERT_HINT,
-    find_assumed,
     read_layers_rope,
     read_sizes,
     refuse_other_layers,
@@ -21,7 +20,7 @@ from speculators_cli.core.models.decoder_config import FULL, SLIDING
 
 ARCHITECTURE = "DFlashDraftModel"
 OWN_PART = "dflash_config"
-__all__ = ["ARCHITECTURE", "find_assumed", "is_dflash", "read_block_config", "read_draft_config"]
+__all__ = ["ARCHITECTURE", "is_dflash", "read_block_config", "read_draft_config"]
 
 
 def is_dflash(content: Mapping[str, Any]) -> bool:

@@ -7,15 +7,13 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from speculators_cli.core.algorithms.algorithm import Algorithm
-from speculators_cli.core.algorithms.dflash.algorithm import (
+from speculators_cli.core.algorithms.dflash.block_algorithm import (
     NUM_PROBE_TOKENS,
-    count_aux_layers,
+    BlockAlgorithm,
     draw_probe,
 )
 from speculators_cli.core.algorithms.dflash.config import DFlashConfig
 from speculators_cli.core.algorithms.dflash.loss_weights import LossWeights
-from speculators_cli.core.algorithms.dflash.mask_token import choose_mask_token
 from speculators_cli.core.algorithms.draft_config import DraftConfig
 from speculators_cli.core.algorithms.dspark.config import DSparkConfig
 from speculators_cli.core.algorithms.dspark.config_reader import read_draft_config
@@ -23,24 +21,19 @@ from speculators_cli.core.algorithms.dspark.contract import FORMATS
 from speculators_cli.core.algorithms.dspark.cost import DSparkCost
 from speculators_cli.core.algorithms.dspark.heads import DSparkDraft, DSparkDrafter
 from speculators_cli.core.algorithms.dspark.training import DSparkTraining, LossParts
-from speculators_cli.core.algorithms.layers_reader import find_assumed
 from speculators_cli.core.algorithms.overrides import Overrides
-from speculators_cli.core.data.alignment import NEXT_TOKEN
 from speculators_cli.core.data.vocab_map import VocabMap
 from speculators_cli.core.errors import SettingsError
 from speculators_cli.core.models.verifier import FrozenVerifier
-from speculators_cli.core.models.verifier_files import VerifierFiles
 from speculators_cli.settings.algorithms.dspark import DSparkSettings
 
 
-class DSpark(Algorithm[DSparkConfig, DSparkSettings]):
+class DSpark(BlockAlgorithm[DSparkConfig, DSparkSettings]):
     """DFlash whose tokens are chosen from left to right, each by the token before it."""
 
     name = "dspark"
     settings_class = DSparkSettings
-    alignment = NEXT_TOKEN
     cost = DSparkCost()
-    num_aux_layers = 5
     title = "DSpark"
     card_settings: ClassVar = {
         "block_size": "tokens per block",
@@ -59,50 +52,14 @@ class DSpark(Algorithm[DSparkConfig, DSparkSettings]):
         """The config of a trained draft, from any tool."""
         return read_draft_config(content, overrides, name=name)
 
-    def find_assumed(self, content: Mapping[str, Any], config: DSparkConfig) -> Mapping[str, Any]:
-        """Values missing from config.json that no tensor determines, with their defaults."""
-        return find_assumed(content, config)
-
-    def count_aux_layers(self, config: DSparkConfig, tensors: Mapping[str, Tensor]) -> int | None:
-        """Verifier layers that `fc` reads; None if its shape does not fit the config."""
-        return count_aux_layers(config, tensors)
-
-    def checkpoint_name(self, tensor: str) -> str:
-        """The name in a checkpoint."""
-        return tensor.removeprefix("model.")
-
-    def find_unread(self, config: DSparkConfig) -> frozenset[str]:
-        """The verifier's LM head, saved with a draft of the full vocabulary."""
-        return frozenset() if config.owns_head else frozenset({"lm_head.weight"})
-
-    def choose_values(
-        self,
-        settings: DSparkSettings,
-        files: VerifierFiles,
-        vocab_size: int,
-        *,
-        trust_remote_code: bool,
-    ) -> Mapping[str, Any]:
-        """The mask token."""
-        token = choose_mask_token(
-            settings.mask_token_id, files, vocab_size, trust_remote_code=trust_remote_code
-        )
-        return {"mask_token_id": token}
-
     def build_config(self, settings: DSparkSettings, shape: Mapping[str, Any]) -> DSparkConfig:
         """The config of a fresh draft; without the verifier's files, its last token is the mask.
 
         Raises:
             SettingsError: Its layers are of another kind than engines compute.
         """
-        if shape["arch"] != "qwen3":
-            raise SettingsError(
-                f"`--draft-arch` is `{shape['arch']}`, but DSpark drafts have `qwen3` layers",
-                hint="Pass `--draft-arch qwen3`, or leave it out",
-            )
-        mask = {"mask_token_id": shape["vocab_size"] - 1, **shape}
         return DSparkConfig(
-            **mask,
+            **self.complete(shape),
             block_size=settings.block_size,
             draft_window=settings.draft_window,
             causal_block=settings.draft_window is not None,

@@ -1,0 +1,86 @@
+"""BlockAlgorithm: what algorithms that draft whole blocks have in common."""
+
+from collections.abc import Iterator, Mapping
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from speculators_cli.core.algorithms.algorithm import Algorithm
+from speculators_cli.core.algorithms.dflash.config import DFlashConfig
+from speculators_cli.core.algorithms.dflash.mask_token import choose_mask_token
+from speculators_cli.core.algorithms.drafter import Verified
+from speculators_cli.core.algorithms.layers_reader import find_assumed
+from speculators_cli.core.data.alignment import NEXT_TOKEN
+from speculators_cli.core.errors import SettingsError
+from speculators_cli.core.models.verifier_files import VerifierFiles
+from speculators_cli.settings.algorithms.dflash import BlockSettings
+
+NUM_PROBE_TOKENS = 32
+
+BlockConfigT = TypeVar("BlockConfigT", bound=DFlashConfig)
+BlockSettingsT = TypeVar("BlockSettingsT", bound=BlockSettings)
+
+
+class BlockAlgorithm(Algorithm[BlockConfigT, BlockSettingsT]):
+    """An algorithm whose drafts fill in a block of mask tokens."""
+
+    alignment = NEXT_TOKEN
+    num_aux_layers = 5
+
+    def find_assumed(self, content: Mapping[str, Any], config: BlockConfigT) -> Mapping[str, Any]:
+        """Values missing from config.json that no tensor determines, with their defaults."""
+        return find_assumed(content, config)
+
+    def count_aux_layers(self, config: BlockConfigT, tensors: Mapping[str, Tensor]) -> int | None:
+        """Verifier layers that `fc` reads; None if its shape does not fit the config."""
+        fusion, size = tensors.get("fc.weight"), config.target_hidden_size
+        if fusion is None or fusion.dim() != 2 or fusion.shape[1] % size:
+            return None
+        return fusion.shape[1] // size
+
+    def checkpoint_name(self, tensor: str) -> str:
+        """The name in a checkpoint."""
+        return tensor.removeprefix("model.")
+
+    def find_unread(self, config: BlockConfigT) -> frozenset[str]:
+        """The verifier's LM head, saved with a draft of the full vocabulary."""
+        return frozenset() if config.owns_head else frozenset({"lm_head.weight"})
+
+    def choose_values(
+        self,
+        settings: BlockSettingsT,
+        files: VerifierFiles,
+        vocab_size: int,
+        *,
+        trust_remote_code: bool,
+    ) -> Mapping[str, Any]:
+        """The mask token."""
+        token = choose_mask_token(
+            settings.mask_token_id, files, vocab_size, trust_remote_code=trust_remote_code
+        )
+        return {"mask_token_id": token}
+
+    def complete(self, shape: Mapping[str, Any]) -> dict[str, Any]:
+        """The shape of a fresh draft; without the verifier's files, its last token is the mask.
+
+        Raises:
+            SettingsError: Its layers are of another kind than engines compute.
+        """
+        if shape["arch"] != "qwen3":
+            raise SettingsError(
+                f"`--draft-arch` is `{shape['arch']}`, but {self.title} drafts have `qwen3` layers",
+                hint="Pass `--draft-arch qwen3`, or leave it out",
+            )
+        return {"mask_token_id": shape["vocab_size"] - 1, **shape}
+
+
+def draw_probe(config: DFlashConfig) -> Iterator[Verified]:
+    """Random tokens and hidden states of two verifier passes, of one row."""
+    generator, num_new = torch.Generator().manual_seed(0), NUM_PROBE_TOKENS
+    for first in (0, num_new):
+        aux = torch.randn(
+            1, num_new, config.num_aux_layers * config.target_hidden_size, generator=generator
+        )
+        tokens = torch.randint(config.vocab_size, (1, num_new), generator=generator)
+        yield Verified(tokens, aux, [first], [num_new])
