@@ -12,13 +12,11 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
+from speculators_cli.core.engines.comparison import CHECKED_TOKENS, MAX_ERROR, median_error
 from speculators_cli.core.engines.hooked_model import HookedModel, RowOutput
 from speculators_cli.core.models.row_memory import RowMemory, RowPositions, attend
 
 NAME = "speculators_rows"
-# Of random tokens, with rows kept by position against one forward pass over each sequence.
-MAX_ERROR = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.05}
-CHECKED_TOKENS = (24, 40)  # of the two rows
 NUM_CHECKED = 5  # last tokens of each, computed together
 
 
@@ -276,16 +274,7 @@ def _is_right(rows: CachedRows, hooked: HookedModel, expected: Sequence[RowOutpu
     is_called = rows.num_layers > 0 and rows.has_window >= hooked.parts.has_window
     rows.start(0, 0)
     errors = [
-        _error(found.logits, torch.cat([x.logits for x in expected])),
-        _error(found.aux, torch.cat([x.aux for x in expected])),
+        median_error(found.logits, torch.cat([x.logits for x in expected])),
+        median_error(found.aux, torch.cat([x.aux for x in expected])),
     ]
     return is_called and max(errors) <= MAX_ERROR[found.aux.dtype]
-
-
-def _error(found: Tensor, expected: Tensor) -> float:
-    """Return the median over tokens of the relative error.
-
-    A median: the routing of a few tokens of a mixture of experts may flip by rounding.
-    """
-    difference = (found.float() - expected.float()).norm(dim=-1)
-    return float((difference / expected.float().norm(dim=-1).clamp(min=1e-6)).median())

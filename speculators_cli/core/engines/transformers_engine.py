@@ -20,6 +20,7 @@ from transformers import (
 from transformers.utils import logging
 
 from speculators_cli.core.engines import packed_attention
+from speculators_cli.core.engines.comparison import CHECKED_TOKENS, MAX_ERROR, median_error
 from speculators_cli.core.engines.engine import (
     Answer,
     CapturedStates,
@@ -40,9 +41,6 @@ ROUND_TOKENS = 256  # packed sequences are padded to a multiple of it: few shape
 ROUND_ANSWER = 64  # answers near the last position end at a multiple of it: few batches
 CPU_BATCH = 64  # prompts answered together
 MAX_BATCH = 512
-# Of random tokens, packed against alone. A document that sees another one differs by far more.
-MAX_PACKING_ERROR = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.05}
-CHECKED_TOKENS = (24, 40)  # of the two documents
 MEMORY_HINT = (
     "Pass `--device-map auto` to place it on several GPUs, or `--engine vllm` with "
     "`--tensor-parallel-size`"
@@ -332,7 +330,8 @@ class TransformersEngine:
             own = torch.arange(end - start, device=self.parts.device)
             with self._keeping(_Kept(alone[0][start:end], alone[1][start:end], own, own)):
                 self._run_alone(ids[start:end])
-        return is_called and _error(packed, alone) <= MAX_PACKING_ERROR[self.dtype]
+        errors = [median_error(own, exact) for own, exact in zip(packed, alone, strict=True)]
+        return is_called and max(errors) <= MAX_ERROR[self.dtype]
 
     def _check_buffers(self, num_tokens: int) -> tuple[Tensor, Tensor]:
         width = len(self.layer_ids) * self.hidden_size
@@ -356,18 +355,6 @@ class _Kept:
         return _Kept(
             self.aux[aux], self.last[last], self.aux_rows[aux] - start, self.rows[last] - start
         )
-
-
-def _error(found: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
-    """Return the median over tokens of the relative error, the larger one of aux and last states.
-
-    A median: the routing of a few tokens of a mixture of experts may flip by rounding.
-    """
-    errors = []
-    for x, y in zip(found, expected, strict=True):
-        difference = (x.float() - y.float()).norm(dim=-1)
-        errors.append(float((difference / y.float().norm(dim=-1).clamp(min=1e-6)).median()))
-    return max(errors)
 
 
 def load_model(
