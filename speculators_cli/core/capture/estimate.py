@@ -17,9 +17,9 @@ from speculators_cli.core.capture.token_stage import RowMaker
 from speculators_cli.core.conversations.bad_rows import BadRows
 from speculators_cli.core.conversations.prompt_files import open_prompts, read_prompts
 from speculators_cli.core.data.source import spread_evenly
+from speculators_cli.core.engines.cost import CaptureCost
 from speculators_cli.core.engines.engine import Answer, Prompt, Sampling
 from speculators_cli.core.files import find_existing
-from speculators_cli.core.models.verifier_shape import VerifierShape
 from speculators_cli.settings.generate_data import GenerateDataSettings
 
 NUM_READ, NUM_RENDERED = 4096, 256  # conversations: the first ones, and those among them
@@ -137,29 +137,16 @@ def _bytes_per_token(job: Job, supervised_share: float) -> float:
 
 def _count_memory(job: Job) -> int:
     """Return the memory of one GPU: weights, states of a few sequences, and work buffers."""
-    tokens = job.settings.engine.capture_tokens
-    width = (len(job.layer_ids) + 1) * job.config.hidden_size * job.dtype.itemsize
-    return (
-        count_parameters(job.config, job.vocab_size) * job.dtype.itemsize
-        + 2 * tokens * width
-        + WORK_BYTES
-    )
-
-
-def count_parameters(shape: VerifierShape, vocab_size: int) -> int:
-    """Return the number of parameters of a dense verifier of these sizes."""
-    embeddings = vocab_size * shape.hidden_size * (1 if shape.is_tied else 2)
-    return _count_layer(shape) * shape.num_layers + embeddings
-
-
-def _count_layer(shape: VerifierShape) -> int:
-    heads = (2 * shape.num_heads + 2 * shape.num_kv_heads) * shape.head_dim
-    return shape.hidden_size * (heads + 3 * shape.intermediate_size)
+    shape, tokens = job.config, job.settings.engine.capture_tokens
+    embeddings = job.vocab_size * shape.hidden_size * (1 if shape.is_tied else 2)
+    num_weights = CaptureCost(shape).num_layer_parameters + embeddings
+    num_states = 2 * tokens * (len(job.layer_ids) + 1) * shape.hidden_size
+    return (num_weights + num_states) * job.dtype.itemsize + WORK_BYTES
 
 
 def measure_speed(job: Job) -> float:
     """Return the tokens per second of a capture, from the speed of matrix products here."""
-    flop_per_token = 2 * _count_layer(job.config) * job.config.num_layers
+    flop_per_token = 2 * CaptureCost(job.config).num_layer_parameters
     rate = measure_matmul(job.device, job.dtype) * EFFICIENCY[job.device.type]
     return rate / flop_per_token
 
