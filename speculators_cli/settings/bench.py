@@ -63,6 +63,12 @@ class BenchStepSettings(Settings):
         le=1,
         description="Fraction of supervised tokens in synthetic samples",
     )
+    num_documents: int | None = Field(
+        None,
+        ge=1,
+        description="Number of documents of equal length in a synthetic packed sequence; default: "
+        "six of several lengths",
+    )
     noise_std: NoiseStd = 0.05
     gradient_accumulation_steps: int = Field(
         1, ge=1, description="Number of packed sequences accumulated in one optimizer step"
@@ -137,4 +143,10 @@ class BenchSettings(Settings):
             raise ValueError("`--verifier-name-or-path` and `--shape` cannot both be given")
         if samples.data_path and "supervised_fraction" in self.step.model_fields_set:
             raise ValueError("`--supervised-fraction` is that of the samples in `--data-path`")
+        if samples.data_path and self.step.num_documents is not None:
+            raise ValueError("`--num-documents` is that of the samples in `--data-path`")
+        if (self.step.num_documents or 1) > self.step.total_seq_len // 4:
+            raise ValueError(
+                "`--num-documents`: a document needs 4 tokens of `--total-seq-len` at least"
+            )
         return self

@@ -92,6 +92,8 @@ def test_samples_of_another_size_are_refused(
         "--full-vocab --draft-vocab-size 20",
         "--verifier-name-or-path x --shape qwen3-8b",
         "--data-path . --supervised-fraction 0.2",
+        "--data-path . --num-documents 1",
+        "--total-seq-len 64 --num-documents 17",
     ],
 )
 def test_what_would_be_ignored_is_refused(flags: str, capsys: pytest.CaptureFixture[str]) -> None:

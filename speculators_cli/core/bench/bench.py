@@ -420,6 +420,7 @@ def _build_loader(
         pin_memory=step.ranks.device.type == "cuda",
         seed=seed,
         is_live=settings.step.capture,
+        num_documents=settings.step.num_documents,
     )
 
 

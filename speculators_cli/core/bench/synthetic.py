@@ -1,4 +1,4 @@
-"""Synthetic packed sequences: documents of several lengths, each with two turns."""
+"""Synthetic packed sequences of documents, each with two turns."""
 
 from collections.abc import Iterator, Sequence
 from itertools import count
@@ -29,6 +29,7 @@ class SyntheticLoader:
         pin_memory: Whether to pin the memory for copies to a GPU.
         seed: Of ids, states and the order of documents.
         is_live: Whether the sequences have no hidden states, which are then computed.
+        num_documents: Documents of equal length in a sequence; None: six of several lengths.
     """
 
     def __init__(
@@ -43,6 +44,7 @@ class SyntheticLoader:
         pin_memory: bool,
         seed: int,
         is_live: bool = False,
+        num_documents: int | None = None,
     ) -> None:
         generator = torch.Generator().manual_seed(seed)
         self.per_step = per_step
@@ -54,7 +56,7 @@ class SyntheticLoader:
         self.batches = []
         # Two in different order, so that the number of active rows can vary.
         for _ in range(2):
-            lengths = _lengths(total_seq_len, generator)
+            lengths = document_lengths(total_seq_len, num_documents, generator)
             samples = [
                 _sample(length + alignment.shift, config, mask(length), dtype, generator)
                 for length in lengths
@@ -102,8 +104,12 @@ class SyntheticLoader:
         """Do nothing: there are no files to close."""
 
 
-def _lengths(total_seq_len: int, generator: torch.Generator) -> Sequence[int]:
-    lengths = [round(share * total_seq_len) for share in SHARES]
+def document_lengths(
+    total_seq_len: int, num_documents: int | None, generator: torch.Generator
+) -> Sequence[int]:
+    """Lengths of the documents in a sequence, in random order; they fill it."""
+    shares = SHARES if num_documents is None else (1 / num_documents,) * (num_documents - 1)
+    lengths = [round(share * total_seq_len) for share in shares]
     lengths.append(total_seq_len - sum(lengths))
     order = torch.randperm(len(lengths), generator=generator).tolist()
     return [lengths[index] for index in order]
