@@ -13,6 +13,7 @@ from torch import Tensor
 from speculators_cli.core.algorithms.draft_config import DraftConfig
 from speculators_cli.core.algorithms.eagle3.config import Eagle3Config
 from speculators_cli.core.algorithms.eagle3.training import Eagle3Training
+from speculators_cli.core.algorithms.peagle.training import PEagleTraining
 from speculators_cli.core.data.batch import Batch, collate
 from speculators_cli.core.data.sample import Sample
 from speculators_cli.core.data.vocab_map import VocabMap
@@ -27,6 +28,9 @@ KERNELS = [
         "fast", marks=pytest.mark.skipif(find_spec("triton") is None, reason="needs Triton")
     ),
 ]
+
+
+EAGLES: dict[str, type[Eagle3Training]] = {"eagle3": Eagle3Training, "peagle": PEagleTraining}
 
 
 def make_config(**changes: Any) -> Eagle3Config:
@@ -99,7 +103,7 @@ def make_draft(
     kept_ids: Tensor,
     loss_decay: float,
 ) -> Eagle3Training:
-    """An `Eagle3Training` over given verifier tensors; its weights are not filled."""
+    """A draft in training over given verifier tensors; its weights are not filled."""
     gain = torch.ones(config.hidden_size) if norm_weight is None else norm_weight
     verifier_config = VerifierConfig(
         name_or_path=config.verifier_name_or_path,
@@ -119,7 +123,7 @@ def make_draft(
         logit_scale=1.0,
     )
     t2d = torch.zeros(config.vocab_size, dtype=torch.bool).index_fill_(0, kept_ids, True)
-    return Eagle3Training(
+    return EAGLES[config.algorithm](
         config,
         FrozenVerifier(embedding, gain, head, verifier_config),
         VocabMap(kept_ids - torch.arange(len(kept_ids)), t2d),

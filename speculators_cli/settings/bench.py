@@ -7,6 +7,7 @@ from pydantic import Field, model_validator
 from speculators_cli.settings.algorithms.dflash import DFlashSettings
 from speculators_cli.settings.algorithms.dspark import DSparkSettings
 from speculators_cli.settings.algorithms.eagle3 import Eagle3Settings
+from speculators_cli.settings.algorithms.peagle import PEagleSettings
 from speculators_cli.settings.base import (
     ComputeDtype,
     ComputeInFloat8,
@@ -119,6 +120,7 @@ class BenchSettings(Settings):
     eagle3: Eagle3Settings = Field(default_factory=Eagle3Settings, title="EAGLE-3")
     dflash: DFlashSettings = Field(default_factory=DFlashSettings, title="DFlash")
     dspark: DSparkSettings = Field(default_factory=DSparkSettings, title="DSpark")
+    peagle: PEagleSettings = Field(default_factory=PEagleSettings, title="P-EAGLE")
     step: BenchStepSettings = Field(default_factory=BenchStepSettings, title="Step")
     samples: BenchSamplesSettings = Field(default_factory=BenchSamplesSettings, title="Samples")
     measure: BenchMeasureSettings = Field(default_factory=BenchMeasureSettings, title="Measure")

@@ -10,6 +10,7 @@ from speculators_cli.settings.algorithms import ALGORITHM_SETTINGS
 from speculators_cli.settings.algorithms.dflash import DFlashSettings
 from speculators_cli.settings.algorithms.dspark import DSparkSettings
 from speculators_cli.settings.algorithms.eagle3 import Eagle3Settings
+from speculators_cli.settings.algorithms.peagle import PEagleSettings
 from speculators_cli.settings.base import (
     MODEL_NAME,
     REFUSED_ON_RESUME,
@@ -328,6 +329,7 @@ class TrainSettings(Settings):
     eagle3: Eagle3Settings = Field(default_factory=Eagle3Settings, title="EAGLE-3")
     dflash: DFlashSettings = Field(default_factory=DFlashSettings, title="DFlash")
     dspark: DSparkSettings = Field(default_factory=DSparkSettings, title="DSpark")
+    peagle: PEagleSettings = Field(default_factory=PEagleSettings, title="P-EAGLE")
     optimizer: OptimizerSettings = Field(default_factory=OptimizerSettings, title="Optimizer")
     schedule: ScheduleSettings = Field(default_factory=ScheduleSettings, title="Schedule")
     checkpoints: CheckpointSettings = Field(default_factory=CheckpointSettings, title="Checkpoints")

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from speculators_cli.core.algorithms.eagle3.algorithm import load_draft
+from speculators_cli.core.algorithms.eagle3.algorithm import Eagle3
 from speculators_cli.core.algorithms.eagle3.config import Eagle3Config
 from speculators_cli.core.algorithms.overrides import Overrides
 from speculators_cli.core.drafts.trained_draft import TrainedDraft, read_draft
@@ -49,7 +49,7 @@ def compute(source: TrainedDraft, inputs: dict[str, Tensor]) -> Tensor:
     """[2 * seq_len, draft_vocab]: logits of two steps, by this package."""
     assert source.embedding is not None
     assert isinstance(source.config, Eagle3Config)
-    draft = load_draft(source.config, source.weights, source.embedding)
+    draft = Eagle3().load_draft(source.config, source.weights, source.embedding)
     hidden = draft.fuse(inputs["hidden_states"])
     logits = []
     for step in range(2):

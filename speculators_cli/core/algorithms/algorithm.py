@@ -76,6 +76,10 @@ class Algorithm(ABC, Generic[ConfigT, SettingsT]):
         """The name in our checkpoints of a tensor in another tool's draft."""
         return tensor
 
+    def checkpoint_tensor(self, name: str, tensor: Tensor) -> Tensor:  # noqa: ARG002
+        """A tensor of another tool's draft, under our name, in the shape of our checkpoints."""
+        return tensor
+
     def find_unread(self, config: ConfigT) -> frozenset[str]:  # noqa: ARG002
         """Unused tensors that other tools save with a draft, under our names."""
         return frozenset()

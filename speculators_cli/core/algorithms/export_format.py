@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from speculators_cli.core.models.decoder_config import FULL, SLIDING
@@ -60,6 +60,8 @@ class ExportFormat:
     # Values of config.json that are valid but contradict each other.
     find_contradictions: Callable[[Any, Mapping[str, Any]], list[str]] = find_nothing
     needs: tuple[Need, ...] = ()  # those that fail silently come first
+    # What the engine must be told beside the method, unless it reads the folder alone.
+    serve_options: Mapping[str, Any] = field(default_factory=dict)
 
 
 def layer_rules(prefix: str, *, has_windows: bool = False) -> tuple[Rule, ...]:
@@ -89,6 +91,18 @@ def layer_rules(prefix: str, *, has_windows: bool = False) -> tuple[Rule, ...]:
         layer_types,
         Rule("draft_vocab_size", "a positive whole number", is_size),
     )
+
+
+def token_rule(key: str) -> Rule:
+    """The rule of a token id."""
+    return Rule(key, "a token id", lambda value: _is_whole(value) and value >= 0)
+
+
+def find_bad_mask(mask_token_id: int, vocab_size: int) -> list[str]:
+    """Whether a mask token has no embedding."""
+    if mask_token_id < vocab_size:
+        return []
+    return [f"its mask token {mask_token_id:,} is not among the verifier's {vocab_size:,} tokens"]
 
 
 def layer_ids_rule(key: str) -> Rule:

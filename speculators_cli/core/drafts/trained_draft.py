@@ -207,7 +207,7 @@ def _read_own(folder: Path) -> Checkpoint | None:
 def _renamed(
     tensors: Mapping[str, Tensor], algorithm: Algorithm[Any, Any], name: str
 ) -> dict[str, Tensor]:
-    """Tensors under the names of this package's checkpoints."""
+    """Tensors under the names and in the shapes of this package's checkpoints."""
     renamed: dict[str, Tensor] = {}
     for key, tensor in tensors.items():
         own = algorithm.checkpoint_name(key)
@@ -215,7 +215,7 @@ def _renamed(
             raise CheckpointError(
                 f"`{name}` holds `{own}` twice, once as `{key}`", hint="Download it again"
             )
-        renamed[own] = tensor
+        renamed[own] = algorithm.checkpoint_tensor(own, tensor)
     return renamed
 
 

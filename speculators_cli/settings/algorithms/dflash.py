@@ -5,7 +5,12 @@ from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
-from speculators_cli.settings.base import REFUSED_ON_RESUME, WARNED_ON_RESUME, Settings
+from speculators_cli.settings.base import (
+    REFUSED_ON_RESUME,
+    WARNED_ON_RESUME,
+    MaskTokenId,
+    Settings,
+)
 
 
 class BlockSettings(Settings):
@@ -29,12 +34,7 @@ class BlockSettings(Settings):
     block_loss_gamma: Annotated[float, WARNED_ON_RESUME] = Field(
         4.0, gt=0, description="Fixed decay: draft token k is weighted by exp(-k/gamma), k from 0"
     )
-    mask_token_id: Annotated[int | None, REFUSED_ON_RESUME] = Field(
-        None,
-        ge=0,
-        description="Verifier token that stands for an unknown token of a block; default: one that "
-        "the tokenizer does not use",
-    )
+    mask_token_id: Annotated[MaskTokenId, REFUSED_ON_RESUME] = None
     draft_window: Annotated[int | None, REFUSED_ON_RESUME] = Field(
         None,
         ge=1,

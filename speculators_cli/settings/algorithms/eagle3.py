@@ -17,11 +17,11 @@ def _or_none(value: int | None) -> int | None:
     return value or None
 
 
-class Eagle3Settings(Settings):
-    """What is special to EAGLE-3."""
+class EagleSettings(Settings):
+    """What EAGLE-3 and P-EAGLE have in common."""
 
     ttt_steps: Annotated[int, WARNED_ON_RESUME] = Field(
-        3, ge=1, description="Number of TTT (training-time test) steps"
+        3, ge=1, description="Number of TTT (training-time test) steps: draft tokens in training"
     )
     ttt_step_loss_decay: Annotated[float, WARNED_ON_RESUME] = Field(
         1.0, gt=0, description="Per-step loss decay: TTT step k is weighted by decay^k"
@@ -34,12 +34,6 @@ class Eagle3Settings(Settings):
     )
     norm_before_fc: Annotated[bool, REFUSED_ON_RESUME] = Field(
         False, description="Normalize the concatenated aux hidden states"
-    )
-    fc_norm: Annotated[bool, REFUSED_ON_RESUME] = Field(
-        False, description="Normalize the aux hidden states of each layer separately"
-    )
-    norm_output: Annotated[bool, REFUSED_ON_RESUME] = Field(
-        False, description="Feed normalized hidden states to the next TTT step"
     )
     sliding_window: Annotated[int | None, AfterValidator(_or_none), REFUSED_ON_RESUME] = Field(
         None,
@@ -56,6 +50,17 @@ class Eagle3Settings(Settings):
     )
     train_head: Annotated[bool, REFUSED_ON_RESUME, OffFlag("--freeze-head")] = Field(
         True, description="Train the draft's LM head; off: keep it frozen at the verifier's weights"
+    )
+
+
+class Eagle3Settings(EagleSettings):
+    """What is special to EAGLE-3, beside the settings that it shares with P-EAGLE."""
+
+    fc_norm: Annotated[bool, REFUSED_ON_RESUME] = Field(
+        False, description="Normalize the aux hidden states of each layer separately"
+    )
+    norm_output: Annotated[bool, REFUSED_ON_RESUME] = Field(
+        False, description="Feed normalized hidden states to the next TTT step"
     )
 
     @model_validator(mode="after")

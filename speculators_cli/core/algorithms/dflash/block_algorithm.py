@@ -8,11 +8,11 @@ from torch import Tensor
 
 from speculators_cli.core.algorithms.algorithm import Algorithm
 from speculators_cli.core.algorithms.dflash.config import DFlashConfig
-from speculators_cli.core.algorithms.dflash.mask_token import choose_mask_token
 from speculators_cli.core.algorithms.drafter import Verified
 from speculators_cli.core.algorithms.layers_reader import find_assumed
 from speculators_cli.core.data.alignment import NEXT_TOKEN
 from speculators_cli.core.errors import SettingsError
+from speculators_cli.core.models.mask_token import choose_mask_token
 from speculators_cli.core.models.verifier_files import VerifierFiles
 from speculators_cli.settings.algorithms.dflash import BlockSettings
 

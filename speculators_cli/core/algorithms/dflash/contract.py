@@ -10,19 +10,17 @@ from speculators_cli.core.algorithms.export_format import (
     Need,
     Rule,
     equals,
+    find_bad_mask,
     is_size,
     layer_ids_rule,
     layer_rules,
     switch_rule,
+    token_rule,
 )
 
 IDS = DFlashConfig.layer_ids_key
 LAYERS = "transformer_layer_config."
 KINDS = ("full_attention", "sliding_attention")
-
-
-def _is_token(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 
 def _is_block(value: Any) -> bool:
@@ -53,7 +51,7 @@ SPECULATORS_RULES = (
     Rule("target_hidden_size", "a positive whole number", is_size),
     layer_ids_rule(IDS),
     Rule("block_size", "a whole number above 1", _is_block),
-    Rule("mask_token_id", "a token id", _is_token),
+    token_rule("mask_token_id"),
     Rule("sample_from_anchor", "`false`", equals(False)),
     switch_rule("sliding_window_non_causal"),
 )
@@ -63,18 +61,18 @@ PLAIN_RULES = (
     Rule("block_size", "a whole number above 1", _is_block),
     Rule("num_target_layers", "a positive whole number", is_size),
     layer_ids_rule(f"{OWN_PART}.target_layer_ids"),
-    Rule(f"{OWN_PART}.mask_token_id", "a token id", _is_token),
+    token_rule(f"{OWN_PART}.mask_token_id"),
     switch_rule("is_causal"),
 )
 NEEDS = (Need(lambda _: True, "0.32.0", "were not tested with DFlash drafts of this package"),)
 
 
 def _find_obstacles(config: DFlashConfig) -> list[str]:
-    return find_bad_mask(config)
+    return find_bad_mask(config.mask_token_id, config.vocab_size)
 
 
 def _find_plain_obstacles(config: DFlashConfig) -> list[str]:
-    found = find_bad_mask(config)
+    found = find_bad_mask(config.mask_token_id, config.vocab_size)
     if config.owns_head:
         found.append(
             f"it has {config.draft_vocab_size:,} of {config.vocab_size:,} tokens, and the engine "
@@ -83,16 +81,6 @@ def _find_plain_obstacles(config: DFlashConfig) -> list[str]:
     if 0 in config.target_layer_ids:
         found.append("it reads the verifier's embedding output, which the engine does not provide")
     return found
-
-
-def find_bad_mask(config: DFlashConfig) -> list[str]:
-    """Whether the mask token has no embedding."""
-    if config.mask_token_id < config.vocab_size:
-        return []
-    return [
-        f"its mask token {config.mask_token_id:,} is not among the verifier's "
-        f"{config.vocab_size:,} tokens"
-    ]
 
 
 def _speculators_config(config: DFlashConfig, dtype: str) -> dict[str, Any]:
@@ -119,7 +107,7 @@ def _plain_config(config: DFlashConfig, dtype: str) -> dict[str, Any]:
 
 def find_contradictions(config: DFlashConfig, content: Mapping[str, Any]) -> list[str]:
     """Values of config.json that are valid but contradict each other."""
-    found = find_bad_mask(config)
+    found = find_bad_mask(config.mask_token_id, config.vocab_size)
     layers = content.get("transformer_layer_config", {})
     if len(layers.get("layer_types", [])) not in (0, config.num_layers):
         found.append("`layer_types` has another number of layers than `num_hidden_layers`")

@@ -5,7 +5,6 @@ from typing import Any
 
 from speculators_cli.core.algorithms.dflash.contract import (
     SPECULATORS_RULES,
-    find_bad_mask,
     find_contradictions,
 )
 from speculators_cli.core.algorithms.dspark.config import DSparkConfig
@@ -14,6 +13,7 @@ from speculators_cli.core.algorithms.export_format import (
     Need,
     Rule,
     equals,
+    find_bad_mask,
     is_size,
     switch_rule,
 )
@@ -32,7 +32,7 @@ NEEDS = (Need(lambda _: True, "0.32.0", "were not tested with DSpark drafts of t
 
 
 def _find_obstacles(config: DSparkConfig) -> list[str]:
-    return find_bad_mask(config)
+    return find_bad_mask(config.mask_token_id, config.vocab_size)
 
 
 def _build_config(config: DSparkConfig, dtype: str) -> dict[str, Any]:

@@ -25,6 +25,8 @@ from speculators_cli.core.models.config_values import Values
 PLAIN_ARCHITECTURES = ("LlamaForCausalLMEagle3", "Eagle3LlamaForCausalLM")
 # Families with the layers of llama if projections are separate tensors without bias.
 LLAMA_LAYERS = ("llama", "mistral", "qwen2", "phi3")
+# Keys of a mask token in plain drafts of P-EAGLE, in the order of engines.
+MASK_KEYS = ("mask_token_id", "pard_token", "ptd_token_id")
 DEFAULT_NUM_TOKENS = 3  # if config.json has no number of draft tokens
 _IDS = Eagle3Config.layer_ids_key
 
@@ -33,7 +35,17 @@ def is_eagle3(content: Mapping[str, Any]) -> bool:
     """Whether the content of a config.json is of an EAGLE-3 draft, speculators or plain."""
     if is_speculators(content):
         return bool(content["speculators_model_type"] == Eagle3Config.algorithm)
+    return is_plain(content) and not has_mask(content)
+
+
+def is_plain(content: Mapping[str, Any]) -> bool:
+    """Whether the content of a config.json is of a plain draft of EAGLE-3 or P-EAGLE."""
     return has_plain_layers(content) or "draft_vocab_size" in content
+
+
+def has_mask(content: Mapping[str, Any]) -> bool:
+    """Whether a config.json has a mask token, which only drafts of P-EAGLE read."""
+    return any(content.get(key) is not None for key in MASK_KEYS)
 
 
 def read_draft_config(
@@ -50,9 +62,25 @@ def read_draft_config(
         CheckpointError: It is not an EAGLE-3 draft, or this package does not support it.
     """
     assert is_eagle3(content), "another algorithm reads other drafts"
-    values = Values(content, name)
-    if is_speculators(content):
-        return _from_speculators(values, overrides)
+    # The engine of this format has it on by default.
+    return read_eagle_config(Values(content, name), overrides, residual_after_norm=True)
+
+
+def read_eagle_config(
+    values: Values, overrides: Overrides, *, residual_after_norm: bool
+) -> Eagle3Config:
+    """Read what drafts of EAGLE-3 and P-EAGLE have in common, in the speculators format or plain.
+
+    Args:
+        values: Of config.json.
+        overrides: Values that replace those of config.json.
+        residual_after_norm: `norm_before_residual` of the speculators format, where it is missing.
+
+    Raises:
+        CheckpointError: This package does not support it, or a value is missing.
+    """
+    if is_speculators(values.content):
+        return _from_speculators(values, overrides, residual_after_norm=residual_after_norm)
     return _from_plain(values, overrides)
 
 
@@ -70,7 +98,9 @@ def ties_head(content: Mapping[str, Any], name: str) -> bool:
     return any(Values(part, name).switch("tie_word_embeddings") for part in (content, layers))
 
 
-def _from_speculators(values: Values, overrides: Overrides) -> Eagle3Config:
+def _from_speculators(
+    values: Values, overrides: Overrides, *, residual_after_norm: bool
+) -> Eagle3Config:
     for key in ("transformer_layer_config", "speculators_config"):
         if not values.has(key):
             raise CheckpointError(
@@ -81,8 +111,7 @@ def _from_speculators(values: Values, overrides: Overrides) -> Eagle3Config:
     method = speculators.first_part("proposal_methods")
     flags = {key: values.switch(key) or False for key in SWITCHES}
     if "norm_before_residual" not in values.content:
-        # The engine of this format has it on by default.
-        flags["norm_before_residual"] = True
+        flags["norm_before_residual"] = residual_after_norm
     return _build(
         values,
         values.part("transformer_layer_config"),

@@ -53,7 +53,8 @@ NEEDS = (
 )
 
 
-def _find_obstacles(config: Eagle3Config) -> list[str]:
+def find_obstacles(config: Eagle3Config) -> list[str]:
+    """Options that vLLM does not support."""
     found = []
     if config.norm_before_fc and config.fc_norm:
         found.append("`norm_before_fc` and `fc_norm` exclude each other")
@@ -121,7 +122,8 @@ def _sglang_config(config: Eagle3Config, dtype: str) -> dict[str, Any]:
     return content | {"eagle_config": {"use_aux_hidden_state": True, IDS: ids}}
 
 
-def _find_contradictions(config: Eagle3Config, content: Mapping[str, Any]) -> list[str]:
+def find_contradictions(config: Eagle3Config, content: Mapping[str, Any]) -> list[str]:
+    """Values of config.json that are valid but contradict each other."""
     found = []
     if config.norm_before_fc and config.fc_norm:
         found.append("`norm_before_fc` and `fc_norm` are both on")
@@ -142,10 +144,10 @@ def _plain_name(name: str) -> str:
 FORMATS: Mapping[str, ExportFormat] = {
     "vllm": ExportFormat(
         method="eagle3",
-        find_obstacles=_find_obstacles,
+        find_obstacles=find_obstacles,
         build_config=_speculators_config,
         rules=SPECULATORS_RULES,
-        find_contradictions=_find_contradictions,
+        find_contradictions=find_contradictions,
         needs=NEEDS,
     ),
     "sglang": ExportFormat(
@@ -154,7 +156,7 @@ FORMATS: Mapping[str, ExportFormat] = {
         build_config=_sglang_config,
         rules=(*PLAIN_RULES, layer_ids_rule(f"eagle_config.{IDS}")),
         rename=_plain_name,
-        find_contradictions=_find_contradictions,
+        find_contradictions=find_contradictions,
     ),
     "eagle": ExportFormat(
         method="eagle3",
@@ -162,7 +164,7 @@ FORMATS: Mapping[str, ExportFormat] = {
         build_config=_plain_config,
         rules=(*PLAIN_RULES, layer_ids_rule(IDS)),
         rename=_plain_name,
-        find_contradictions=_find_contradictions,
+        find_contradictions=find_contradictions,
         needs=NEEDS,
     ),
 }

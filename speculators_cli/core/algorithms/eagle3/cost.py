@@ -8,6 +8,7 @@ fitted to an H100; docs/how-to/measure-speed.md has their errors.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -18,7 +19,10 @@ from speculators_cli.core.algorithms.cost import CostModel, Gpu, Work
 from speculators_cli.core.algorithms.eagle3.config import Eagle3Config
 from speculators_cli.core.algorithms.objective import scored_positions
 from speculators_cli.core.kernels.logit_chunks import chunk_size
-from speculators_cli.settings.algorithms.eagle3 import Eagle3Settings
+from speculators_cli.settings.algorithms.eagle3 import Eagle3Settings, EagleSettings
+
+EagleConfigT = TypeVar("EagleConfigT", bound=Eagle3Config)
+EagleSettingsT = TypeVar("EagleSettingsT", bound=EagleSettings)
 
 # Fraction of the data sheet's FLOPS that the compute-bound part of a step reaches, and bytes moved
 # per trained parameter: casts, gradients, gradient norm and optimizer.
@@ -38,23 +42,33 @@ class RowCounts:
     all_pairs: tuple[int, ...]  # in each layer, of any position and a key that it attends to
 
 
-class Eagle3Cost(CostModel[Eagle3Config, Eagle3Settings]):
+class EagleCost(CostModel[EagleConfigT, EagleSettingsT]):
     """The cost of a step that computes active rows only."""
+
+    def count_spared_flops(self, config: EagleConfigT, rows: RowCounts) -> float:
+        """Operations of EAGLE-3 that this algorithm does not need."""
+        del config, rows
+        return 0.0
+
+    def count_spared_bytes(self, config: EagleConfigT, num_active: int) -> int:
+        """Bytes of activations of EAGLE-3 that this algorithm does not keep."""
+        del config, num_active
+        return 0
 
     def count_work(
         self,
-        config: Eagle3Config,
-        settings: Eagle3Settings,
+        config: EagleConfigT,
+        settings: EagleSettingsT,
         loss_mask: Tensor,
         lengths: Sequence[int],
     ) -> Work:
         """The work of one packed sequence, from its masks."""
-        return _make_work(config, settings, count_rows(config, loss_mask, lengths))
+        return self._make_work(config, settings, count_rows(config, loss_mask, lengths))
 
     def expect_work(
         self,
-        config: Eagle3Config,
-        settings: Eagle3Settings,
+        config: EagleConfigT,
+        settings: EagleSettingsT,
         lengths: NDArray[np.int64],
         num_targets: NDArray[np.int64],
     ) -> Work:
@@ -72,17 +86,17 @@ class Eagle3Cost(CostModel[Eagle3Config, Eagle3Settings]):
             pairs=tuple(int((pairs * share).sum()) for pairs in all_pairs),
             all_pairs=tuple(int(pairs.sum()) for pairs in all_pairs),
         )
-        return _make_work(config, settings, rows)
+        return self._make_work(config, settings, rows)
 
-    def count_trained(self, config: Eagle3Config, settings: Eagle3Settings) -> int:
+    def count_trained(self, config: EagleConfigT, settings: EagleSettingsT) -> int:
         """Weights that the optimizer updates."""
         frozen = 0 if settings.train_head else config.draft_vocab_size * config.hidden_size
         return config.count_parameters() - frozen
 
     def estimate_memory(
         self,
-        config: Eagle3Config,
-        settings: Eagle3Settings,
+        config: EagleConfigT,
+        settings: EagleSettingsT,
         work: Sequence[Work],
         *,
         total_seq_len: int,
@@ -124,7 +138,8 @@ class Eagle3Cost(CostModel[Eagle3Config, Eagle3Settings]):
             "batches": 2 * num_accumulated * 2 * rows * config.target_hidden_size,
             "activations": steps * num_active * (config.num_layers * row + 2 * 3 * size)
             + (config.num_layers - 1) * (total_seq_len - num_active) * row
-            + 2 * total_seq_len * (3 * size + query + 2 * kv),
+            + 2 * total_seq_len * (3 * size + query + 2 * kv)
+            - self.count_spared_bytes(config, num_active),
             "gradients": gradients,
             "logits_or_feed_forward_gradients": max(
                 2 * pairs * config.draft_vocab_size, 4 * 3 * size * inner
@@ -136,10 +151,14 @@ class Eagle3Cost(CostModel[Eagle3Config, Eagle3Settings]):
         moving = num_trained * BYTES_PER_PARAMETER / gpu.bandwidth
         return flops / (FLOPS_REACHED * gpu.flops) + moving
 
+    def _make_work(self, config: EagleConfigT, settings: EagleSettingsT, rows: RowCounts) -> Work:
+        flops = count_flops(config, rows, train_head=settings.train_head)
+        flops -= self.count_spared_flops(config, rows)
+        return Work(rows.num_positions, rows.num_targets, rows.num_active, flops)
 
-def _make_work(config: Eagle3Config, settings: Eagle3Settings, rows: RowCounts) -> Work:
-    flops = count_flops(config, rows, train_head=settings.train_head)
-    return Work(rows.num_positions, rows.num_targets, rows.num_active, flops)
+
+class Eagle3Cost(EagleCost[Eagle3Config, Eagle3Settings]):
+    """The cost of an EAGLE-3 step."""
 
 
 def _pairs_of(sizes: NDArray[np.int64], window: int | None) -> NDArray[np.float64]:

@@ -115,6 +115,25 @@ class Eagle3Draft(nn.Module):
         normed = self.norm(hidden)
         return normed, self.choose_fed_back(hidden, normed)
 
+    def next_inputs(
+        self,
+        tokens: Tensor,  # [seq_len], int64: the true tokens of the next TTT step
+        fed_back: Tensor,  # [seq_len, hidden]: of this one
+    ) -> tuple[Tensor, Tensor]:
+        """The tokens and hidden states that the next TTT step reads."""
+        return tokens, fed_back
+
+    def embed_mask(
+        self,
+        dtype: torch.dtype,  # noqa: ARG002
+    ) -> tuple[Tensor, Tensor] | None:
+        """What every TTT step after the first reads, if it is the same at all positions.
+
+        Returns:
+            The embedding, [1, hidden], and the aux hidden states, [1, aux*hidden].
+        """
+        return None
+
     def choose_fed_back(self, hidden: Tensor, normed: Tensor) -> Tensor:
         """The hidden states that the next step reads: before the final norm, or after it."""
         return normed if self.config.norm_output else hidden

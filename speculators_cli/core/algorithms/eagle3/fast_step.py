@@ -1,6 +1,7 @@
 """The training step over active rows: the same function as the plain forward."""
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -36,7 +37,10 @@ def unroll(draft: Eagle3Draft, batch: Batch, targets: Targets, weights: Tensor) 
     rows = find_active_rows(batch, config.ttt_steps)
     fc = SharedWeight([draft.fc.weight], dtype)
     hidden = fc.linear(draft.normed_aux(batch.aux_hidden_states))
-    layers = build_layers(draft, batch, rows)
+    mask = draft.embed_mask(dtype)
+    layers = build_layers(draft, batch, rows, None if mask is None else mask[0])
+    # One row stands for all of them.
+    masked = None if mask is None else fc.linear(draft.normed_aux(mask[1]))
     active_positions = batch.position_ids[rows.rows]
     # A row's steps beside each other, as the loss wants them.
     stacked = hidden.new_empty(len(rows.rows), config.ttt_steps, config.hidden_size)
@@ -48,7 +52,7 @@ def unroll(draft: Eagle3Draft, batch: Batch, targets: Targets, weights: Tensor) 
             hidden, residual = layer(hidden, residual, positions, active_positions + step)
         normed, hidden = apply_norm(draft.norm, hidden, add=residual, into=stacked[:, step])
         normed_steps.append(normed)
-        hidden = draft.choose_fed_back(hidden, normed)
+        hidden = draft.choose_fed_back(hidden, normed) if masked is None else masked
     return score(draft, rows, stacked, normed_steps, targets, weights)
 
 
@@ -67,6 +71,7 @@ class FastLayer:
         rows: The active rows.
         rope: Cosine and sine by position.
         embedded: [seq_len, hidden]: normalised embeddings without norm weights, for a first layer.
+        mask: [1, hidden]: the same of the token that all later steps read, if there is one.
         is_last: Whether step 0 leaves off the other rows once their keys are known.
         window: Positions that a query sees, its own included; None: all.
     """
@@ -79,6 +84,7 @@ class FastLayer:
         dtype: torch.dtype,
         *,
         embedded: Tensor | None,
+        mask: Tensor | None,
         is_last: bool,
         window: int | None,
     ) -> None:
@@ -90,9 +96,11 @@ class FastLayer:
         attention, mlp = layer.self_attn, layer.mlp
         projections = (attention.q_proj, attention.k_proj, attention.v_proj)
         q, k, v = (projection.weight for projection in projections)
-        # What the token embeddings add, and where the rows of each step find it.
+        # What the token embeddings add, where the rows of each step find it, and what a mask adds.
         self.query_rows: SharedRows | None = None
         self.kv_rows: SharedRows | None = None
+        self.query_mask: SharedRows | None = None
+        self.kv_mask: SharedRows | None = None
         self.kv_places = (None, *rows.shifted_rows[1:])
         self.query_places = rows.needed_rows if is_last else self.kv_places
         if isinstance(layer, FirstLayer):
@@ -102,12 +110,13 @@ class FastLayer:
             (embedding_q, q), (embedding_k, k), (embedding_v, v) = halves
             embedding_kv = [embedding_k, embedding_v]
             needed = embedded.index_select(0, rows.needed) if is_last else embedded
-            self.query_rows = SharedRows(
-                SharedWeight([embedding_q], dtype, norm_weight=gain).linear(needed)
-            )
-            self.kv_rows = SharedRows(
-                SharedWeight(embedding_kv, dtype, norm_weight=gain).linear(embedded)
-            )
+            to_query = SharedWeight([embedding_q], dtype, norm_weight=gain)
+            to_kv = SharedWeight(embedding_kv, dtype, norm_weight=gain)
+            self.query_rows = SharedRows(to_query.linear(needed))
+            self.kv_rows = SharedRows(to_kv.linear(embedded))
+            if mask is not None:
+                self.query_mask = SharedRows(to_query.linear(mask))
+                self.kv_mask = SharedRows(to_kv.linear(mask))
         self.q = SharedWeight([q], dtype)
         self.kv = SharedWeight([k, v], dtype)
         self.o = SharedWeight([attention.o_proj.weight], dtype)
@@ -124,7 +133,8 @@ class FastLayer:
         """One TTT step.
 
         Args:
-            hidden: [seq_len, hidden] in step 0, [active, hidden] later.
+            hidden: [seq_len, hidden] in step 0, [active, hidden] later; [1, hidden] if it is the
+                same for all rows.
             residual: As `hidden`: what the next norm is to add to it; None in a first layer.
             positions: Of the rows of `hidden` in their documents, this step's shift added.
             active_positions: The same of the active rows.
@@ -151,40 +161,60 @@ class FastLayer:
         query = self.project_query(normed, positions if keeps_all else active_positions, spans)
         attended = joint_attention(query, self.keys, self.values, spans, window=self.window)
         hidden = self.o.linear(attended.flatten(1))
+        residual = residual.expand_as(hidden)
         normed, residual = apply_norm(layer.post_attention_layernorm, hidden, add=residual)
         activated = swiglu(self.gate_up.linear(normed))
         self.step += 1
         return self.down.linear(activated), residual
 
     def project_kv(self, normed: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values of these rows, each [rows, kv_heads, head_dim]."""
+        """Keys and values at these positions, each [rows, kv_heads, head_dim]."""
         attention = self.layer.self_attn
-        projected = self.kv.linear(normed, add=self.read(self.kv_rows, self.kv_places))
-        key, value = projected.chunk(2, dim=1)
-        heads = (len(normed), -1, attention.head_dim)
-        return rotate(attention.k_norm(key.view(heads)), self.rope, positions), value.view(heads)
+        added = self.read(self.kv_rows, self.kv_mask, self.kv_places)
+        projected = self.kv.linear(normed, add=added)
+        key, value = (
+            x.view(len(normed), -1, attention.head_dim) for x in projected.chunk(2, dim=1)
+        )
+        key, value = (x.expand(len(positions), -1, -1) for x in (attention.k_norm(key), value))
+        return rotate(key, self.rope, positions), value
 
     def project_query(self, normed: Tensor, positions: Tensor, spans: Spans) -> Tensor:
-        """Queries of these rows, laid out by `spans`: [queries, heads, head_dim]."""
+        """Queries at these positions, laid out by `spans`: [queries, heads, head_dim]."""
         attention = self.layer.self_attn
-        query = self.q.linear(normed, add=self.read(self.query_rows, self.query_places))
-        heads = query.view(len(normed), -1, attention.head_dim)
-        return rotate(attention.q_norm(heads), self.rope, positions, spans=spans)
+        added = self.read(self.query_rows, self.query_mask, self.query_places)
+        heads = self.q.linear(normed, add=added).view(len(normed), -1, attention.head_dim)
+        query = attention.q_norm(heads).expand(len(positions), -1, -1)
+        return rotate(query, self.rope, positions, spans=spans)
 
-    def read(self, shared: SharedRows | None, places: Sequence[Tensor | None]) -> Tensor | None:
+    def read(
+        self,
+        shared: SharedRows | None,
+        mask: SharedRows | None,
+        places: Sequence[Tensor | None],
+    ) -> Tensor | None:
         """What this step's rows read of the embeddings' part, if the layer has one."""
         if shared is None:
             return None
+        if mask is not None and self.step > 0:
+            return mask.read()
         return shared.read(places[self.step], num_inside=self.rows.num_inside[self.step])
 
 
-def build_layers(draft: Eagle3Draft, batch: Batch, rows: ActiveRows) -> list[FastLayer]:
+def build_layers(
+    draft: Eagle3Draft,
+    batch: Batch,
+    rows: ActiveRows,
+    mask: Tensor | None,  # [1, hidden]: the embedding that all later steps read
+) -> list[FastLayer]:
     """The draft's layers, ready for step 0."""
     dtype = batch.aux_hidden_states.dtype
-    embedded = draft.embed(batch.input_ids, dtype)
-    embedded = F.rms_norm(embedded, embedded.shape[-1:], eps=draft.config.rms_norm_eps)
+    normalise = partial(
+        F.rms_norm, normalized_shape=(draft.config.hidden_size,), eps=draft.config.rms_norm_eps
+    )
+    embedded = normalise(draft.embed(batch.input_ids, dtype))
+    mask = None if mask is None else normalise(mask)
     num_positions = max(batch.lengths, default=0) + draft.config.ttt_steps
-    rope = draft.rotary(torch.arange(num_positions, device=embedded.device))
+    rope = draft.rotary(torch.arange(num_positions, device=batch.input_ids.device))
     num_layers = len(draft.layers)
     return [
         FastLayer(
@@ -193,6 +223,7 @@ def build_layers(draft: Eagle3Draft, batch: Batch, rows: ActiveRows) -> list[Fas
             rope,
             dtype,
             embedded=embedded if index == 0 else None,
+            mask=mask if index == 0 else None,
             is_last=index == num_layers - 1,
             window=draft.config.windows[index],
         )

@@ -87,17 +87,17 @@ class Eagle3Training(Eagle3Draft, DraftModel):
         return scored_positions(batch.loss_mask, batch.document_ids, self.config.ttt_steps)
 
     def forward(self, batch: Batch, weights: Tensor | None = None) -> StepSums:
-        """Unroll the draft on its own hidden states, with the true tokens as input."""
+        """Run the TTT steps, and score the tokens that they predict."""
         if self.use_fast_kernels:
             return self._unroll_fast(batch, weights)
         log_probs, tokens = map(batch.at_positions, self.targets(batch))
-        hidden = self.fuse(batch.aux_hidden_states)
+        read, hidden = batch.input_ids, self.fuse(batch.aux_hidden_states)
         memories = [TTTMemory(batch.lengths, window) for window in self.config.windows]
         losses, agreed = [], []
         for step in range(self.config.ttt_steps):
-            normed, hidden = self.step(
-                shifted(batch.input_ids, step), hidden, batch.position_ids + step, memories
-            )
+            if step > 0:
+                read, hidden = self.next_inputs(shifted(batch.input_ids, step), hidden)
+            normed, hidden = self.step(read, hidden, batch.position_ids + step, memories)
             logits = self.lm_head(normed)
             losses.append(self.loss.plain(logits, shifted(log_probs, step)))
             agreed.append(self.kept_ids[logits.detach().argmax(-1)] == shifted(tokens, step))

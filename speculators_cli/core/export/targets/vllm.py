@@ -50,10 +50,12 @@ class Vllm(Target):
 
     def explicit_command(self, verifier: str, draft: str, config: DraftConfig) -> str:
         """The command that serves a verifier with a draft, wherever the two are."""
+        form = self.format_of(config)
         options = {
-            "method": self.format_of(config).method,
+            "method": form.method,
             "model": draft,
             "num_speculative_tokens": config.num_draft_tokens,
+            **form.serve_options,
         }
         line = shlex.quote(json.dumps(options))
         command = f"vllm serve {shlex.quote(verifier)} --speculative-config {line}"

@@ -4,10 +4,10 @@ from typing import Any
 
 import pytest
 
-from speculators_cli.core.algorithms.dflash import mask_token
-from speculators_cli.core.algorithms.dflash.mask_token import choose_mask_token
 from speculators_cli.core.demo.demo import VERIFIER_DIR
 from speculators_cli.core.errors import SettingsError
+from speculators_cli.core.models import mask_token
+from speculators_cli.core.models.mask_token import choose_mask_token
 from speculators_cli.core.models.tokenizer import load_tokenizer
 from speculators_cli.core.models.verifier_files import VerifierFiles
 from tests.tiny_run import TinyInputs

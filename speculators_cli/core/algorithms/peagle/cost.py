@@ -1,0 +1,24 @@
+"""Cost model of a P-EAGLE training step: that of EAGLE-3, without what masks have in common."""
+
+from speculators_cli.core.algorithms.eagle3.cost import EagleCost, RowCounts
+from speculators_cli.core.algorithms.peagle.config import PEagleConfig
+from speculators_cli.settings.algorithms.peagle import PEagleSettings
+
+
+class PEagleCost(EagleCost[PEagleConfig, PEagleSettings]):
+    """The cost of a step whose masks are one row before the first layer's RoPE."""
+
+    def count_spared_flops(self, config: PEagleConfig, rows: RowCounts) -> float:
+        """The first layer's queries, keys and values of the later steps."""
+        masks = (config.ttt_steps - 1) * rows.num_active
+        return 2.0 * 3 * config.hidden_size * masks * _projected(config)
+
+    def count_spared_bytes(self, config: PEagleConfig, num_active: int) -> int:
+        """Their inputs, and their keys and values before RoPE."""
+        masks = (config.ttt_steps - 1) * num_active
+        kv = 2 * config.num_kv_heads * config.head_dim
+        return 2 * masks * (config.hidden_size + kv)
+
+
+def _projected(config: PEagleConfig) -> int:
+    return (config.num_heads + 2 * config.num_kv_heads) * config.head_dim
