@@ -103,6 +103,37 @@ def test_two_ranks_draw_the_anchors_of_one(
     assert moved > 1e-3
 
 
+MASKS = [
+    ("plain", "shard"),
+    ("plain", "replicate"),
+    pytest.param(
+        "fast",
+        "shard",
+        marks=pytest.mark.skipif(find_spec("triton") is None, reason="needs Triton"),
+    ),
+]
+
+
+@pytest.mark.parametrize(("kernels", "sharding"), MASKS)
+def test_two_ranks_train_the_mask_of_one(
+    tiny: TinyInputs, tmp_path: Path, kernels: str, sharding: str
+) -> None:
+    one, two = tmp_path / "one", tmp_path / "two"
+    same: dict[str, object] = {"algorithm": "peagle", "num_layers": 2, "ttt_steps": 3}
+    same |= {"mask_token_id": 1, "noise_std": 0.0, "max_steps": 4, "total_seq_len": 32}
+
+    train(tiny, one, num_ranks=1, gradient_accumulation_steps=2, kernels="plain", **same)
+    train(tiny, two, num_ranks=2, kernels=kernels, sharding=sharding, **same)
+
+    assert gradient_norms(two) == pytest.approx(gradient_norms(one), rel=1e-3)
+    # One rank has the whole mask, which has one row.
+    masks = [load_file(x / "step-4" / "model.safetensors")["mask_hidden"] for x in (one, two)]
+    assert masks[0].shape == (1, 1, 72)
+    assert masks[0].abs().max() > 5e-3
+    # As above.
+    assert largest_difference(one / "step-4", two / "step-4") < 2e-4
+
+
 def test_two_ranks_that_capture_equal_one(tiny: TinyInputs, tmp_path: Path) -> None:
     one, two = tmp_path / "one", tmp_path / "two"
     rows = make_rows(24, longest=60)

@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import load_file
 
 from speculators_cli.cli.app import run
+from speculators_cli.core.algorithms.drafter import Drafter
 from speculators_cli.core.algorithms.overrides import Overrides
 from speculators_cli.core.demo.demo import VERIFIER_DIR, read_prompts
 from speculators_cli.core.drafts.trained_draft import read_draft
@@ -89,6 +90,23 @@ BLOCK_VARIANTS = {
         (*BLOCKS, "1"), rope_theta=1000.0, misread={"rope_parameters": DEFAULT_ROPE}
     ),
 }
+# Two layers at least, where masks of a step read what those before them read.
+MASKS = ("--algorithm", "peagle", "--ttt-steps", "5", "--epochs", "24", "--num-layers")
+MASK_VARIANTS = {
+    "1 layer": Variant((*MASKS, "1"), misread={"mask_token_id": 70}),
+    "full vocabulary": Variant((*MASKS, "1", "--full-vocab")),
+    "2 qwen3 layers": Variant((*MASKS, "2", "--draft-arch", "qwen3")),
+    "4 layers": Variant((*MASKS, "4"), misread={"norm_before_residual": False}),
+    "`norm_before_fc`, `norm_before_residual` off": Variant(
+        (*MASKS, "2", "--norm-before-fc", "--no-norm-before-residual"),
+        misread={"norm_before_residual": True},
+    ),
+    # Masks further than the window from the first positions that they would see.
+    "window of 4": Variant((*MASKS, "2", "--sliding-window", "4"), misread={"sliding_window": 3}),
+    "verifier layers 1, 3, 5, 6": Variant(
+        (*MASKS, "2"), layer_ids=(1, 3, 5, 6), misread={"target_layer_ids": (2, 3, 5, 6)}
+    ),
+}
 
 
 class EngineError(Exception):
@@ -101,6 +119,8 @@ class Served:
 
     answers: list[list[int]]
     accepted: list[list[int]]  # of each prompt, the draft tokens accepted in each verifier pass
+    # Of each prompt, the draft tokens of each verifier pass.
+    drafted: list[list[list[int]]] = field(default_factory=list)
 
     def row(self) -> tuple[int, list[int], float]:
         """Passes, passes that accepted their first, second and third token, acceptance length."""
@@ -152,16 +172,40 @@ class Questions:
         drafter = source.build_drafter(
             verifier.embedding, num_draft_tokens=config.num_draft_tokens, head=verifier.head
         )
-        answers = draft_and_verify(
-            verifier.rows,
-            drafter,
-            [Prompt(ids, 0) for ids in self.prompts],
-            Sampling(MAX_NEW_TOKENS),
-            end_ids=verifier.tokens.end_ids,
-            batch_size=4,
-            progress=SilentProgress(),
-        ).answers
-        return Served([list(x.tokens) for x in answers], [list(x.num_accepted) for x in answers])
+        served = Served([], [])
+        for prompt in self.prompts:
+            # One prompt at a time, as the engine is asked.
+            recorded = RecordedDrafter(drafter)
+            found = draft_and_verify(
+                verifier.rows,
+                recorded,
+                [Prompt(prompt, 0)],
+                Sampling(MAX_NEW_TOKENS),
+                end_ids=verifier.tokens.end_ids,
+                batch_size=1,
+                progress=SilentProgress(),
+            )
+            (answer,) = found.answers
+            served.answers.append(list(answer.tokens))
+            served.accepted.append(list(answer.num_accepted))
+            served.drafted.append(recorded.drafted)
+        return served
+
+
+class RecordedDrafter:
+    """A drafter of one row that keeps what it proposes."""
+
+    def __init__(self, drafter: Drafter) -> None:
+        self.drafter = drafter
+        self.drafted: list[list[int]] = []
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.drafter, name)
+
+    def propose(self) -> torch.Tensor:
+        tokens = self.drafter.propose()
+        self.drafted += tokens.tolist()
+        return tokens
 
 
 def _read_proposal(draft: Path | None) -> dict[str, Any]:
@@ -169,8 +213,10 @@ def _read_proposal(draft: Path | None) -> dict[str, Any]:
     content = {} if draft is None else json.loads((draft / "config.json").read_text())
     method = content.get("speculators_model_type", "eagle3")
     proposals = content.get("speculators_config", {}).get("proposal_methods", [{}])
+    is_parallel = method == "peagle"
     return {
-        "method": method,
+        "method": "eagle3" if is_parallel else method,
+        "is_parallel": is_parallel,
         "num_draft_tokens": proposals[0].get("speculative_tokens", 3),
         # Of layers that one call of the engine norms the keys of.
         "num_layers": content["transformer_layer_config"]["num_hidden_layers"]

@@ -24,6 +24,9 @@ def main(job_file: str, result_file: str) -> None:
         "model": job["draft"],
         "num_speculative_tokens": job["num_draft_tokens"],
     }
+    if job["is_parallel"]:
+        draft["parallel_drafting"] = True
+    drafted = record_drafts()
     ways: dict[str, dict[str, Any]] = {
         "alone": {"model": job["verifier"]},
         "explicit": {"model": job["verifier"], "speculative_config": draft},
@@ -37,9 +40,31 @@ def main(job_file: str, result_file: str) -> None:
         enforce_eager=True,
         disable_log_stats=False,
     )
-    served = [answer(engine, prompt, job["max_new_tokens"]) for prompt in job["prompts"]]
-    answers, accepted = zip(*served, strict=True)
-    Path(result_file).write_text(json.dumps({"answers": answers, "accepted": accepted}))
+    served = []
+    for prompt in job["prompts"]:
+        drafted.clear()
+        found = answer(engine, prompt, job["max_new_tokens"])
+        # After the last pass, the engine drafts once more.
+        served.append((*found, drafted[: len(found[1])]))
+    answers, accepted, drafts = zip(*served, strict=True)
+    result = {"answers": answers, "accepted": accepted, "drafted": drafts}
+    Path(result_file).write_text(json.dumps(result))
+
+
+def record_drafts() -> list[list[int]]:
+    """A list to which the engine adds each chain that it drafts; one request at a time."""
+    from vllm.v1.spec_decode.llm_base_proposer import SpecDecodeBaseProposer
+
+    drafted: list[list[int]] = []
+    propose = SpecDecodeBaseProposer.propose
+
+    def record(self: Any, *given: Any, **named: Any) -> Any:
+        tokens = propose(self, *given, **named)
+        drafted.extend(tokens.tolist())
+        return tokens
+
+    SpecDecodeBaseProposer.propose = record
+    return drafted
 
 
 def mend_grouped_norm() -> None:

@@ -18,6 +18,7 @@ from speculators_cli.core.models.tokenizer import load_tokenizer
 from speculators_cli.core.models.verifier_files import VerifierFiles
 from tests.vllm.exported_drafts import (
     BLOCK_VARIANTS,
+    MASK_VARIANTS,
     RESIDUAL_OFF,
     VARIANTS,
     Questions,
@@ -84,6 +85,7 @@ def check(capsys: pytest.CaptureFixture[str]) -> Check:
         assert served.answers == bench.alone.answers
         assert served.answers == expected.answers
         assert served.accepted == expected.accepted  # pass by pass
+        assert served.drafted == expected.drafted  # token by token, those refused as well
         # A draft that is never accepted would agree too.
         assert sum(accepted) > passes / 4
 
@@ -130,6 +132,38 @@ def test_a_misread_block_config_would_be_seen(folder: Path, name: str) -> None:
 
     assert own.answers == misread.answers
     assert own.accepted != misread.accepted
+
+
+@pytest.mark.parametrize("name", MASK_VARIANTS)
+def test_the_engine_drafts_from_the_masks_that_we_do(
+    bench: Bench, folder: Path, name: str, check: Check
+) -> None:
+    draft = export(train(MASK_VARIANTS[name], folder), folder / f"masks {name}")
+
+    check(bench, draft, "explicit", f"P-EAGLE, {name}")
+
+
+@pytest.mark.parametrize(
+    "name", [name for name, variant in MASK_VARIANTS.items() if variant.misread]
+)
+def test_a_misread_mask_config_would_be_seen(folder: Path, name: str) -> None:
+    draft = export(train(MASK_VARIANTS[name], folder), folder / f"masks {name}")
+    questions = ask_demo()
+
+    own = questions.draft_and_verify(draft)
+    misread = questions.draft_and_verify(draft, **MASK_VARIANTS[name].misread)
+
+    assert own.answers == misread.answers
+    assert own.accepted != misread.accepted
+
+
+def test_the_folder_of_a_mask_draft_alone_is_enough(
+    bench: Bench, folder: Path, check: Check
+) -> None:
+    variant = MASK_VARIANTS["1 layer"]
+    draft = export(train(variant, folder), folder / "masks alone")
+
+    check(bench, draft, "folder", "P-EAGLE, folder only")
 
 
 @pytest.mark.parametrize("flags", [[], ["--without-embeddings"]])
