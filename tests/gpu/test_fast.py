@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from speculators_cli.core.algorithms.eagle3.attention import plain_attention
+from speculators_cli.core.algorithms.eagle3.config import Eagle3Config
 from speculators_cli.core.algorithms.eagle3.training import Eagle3Training
 from speculators_cli.core.data.batch import Batch, drop_non_finite, rows_of
 from speculators_cli.core.data.noise import drop_and_add_noise
@@ -17,6 +18,7 @@ from speculators_cli.core.kernels.spans import Spans
 from speculators_cli.core.training.optimizer import Optimizer
 from speculators_cli.settings.train import OptimizerSettings
 from tests.tiny_drafts import attend_from, filled_draft, make_config, make_sample, pack
+from tests.tiny_peagle import make_peagle_config
 
 pytestmark = pytest.mark.gpu
 CUDA = torch.device("cuda")
@@ -36,6 +38,12 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "num_layers": 2,
         "full_attention_layers": (1,),
     },
+}
+MASKS: dict[str, dict[str, Any]] = {
+    "masks": {},
+    "masks-three-qwen3-layers-five-steps": {"num_layers": 3, "arch": "qwen3", "ttt_steps": 5},
+    "masks-residual-before-norm": {"num_layers": 2, "norm_before_residual": False},
+    "masks-window": {"num_layers": 2, "sliding_window": 20},
 }
 
 
@@ -106,7 +114,7 @@ def run(draft: Eagle3Training, batch: Batch, *, is_fast: bool) -> tuple[Tensor, 
 
 
 @pytest.mark.parametrize("fraction", [1.0, 0.6, 0.1])
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", [*VARIANTS, *MASKS])
 def test_fast_equals_plain(variant: str, fraction: float) -> None:
     assert torch.get_float32_matmul_precision() == "highest"
     rng = torch.Generator().manual_seed(0)
@@ -114,7 +122,11 @@ def test_fast_equals_plain(variant: str, fraction: float) -> None:
         "hidden_size": 192, "target_hidden_size": 192, "intermediate_size": 320, "num_heads": 6,
         "num_kv_heads": 2, "head_dim": 64, "vocab_size": 900, "draft_vocab_size": 450,
     }  # fmt: skip
-    config = make_config(**(sizes | VARIANTS[variant]))
+    config: Eagle3Config = (
+        make_config(**(sizes | VARIANTS[variant]))
+        if variant in VARIANTS
+        else make_peagle_config(**(sizes | MASKS[variant]))
+    )
     draft = moved(filled_draft(config, rng, kept_ids=torch.arange(0, 900, 2)))
     lengths = (60, 2, 131, 90)
     samples = [make_sample(n, config, rng, supervised_fraction=fraction) for n in lengths]

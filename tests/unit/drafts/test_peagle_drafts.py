@@ -25,9 +25,7 @@ def test_an_upstream_draft_is_read(tmp_path: Path) -> None:
     content |= {"architectures": ["PEagleSpeculator"], "embed_requires_grad": True}
     embedding = torch.randn(37, 24)
 
-    theirs = write_folder(
-        tmp_path / "theirs", content, tensors | {"embed_tokens.weight": embedding}
-    )
+    theirs = tensors | {"embed_tokens.weight": embedding}
     draft = read_draft(str(write_folder(tmp_path / "theirs", content, theirs)))
 
     assert draft.config == config
