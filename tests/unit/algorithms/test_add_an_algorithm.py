@@ -71,10 +71,10 @@ def test_its_settings_are_flags_under_its_name_and_its_name_is_a_choice(tiny: Ti
     settings = load_settings(ToyTrainSettings, {**given, "algorithm": "toy", "top_k": "3"}, None)
 
     assert flags["--top-k"].panel == "Toy"
-    assert flags["--algorithm"].metavar == "<eagle3|dflash|dspark|toy>"
+    assert flags["--algorithm"].metavar == "<eagle3|dflash|dspark|peagle|toy>"
     assert settings.algorithm_settings == ToySettings(top_k=3)
     with pytest.raises(
-        SettingsError, match="must be `eagle3`, `dflash`, `dspark` or `toy`, got `toi`"
+        SettingsError, match="must be `eagle3`, `dflash`, `dspark`, `peagle` or `toy`, got `toi`"
     ):
         load_settings(ToyTrainSettings, {**given, "algorithm": "toi"}, None)
 

@@ -241,7 +241,7 @@ REFUSED: dict[str, tuple[Change, str]] = {
     ),
     "another algorithm": (
         lambda c, _: c.update(speculators_model_type="mtp"),
-        "of algorithm `mtp`, expected `eagle3`, `dflash`, `dspark`",
+        "of algorithm `mtp`, expected `eagle3`, `dflash`, `dspark`, `peagle`",
     ),
     "no layers": (lambda c, _: c.pop("transformer_layer_config"), "lacks `transformer_layer"),
     "biases": (
