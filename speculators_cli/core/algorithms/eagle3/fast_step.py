@@ -96,27 +96,21 @@ class FastLayer:
         attention, mlp = layer.self_attn, layer.mlp
         projections = (attention.q_proj, attention.k_proj, attention.v_proj)
         q, k, v = (projection.weight for projection in projections)
-        # What the token embeddings add, where the rows of each step find it, and what a mask adds.
-        self.query_rows: SharedRows | None = None
-        self.kv_rows: SharedRows | None = None
-        self.query_mask: SharedRows | None = None
-        self.kv_mask: SharedRows | None = None
-        self.kv_places = (None, *rows.shifted_rows[1:])
-        self.query_places = rows.needed_rows if is_last else self.kv_places
+        # What the token embeddings add.
+        self.query_part: EmbeddedPart | None = None
+        self.kv_part: EmbeddedPart | None = None
         if isinstance(layer, FirstLayer):
             assert embedded is not None
             gain = layer.input_layernorm.weight
             halves = [weight.split(len(gain), dim=1) for weight in (q, k, v)]
             (embedding_q, q), (embedding_k, k), (embedding_v, v) = halves
-            embedding_kv = [embedding_k, embedding_v]
-            needed = embedded.index_select(0, rows.needed) if is_last else embedded
             to_query = SharedWeight([embedding_q], dtype, norm_weight=gain)
-            to_kv = SharedWeight(embedding_kv, dtype, norm_weight=gain)
-            self.query_rows = SharedRows(to_query.linear(needed))
-            self.kv_rows = SharedRows(to_kv.linear(embedded))
-            if mask is not None:
-                self.query_mask = SharedRows(to_query.linear(mask))
-                self.kv_mask = SharedRows(to_kv.linear(mask))
+            to_kv = SharedWeight([embedding_k, embedding_v], dtype, norm_weight=gain)
+            places = (None, *rows.shifted_rows[1:])
+            self.kv_part = EmbeddedPart(to_kv, embedded, places, mask)
+            if is_last:
+                embedded, places = embedded.index_select(0, rows.needed), rows.needed_rows
+            self.query_part = EmbeddedPart(to_query, embedded, places, mask)
         self.q = SharedWeight([q], dtype)
         self.kv = SharedWeight([k, v], dtype)
         self.o = SharedWeight([attention.o_proj.weight], dtype)
@@ -170,8 +164,7 @@ class FastLayer:
     def project_kv(self, normed: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values at these positions, each [rows, kv_heads, head_dim]."""
         attention = self.layer.self_attn
-        added = self.read(self.kv_rows, self.kv_mask, self.kv_places)
-        projected = self.kv.linear(normed, add=added)
+        projected = self.kv.linear(normed, add=self.read(self.kv_part))
         key, value = (
             x.view(len(normed), -1, attention.head_dim) for x in projected.chunk(2, dim=1)
         )
@@ -181,23 +174,42 @@ class FastLayer:
     def project_query(self, normed: Tensor, positions: Tensor, spans: Spans) -> Tensor:
         """Queries at these positions, laid out by `spans`: [queries, heads, head_dim]."""
         attention = self.layer.self_attn
-        added = self.read(self.query_rows, self.query_mask, self.query_places)
-        heads = self.q.linear(normed, add=added).view(len(normed), -1, attention.head_dim)
+        projected = self.q.linear(normed, add=self.read(self.query_part))
+        heads = projected.view(len(normed), -1, attention.head_dim)
         query = attention.q_norm(heads).expand(len(positions), -1, -1)
         return rotate(query, self.rope, positions, spans=spans)
 
-    def read(
-        self,
-        shared: SharedRows | None,
-        mask: SharedRows | None,
-        places: Sequence[Tensor | None],
-    ) -> Tensor | None:
+    def read(self, part: "EmbeddedPart | None") -> Tensor | None:
         """What this step's rows read of the embeddings' part, if the layer has one."""
-        if shared is None:
-            return None
-        if mask is not None and self.step > 0:
-            return mask.read()
-        return shared.read(places[self.step], num_inside=self.rows.num_inside[self.step])
+        return None if part is None else part.read(self.step, self.rows.num_inside)
+
+
+class EmbeddedPart:
+    """What the token embeddings add to a projection of the first layer, projected once.
+
+    Args:
+        weight: Of the embeddings' half.
+        embedded: [rows, hidden]: normalised embeddings without norm weights.
+        places: Of each step: which of these its rows read; None: all, in order.
+        mask: [1, hidden]: what all later steps read in their place, if they read a mask.
+    """
+
+    def __init__(
+        self,
+        weight: SharedWeight,
+        embedded: Tensor,
+        places: Sequence[Tensor | None],
+        mask: Tensor | None,
+    ) -> None:
+        self.places = places
+        self.rows = SharedRows(weight.linear(embedded))
+        self.mask = None if mask is None else SharedRows(weight.linear(mask))
+
+    def read(self, step: int, num_inside: Sequence[int]) -> Tensor:
+        """Copy what a step reads: [rows, out], or [1, out] of a mask."""
+        if self.mask is not None and step > 0:
+            return self.mask.read()
+        return self.rows.read(self.places[step], num_inside=num_inside[step])
 
 
 def build_layers(

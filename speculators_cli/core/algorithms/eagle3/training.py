@@ -64,7 +64,7 @@ class Eagle3Training(Eagle3Draft, DraftModel):
         self.lm_head.requires_grad_(train_head)
 
     def initialise(self, seed: int) -> None:
-        """Initialize norm weights to one, matrices normally, lm_head from the verifier."""
+        """Initialize norm weights to one, others normally, lm_head from the verifier."""
         generator = torch.Generator(self.fc.weight.device).manual_seed(seed)
         with torch.no_grad():
             for parameter in self.parameters():
