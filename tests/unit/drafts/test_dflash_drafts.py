@@ -108,7 +108,7 @@ def test_a_plain_draft_is_read_as_its_engines_compute_it(
         ({"aux_hidden_state_layer_ids": [7, 4, 2]}, "not strictly ascending"),
         ({"aux_hidden_state_layer_ids": [2, 4]}, "read 3 verifier layers"),
         ({"block_size": 1}, "expected at least 2"),
-        ({"speculators_model_type": "peagle"}, "is a draft of algorithm `peagle`"),
+        ({"speculators_model_type": "mtp"}, "is a draft of algorithm `mtp`"),
     ],
 )
 def test_what_this_package_does_not_compute_is_refused(
