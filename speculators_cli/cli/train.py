@@ -58,11 +58,16 @@ def train(
     with importing():
         from speculators_cli.core import evaluated_training
         from speculators_cli.core.training.report import TrainReport
+        from speculators_cli.core.training.start_up import StartUp, count_process_seconds
 
+    start_up = StartUp(count_process_seconds())
     try:
         if settings.data.conversations is not None and not dry_run:
             settings = write_tokens(settings, output)
-        report: TrainReport = evaluated_training.train(settings, progress=output, dry_run=dry_run)
+            start_up.end("tokens")
+        report: TrainReport = evaluated_training.train(
+            settings, progress=output, dry_run=dry_run, start_up=start_up
+        )
     finally:
         output.close()
     if not is_first_rank():

@@ -16,6 +16,7 @@ from speculators_cli.core.training.distributed import Ranks
 from speculators_cli.core.training.inputs import Inputs
 from speculators_cli.core.training.prompt_evaluation import EvaluateDraft
 from speculators_cli.core.training.report import TrainReport
+from speculators_cli.core.training.start_up import StartUp
 from speculators_cli.settings.evaluate import PromptSettings
 from speculators_cli.settings.train import TrainSettings
 
@@ -27,7 +28,11 @@ MEMORY_HINT = (
 
 
 def train(
-    settings: TrainSettings, *, progress: Progress = SILENT, dry_run: bool = False
+    settings: TrainSettings,
+    *,
+    progress: Progress = SILENT,
+    dry_run: bool = False,
+    start_up: StartUp | None = None,
 ) -> TrainReport:
     """Train a draft model, from scratch or from the latest checkpoint in the save path.
 
@@ -35,6 +40,7 @@ def train(
         settings: All settings of the run.
         progress: Reports progress.
         dry_run: Build everything, run one step, write nothing.
+        start_up: Timer of the start; None: it begins here.
 
     Raises:
         SettingsError: A setting or one of its paths cannot be used; nothing was written.
@@ -50,6 +56,7 @@ def train(
         progress=progress,
         dry_run=dry_run,
         open_evaluation=open_evaluation if has_prompts else None,
+        start_up=start_up,
     )
 
 

@@ -26,6 +26,7 @@ from speculators_cli.core.training.run_folder import RunFolder
 from speculators_cli.core.training.run_log import RunLog
 from speculators_cli.core.training.sample_check import check_samples
 from speculators_cli.core.training.snapshot import restore
+from speculators_cli.core.training.start_up import StartUp
 from speculators_cli.core.training.states import StoredStates
 from speculators_cli.core.training.trainer import Trainer
 from speculators_cli.settings.base import Settings
@@ -41,6 +42,7 @@ def build_trainer(
     logger: SafeLogger | None,
     progress: Progress,
     signals: StopSignals,
+    start_up: StartUp,
 ) -> Trainer:
     """Load the verifier's frozen parts, build and shard the draft, restore its state."""
     frozen = load_frozen_verifier(inputs.verifier_files, inputs.verifier_config, progress=progress)
@@ -48,9 +50,11 @@ def build_trainer(
     if inputs.is_live:
         live = load_live_verifier(settings, inputs, frozen, ranks)
     verifier = live.frozen if live is not None else frozen.to(ranks.device)
+    start_up.end("verifier")
     start = with_engine(start, live.fingerprint if live else None, settings, progress)
     if settings.data.check_samples and not start.is_resumed:
         check_all_samples(settings, inputs, verifier, live, progress)
+    start_up.end("sample check")
     start = with_verifier(start, verifier.fingerprint, settings, progress)
     if live is not None:
         inputs = live.open_cache(settings, inputs)
@@ -75,6 +79,7 @@ def build_trainer(
     if start.is_resumed:
         check_progress(start.state, loader, num_epochs=settings.run.epochs)
     total_steps = count_steps(settings, loader)
+    start_up.end("draft")
     return Trainer(
         optimizer_step=OptimizerStep(
             draft,
@@ -112,6 +117,7 @@ def build_trainer(
             total_steps=total_steps,
             logger=logger,
             progress=progress,
+            start_up=start_up,
         ),
     )
 

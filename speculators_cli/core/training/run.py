@@ -29,6 +29,7 @@ from speculators_cli.core.training.resume import Start, find_start
 from speculators_cli.core.training.run_end import RunEnd, recording_end
 from speculators_cli.core.training.run_folder import RunFolder
 from speculators_cli.core.training.save_path import INDEX_NAME, check_apart, check_save_path
+from speculators_cli.core.training.start_up import StartUp
 from speculators_cli.core.training.trainer import Trainer
 from speculators_cli.core.training.warm_start import read_warm_start
 from speculators_cli.settings.base import write_settings
@@ -45,6 +46,7 @@ def train(
     progress: Progress = SILENT,
     dry_run: bool = False,
     open_evaluation: OpenEvaluation | None = None,
+    start_up: StartUp | None = None,
 ) -> TrainReport:
     """Train a draft model, from scratch or from the latest checkpoint in the save path.
 
@@ -53,6 +55,7 @@ def train(
         progress: Reports progress.
         dry_run: Build everything, run one step, write nothing.
         open_evaluation: Loads what evaluates the draft on prompts after each epoch, if so set.
+        start_up: Timer of the start; None: it begins here.
 
     Raises:
         SettingsError: A setting or one of its paths cannot be used; nothing was written.
@@ -63,6 +66,7 @@ def train(
         StoppedError: A signal stopped the run; its state is saved, if there is one.
     """
     started_at = time.perf_counter()
+    start_up = start_up or StartUp()
     is_slurm = adopt_slurm(os.environ)
     check_output_dir(settings.run.save_path, flag="--save-path")
     if settings.run.logger_names:
@@ -92,6 +96,7 @@ def train(
         ) as ranks,
     ):
         progress = progress if ranks.is_first else SILENT
+        start_up.end("device")
         index_file = None if dry_run else settings.run.save_path / INDEX_NAME
         settings, source = ranks.first_then_others(
             "draft", lambda: read_warm_start(settings, progress)
@@ -107,20 +112,23 @@ def train(
             ),
         )
         check_patience(settings, inputs)
+        start_up.end("samples")
         with open_folder(settings, ranks, end, dry_run=dry_run) as folder:
             start = find_start(settings, inputs, ranks, folder, progress)
             ranks.connect(settings.distributed.timeout_seconds)
+            start_up.end("save path")
             with (
                 open_logger(settings, folder, start, progress) as logger,
                 out_of_memory_explained(settings.data.total_seq_len, is_live=inputs.is_live),
             ):
                 trainer = build_trainer(
-                    settings, inputs, ranks, start, folder, logger, progress, signals
+                    settings, inputs, ranks, start, folder, logger, progress, signals, start_up
                 )
                 is_finished = trainer.is_finished
                 if open_evaluation is not None and not is_finished:
                     with keeping_random_state(ranks.device):
                         evaluate = open_evaluation(settings, inputs, ranks, progress)
+                    start_up.end("evaluation")
                     trainer.evaluation = PromptEvaluation(
                         evaluate, trainer.draft, inputs.vocab_map, ranks
                     )
@@ -286,6 +294,7 @@ def make_report(
         total_steps=trainer.total_steps,
         epochs=settings.run.epochs,
         duration_seconds=duration_seconds,
+        start_up_seconds=trainer.log.start_up.seconds,
         tokens_per_second=trainer.log.tokens_per_second,
         capture_share=trainer.log.capture_share,
         peak_memory_bytes=peak if is_cuda else None,

@@ -18,6 +18,7 @@ from speculators_cli.core.training.best import EVALUATED, count_epochs_since_bes
 from speculators_cli.core.training.distributed import Ranks
 from speculators_cli.core.training.loggers import SafeLogger
 from speculators_cli.core.training.metrics import Metrics, MetricSums
+from speculators_cli.core.training.start_up import StartUp
 
 # Most broken samples reported at one log step, and shared with other ranks in one message.
 MAX_NAMED = 16
@@ -93,6 +94,7 @@ class RunLog:
         total_steps: Optimizer steps of the run.
         logger: Receives the metrics; None on other ranks and in a dry run.
         progress: Reports progress.
+        start_up: Timer of the start, which ends with the first log step.
     """
 
     def __init__(
@@ -105,6 +107,7 @@ class RunLog:
         total_steps: int,
         logger: SafeLogger | None,
         progress: Progress,
+        start_up: StartUp,
     ) -> None:
         self.ranks = ranks
         self.samples = samples
@@ -113,6 +116,8 @@ class RunLog:
         self.total_steps = total_steps
         self.logger = logger
         self.progress = progress
+        self.start_up = start_up
+        self.is_started = False
         self.sums = MetricSums.of(draft)
         self.waits = WaitWatch()
         self.broken: list[tuple[tuple[int, ...], Tensor]] = []
@@ -211,6 +216,10 @@ class RunLog:
                 seconds_left=(self.total_steps - step) * seconds / steps,
             )
         )
+        if not self.is_started:
+            self.is_started = True
+            self.start_up.end("first step")
+            self.progress.info(self.start_up.describe())
 
     def log_validation(self, step: int, epoch: int, metrics: Metrics, *, is_best: bool) -> None:
         """Report a validation, and warn about one without metrics."""

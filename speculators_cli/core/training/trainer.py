@@ -1,5 +1,6 @@
 """Trainer: the training loop."""
 
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
@@ -212,8 +213,10 @@ class Trainer:
 
     def save(self, name: str) -> None:
         """Save a checkpoint; every rank waits until it is committed."""
+        began_at = time.perf_counter()
         weights = gather_weights(self.draft)
         moments = gather_moments(self.draft, self.optimizer.adamw)
+        gathered_at = time.perf_counter()
         if self.folder is not None:
             self.folder.save(
                 name,
@@ -227,6 +230,10 @@ class Trainer:
             self.folder.prune(self.keep_checkpoints)
         self.ranks.barrier()
         self.is_saved = True
+        now = time.perf_counter()
+        self.log.progress.info(
+            f"Saved `{name}` in {now - began_at:.2f} s, of which gathered {gathered_at - began_at:.2f}"
+        )
 
     def leave_if_asked(self) -> None:
         """Stop if any rank received a stop signal; all ranks must call.

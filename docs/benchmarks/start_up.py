@@ -1,0 +1,132 @@
+"""Time the start of a short training run and its saves, at the shape of an 8B verifier.
+
+    python docs/benchmarks/start_up.py make /tmp/start-up
+    python docs/benchmarks/start_up.py run /tmp/start-up --cold
+    python docs/benchmarks/start_up.py run /tmp/start-up
+
+`make` writes a random verifier (2.1 GB), vocabulary maps, and one sample of 8,192 tokens (0.3 GB)
+with a hard link per step, so everything is in page cache. `run` starts `speculators train` for one
+epoch with a checkpoint every `--every` steps and prints one line of JSON, in seconds: the whole
+command, the parts of its start (`start_up_seconds` of the report) and its saves. Time between the
+last step and the exit is `ending`. `--cold` clears Triton's cache first. Arguments after `--` are
+passed to the command.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from random_verifier import write_verifier
+
+from speculators_cli.core.bench.shapes import SHAPES
+from speculators_cli.core.data.data_config import default_layer_ids, write_data_config
+from speculators_cli.core.data.formats.v1 import write_sample
+from speculators_cli.core.data.sample import Sample
+from speculators_cli.core.data.vocab_map import VocabMap
+
+SUPERVISED = 0.6  # of the tokens of a sample
+DRAFT_VOCAB = 32000
+
+
+def main() -> None:
+    """Make the inputs, or time a run."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("command", choices=("make", "run"))
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--shape", choices=sorted(SHAPES), default="llama-3.1-8b")
+    parser.add_argument("--total-seq-len", type=int, default=8192)
+    parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--every", type=int, default=20, help="steps per checkpoint")
+    parser.add_argument("--cold", action="store_true", help="clear Triton's cache first")
+    words = sys.argv[1:]
+    end = words.index("--") if "--" in words else len(words)
+    options = parser.parse_args(words[:end])
+    options.flags = words[end + 1 :]
+    options.folder = options.folder.absolute()
+    (make if options.command == "make" else run)(options)
+
+
+def make(options: argparse.Namespace) -> None:
+    """Write verifier, maps and samples."""
+    folder: Path = options.folder
+    shutil.rmtree(folder, ignore_errors=True)
+    (folder / "data").mkdir(parents=True)
+    shape, vocab_size = SHAPES[options.shape]
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    write_verifier(folder / "verifier", shape, vocab_size, is_tied=False, device=device)
+    write_data_config(
+        folder / "data",
+        verifier=str(folder / "verifier"),
+        layer_ids=default_layer_ids(shape.num_layers),
+    )
+    num_tokens = options.total_seq_len
+    states = torch.randn(4, num_tokens, shape.hidden_size, device=device).bfloat16().cpu()
+    sample = Sample(
+        input_ids=torch.randint(1, vocab_size, (num_tokens,)),
+        loss_mask=torch.arange(num_tokens) >= (1 - SUPERVISED) * num_tokens,
+        aux_hidden_states=tuple(states[:3]),
+        last_hidden_states=states[3],
+        is_normed=False,
+    )
+    write_sample(sample, folder / "data" / "data_0.pt")
+    for i in range(1, options.steps):
+        os.link(folder / "data" / "data_0.pt", folder / "data" / f"data_{i}.pt")
+    counts = np.arange(vocab_size, dtype=np.int64)
+    VocabMap.choose(counts, min(DRAFT_VOCAB, vocab_size // 2)).save(
+        folder / "d2t.npy", folder / "t2d.npy"
+    )
+
+
+def run(options: argparse.Namespace) -> None:
+    """Run the command once, and print where its time went."""
+    folder: Path = options.folder
+    save_path, cache = folder / "run", folder / "triton"
+    shutil.rmtree(save_path, ignore_errors=True)
+    if options.cold:
+        shutil.rmtree(cache, ignore_errors=True)
+    is_cold = not cache.exists()
+    command = [
+        *(sys.executable, "-m", "speculators_cli", "train", "--json"),
+        *("--verifier-name-or-path", str(folder / "verifier")),
+        *("--data-path", str(folder / "data"), "--train-data-ratio", "1.0"),
+        *("--d2t-path", str(folder / "d2t.npy"), "--t2d-path", str(folder / "t2d.npy")),
+        *("--save-path", str(save_path), "--epochs", "1", "--log-every-steps", "1"),
+        *("--total-seq-len", str(options.total_seq_len)),
+        *("--checkpoint-every-steps", str(options.every), "--keep-checkpoints", "1"),
+        *options.flags,
+    ]
+    environment = {**os.environ, "TRITON_CACHE_DIR": str(cache), "HF_HUB_OFFLINE": "1"}
+    started_at = time.perf_counter()
+    done = subprocess.run(  # noqa: S603
+        command, env=environment, capture_output=True, text=True, check=False
+    )
+    total = time.perf_counter() - started_at
+    if done.returncode != 0:
+        sys.exit(f"{done.stderr}\nended with {done.returncode}")
+    report = json.loads(done.stdout)
+    keys = ("start_up_seconds", "step", "tokens_per_second", "checkpoint")
+    print(
+        json.dumps(
+            {
+                "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+                "is_cold": is_cold,
+                "total": total,
+                "start_up": sum(report["start_up_seconds"].values()),
+                **{key: report[key] for key in keys},
+                "saves": [x for x in done.stderr.splitlines() if x.startswith("Saved ")],
+            }
+        )
+    )
+
+
+if __name__ == "__main__":
+    main()
