@@ -25,6 +25,7 @@ from speculators_cli.core.training.resume import Start, with_engine, with_verifi
 from speculators_cli.core.training.run_folder import RunFolder
 from speculators_cli.core.training.run_log import RunLog
 from speculators_cli.core.training.sample_check import check_samples
+from speculators_cli.core.training.saver import Saver
 from speculators_cli.core.training.snapshot import restore
 from speculators_cli.core.training.start_up import StartUp
 from speculators_cli.core.training.states import StoredStates
@@ -104,9 +105,8 @@ def build_trainer(
         log_every_steps=settings.run.log_every_steps,
         max_skipped_steps=settings.optimizer.max_skipped_steps,
         checkpoint_every_steps=settings.checkpoints.checkpoint_every_steps,
-        keep_checkpoints=settings.checkpoints.keep_checkpoints,
         patience=settings.run.early_stopping_patience,
-        folder=folder,
+        saver=Saver(folder, ranks, keep=settings.checkpoints.keep_checkpoints, progress=progress),
         signals=signals,
         is_saved=start.is_resumed,
         log=RunLog(

@@ -17,7 +17,7 @@ from speculators_cli.core.training.best import EVALUATED
 from speculators_cli.core.training.distributed import Ranks
 from speculators_cli.core.training.inputs import Inputs
 from speculators_cli.core.training.metrics import Metrics
-from speculators_cli.core.training.snapshot import gather_weights
+from speculators_cli.core.training.snapshot import full_weights
 from speculators_cli.settings.train import TrainSettings
 
 # Drafts and verifies this rank's prompts; the accepted draft tokens of each verifier pass.
@@ -44,7 +44,7 @@ class PromptEvaluation:
 
     def run(self) -> Metrics:
         """Acceptance length and rates over the prompts of all ranks. All ranks must call."""
-        weights = gather_weights(self.draft, on_every_rank=True)
+        weights = {name: tensor.cpu() for name, tensor in full_weights(self.draft)}
         trained = TrainedDraft(
             name="the draft in training",
             kind="checkpoint",

@@ -20,6 +20,7 @@ class TrainReport:
     epochs: int
     duration_seconds: float
     start_up_seconds: dict[str, float]  # by part; ends with the first log step
+    save_wait_seconds: float  # of training, for checkpoints to be copied and written
     tokens_per_second: float
     capture_share: float | None  # of the time of steps; None if hidden states are stored
     peak_memory_bytes: int | None  # of the GPU, maximum over ranks

@@ -285,7 +285,7 @@ def make_report(
     best = state.best or {}
     is_cuda = trainer.ranks.device.type == "cuda"
     peak = int(trainer.ranks.max(torch.cuda.max_memory_allocated() if is_cuda else 0))
-    folder = trainer.folder
+    folder = trainer.saver.folder
     return TrainReport(
         checkpoint=folder.latest.folder if folder and folder.latest else None,
         best_checkpoint=settings.run.save_path / best["name"] if "name" in best else None,
@@ -295,6 +295,7 @@ def make_report(
         epochs=settings.run.epochs,
         duration_seconds=duration_seconds,
         start_up_seconds=trainer.log.start_up.seconds,
+        save_wait_seconds=trainer.saver.waited_seconds,
         tokens_per_second=trainer.log.tokens_per_second,
         capture_share=trainer.log.capture_share,
         peak_memory_bytes=peak if is_cuda else None,

@@ -3,14 +3,11 @@
 import os
 import uuid
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
-
-from safetensors import SafetensorError
-from safetensors.torch import save_file
-from torch import Tensor
 
 from speculators_cli.core.drafts.checkpoint_reader import (
     BEST_LINK,
@@ -22,6 +19,7 @@ from speculators_cli.core.drafts.checkpoint_reader import (
     TRAINER_DIR,
     Checkpoint,
     Damaged,
+    FileRecord,
     find_checkpoints,
     find_foreign,
     hash_file,
@@ -40,7 +38,7 @@ from speculators_cli.core.files import (
     write_json,
 )
 from speculators_cli.core.models.repo_files import CONFIG_NAME, WEIGHTS_NAME
-from speculators_cli.core.models.train_state import TrainState, is_checkpoint_name
+from speculators_cli.core.models.train_state import is_checkpoint_name
 from speculators_cli.core.scratch import remove
 from speculators_cli.core.training.save_path import (
     LOCK_NAME,
@@ -52,6 +50,8 @@ from speculators_cli.core.training.save_path import (
     scratch_move,
     scratch_of,
 )
+from speculators_cli.core.training.snapshot import Snapshot
+from speculators_cli.core.training.tensor_file import write_tensors
 
 MORE_ROOM = "Free space on the disk, then rerun the same command to resume"
 
@@ -135,37 +135,25 @@ class RunFolder:
             lock.write(run_id=folder.run_id)
             yield folder
 
-    def save(
-        self,
-        name: str,
-        *,
-        tensors: Mapping[str, Tensor],
-        config: Mapping[str, Any],
-        trainer_tensors: Mapping[str, Tensor],
-        state: TrainState,
-    ) -> None:
-        """Commit a checkpoint under a name, then remove checkpoints of earlier runs.
+    def save(self, snapshot: Snapshot) -> None:
+        """Commit a checkpoint under its name, then remove checkpoints of earlier runs.
 
         Raises:
             MachineError: The disk is full or fails; existing checkpoints are intact.
             CheckpointError: Another file or folder is in its place.
         """
-        num_bytes = sum(x.nbytes for x in (*tensors.values(), *trainer_tensors.values()))
+        tensors = (*snapshot.tensors.values(), *snapshot.moments.values())
+        num_bytes = sum(tensor.nbytes for tensor in tensors)
         check_free_space(self.save_path, num_bytes, what="a checkpoint", hint=MORE_ROOM)
-        folder = self.save_path / name
+        folder = self.save_path / snapshot.name
         try:
-            new = self.scratch.open() / f"new-{name}"
+            new = self.scratch.open() / f"new-{snapshot.name}"
             (new / TRAINER_DIR).mkdir(parents=True)
-            save_file(_contiguous(tensors), new / WEIGHTS_NAME, {"format": "pt"})
-            save_file(_contiguous(trainer_tensors), new / MOMENTS_NAME)
-            write_json(config, new / CONFIG_NAME)
-            write_json(asdict(state), new / STATE_NAME)
-            _seal(new, state.generation)
+            _write_files(snapshot, new)
             self._put_in_place(new, folder)
-        except (OSError, SafetensorError) as error:
+        except OSError as error:
             self.scratch.clear()
-            reason = error.strerror if isinstance(error, OSError) else error
-            failed = disk_error(folder, f"{reason}", num_bytes=num_bytes)
+            failed = disk_error(folder, f"{error.strerror}", num_bytes=num_bytes)
             failed.hint = MORE_ROOM
             raise failed from None
         self.latest = read_checkpoint(folder)
@@ -266,19 +254,24 @@ def _may_be_later(damaged: Damaged, checkpoint: Checkpoint) -> bool:
     return int(step) > state.step if step.isdecimal() else True
 
 
-def _seal(folder: Path, generation: int) -> None:
-    """Flush every file, then write the manifest that makes the folder a checkpoint."""
-    for name in FILE_NAMES:
-        sync(folder / name)
-    files = {
-        name: {"num_bytes": (folder / name).stat().st_size, "sha256": hash_file(folder / name)}
-        for name in FILE_NAMES
+def _write_files(snapshot: Snapshot, folder: Path) -> None:
+    """Write and flush every file, then the manifest that makes the folder a checkpoint."""
+    write_json(snapshot.config, folder / CONFIG_NAME)
+    write_json(asdict(snapshot.state), folder / STATE_NAME)
+    # Two threads: one writes while the other computes a checksum.
+    with ThreadPoolExecutor(1) as thread:
+        moments = thread.submit(write_tensors, snapshot.moments, folder / MOMENTS_NAME)
+        weights = write_tensors(snapshot.tensors, folder / WEIGHTS_NAME, {"format": "pt"})
+        records = {WEIGHTS_NAME: weights, MOMENTS_NAME: moments.result()}
+    for name in (CONFIG_NAME, STATE_NAME):
+        file = folder / name
+        sync(file)
+        records[name] = FileRecord(num_bytes=file.stat().st_size, sha256=hash_file(file))
+    manifest = {
+        "schema_version": SCHEMA_VERSION,
+        "generation": snapshot.state.generation,
+        "files": {name: records[name].model_dump() for name in FILE_NAMES},
     }
-    manifest = {"schema_version": SCHEMA_VERSION, "generation": generation, "files": files}
     write_json(manifest, folder / MANIFEST_NAME)
     for path in (folder / MANIFEST_NAME, folder / TRAINER_DIR, folder):
         sync(path)
-
-
-def _contiguous(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}

@@ -1,6 +1,8 @@
 """The full state of weights and optimizer, gathered from all ranks and restored on them."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -9,28 +11,40 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
 
+from speculators_cli.core.models.train_state import TrainState
+
 MOMENTS = ("exp_avg", "exp_avg_sq")  # shaped as the parameter
 STEP = "step"  # a scalar
 
 
-def gather_weights(module: nn.Module, *, on_every_rank: bool = False) -> dict[str, Tensor]:
-    """Full parameters by name, on the CPU of rank 0 or of every rank; empty elsewhere.
+@dataclass(frozen=True)
+class Snapshot:
+    """What a checkpoint holds; tensors are on the CPU, contiguous."""
 
-    All ranks must call.
+    name: str  # of the checkpoint
+    tensors: Mapping[str, Tensor]  # weights, and frozen tensors of the draft
+    moments: Mapping[str, Tensor]  # of the optimizer
+    config: Mapping[str, Any]
+    state: TrainState
+
+
+def full_weights(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Full parameters with their names, on their device, one at a time.
+
+    All ranks must iterate to the end.
     """
     _reshard(module)
-    return _gather(module.named_parameters(), on_every_rank=on_every_rank)
+    for name, parameter in module.named_parameters():
+        yield name, _full(parameter)
 
 
-def gather_moments(module: nn.Module, optimizer: Optimizer) -> dict[str, Tensor]:
-    """Full optimizer state as `{parameter}.{kind}`; otherwise like `gather_weights`."""
+def full_moments(module: nn.Module, optimizer: Optimizer) -> Iterator[tuple[str, Tensor]]:
+    """Full optimizer state as `{parameter}.{kind}`; otherwise like `full_weights`."""
     _reshard(module)
-    return _gather(
-        (f"{name}.{kind}", optimizer.state[parameter][kind])
-        for name, parameter in module.named_parameters()
-        if parameter.requires_grad
-        for kind in (STEP, *MOMENTS)
-    )
+    for name, parameter in module.named_parameters():
+        if parameter.requires_grad:
+            for kind in (STEP, *MOMENTS):
+                yield f"{name}.{kind}", _full(optimizer.state[parameter][kind])
 
 
 @torch.no_grad()
@@ -59,16 +73,8 @@ def _reshard(module: nn.Module) -> None:
         module.reshard()
 
 
-def _gather(
-    named: Iterable[tuple[str, Tensor]], *, on_every_rank: bool = False
-) -> dict[str, Tensor]:
-    is_kept = on_every_rank or not dist.is_initialized() or dist.get_rank() == 0
-    gathered = {}
-    for name, tensor in named:
-        whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-        if is_kept:
-            gathered[name] = whole.detach().cpu()
-    return gathered
+def _full(tensor: Tensor) -> Tensor:
+    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach()
 
 
 def _spread(whole: Tensor | None, *, like: Tensor) -> Tensor:

@@ -1,6 +1,5 @@
 """Trainer: the training loop."""
 
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
@@ -23,9 +22,8 @@ from speculators_cli.core.training.feed import DeviceFeed, StepBatches
 from speculators_cli.core.training.metrics import Metrics, MetricSums
 from speculators_cli.core.training.optimizer_step import OptimizerStep
 from speculators_cli.core.training.prompt_evaluation import PromptEvaluation
-from speculators_cli.core.training.run_folder import RunFolder
 from speculators_cli.core.training.run_log import RunLog
-from speculators_cli.core.training.snapshot import gather_moments, gather_weights
+from speculators_cli.core.training.saver import Saver
 
 
 @dataclass
@@ -42,13 +40,12 @@ class Trainer:
     log_every_steps: int
     max_skipped_steps: int  # in a row
     checkpoint_every_steps: int | None  # None: only after each epoch
-    keep_checkpoints: int | None  # latest ones in addition to the best; None: all
-    folder: RunFolder | None  # on rank 0, unless it is a dry run
+    saver: Saver
     log: RunLog
     patience: int | None = None  # epochs without a better one after which training stops
     evaluation: PromptEvaluation | None = None  # on prompts, after each epoch
     signals: StopSignals = field(default_factory=StopSignals)  # open
-    is_saved: bool = False  # whether a checkpoint holds this state
+    is_saved: bool = False  # whether a checkpoint holds this state, complete or being written
 
     def __post_init__(self) -> None:
         self.logged_step = self.state.step
@@ -60,6 +57,7 @@ class Trainer:
 
     def close(self) -> None:
         """Stop reading samples, in every case, and finish writing what was computed."""
+        self.saver.close()
         self.loader.close()
         if self.validation_loader is not None:
             self.validation_loader.close()
@@ -92,6 +90,7 @@ class Trainer:
         self.signals.defer()
         try:
             self.train_epochs()
+            self.saver.wait()
         except Interrupted as stop:
             self.stop(stop.signal_number)
 
@@ -113,6 +112,7 @@ class Trainer:
         steps = self.feed.steps(self.loader.epoch(self.state.epoch, self.state.step_in_epoch))
         while (batches := self.take(steps)) is not None:
             self.train_step(batches)
+            self.saver.check()
             self.leave_if_broken()
             self.leave_if_asked()
             if self.state.step == self.total_steps:
@@ -212,28 +212,9 @@ class Trainer:
             self.log.note_early_stop(self.state)
 
     def save(self, name: str) -> None:
-        """Save a checkpoint; every rank waits until it is committed."""
-        began_at = time.perf_counter()
-        weights = gather_weights(self.draft)
-        moments = gather_moments(self.draft, self.optimizer.adamw)
-        gathered_at = time.perf_counter()
-        if self.folder is not None:
-            self.folder.save(
-                name,
-                tensors={**self.draft.frozen_tensors(), **weights},
-                config=self.draft.config.to_json(),
-                trainer_tensors=moments,
-                state=replace(self.state, num_skipped_steps=int(self.optimizer.num_skipped)),
-            )
-            if self.state.best is not None:
-                self.folder.set_best(self.state.best["name"])
-            self.folder.prune(self.keep_checkpoints)
-        self.ranks.barrier()
+        """Start to save a checkpoint; training goes on once its state is copied."""
+        self.saver.save(name, self.draft, self.optimizer, self.state)
         self.is_saved = True
-        now = time.perf_counter()
-        self.log.progress.info(
-            f"Saved `{name}` in {now - began_at:.2f} s, of which gathered {gathered_at - began_at:.2f}"
-        )
 
     def leave_if_asked(self) -> None:
         """Stop if any rank received a stop signal; all ranks must call.
@@ -254,6 +235,7 @@ class Trainer:
         problem = self.log.problem
         if problem is not None:
             self.save(f"step-{self.state.step}")
+            self.saver.wait()
             raise problem
 
     def stop(self, number: int) -> NoReturn:
@@ -270,8 +252,9 @@ class Trainer:
         name = f"step-{self.state.step}"
         if not self.is_saved:
             self.save(name)
-        elif self.folder is not None and self.folder.latest is not None:
-            name = self.folder.latest.folder.name
+        self.saver.wait()
+        if self.saver.folder is not None and self.saver.folder.latest is not None:
+            name = self.saver.folder.latest.folder.name
         raise StoppedError(
             f"Stopped by signal {number} after step {self.state.step:,}, saved as `{name}`",
             signal_number=number,
