@@ -2,7 +2,7 @@
 
     python -m tests.faults.kill_points INPUTS_FOLDER JOB EVERY
 
-Jobs: `train`; `over`: train with `--no-resume-from-checkpoint` over an old run; `ranks`: train on
+Jobs: `train`; `behind`: train with a checkpoint every third step; `over`: train with `--no-resume-from-checkpoint` over an old run; `ranks`: train on
 two ranks, of which one or the other is killed; `export`. EVERY: try each so many-th point.
 
 The parent imports everything and starts no thread, so each run is a fork that costs a second, not
@@ -11,6 +11,9 @@ folders made, renames, removals, links), and writes of weights, which no hook se
 ends the process inside the write that makes a file longer than so many bytes. After each kill every
 checkpoint that is found must be whole, and the run that follows must end in the very bytes of the
 uninterrupted one.
+
+Checkpoints are written by a thread. Before it is killed there, it gives the training time for a
+step, and whether steps were done that the checkpoint does not have is counted.
 """
 
 import json
@@ -21,6 +24,8 @@ import shutil
 import signal
 import socket
 import sys
+import threading
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,13 +35,18 @@ import torch
 
 from speculators_cli.core.drafts.checkpoint_reader import find_checkpoints, hash_file
 from speculators_cli.core.export.export import export
-from speculators_cli.core.progress import SilentProgress
+from speculators_cli.core.progress import SilentProgress, StepReport
+from speculators_cli.core.training import saver
 from speculators_cli.core.training.run import train
+from speculators_cli.core.training.run_folder import RunFolder
+from speculators_cli.core.training.saver import write
+from speculators_cli.core.training.snapshot import Snapshot
 from speculators_cli.settings.export import ExportSettings
 from tests.tiny_run import TinyInputs
 
 CHANGES = {"os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.symlink", "shutil.rmtree"}
 SHARES = (0.02, 0.5, 0.98)  # of a file of weights, at which it is torn
+STEP_SECONDS = 0.5  # the longest wait for a step of the training
 
 
 @dataclass(frozen=True)
@@ -65,6 +75,32 @@ def watch(folder: Path, act: Callable[[int, str], None]) -> None:
     sys.addaudithook(hook)
 
 
+class Steps(SilentProgress):
+    """Counts the steps of a run, and those that the checkpoint being written has."""
+
+    def __init__(self) -> None:
+        self.done = self.written = 0
+
+    def trained(self, report: StepReport) -> None:
+        """Count a step."""
+        self.done = report.step
+
+    def write(self, folder: RunFolder, snapshot: Snapshot, *, keep: int | None) -> float:
+        """Write a checkpoint, in the thread."""
+        self.written = snapshot.state.step
+        return write(folder, snapshot, keep=keep)
+
+    def wait_for_one(self) -> bool:
+        """Let the training do a step; returns whether it is ahead of the checkpoint."""
+        until = time.monotonic() + STEP_SECONDS
+        while self.done <= self.written and time.monotonic() < until:
+            time.sleep(0.001)
+        return self.done > self.written
+
+
+STEPS = Steps()  # of the run in this process
+
+
 def kill_in_write(num_bytes: int) -> None:
     """Let the system end this process inside the write that makes a file longer than that."""
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
@@ -86,6 +122,7 @@ def fork(
         return pid
     torch.set_num_threads(1)
     signal.signal(signal.SIGXFSZ, signal.SIG_DFL)  # here: only the main thread may
+    saver.write = STEPS.write
     os.environ.update(environment or {})
     changes: list[str] = []
 
@@ -94,6 +131,9 @@ def fork(
             changes.append(change)
         if point is None or number != point.change:
             return
+        is_behind = threading.current_thread() is not threading.main_thread()
+        if is_behind and STEPS.wait_for_one():
+            mark_of(folder).touch()
         if point.victim:
             assert other is not None
             os.kill(other, signal.SIGKILL)
@@ -111,6 +151,11 @@ def fork(
             log.write_text(json.dumps(changes))
     finally:
         os._exit(code)
+
+
+def mark_of(folder: Path) -> Path:
+    """The file that a kill leaves if the training was ahead of the checkpoint being written."""
+    return folder.with_name(f"ahead-of-{folder.name}")
 
 
 def wait(pid: int) -> int:
@@ -141,14 +186,16 @@ class Job:
         """The job, as it is started first."""
         return self._train(folder)
 
+    every = 1  # steps per checkpoint
+
     def _train(self, folder: Path, *, resume: bool = True) -> Callable[[], object]:
         settings = self.inputs.settings(
             run={"save_path": folder, "epochs": 2, "resume_from_checkpoint": resume},
-            checkpoints={"checkpoint_every_steps": 1, "keep_checkpoints": 1},
+            checkpoints={"checkpoint_every_steps": self.every, "keep_checkpoints": 1},
             data={"num_workers": 0, "total_seq_len": 256},
             distributed={"device": "cpu", "timeout_seconds": 20},
         )
-        return lambda: train(settings, progress=SilentProgress())
+        return lambda: train(settings, progress=STEPS)
 
     def again(self, folder: Path) -> Callable[[], object]:
         """The job, as it is started after a kill."""
@@ -221,6 +268,12 @@ class Over(Job):
             assert [c.folder.name for c in found] == ["0", "1"], "the old run went too early"
 
 
+class Behind(Job):
+    """Train, with steps between the checkpoints."""
+
+    every = 3
+
+
 class TwoRanks(Job):
     """Train on two ranks."""
 
@@ -255,7 +308,13 @@ class Export(Job):
         return [folder / "served" / "model.safetensors"]
 
 
-JOBS: dict[str, type[Job]] = {"train": Job, "over": Over, "ranks": TwoRanks, "export": Export}
+JOBS: dict[str, type[Job]] = {
+    "train": Job,
+    "behind": Behind,
+    "over": Over,
+    "ranks": TwoRanks,
+    "export": Export,
+}
 
 
 def list_points(job: Job, changes: list[str], folder: Path) -> list[Point]:
@@ -314,6 +373,7 @@ def main() -> None:
         "tried": len(tried),
         "points_in_writes": sum(point.num_bytes is not None for point in points),
         "tried_in_writes": sum(point.num_bytes is not None for point in tried),
+        "ahead": sum(mark_of(inputs.folder / f"killed-{n}").exists() for n in range(len(tried))),
         "failures": [outcome for outcome in outcomes if outcome is not None],
     }
     print(json.dumps(report))  # noqa: T201
