@@ -42,6 +42,7 @@ def show_plan(settings: TrainSettings, output: Output, *, num_ranks: int | None)
             f"{found.num_checkpoints:,} of {format_bytes(found.checkpoint_bytes)}, "
             f"{format_bytes(found.free_bytes)} free",
         ),
+        ("host memory", f"{format_bytes(found.host_copy_bytes)} to write checkpoints from"),
     ]
     if found.bytes_per_second and found.capture is None:
         rows.insert(7, ("read from disk", f"{format_bytes(int(found.bytes_per_second))}/s"))

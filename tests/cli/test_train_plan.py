@@ -1,6 +1,7 @@
 """`speculators train --plan` as the user types it."""
 
 import json
+import re
 
 import pytest
 import torch
@@ -30,6 +31,7 @@ def test_a_plan_says_what_the_run_then_does(
     size = sum(f.stat().st_size for f in last.rglob("*.safetensors"))
     # What else lies there: headers of the two files, d2t, t2d, steps of the optimizer.
     assert plan["checkpoint_bytes"] == pytest.approx(size, rel=0.1)
+    assert plan["host_copy_bytes"] == plan["checkpoint_bytes"]
     lines = read_metrics(tiny.save_path)
     last_step = next(x for x in reversed(lines) if x["split"] == "train")
     assert plan["supervised_fraction"] == pytest.approx(last_step["supervised_fraction"], abs=0.15)
@@ -44,6 +46,7 @@ def test_a_plan_without_a_gpu_leaves_out_time_and_memory(
     out, _ = capsys.readouterr()
     assert "time             only estimated for the fast kernels on a GPU" in out
     assert "checkpoints" in out
+    assert re.search(r"host memory +\S+ \S+ to write checkpoints from", out)
 
 
 def test_a_plan_refuses_what_the_run_would(

@@ -2,8 +2,9 @@
 
     python -m tests.faults.kill_points INPUTS_FOLDER JOB EVERY
 
-Jobs: `train`; `behind`: train with a checkpoint every third step; `over`: train with `--no-resume-from-checkpoint` over an old run; `ranks`: train on
-two ranks, of which one or the other is killed; `export`. EVERY: try each so many-th point.
+Jobs: `train`; `behind`: train with a checkpoint every third step; `over`: train with
+`--no-resume-from-checkpoint` over an old run; `ranks`: train on two ranks, of which one or the
+other is killed; `export`. EVERY: try each so many-th point.
 
 The parent imports everything and starts no thread, so each run is a fork that costs a second, not
 ten. Kill points are the changes that Python itself reports in the folder (files opened for writing,
@@ -101,6 +102,17 @@ class Steps(SilentProgress):
 STEPS = Steps()  # of the run in this process
 
 
+def kill(point: Point, other: int | None) -> None:
+    """Kill this process, now or in a write, or the other rank's."""
+    if point.victim:
+        assert other is not None
+        os.kill(other, signal.SIGKILL)
+    elif point.num_bytes is None:
+        os.kill(os.getpid(), signal.SIGKILL)
+    else:
+        kill_in_write(point.num_bytes)
+
+
 def kill_in_write(num_bytes: int) -> None:
     """Let the system end this process inside the write that makes a file longer than that."""
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
@@ -129,18 +141,11 @@ def fork(
     def act(number: int, change: str) -> None:
         if log is not None:
             changes.append(change)
-        if point is None or number != point.change:
-            return
-        is_behind = threading.current_thread() is not threading.main_thread()
-        if is_behind and STEPS.wait_for_one():
-            mark_of(folder).touch()
-        if point.victim:
-            assert other is not None
-            os.kill(other, signal.SIGKILL)
-        elif point.num_bytes is None:
-            os.kill(os.getpid(), signal.SIGKILL)
-        else:
-            kill_in_write(point.num_bytes)
+        if point is not None and number == point.change:
+            is_behind = threading.current_thread() is not threading.main_thread()
+            if is_behind and STEPS.wait_for_one():
+                mark_of(folder).touch()
+            kill(point, other)
 
     watch(folder, act)
     code = 1

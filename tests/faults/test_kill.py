@@ -28,8 +28,10 @@ def try_kill_points(folder: Path, *arguments: object, script: str = "kill_points
 
 
 # Every so many-th point of each job: together with those of `convert-v0` at least sixty.
-FEW = {"train": (10, 14), "over": (11, 13), "export": (3, 6), "ranks": (60, 3)}
-ALL = {"train": 100, "over": 100, "export": 15, "ranks": 100}
+FEW = {"train": (10, 14), "behind": (8, 14), "over": (11, 13), "export": (3, 6), "ranks": (60, 3)}
+ALL = {"train": 100, "behind": 100, "over": 100, "export": 15, "ranks": 100}
+# The least part of the points at which training is ahead of the checkpoint being written.
+AHEAD = {"train": 0.3, "behind": 0.3, "over": 0.3, "export": 0.0, "ranks": 0.1}
 
 
 @pytest.mark.parametrize("job", FEW)
@@ -40,6 +42,7 @@ def test_a_killed_job_ends_as_if_nothing_had_happened(tiny: TinyInputs, job: str
 
     assert report["failures"] == []
     assert report["tried"] >= fewest
+    assert report["ahead"] >= AHEAD[job] * report["tried"]
 
 
 @pytest.mark.slow
@@ -50,6 +53,7 @@ def test_every_kill_point_is_survived(tiny: TinyInputs, job: str) -> None:
     assert report["failures"] == []
     assert report["tried"] == report["num_points"] >= ALL[job]
     assert report["tried_in_writes"] == report["points_in_writes"] >= 3
+    assert report["ahead"] >= AHEAD[job] * report["tried"]
 
 
 def write_v0(folder: Path, num_samples: int) -> Path:

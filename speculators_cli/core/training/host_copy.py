@@ -22,6 +22,16 @@ class HostCopy:
         self._tensors: dict[str, Tensor] = {}
         self._pinned: list[Tensor] = []
 
+    def reserve(self, named: Iterable[tuple[str, Tensor]]) -> None:
+        """Allocate memory for tensors of these names, shapes and dtypes.
+
+        Raises:
+            MachineError: The machine is out of memory.
+        """
+        for name, tensor in named:
+            if name not in self._tensors:
+                self._tensors[name] = self._allocate(tensor)
+
     def copy(self, named: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
         """Copies of tensors by name; valid until the next call with the same names.
 
@@ -34,9 +44,10 @@ class HostCopy:
         copies: dict[str, Tensor] = {}
         devices = set()
         for name, tensor in named:
-            if name not in self._tensors:
-                self._tensors[name] = self._allocate(tensor)
-            copies[name] = self._tensors[name].copy_(tensor.detach(), non_blocking=True)
+            self.reserve([(name, tensor)])
+            memory = self._tensors[name]
+            assert (memory.shape, memory.dtype) == (tensor.shape, tensor.dtype), "they never change"
+            copies[name] = memory.copy_(tensor.detach(), non_blocking=True)
             devices.add(tensor.device)
         for device in devices:
             if device.type == "cuda":

@@ -55,6 +55,7 @@ class TrainPlan:
     data_bytes: int  # read in each epoch
     bytes_per_second: float | None  # from disk, over all ranks
     checkpoint_bytes: int  # each
+    host_copy_bytes: int  # of rank 0's memory: a checkpoint that is being written
     num_checkpoints: int  # kept after the run
     free_bytes: int  # on the disk of the save path
 
@@ -138,6 +139,8 @@ def _estimate(
             num_shards=ranks.num_local_ranks if settings.capture.shard_verifier else 1,
         )
     tokens = sum(part.num_positions for part in work)
+    # float32 weights and two moments of what is trained; the embedding in its own dtype.
+    checkpoint_bytes = 4 * parameters + 8 * trained + 2 * config.vocab_size * config.hidden_size
     return TrainPlan(
         num_samples=len(samples),
         num_validation_samples=len(inputs.validation_samples),
@@ -158,8 +161,8 @@ def _estimate(
         capture=capture,
         data_bytes=data_bytes,
         bytes_per_second=data_bytes * epochs / seconds if seconds else None,
-        # float32 weights and two moments of what is trained; the embedding in its own dtype.
-        checkpoint_bytes=4 * parameters + 8 * trained + 2 * config.vocab_size * config.hidden_size,
+        checkpoint_bytes=checkpoint_bytes,
+        host_copy_bytes=checkpoint_bytes,
         num_checkpoints=_count_checkpoints(settings, packed, total_steps),
         free_bytes=shutil.disk_usage(find_existing(settings.run.save_path)).free,
     )

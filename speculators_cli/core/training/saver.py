@@ -14,7 +14,12 @@ from speculators_cli.core.training.distributed import Ranks
 from speculators_cli.core.training.host_copy import HostCopy
 from speculators_cli.core.training.optimizer import Optimizer
 from speculators_cli.core.training.run_folder import RunFolder
-from speculators_cli.core.training.snapshot import Snapshot, full_moments, full_weights
+from speculators_cli.core.training.snapshot import (
+    Snapshot,
+    full_moments,
+    full_weights,
+    list_large_tensors,
+)
 
 
 @dataclass(frozen=True)
@@ -49,7 +54,13 @@ class Saver:
         self.waited_seconds = 0.0  # of training, over all saves
         self._host = HostCopy()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._reserved: Future[None] | None = None
         self._pending: PendingWrite | None = None
+
+    def prepare(self, draft: DraftModel) -> None:
+        """Start allocating the host memory, which takes seconds where it is pinned."""
+        if self.folder is not None:
+            self._reserved = self._thread.submit(self._host.reserve, list_large_tensors(draft))
 
     def save(self, name: str, draft: DraftModel, optimizer: Optimizer, state: TrainState) -> None:
         """Copy the state and start writing it, after the write before it. All ranks must call.
@@ -64,6 +75,8 @@ class Saver:
         if self.folder is None:
             deque(chain(weights, moments), maxlen=0)
             return
+        if self._reserved is not None:
+            self._reserved.result()
         snapshot = Snapshot(
             name,
             tensors=self._host.copy(chain(draft.frozen_tensors().items(), weights)),
@@ -108,8 +121,8 @@ class Saver:
             return
         seconds = pending.written_seconds.result()
         self.progress.info(
-            f"Saved `{pending.name}`: training waited {pending.waited_seconds:.1f} s, "
-            f"written in {seconds:.1f} s"
+            f"Saved `{pending.name}`: training waited {pending.waited_seconds:.2f} s, "
+            f"written in {seconds:.2f} s"
         )
 
 

@@ -11,6 +11,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
 
+from speculators_cli.core.algorithms.draft_model import DraftModel
 from speculators_cli.core.models.train_state import TrainState
 
 MOMENTS = ("exp_avg", "exp_avg_sq")  # shaped as the parameter
@@ -65,6 +66,18 @@ def restore(
             step = torch.zeros((), device=parameter.device)
             state[STEP] = _spread(moments.get(f"{name}.{STEP}"), like=step)
             optimizer.state[parameter] = state
+
+
+def list_large_tensors(draft: DraftModel) -> list[tuple[str, Tensor]]:
+    """Names in a snapshot, each with a tensor of its shape, dtype and kind of device."""
+    parameters = list(draft.named_parameters())
+    moments = [
+        (f"{name}.{kind}", parameter)
+        for name, parameter in parameters
+        if parameter.requires_grad
+        for kind in MOMENTS
+    ]
+    return [*draft.frozen_tensors().items(), *parameters, *moments]
 
 
 def _reshard(module: nn.Module) -> None:

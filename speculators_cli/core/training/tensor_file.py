@@ -6,7 +6,9 @@ checksum releases it.
 """
 
 import json
+import os
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from hashlib import sha256
 from pathlib import Path
 
@@ -14,7 +16,6 @@ import torch
 from torch import Tensor
 
 from speculators_cli.core.drafts.checkpoint_reader import FileRecord
-from speculators_cli.core.files import sync
 
 BLOCK_BYTES = 2**24  # hashed and written at once
 ALIGNMENT = 8  # of the header's length
@@ -49,43 +50,58 @@ def write_tensors(
     Raises:
         OSError: The disk is full or fails.
     """
-    digest, num_bytes = sha256(), 0
-    with file.open("xb", buffering=0) as stream:
-        for block in _blocks(tensors, metadata):
-            digest.update(block)
-            num_bytes += len(block)
-            while len(block):
-                block = block[stream.write(block) :]
-    sync(file)
-    return FileRecord(num_bytes=num_bytes, sha256=digest.hexdigest())
+    header, views = _header(tensors, metadata), _views(tensors)
+    # The disk and the checksum take about as long as each other.
+    with ThreadPoolExecutor(1) as thread:
+        digest = thread.submit(_hash, header, views)
+        with file.open("xb", buffering=0) as stream:
+            for block in _blocks(header, views):
+                part = block
+                while len(part):
+                    part = part[stream.write(part) :]
+            os.fsync(stream.fileno())
+        num_bytes = len(header) + sum(map(len, views))
+        return FileRecord(num_bytes=num_bytes, sha256=digest.result())
 
 
-def _blocks(
-    tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None
-) -> Iterator[memoryview]:
+def _hash(header: bytes, views: list[memoryview]) -> str:
+    digest = sha256()
+    for block in _blocks(header, views):
+        digest.update(block)
+    return digest.hexdigest()
+
+
+def _blocks(header: bytes, views: list[memoryview]) -> Iterator[memoryview]:
     """The bytes of the file, in order."""
+    for view in (memoryview(header), *views):
+        for start in range(0, len(view), BLOCK_BYTES):
+            yield view[start : start + BLOCK_BYTES]
+
+
+def _views(tensors: Mapping[str, Tensor]) -> list[memoryview]:
+    """The bytes of each tensor, in the order of the file."""
+    ordered = [tensors[name] for name in _order(tensors)]
+    assert all(tensor.is_contiguous() for tensor in ordered), "else there are copies"
+    return [tensor.detach().reshape(-1).view(torch.uint8).numpy().data for tensor in ordered]
+
+
+def _order(tensors: Mapping[str, Tensor]) -> list[str]:
     kinds = list(DTYPES)
-    names = sorted(tensors, key=lambda name: (kinds.index(tensors[name].dtype), name))
-    yield memoryview(_header([(name, tensors[name]) for name in names], metadata))
-    for name in names:
-        assert tensors[name].is_contiguous(), "the view below needs it"
-        content = tensors[name].detach().reshape(-1).view(torch.uint8).numpy().data
-        for start in range(0, len(content), BLOCK_BYTES):
-            yield content[start : start + BLOCK_BYTES]
+    return sorted(tensors, key=lambda name: (kinds.index(tensors[name].dtype), name))
 
 
-def _header(named: list[tuple[str, Tensor]], metadata: Mapping[str, str] | None) -> bytes:
+def _header(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None) -> bytes:
     """Length and JSON of names, types, shapes and places."""
     entries: dict[str, object] = {} if metadata is None else {"__metadata__": dict(metadata)}
     start = 0
-    for name, tensor in named:
-        end = start + tensor.nbytes
+    for name in _order(tensors):
+        tensor = tensors[name]
         entries[name] = {
             "dtype": DTYPES[tensor.dtype],
             "shape": list(tensor.shape),
-            "data_offsets": [start, end],
+            "data_offsets": [start, start + tensor.nbytes],
         }
-        start = end
+        start += tensor.nbytes
     text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % ALIGNMENT)
     return len(text).to_bytes(8, "little") + text

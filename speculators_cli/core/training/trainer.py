@@ -88,6 +88,7 @@ class Trainer:
             StoppedError: A signal arrived.
         """
         self.signals.defer()
+        self.saver.prepare(self.draft)
         try:
             self.train_epochs()
             self.saver.wait()
