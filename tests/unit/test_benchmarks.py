@@ -26,3 +26,26 @@ def test_each_part_of_the_fast_step_is_timed() -> None:
     parts = {line["part"] for line in lines}
     assert parts >= {"rms_norm", "rotate", "joint_attention", "swiglu", "linear_kl", "optimizer"}
     assert all(line["fast"]["launch_ms"] > 0 for line in lines)
+
+
+def test_the_start_of_a_run_and_its_saves_are_timed(tmp_path: Path) -> None:
+    script = str(BENCHMARKS / "start_up.py")
+    flags = ["--shape", "smollm2-135m", "--total-seq-len", "16", "--steps", "4", "--every", "2"]
+
+    lines = [
+        subprocess.run(
+            [sys.executable, script, command, str(tmp_path / "inputs"), *flags],
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+        for command in ("make", "run")
+    ]
+
+    timed = json.loads(lines[1])
+    assert next(iter(timed["start_up_seconds"])) == "imports"
+    assert list(timed["start_up_seconds"])[-1] == "first step"
+    assert timed["start_up"] < timed["total"]
+    assert [line.split("`")[1] for line in timed["saves"]] == ["step-2", "0"]
+    assert timed["step_ms"] > 0
+    assert timed["step_ms_while_writing"] > 0
