@@ -73,7 +73,9 @@ class HostCopy:
                 hint="Free host memory; `--plan` prints the size of a checkpoint",
             ) from None
         if like.is_cuda and memory.nbytes >= MIN_PINNED_BYTES:
-            refused = int(torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), memory.nbytes, 0))
-            if not refused:
+            # A thread begins with the first GPU as its own.
+            with torch.cuda.device(like.device):
+                refused = torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), memory.nbytes, 0)
+            if not int(refused):
                 self._pinned.append(memory)
         return memory
