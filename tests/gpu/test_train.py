@@ -4,8 +4,10 @@ import json
 import shutil
 
 import pytest
+import torch
 
 from speculators_cli.cli.app import run
+from speculators_cli.core.training.host_copy import HostCopy
 from tests.tiny_run import TinyInputs
 
 pytestmark = pytest.mark.gpu
@@ -41,3 +43,19 @@ def test_a_run_resumes_in_mid_epoch_on_a_gpu(tiny: TinyInputs) -> None:
     assert resumed["step"] == whole["step"] > 3
     # The backward of attention adds up in an order of its own at each run.
     assert resumed["loss"] == pytest.approx(whole["loss"], rel=1e-2)
+
+
+def test_the_copy_of_a_checkpoint_is_pinned_until_the_run_ends() -> None:
+    host = HostCopy()
+    large, small = torch.rand(2**20, device="cuda"), torch.rand(3, device="cuda")
+    expected = large.cpu(), small.cpu()
+
+    host.reserve([("large", large)])
+    copies = host.copy([("large", large), ("small", small)])
+    large.zero_()
+
+    assert copies["large"].is_pinned()
+    assert torch.equal(copies["large"], expected[0])
+    assert torch.equal(copies["small"], expected[1])
+    host.close()
+    assert not copies["large"].is_pinned()
