@@ -57,11 +57,11 @@ class Trainer:
 
     def close(self) -> None:
         """Stop reading samples, in every case, and finish writing what was computed."""
-        self.saver.close()
         self.loader.close()
         if self.validation_loader is not None:
             self.validation_loader.close()
         self.filler.close()
+        self.saver.close()
 
     @property
     def is_epoch_whole(self) -> bool:
