@@ -90,7 +90,6 @@ BLOCK_VARIANTS = {
         (*BLOCKS, "1"), rope_theta=1000.0, misread={"rope_parameters": DEFAULT_ROPE}
     ),
 }
-# Two layers at least, where masks of a step read what those before them read.
 MASKS = ("--algorithm", "peagle", "--ttt-steps", "5", "--epochs", "24", "--num-layers")
 MASK_VARIANTS = {
     "1 layer": Variant((*MASKS, "1"), misread={"mask_token_id": 70}),
@@ -126,7 +125,7 @@ class Served:
         """Passes, passes that accepted their first, second and third token, acceptance length."""
         passes = [count for prompt in self.accepted for count in prompt]
         totals = [sum(count > k for count in passes) for k in range(3)]
-        return len(passes), totals, 1 + sum(totals) / max(len(passes), 1)
+        return len(passes), totals, 1 + sum(passes) / max(len(passes), 1)
 
 
 @dataclass(frozen=True)

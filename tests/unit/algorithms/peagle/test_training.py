@@ -5,14 +5,18 @@ up to it and a mask for each further token. The reference makes that pass for ea
 """
 
 from collections.abc import Mapping
+from importlib.util import find_spec
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from speculators_cli.core.algorithms.eagle3.training import Eagle3Training
 from speculators_cli.core.algorithms.peagle.config import PEagleConfig
+from speculators_cli.core.algorithms.peagle.cost import PEagleCost
 from speculators_cli.core.algorithms.peagle.training import PEagleTraining
+from speculators_cli.core.data.batch import Batch
 from speculators_cli.core.data.sample import Sample
 from tests.tiny_drafts import KERNELS, filled_draft, make_config, make_sample, pack
 from tests.tiny_peagle import KEPT_IDS, MASK, filled_peagle, make_peagle_config
@@ -164,6 +168,38 @@ def test_a_batch_without_supervised_tokens_gives_zeros(kernels: str, rng: torch.
     for name, parameter in draft.named_parameters():
         assert parameter.grad is not None, name
         assert not parameter.grad.any(), name
+
+
+def count_saved(draft: Eagle3Training, batch: Batch) -> int:
+    """Bytes that a fast step keeps for its backward pass."""
+    draft.use_fast_kernels = True
+    kept: list[Tensor] = []
+
+    def keep(x: Tensor) -> Tensor:
+        kept.append(x)
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+        draft(batch)
+    storages = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in kept}
+    return sum(storages.values())
+
+
+@pytest.mark.skipif(find_spec("triton") is None, reason="needs Triton")
+def test_a_fast_step_keeps_as_much_less_than_eagle_3_as_its_cost_model_spares(
+    rng: torch.Generator,
+) -> None:
+    changes = {"num_layers": 2, "ttt_steps": 3}
+    config = make_peagle_config(**changes)
+    batch = pack(make_sample(15, config, rng, supervised_fraction=1.0), total_seq_len=14)
+
+    eagle = count_saved(filled_draft(make_config(**changes), rng, kept_ids=KEPT_IDS), batch)
+    own = count_saved(filled_peagle(config, rng), batch)
+
+    # The model counts bfloat16, the step computes float32; it keeps some rows of the mask itself.
+    spared = 2 * PEagleCost().count_spared_bytes(config, 14)
+    assert spared == 4 * 2 * 14 * (24 + 2 * 2 * 8)
+    assert 0 <= spared - (eagle - own) <= 4 * 10 * 24
 
 
 def test_a_fresh_mask_is_drawn_and_repeats(rng: torch.Generator) -> None:
