@@ -301,7 +301,7 @@ def main() -> None:
     options = parser.parse_args()
     if not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
         parser.error("without a GPU, set TRITON_INTERPRET=1")
-    options.num_layers, options.full_vocab = 1, False
+    options.algorithm, options.num_layers, options.full_vocab = "eagle3", 1, False
     step = build_step(options)
     for name in [options.only] if options.only else PARTS:
         fast, plain = PARTS[name](step)
@@ -316,6 +316,7 @@ def build_step(options: argparse.Namespace) -> Step:
     device = torch.device("cuda" if has_gpu else "cpu")
     dtype = torch.bfloat16 if has_gpu else torch.float32
     config = draft_config(options, *SHAPES[options.shape])
+    assert isinstance(config, Eagle3Config)
     loader = SyntheticLoader(
         config,
         NEXT_TOKEN,

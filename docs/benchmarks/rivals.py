@@ -1,6 +1,7 @@
 """Time the training step of other tools on the batches of `speculators bench`.
 
     python docs/benchmarks/rivals.py speculators --shape llama-3.1-8b --supervised-fraction 0.6
+    python docs/benchmarks/rivals.py speculators --algorithm dspark --num-anchors 512 --num-layers 5
     python docs/benchmarks/rivals.py specforge
 
 The tool must be installed, `pip install speculators==0.9.0` or `specforge==0.2.0`, with a torch
@@ -14,6 +15,7 @@ import json
 import os
 import statistics
 import tempfile
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from itertools import pairwise
@@ -23,7 +25,10 @@ from typing import Any
 import numpy as np
 import torch
 from random_verifier import write_verifier
+from rival_blocks import build_blocks
 
+from speculators_cli.core.algorithms import ALGORITHMS
+from speculators_cli.core.algorithms.draft_config import DraftConfig
 from speculators_cli.core.algorithms.eagle3.config import Eagle3Config
 from speculators_cli.core.bench.shapes import SHAPES
 from speculators_cli.core.bench.synthetic import SyntheticLoader
@@ -33,7 +38,9 @@ from speculators_cli.core.data.data_config import LayerIds, default_layer_ids
 from speculators_cli.core.data.vocab_map import VocabMap
 from speculators_cli.core.models.verifier import VerifierConfig
 from speculators_cli.core.training.inputs import fresh_config
+from speculators_cli.settings.algorithms import ALGORITHM_SETTINGS
 from speculators_cli.settings.algorithms.eagle3 import Eagle3Settings
+from speculators_cli.settings.base import Settings
 from speculators_cli.settings.train import DraftArch
 
 CUDA = torch.device("cuda")
@@ -44,10 +51,13 @@ def main() -> None:
     """Build, warm up, time."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("tool", choices=["speculators", "specforge"])
+    parser.add_argument("--algorithm", default="eagle3", choices=["eagle3", "dflash", "dspark"])
     parser.add_argument("--shape", default="llama-3.1-8b", choices=sorted(SHAPES))
     parser.add_argument("--supervised-fraction", type=float, default=0.6)
     parser.add_argument("--total-seq-len", type=int, default=8192)
     parser.add_argument("--ttt-steps", type=int, default=3)
+    parser.add_argument("--num-anchors", type=int, default=512)
+    parser.add_argument("--block-size", type=int, default=8)
     parser.add_argument("--num-layers", type=int, default=1)
     parser.add_argument("--draft-vocab-size", type=int, default=32000)
     parser.add_argument("--full-vocab", action="store_true")
@@ -73,19 +83,32 @@ def main() -> None:
     ]
     with tempfile.TemporaryDirectory() as folder:
         write_verifier(Path(folder), verifier, vocab_size, is_tied=False, device=CUDA)
-        build = {"speculators": build_speculators, "specforge": build_specforge}[options.tool]
         step = build(config, Path(folder), options)
     torch.cuda.empty_cache()
     result = time_steps(step, loader, options.steps)
-    keys = ("tool", "shape", "supervised_fraction", "ttt_steps", "num_layers", "full_vocab")
-    described = {key: getattr(options, key) for key in keys}
-    print(json.dumps({**described, "device": torch.cuda.get_device_name(), **result}))
+    print(json.dumps({**vars(options), "device": torch.cuda.get_device_name(), **result}))
+
+
+def build(config: DraftConfig, folder: Path, options: argparse.Namespace) -> Step:
+    """The step of the tool, on the GPU."""
+    if isinstance(config, Eagle3Config):
+        tools = {"speculators": build_speculators, "specforge": build_specforge}
+        return tools[options.tool](config, folder, options)
+    assert options.tool == "speculators", "SpecForge's blocks are not timed"
+    upstream = build_blocks(
+        config, folder, layer_config(config), vocab_maps(config), options.num_anchors, CUDA
+    )
+    return train_upstream(*upstream)
 
 
 def time_steps(step: Step, loader: SyntheticLoader, num_steps: int) -> dict[str, float]:
     """Median ms/step, tokens/s and peak memory; the first three steps are warmup."""
     batches = loader.epoch(0)
-    for _ in range(3):
+    started_at = time.perf_counter()
+    step(next(batches)[0])
+    torch.cuda.synchronize()
+    first_step_seconds = time.perf_counter() - started_at
+    for _ in range(2):
         step(next(batches)[0])
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
@@ -98,6 +121,7 @@ def time_steps(step: Step, loader: SyntheticLoader, num_steps: int) -> dict[str,
     times = [start.elapsed_time(stop) for start, stop in pairwise(events)]
     median = statistics.median(times)
     return {
+        "first_step_seconds": first_step_seconds,
         "step_ms": median,
         "step_ms_min": min(times),
         "tokens_per_second": loader.batches[0].input_ids.shape[0] / median * 1e3,
@@ -108,24 +132,32 @@ def time_steps(step: Step, loader: SyntheticLoader, num_steps: int) -> dict[str,
 
 def draft_config(
     options: argparse.Namespace, verifier: VerifierConfig, vocab_size: int
-) -> Eagle3Config:
+) -> DraftConfig:
     """The draft that `speculators bench` times, for the sizes of batches."""
     num_kept = vocab_size if options.full_vocab else options.draft_vocab_size
-    config = fresh_config(
-        "eagle3",
-        Eagle3Settings(ttt_steps=options.ttt_steps),
+    return fresh_config(
+        options.algorithm,
+        own_settings(options),
         verifier,
         VocabMap.choose(np.zeros(vocab_size, np.int64), num_kept),
-        LayerIds(default_layer_ids(verifier.num_layers), is_assumed=True),
-        arch=DraftArch.LLAMA,
+        LayerIds(
+            default_layer_ids(verifier.num_layers, ALGORITHMS[options.algorithm].num_aux_layers),
+            is_assumed=True,
+        ),
+        arch=DraftArch.LLAMA if options.algorithm == "eagle3" else DraftArch.QWEN3,
         num_layers=options.num_layers,
     )
-    assert isinstance(config, Eagle3Config)
-    return config
 
 
-def layer_config(config: Eagle3Config) -> dict[str, Any]:
-    """A LlamaConfig's fields."""
+def own_settings(options: argparse.Namespace) -> Settings:
+    """The section of the algorithm."""
+    if options.algorithm == "eagle3":
+        return Eagle3Settings(ttt_steps=options.ttt_steps)
+    return ALGORITHM_SETTINGS[options.algorithm].model_validate({"block_size": options.block_size})
+
+
+def layer_config(config: DraftConfig) -> dict[str, Any]:
+    """Fields of a LlamaConfig or Qwen3Config."""
     return {
         "hidden_size": config.hidden_size,
         "intermediate_size": config.intermediate_size,
@@ -144,7 +176,7 @@ def layer_config(config: Eagle3Config) -> dict[str, Any]:
     }
 
 
-def vocab_maps(config: Eagle3Config) -> tuple[torch.Tensor, torch.Tensor]:
+def vocab_maps(config: DraftConfig) -> tuple[torch.Tensor, torch.Tensor]:
     """t2d and d2t of the lowest ids."""
     t2d = torch.arange(config.vocab_size) < config.draft_vocab_size
     return t2d, torch.zeros(config.draft_vocab_size, dtype=torch.int64)
@@ -171,7 +203,6 @@ def build_speculators(config: Eagle3Config, folder: Path, options: argparse.Name
     from speculators.models.eagle3 import Eagle3SpeculatorConfig
     from speculators.models.eagle3.core import Eagle3DraftModel
     from speculators.proposals.greedy import GreedyTokenProposalConfig
-    from speculators.train.optimizers import build_optimizers
     from transformers import LlamaConfig
 
     layers = LlamaConfig(**layer_config(config))
@@ -196,13 +227,24 @@ def build_speculators(config: Eagle3Config, folder: Path, options: argparse.Name
         model.load_vocab_mappings(t2d.to(CUDA), d2t.to(CUDA))
         model.load_verifier_weights()
     model.lm_head.weight.requires_grad_(not options.freeze_head)
+    arguments = {
+        "ttt_steps": config.ttt_steps,
+        "ttt_step_loss_decay": 1.0,
+        "loss_config": resolve_loss_config("kl_div", "eager"),
+    }
+    return train_upstream(model, arguments)
+
+
+def train_upstream(model: Any, arguments: dict[str, Any]) -> Step:
+    """The step of upstream's trainer; `arguments` are those of its draft's forward."""
+    from speculators.train.optimizers import build_optimizers
+
     model.to(CUDA).train()
     settings = argparse.Namespace(
         optimizer="adamw", lr=1e-4, weight_decay=0.01, muon_lr=1e-3, muon_momentum=0.95,
         muon_weight_decay=0.1, muon_ns_steps=5, muon_adjust_lr_fn="match_rms_adamw",
     )  # fmt: skip
     optimizers = build_optimizers(model, settings)
-    loss_config = resolve_loss_config("kl_div", "eager")
 
     def step(batch: Batch) -> torch.Tensor:
         ready = on_device(batch)
@@ -214,9 +256,7 @@ def build_speculators(config: Eagle3Config, folder: Path, options: argparse.Name
                 document_ids=ready["document_ids"],
                 loss_mask=ready["loss_mask"],
                 position_ids=ready["position_ids"],
-                ttt_steps=config.ttt_steps,
-                ttt_step_loss_decay=1.0,
-                loss_config=loss_config,
+                **arguments,
             )
         for optimizer in optimizers:
             optimizer.zero_grad()
