@@ -4,13 +4,14 @@ Weights are cast to the compute dtype once, and gradients are accumulated in flo
 values of the context are one product for all layers.
 """
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from speculators_cli.core.algorithms.dflash.attention import BlockMemory, find_groups
 from speculators_cli.core.algorithms.dflash.blocks import Blocks
 from speculators_cli.core.algorithms.dflash.draft import Context, DFlashDraft
 from speculators_cli.core.data.batch import Batch
+from speculators_cli.core.kernels.block_attention import AnchorSpans, block_attention
 from speculators_cli.core.kernels.rms_norm import rms_norm
 from speculators_cli.core.kernels.rotary import rotate
 from speculators_cli.core.kernels.shared import SharedWeight
@@ -32,12 +33,25 @@ def predict(draft: DFlashDraft, batch: Batch, blocks: Blocks) -> Tensor:
     positions = (batch.position_ids[anchors, None] + places).flatten()
     hidden = draft.embed_blocks(batch.input_ids[anchors]).to(dtype)
     residual: Tensor | None = None
-    groups = find_groups(draft.block_shape, blocks.spans, anchors)
-    for layer, (key, value) in zip(layers, context, strict=True):
-        memory = BlockMemory(groups, key, value)
-        hidden, residual = _run_layer(layer, hidden, residual, rope, positions, memory)
+    spans = _find_spans(draft, blocks, device)
+    for layer, own_context in zip(layers, context, strict=True):
+        hidden, residual = _run_layer(layer, hidden, residual, rope, positions, own_context, spans)
     normed, _ = _norm(draft.norm, hidden, residual)
     return normed.view(len(anchors), config.block_size, -1)[:, config.first_slot :]
+
+
+def _find_spans(draft: DFlashDraft, blocks: Blocks, device: torch.device) -> AnchorSpans:
+    """What the blocks see, the same in every layer."""
+    shape, spans = draft.block_shape, blocks.spans
+    return AnchorSpans.of_anchors(
+        np.repeat(spans.context_bounds[:-1], np.diff(spans.anchor_bounds)),
+        np.array(spans.host_anchors),
+        spans.context_bounds[-1],
+        device,
+        size=shape.size,
+        window=shape.window,
+        is_causal=shape.is_causal,
+    )
 
 
 def _norm(norm: RMSNorm, x: Tensor, add: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -69,7 +83,8 @@ def _run_layer(
     residual: Tensor | None,  # what the next norm is to add to it
     rope: Rope,
     positions: Tensor,  # [rows], int64
-    memory: BlockMemory,
+    context: tuple[Tensor, Tensor],  # of this layer
+    spans: AnchorSpans,
 ) -> tuple[Tensor, Tensor]:
     """One layer over all rows; hidden states, and what is to be added to them."""
     dtype, own, mlp = hidden.dtype, layer.self_attn, layer.mlp
@@ -77,10 +92,12 @@ def _run_layer(
     parts = [own.q_proj.weight, own.k_proj.weight, own.v_proj.weight]
     projected = SharedWeight(parts, dtype).linear(normed)
     query, key, value = projected.split([len(part) for part in parts], dim=1)
-    attended = memory.attend(
+    attended = block_attention(
         _turn(own, own.q_norm, query, rope, positions),
+        *context,
         _turn(own, own.k_norm, key, rope, positions),
         _by_head(own, value),
+        spans,
     )
     hidden = SharedWeight([own.o_proj.weight], dtype).linear(attended.flatten(1))
     normed, residual = _norm(layer.post_attention_layernorm, hidden, residual)

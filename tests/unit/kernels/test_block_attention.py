@@ -1,0 +1,88 @@
+"""Attention of blocks to their context and to themselves, against the plain one."""
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from speculators_cli.core.algorithms.dflash.attention import (
+    BlockMemory,
+    BlockShape,
+    BlockSpans,
+    find_groups,
+)
+from speculators_cli.core.kernels import block_attention as kernel
+from speculators_cli.core.kernels.block_attention import (
+    AnchorSpans,
+    block_attention,
+    can_attend,
+)
+from tests.gradients import assert_same
+
+CPU = torch.device("cpu")
+BOUNDS = (0, 9, 10, 40, 44)  # the last four rows are padding
+ANCHORS = (2, 3, 8, 11, 20, 21, 22, 39)  # none in the second document
+
+
+@pytest.mark.parametrize(
+    ("size", "window", "is_causal"),
+    [(4, None, False), (3, None, True), (4, 6, False), (4, 2, True), (5, 2, False), (3, 25, True)],
+)
+@pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), [(4, 2, 8), (6, 2, 12), (3, 3, 8)])
+def test_block_attention_equals_the_plain_one(
+    size: int,
+    window: int | None,
+    is_causal: bool,
+    heads: int,
+    kv_heads: int,
+    head_dim: int,
+    rng: torch.Generator,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    # Several tiles of blocks and of the context.
+    monkeypatch.setattr(kernel, "TILE_ROWS", 64)
+    monkeypatch.setattr(kernel, "TILE_KEYS", 16)
+    shape = BlockShape(size, window, is_causal)
+    anchors = np.array(ANCHORS)
+    places = np.searchsorted(anchors, BOUNDS)
+    plain_spans = BlockSpans(tuple(places.tolist()), BOUNDS, ANCHORS)
+    groups = find_groups(shape, plain_spans, torch.from_numpy(anchors))
+    first = np.array(BOUNDS)[np.searchsorted(BOUNDS, anchors, side="right") - 1]
+    spans = AnchorSpans.of_anchors(
+        first, anchors, BOUNDS[-1], CPU, size=size, window=window, is_causal=is_causal
+    )
+    num_tokens = len(ANCHORS) * size
+    query = torch.randn(num_tokens, heads, head_dim, generator=rng)
+    context = torch.randn(2, BOUNDS[-1], kv_heads, head_dim, generator=rng)
+    own = torch.randn(2, num_tokens, kv_heads, head_dim, generator=rng)
+
+    def fast(query: Tensor, context: Tensor, own: Tensor) -> Tensor:
+        return block_attention(query, *context.unbind(), *own.unbind(), spans)
+
+    def plain(query: Tensor, context: Tensor, own: Tensor) -> Tensor:
+        return BlockMemory(groups, *context.unbind()).attend(query, *own.unbind())
+
+    assert_same(fast, plain, query, context, own)
+
+
+def test_rows_may_be_apart_in_memory(rng: torch.Generator) -> None:
+    spans = AnchorSpans.of_anchors(
+        np.zeros(2, np.int64), np.array([3, 5]), 8, CPU, size=2, window=None, is_causal=False
+    )
+    query = torch.randn(4, 2, 8, generator=rng)
+    context = torch.randn(8, 2, 3, 8, generator=rng)[:, :, 1:2]
+    own = torch.randn(4, 2, 3, 8, generator=rng)[:, :, 1:2]
+
+    spread = block_attention(query, *context.unbind(1), *own.unbind(1), spans)
+    packed = block_attention(
+        query,
+        *(x.contiguous() for x in (*context.unbind(1), *own.unbind(1))),
+        spans,
+    )
+
+    assert torch.equal(spread, packed)
+
+
+def test_a_block_that_no_tile_has_room_for_is_told_apart() -> None:
+    assert can_attend(16, num_heads=32, num_kv_heads=4)
+    assert not can_attend(17, num_heads=32, num_kv_heads=4)
