@@ -150,9 +150,9 @@ class Algorithm(ABC, Generic[ConfigT, SettingsT]):
         del settings
         return frozenset()
 
-    def find_unsupported(self, settings: SettingsT) -> str | None:
-        """Return which of these settings the fast kernels do not support; None if all are."""
-        del settings
+    def find_unsupported(self, config: ConfigT, settings: SettingsT) -> str | None:
+        """Return what of a draft the fast kernels do not support; None if they do."""
+        del config, settings
         return f"algorithm `{self.name}` has none"
 
     @abstractmethod

@@ -8,62 +8,16 @@ do_i)`: once per tile of blocks, for the gradients of queries and of the blocks'
 per tile of context rows, for theirs.
 """
 
-from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 import triton
 import triton.language as tl
-from numpy.typing import NDArray
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from speculators_cli.core.kernels.device import move
-
-TILE_ROWS = 128  # of a tile of blocks
-TILE_KEYS = 64  # of the context
-
-
-@dataclass(frozen=True)
-class AnchorSpans:
-    """What the blocks of a sequence see; anchors ascend, and tensors are on the device."""
-
-    size: int  # tokens in a block
-    window: int | None
-    is_causal: bool
-    first: Tensor  # [anchors], int32: the first row of the context
-    limit: Tensor  # [anchors], int32: the row after the last
-    readers: Tensor  # [tiles of keys, 2], int32: bounds of the anchors that may read a tile
-    num_rows: int  # of the context
-
-    @classmethod
-    def of_anchors(
-        cls,
-        first: NDArray[np.int64],  # [anchors]
-        last: NDArray[np.int64],  # [anchors], ascending: the last row of the context
-        num_rows: int,
-        device: torch.device,
-        *,
-        size: int,
-        window: int | None,
-        is_causal: bool,
-    ) -> "AnchorSpans":
-        """Plan the attention on the host; enqueues three small copies."""
-        starts = np.arange(0, num_rows, TILE_KEYS)
-        begin = np.searchsorted(last, starts)
-        end = np.searchsorted(first, starts + TILE_KEYS)
-        if window is not None:
-            # The first token of a block sees the rows from `last - window + 2` on.
-            end = np.minimum(end, np.searchsorted(last, starts + TILE_KEYS + window - 2))
-        parts = (first, last + 1, np.stack((begin, end), axis=1))
-        moved = (move(torch.from_numpy(part.astype(np.int32)), device) for part in parts)
-        return cls(size, window, is_causal, *moved, num_rows)
-
-
-def can_attend(size: int, num_heads: int, num_kv_heads: int) -> bool:
-    """Whether a tile has room for a block and all heads that share a key head."""
-    return size * num_heads // num_kv_heads <= TILE_ROWS
+from speculators_cli.core.kernels import anchor_spans
+from speculators_cli.core.kernels.anchor_spans import AnchorSpans
 
 
 def block_attention(
@@ -144,9 +98,9 @@ def _options(query: Tensor, key: Tensor, spans: AnchorSpans) -> dict[str, Any]:
     group = num_heads // key.shape[1]
     # float32 tiles are twice as large.
     tile_rows = (
-        TILE_ROWS
+        anchor_spans.TILE_ROWS
         if query.element_size() < 4
-        else max(TILE_ROWS // 2, triton.next_power_of_2(spans.size * group))
+        else max(anchor_spans.TILE_ROWS // 2, triton.next_power_of_2(spans.size * group))
     )
     num_anchors = tile_rows // (spans.size * group)
     return {
@@ -160,7 +114,7 @@ def _options(query: Tensor, key: Tensor, spans: AnchorSpans) -> dict[str, Any]:
         "HEAD_DIM": head_dim,
         "ANCHORS": num_anchors,
         "ROW_BLOCK": tile_rows,
-        "KEY_BLOCK": TILE_KEYS,
+        "KEY_BLOCK": anchor_spans.TILE_KEYS,
         "OWN_BLOCK": max(triton.next_power_of_2(num_anchors * spans.size), 16),
         "DIM_BLOCK": max(triton.next_power_of_2(head_dim), 16),
         "PRECISION": "ieee" if query.dtype == torch.float32 else "tf32",

@@ -86,7 +86,7 @@ class _LinearKL(torch.autograd.Function):
         grads = torch.empty_like(stacked) if needs_rows else None
         verifier_head = targets.head.to(stacked.dtype)
         verifier_bias = None if targets.bias is None else targets.bias.to(stacked.dtype)
-        for start, stop in _chunks(num_rows, chunk_size(num_steps, len(verifier_head))):
+        for start, stop in split_rows(num_rows, chunk_size(num_steps, len(verifier_head))):
             source = stacked[start:stop].view(-1, size)
             logits = source @ head.value.T
             first, last = bounds(start, stop)
@@ -95,7 +95,7 @@ class _LinearKL(torch.autograd.Function):
             _kl(
                 logits,
                 target_logits,
-                _target_stats(target_logits, targets, here),
+                target_stats(target_logits, targets, here),
                 indices[start:stop],
                 first,
                 weights,
@@ -121,14 +121,15 @@ class _LinearKL(torch.autograd.Function):
         return (*(None,) * 7, *step_grads.unbind(1))
 
 
-def _chunks(num_rows: int, size: int) -> list[tuple[int, int]]:
+def split_rows(num_rows: int, size: int) -> list[tuple[int, int]]:
     """Split rows into ranges of at most `size`, of nearly equal lengths."""
     num_chunks = -(-num_rows // size)
     bounds = [num_rows * i // max(num_chunks, 1) for i in range(num_chunks + 1)]
     return list(pairwise(bounds))
 
 
-def _logit_options(targets: Targets) -> dict[str, Any]:
+def logit_options(targets: Targets) -> dict[str, Any]:
+    """Return arguments of kernels that read the verifier's logits."""
     return {
         "logit_scale": targets.logit_scale,
         "softcap": targets.softcap or 1.0,
@@ -136,11 +137,12 @@ def _logit_options(targets: Targets) -> dict[str, Any]:
     }
 
 
-def _blocks(vocab_size: int) -> dict[str, int]:
+def vocab_blocks(vocab_size: int) -> dict[str, int]:
+    """Return constants of kernels that go over a vocabulary."""
     return {"BLOCK": min(4096, triton.next_power_of_2(vocab_size)), "num_warps": 8}
 
 
-def _target_stats(
+def target_stats(
     logits: Tensor,  # [some, draft_vocab]: of the verifier, before scale and soft cap
     targets: Targets,
     here: slice,  # the range of these targets
@@ -151,7 +153,7 @@ def _target_stats(
     best = torch.empty(num_targets, dtype=torch.int64, device=logits.device)
     _target_stats_kernel[(num_targets,)](
         logits, stats, best, targets.kept_ids, vocab_size,
-        **_logit_options(targets), **_blocks(vocab_size),
+        **logit_options(targets), **vocab_blocks(vocab_size),
     )  # fmt: skip
     return stats, best if targets.tokens is None else targets.tokens[here]
 
@@ -159,7 +161,7 @@ def _target_stats(
 def _kl(
     logits: Tensor,  # [rows*steps, draft_vocab]: of the draft; becomes the weighted gradient
     target_logits: Tensor,  # [some, draft_vocab]
-    known: tuple[Tensor, Tensor],  # of these targets, by `_target_stats`
+    known: tuple[Tensor, Tensor],  # of these targets, by `target_stats`
     indices: Tensor,  # [rows, steps], int64
     first: int,  # the first of these targets
     weights: Tensor,  # [steps]
@@ -171,12 +173,13 @@ def _kl(
     _kl_kernel[(num_pairs,)](
         logits, target_logits, *known, indices, first, targets.is_kept, targets.kept_ids, weights,
         *results, vocab_size,
-        NUM_STEPS=indices.shape[1], **_logit_options(targets), **_blocks(vocab_size),
+        NUM_STEPS=indices.shape[1], **logit_options(targets), **vocab_blocks(vocab_size),
     )  # fmt: skip
 
 
 @triton.jit
-def _verifier_logits(x, logit_scale, softcap, HAS_SOFTCAP: tl.constexpr):
+def verifier_logits(x, logit_scale, softcap, HAS_SOFTCAP: tl.constexpr):
+    """Return logits in float32, after scale and soft cap."""
     x = x.to(tl.float32) * logit_scale
     if HAS_SOFTCAP:
         x = softcap * (2.0 * tl.sigmoid(2.0 * x / softcap) - 1.0)  # softcap * tanh(x / softcap)
@@ -200,7 +203,7 @@ def _target_stats_kernel(
         i = start + tl.arange(0, BLOCK)
         inside = i < vocab_size
         x = tl.load(logits + i, mask=inside, other=0.0)
-        x = _verifier_logits(x, logit_scale, softcap, HAS_SOFTCAP)
+        x = verifier_logits(x, logit_scale, softcap, HAS_SOFTCAP)
         bounded = tl.where(inside, x, -float("inf"))
         here = tl.max(bounded)
         best = tl.where(here > largest, start + tl.argmax(bounded, axis=0), best)
@@ -254,7 +257,7 @@ def _kl_kernel(
             inside = i < vocab_size
             d = tl.load(logits + i, mask=inside, other=0.0).to(tl.float32)
             t = tl.load(target_logits + i, mask=inside, other=0.0)
-            t = _verifier_logits(t, logit_scale, softcap, HAS_SOFTCAP)
+            t = verifier_logits(t, logit_scale, softcap, HAS_SOFTCAP)
             mean += tl.sum(tl.where(inside, tl.exp(t - target_lse) * d, 0.0))
             d = tl.where(inside, d, -float("inf"))
             here = tl.max(d)
@@ -272,6 +275,6 @@ def _kl_kernel(
             inside = i < vocab_size
             d = tl.load(logits + i, mask=inside, other=0.0).to(tl.float32)
             t = tl.load(target_logits + i, mask=inside, other=0.0)
-            t = _verifier_logits(t, logit_scale, softcap, HAS_SOFTCAP)
+            t = verifier_logits(t, logit_scale, softcap, HAS_SOFTCAP)
             grad = scale * (tl.exp(d - lse) - tl.exp(t - target_lse))
             tl.store(logits + i, grad.to(logits.dtype.element_ty), mask=inside)

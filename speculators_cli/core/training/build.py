@@ -198,7 +198,7 @@ def choose_kernels(
         device,
         compute_dtype,
         head_dim=config.head_dim,
-        unsupported=ALGORITHMS[config.algorithm].find_unsupported(algorithm_settings),
+        unsupported=ALGORITHMS[config.algorithm].find_unsupported(config, algorithm_settings),
     )
 
 

@@ -11,12 +11,9 @@ from speculators_cli.core.algorithms.dflash.attention import (
     BlockSpans,
     find_groups,
 )
-from speculators_cli.core.kernels import block_attention as kernel
-from speculators_cli.core.kernels.block_attention import (
-    AnchorSpans,
-    block_attention,
-    can_attend,
-)
+from speculators_cli.core.kernels import anchor_spans
+from speculators_cli.core.kernels.anchor_spans import AnchorSpans, can_attend
+from speculators_cli.core.kernels.block_attention import block_attention
 from tests.gradients import assert_same
 
 CPU = torch.device("cpu")
@@ -40,8 +37,8 @@ def test_block_attention_equals_the_plain_one(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     # Several tiles of blocks and of the context.
-    monkeypatch.setattr(kernel, "TILE_ROWS", 64)
-    monkeypatch.setattr(kernel, "TILE_KEYS", 16)
+    monkeypatch.setattr(anchor_spans, "TILE_ROWS", 64)
+    monkeypatch.setattr(anchor_spans, "TILE_KEYS", 16)
     shape = BlockShape(size, window, is_causal)
     anchors = np.array(ANCHORS)
     places = np.searchsorted(anchors, BOUNDS)
@@ -57,10 +54,10 @@ def test_block_attention_equals_the_plain_one(
     own = torch.randn(2, num_tokens, kv_heads, head_dim, generator=rng)
 
     def fast(query: Tensor, context: Tensor, own: Tensor) -> Tensor:
-        return block_attention(query, *context.unbind(), *own.unbind(), spans)
+        return block_attention(query, context[0], context[1], own[0], own[1], spans)
 
     def plain(query: Tensor, context: Tensor, own: Tensor) -> Tensor:
-        return BlockMemory(groups, *context.unbind()).attend(query, *own.unbind())
+        return BlockMemory(groups, context[0], context[1]).attend(query, own[0], own[1])
 
     assert_same(fast, plain, query, context, own)
 
@@ -70,16 +67,22 @@ def test_rows_may_be_apart_in_memory(rng: torch.Generator) -> None:
         np.zeros(2, np.int64), np.array([3, 5]), 8, CPU, size=2, window=None, is_causal=False
     )
     query = torch.randn(4, 2, 8, generator=rng)
-    context = torch.randn(8, 2, 3, 8, generator=rng)[:, :, 1:2]
-    own = torch.randn(4, 2, 3, 8, generator=rng)[:, :, 1:2]
+    # Keys and values beside each other, as a product of stacked weights gives them.
+    context = torch.randn(8, 2, 1, 8, generator=rng)
+    own = torch.randn(4, 2, 1, 8, generator=rng)
+    key, value, own_key, own_value = *context.unbind(1), *own.unbind(1)
 
-    spread = block_attention(query, *context.unbind(1), *own.unbind(1), spans)
+    spread = block_attention(query, key, value, own_key, own_value, spans)
     packed = block_attention(
         query,
-        *(x.contiguous() for x in (*context.unbind(1), *own.unbind(1))),
+        key.contiguous(),
+        value.contiguous(),
+        own_key.contiguous(),
+        own_value.contiguous(),
         spans,
     )
 
+    assert not key.is_contiguous()
     assert torch.equal(spread, packed)
 
 

@@ -13,6 +13,7 @@ from speculators_cli.core.models.losses import LOSSES, Loss
 from speculators_cli.core.progress import SilentProgress
 from speculators_cli.core.training.run import train
 from speculators_cli.settings.train import TrainSettings
+from tests.tiny_drafts import make_config
 from tests.tiny_run import TinyInputs
 
 
@@ -54,7 +55,7 @@ def test_a_window_within_the_ttt_steps_trains_with_plain_kernels(
 ) -> None:
     settings = tiny.settings(eagle3={"sliding_window": window, "ttt_steps": 3})
 
-    unsupported = ALGORITHMS["eagle3"].find_unsupported(settings.algorithm_settings)
+    unsupported = ALGORITHMS["eagle3"].find_unsupported(make_config(), settings.algorithm_settings)
 
     assert (unsupported is None) == is_fast
     assert is_fast or "a sliding window of 2 tokens is shorter than 3 TTT steps" in str(unsupported)

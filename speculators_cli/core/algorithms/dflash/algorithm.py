@@ -70,11 +70,6 @@ class DFlash(BlockAlgorithm[DFlashConfig, DFlashSettings]):
         """Settings of the section that a trained draft fixes."""
         return {name: getattr(config, name) for name in SHAPE}
 
-    def find_unsupported(self, settings: DFlashSettings) -> str | None:
-        """Return None: other losses than KL are computed without a fused kernel, in chunks."""
-        del settings
-        return None
-
     def build(
         self,
         config: DFlashConfig,

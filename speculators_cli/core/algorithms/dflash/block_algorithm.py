@@ -12,6 +12,7 @@ from speculators_cli.core.algorithms.drafter import Verified
 from speculators_cli.core.algorithms.layers_reader import find_assumed
 from speculators_cli.core.data.alignment import NEXT_TOKEN
 from speculators_cli.core.errors import SettingsError
+from speculators_cli.core.kernels.anchor_spans import can_attend
 from speculators_cli.core.models.mask_token import choose_mask_token
 from speculators_cli.core.models.verifier_files import VerifierFiles
 from speculators_cli.settings.algorithms.dflash import BlockSettings
@@ -60,6 +61,14 @@ class BlockAlgorithm(Algorithm[BlockConfigT, BlockSettingsT]):
             settings.mask_token_id, files, vocab_size, trust_remote_code=trust_remote_code
         )
         return {"mask_token_id": token}
+
+    def find_unsupported(self, config: BlockConfigT, settings: BlockSettingsT) -> str | None:
+        """Return the block that is too large for a tile of the attention."""
+        del settings
+        size, heads, kv_heads = config.block_size, config.num_heads, config.num_kv_heads
+        if can_attend(size, heads, kv_heads):
+            return None
+        return f"blocks of {size} tokens with {heads // kv_heads} query heads per key head"
 
     def complete(self, shape: Mapping[str, Any]) -> dict[str, Any]:
         """The shape of a fresh draft; without the verifier's files, its last token is the mask.

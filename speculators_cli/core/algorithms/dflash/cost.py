@@ -14,7 +14,7 @@ from torch import Tensor
 
 from speculators_cli.core.algorithms.cost import CostModel, Gpu, Work
 from speculators_cli.core.algorithms.dflash.config import DFlashConfig
-from speculators_cli.core.kernels.logit_chunks import chunk_size
+from speculators_cli.core.kernels.logit_chunks import block_chunk_size
 from speculators_cli.settings.algorithms.dflash import BlockSettings, DFlashSettings
 
 # Fraction of the data sheet's FLOPS that the compute-bound part of a step reaches, and bytes moved
@@ -110,7 +110,7 @@ class BlockCost(CostModel[ConfigT, SettingsT]):
         verifier = 2 * 2 * config.vocab_size * size + (2 * head if config.owns_head else 0)
         rows = num_anchors * config.block_size
         row = 2 * (4 * size + 3 * query + 3 * kv + 4 * inner)
-        chunk = chunk_size(config.num_draft_tokens, config.draft_vocab_size)
+        chunk = block_chunk_size(config.num_draft_tokens, config.draft_vocab_size)
         pairs = config.num_draft_tokens * min(num_anchors, chunk) + min(num_targets, chunk)
         return {
             "weights_and_optimizer": states,

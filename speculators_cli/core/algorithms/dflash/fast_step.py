@@ -11,7 +11,8 @@ from torch import Tensor
 from speculators_cli.core.algorithms.dflash.blocks import Blocks
 from speculators_cli.core.algorithms.dflash.draft import Context, DFlashDraft
 from speculators_cli.core.data.batch import Batch
-from speculators_cli.core.kernels.block_attention import AnchorSpans, block_attention
+from speculators_cli.core.kernels.anchor_spans import AnchorSpans
+from speculators_cli.core.kernels.block_attention import block_attention
 from speculators_cli.core.kernels.rms_norm import rms_norm
 from speculators_cli.core.kernels.rotary import rotate
 from speculators_cli.core.kernels.shared import SharedWeight

@@ -34,8 +34,7 @@ class DFlashTraining(DFlashDraft, DraftModel):
         loss: Loss function per prediction.
         weights: What the predictions of a block weigh in the loss.
         num_anchors: Blocks per packed sequence, at most.
-        use_fast_kernels: Whether to compute with GPU kernels; a loss without one is computed in
-            chunks.
+        use_fast_kernels: Whether to compute with GPU kernels.
 
     Raises:
         SettingsError: The draft would use an LM head with a bias.
@@ -110,17 +109,37 @@ class DFlashTraining(DFlashDraft, DraftModel):
     def forward(self, batch: Batch, weights: Tensor | None = None) -> StepSums:
         """Fill in the blocks of all anchors at once, and score their tokens."""
         blocks = find_blocks(batch, self.config.num_draft_tokens)
-        if not self.use_fast_kernels:
-            normed = self.predict(batch, blocks)
-        else:
+        if self.use_fast_kernels:
             # Triton is only available with a GPU.
-            from speculators_cli.core.algorithms.dflash import fast_step, fused_loss
+            from speculators_cli.core.algorithms.dflash import fast_step
 
-            normed = fast_step.predict(self, batch, blocks)
-            if self.loss.has_fused_kernel:
-                return fused_loss.score(self, batch, blocks, normed, weights)
-        parts = self._score_in_chunks(batch, blocks, normed)
+            return self.score_fast(batch, blocks, fast_step.predict(self, batch, blocks), weights)
+        parts = self._score_in_chunks(batch, blocks, self.predict(batch, blocks))
         return self.sum_parts(parts, self._scored(batch, blocks), weights)
+
+    def score_fast(
+        self,
+        batch: Batch,
+        blocks: Blocks,
+        normed: Tensor,  # [anchors, predictions, hidden]
+        weights: Tensor | None,  # [predictions]
+    ) -> StepSums:
+        """Score all blocks with fused kernels."""
+        from speculators_cli.core.algorithms.dflash import fused_loss
+        from speculators_cli.core.kernels.linear_loss import Mix
+
+        scores = fused_loss.score(
+            batch,
+            blocks,
+            [(normed, self.head)],
+            self.verifier,
+            self.verifier_rows,
+            self.kept_ids,
+            mix=Mix(**{self.loss.name: 1.0}),
+            weigh=fused_loss.choose_weights(self.weights, weights),
+            over_whole_vocab=not self.training,
+        )
+        return fused_loss.sum_scores(scores)
 
     def _score_in_chunks(self, batch: Batch, blocks: Blocks, normed: Tensor) -> list[Tensor]:
         """Score some anchors at a time; where there are several chunks, logits are not kept."""

@@ -91,11 +91,6 @@ class DSpark(BlockAlgorithm[DSparkConfig, DSparkSettings]):
         shape = {name: getattr(config, name) for name in names}
         return shape | {"confidence_head": config.has_confidence}
 
-    def find_unsupported(self, settings: DSparkSettings) -> str | None:
-        """Return None: the loss is computed without a fused kernel, in chunks."""
-        del settings
-        return None
-
     def build(
         self,
         config: DSparkConfig,

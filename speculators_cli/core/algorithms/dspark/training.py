@@ -39,7 +39,7 @@ class DSparkTraining(DFlashTraining):
         parts: Of the loss.
         weights: What the predictions of a block weigh in the loss.
         num_anchors: Blocks per packed sequence, at most.
-        use_fast_kernels: Whether to compute the layers with GPU kernels.
+        use_fast_kernels: Whether to compute with GPU kernels.
     """
 
     config: DSparkConfig
@@ -92,15 +92,67 @@ class DSparkTraining(DFlashTraining):
         logits = self.logits(normed) + self.markov_head(embedded)
         distances = tv_loss(logits, log_probs)
         losses = self.parts.ce * ce_loss(logits, log_probs) + self.parts.l1 * 2 * distances
-        confidence = torch.zeros_like(losses)
-        if self.confidence_head is not None:
-            # The probability that sampling accepts the token.
-            confidence = F.binary_cross_entropy_with_logits(
-                self.confidence_head(normed, embedded), 1.0 - distances.detach(), reduction="none"
-            )
+        confidence = self.score_confidence(normed, embedded, distances)
         losses = losses + self.parts.confidence * confidence
         agreed = self.kept_ids[logits.detach().argmax(-1)] == tokens
         return losses, agreed, confidence.detach()
+
+    def score_fast(
+        self,
+        batch: Batch,
+        blocks: Blocks,
+        normed: Tensor,  # [anchors, predictions, hidden]
+        weights: Tensor | None,  # [predictions]
+    ) -> StepSums:
+        """Score all blocks with fused kernels, and their confidence with plain ones."""
+        from speculators_cli.core.algorithms.dflash import fused_loss
+        from speculators_cli.core.kernels.linear_loss import Mix
+
+        embedded = self.markov_head.embed(self.tokens_before(batch, blocks), normed.dtype)
+        scores = fused_loss.score(
+            batch,
+            blocks,
+            [(normed, self.head), (embedded, self.markov_head.markov_w2.weight)],
+            self.verifier,
+            self.verifier_rows,
+            self.kept_ids,
+            mix=Mix(ce=self.parts.ce, tv=2 * self.parts.l1),
+            weigh=fused_loss.choose_weights(self.weights, weights),
+            over_whole_vocab=not self.training,
+        )
+        confidence = self.score_confidence(normed, embedded, scores.distances)
+        confidence = confidence.masked_fill(~scores.scored, 0.0)
+        weighted = confidence if weights is None else confidence * weights
+        own = self.parts.confidence
+        sums = fused_loss.sum_scores(
+            scores._replace(
+                loss=scores.loss + own * weighted.sum(),
+                losses=scores.losses + own * confidence.detach(),
+            )
+        )
+        return self.with_confidence(sums, confidence)
+
+    def score_confidence(
+        self,
+        normed: Tensor,  # [..., hidden]
+        embedded: Tensor,  # [..., rank]
+        distances: Tensor,  # [...]: total variation
+    ) -> Tensor:
+        """Binary cross-entropy with the probability that sampling accepts a token; [...]."""
+        if self.confidence_head is None:
+            return torch.zeros_like(distances)
+        return F.binary_cross_entropy_with_logits(
+            self.confidence_head(normed, embedded), 1.0 - distances.detach(), reduction="none"
+        )
+
+    def with_confidence(
+        self,
+        sums: StepSums,
+        confidence: Tensor,  # [anchors, predictions], 0 where nothing is scored
+    ) -> StepSums:
+        """Add the counter of the confidence."""
+        counters = sums.counters | {"confidence_losses": confidence.detach().sum(0)}
+        return sums._replace(counters=counters)
 
     def sum_parts(
         self,
@@ -110,8 +162,7 @@ class DSparkTraining(DFlashTraining):
     ) -> StepSums:
         """Sum over the anchors."""
         sums = super().sum_parts(parts, scored, weights)
-        confidence = parts[2].masked_fill(~scored, 0.0).sum(0)
-        return sums._replace(counters=sums.counters | {"confidence_losses": confidence})
+        return self.with_confidence(sums, parts[2].masked_fill(~scored, 0.0))
 
     def tokens_before(self, batch: Batch, blocks: Blocks) -> Tensor:
         """The token before each prediction, as the sample has it; [anchors, predictions]."""

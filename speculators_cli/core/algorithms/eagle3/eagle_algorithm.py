@@ -98,8 +98,9 @@ class EagleAlgorithm(Algorithm[EagleConfigT, EagleSettingsT]):
         """The LM head, if it is frozen."""
         return frozenset() if settings.train_head else frozenset({"lm_head.weight"})
 
-    def find_unsupported(self, settings: EagleSettingsT) -> str | None:
+    def find_unsupported(self, config: EagleConfigT, settings: EagleSettingsT) -> str | None:
         """Return the loss or the window without a fused kernel; every other part has one."""
+        del config
         if not LOSSES[settings.loss].has_fused_kernel:
             return f"loss `{settings.loss}` has no fused kernel"
         window, num_steps = settings.sliding_window, settings.ttt_steps

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from speculators_cli.core.algorithms import ALGORITHMS
 from speculators_cli.core.algorithms.dflash import training
 from speculators_cli.core.algorithms.dflash.algorithm import DFlash
 from speculators_cli.core.algorithms.dflash.blocks import find_blocks
@@ -20,6 +21,7 @@ from speculators_cli.core.algorithms.drafter import Verified
 from speculators_cli.core.data.batch import Batch
 from speculators_cli.core.data.sample import Sample
 from speculators_cli.core.errors import SettingsError
+from speculators_cli.settings.algorithms.dflash import DFlashSettings
 from tests.tiny_dflash import DECAY, MASK, filled_blocks, make_block_config
 from tests.tiny_drafts import KERNELS, make_sample, pack
 
@@ -428,3 +430,13 @@ def test_the_verifier_gets_no_gradient_and_lends_its_head(rng: torch.Generator) 
     assert {name for name, _ in draft.named_parameters()} == set(config.tensor_shapes())
     assert "lm_head.weight" not in config.tensor_shapes()
     assert draft.verifier.head.grad is None
+
+
+def test_blocks_without_room_in_a_tile_are_computed_by_plain_kernels() -> None:
+    settings = DFlashSettings()
+    fits = make_block_config(block_size=42)  # three query heads per key head
+    large = make_block_config(block_size=43)
+
+    assert ALGORITHMS["dflash"].find_unsupported(fits, settings) is None
+    reason = ALGORITHMS["dflash"].find_unsupported(large, settings)
+    assert reason == "blocks of 43 tokens with 3 query heads per key head"
