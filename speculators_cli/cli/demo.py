@@ -12,6 +12,7 @@ if TYPE_CHECKING:
 
 EXAMPLES = (
     "speculators demo",
+    "speculators demo --algorithm dflash",
     "speculators demo --output-dir /tmp/demo --seed 1",
 )
 

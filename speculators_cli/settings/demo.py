@@ -5,11 +5,13 @@ from pathlib import Path
 from pydantic import Field
 
 from speculators_cli.settings.base import Settings
+from speculators_cli.settings.train import Algorithm
 
 
 class DemoRunSettings(Settings):
     """Where the demo writes, and its randomness."""
 
+    algorithm: Algorithm = "eagle3"
     output_dir: Path = Field(
         Path("./speculators-demo"), description="Folder for samples, maps and checkpoints"
     )

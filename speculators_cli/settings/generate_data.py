@@ -14,6 +14,7 @@ from speculators_cli.settings.base import (
     Settings,
     TrustRemoteCode,
 )
+from speculators_cli.settings.train import Algorithm
 
 
 class InputSettings(Settings):
@@ -49,10 +50,15 @@ class VerifierSettings(Settings):
     verifier_name_or_path: Annotated[str, MODEL_NAME] = Field(
         min_length=1, description="Hub id or folder of the verifier"
     )
+    algorithm: Annotated[
+        Algorithm,
+        Field(description="Algorithm of the draft; it decides the default of the target layer ids"),
+    ] = "eagle3"
     target_layer_ids: LayerIdsSetting = Field(
         None,
         description="Verifier layers of the aux hidden states, ascending; id k is the output after "
-        "k layers; default: 2, n/2 and n-3 of n layers",
+        "k layers; default: 2, n/2 and n-3 of n layers, or five evenly spaced ones from 2 to n-2 "
+        "for DFlash and DSpark",
     )
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = Field(
         "auto", description="Precision of the verifier; auto is bfloat16 on GPU and float32 on CPU"

@@ -10,6 +10,7 @@ import torch
 
 from speculators_cli.core.capture.generated_folder import GeneratedFolder
 from speculators_cli.core.capture.render import Renderer
+from speculators_cli.core.algorithms import ALGORITHMS
 from speculators_cli.core.data.data_config import choose_captured_layers
 from speculators_cli.core.engines.devices import choose_device, choose_dtype
 from speculators_cli.core.engines.engine import Sampling
@@ -111,7 +112,11 @@ def open_job(settings: GenerateDataSettings) -> Job:
         tokenizer=tokens.tokenizer,
         end_ids=tokens.end_ids,
         vocab_size=tokens.vocab_size,
-        layer_ids=choose_captured_layers(given.target_layer_ids, config.num_layers),
+        layer_ids=choose_captured_layers(
+            given.target_layer_ids,
+            config.num_layers,
+            ALGORITHMS[given.algorithm].num_aux_layers,
+        ),
         device=device,
         dtype=choose_dtype(given.dtype, device),
         place=place,

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from speculators_cli.core.algorithms import ALGORITHMS
 from speculators_cli.core.algorithms.drafter import Drafter
 from speculators_cli.core.algorithms.overrides import Overrides
 from speculators_cli.core.capture.generate import generate_data
@@ -47,6 +48,18 @@ MAX_NEW_TOKENS = 96
 DRAFT_VOCAB_SIZE = 1024
 NUM_DRAFT_TOKENS = 3
 MIN_ACCEPTANCE_LENGTH = 2.0
+# Sections of `train` that differ between algorithms; all drafts propose three tokens.
+TRAINING: dict[str, dict[str, Any]] = {
+    "eagle3": {"eagle3": {"ttt_step_loss_decay": 0.6}},
+    "dflash": {
+        "draft": {"num_layers": 1},
+        "dflash": {"block_size": NUM_DRAFT_TOKENS + 1},
+    },
+    "dspark": {
+        "draft": {"num_layers": 1},
+        "dspark": {"block_size": NUM_DRAFT_TOKENS, "markov_rank": 64},
+    },
+}
 
 
 @dataclass(frozen=True)
@@ -99,12 +112,13 @@ def run_demo(settings: DemoSettings, *, progress: Progress) -> DemoReport:
 
 def _run_stages(settings: DemoSettings, folder: DemoFolder, progress: Progress) -> DemoReport:
     started_at = time.perf_counter()
+    algorithm = ALGORITHMS[settings.run.algorithm]
     output_dir, seed = settings.run.output_dir, settings.run.seed
     # An ordinary folder of samples, so that other commands can be tried on it afterwards.
     with folder.placing("verifier") as place:
         shutil.copytree(VERIFIER_DIR, place / "verifier")
     name = str(output_dir / "verifier")
-    layer_ids = default_layer_ids(NUM_LAYERS)
+    layer_ids = default_layer_ids(NUM_LAYERS, algorithm.num_aux_layers)
     verifier = load_verifier(VerifierFiles(name), layer_ids, dtype=torch.float32)
     texts = read_prompts()
     prompts = [Prompt(verifier.encode(text), seed) for text in texts[:NUM_EVALUATION_PROMPTS]]
@@ -114,7 +128,7 @@ def _run_stages(settings: DemoSettings, folder: DemoFolder, progress: Progress) 
     with folder.placing("prompts.jsonl") as place:
         write_prompts(texts[NUM_EVALUATION_PROMPTS:], place / "prompts.jsonl")
     with folder.placing("data") as place:
-        settings_of_data = generate_settings(output_dir, place / "data", seed)
+        settings_of_data = generate_settings(settings, place / "data")
         captured = generate_data(settings_of_data, progress=progress)
     assert captured is not None, "the demo is one process"
     progress.info(
@@ -125,11 +139,12 @@ def _run_stages(settings: DemoSettings, folder: DemoFolder, progress: Progress) 
     with folder.placing("d2t.npy", "t2d.npy") as place:
         coverage = choose_vocabulary(verifier, output_dir / "data", place, progress)
     progress.info(f"    {DRAFT_VOCAB_SIZE:,} tokens cover {coverage:.1%} of the supervised tokens")
-    progress.info("3/4 Train an EAGLE-3 draft")
-    training = train(train_settings(output_dir, seed), progress=progress)
+    progress.info(f"3/4 Train a draft: {algorithm.title}")
+    settings_of_training = train_settings(settings)
+    training = train(settings_of_training, progress=progress)
     folder.add_checkpoints()
     progress.info("4/4 Draft and verify on other prompts, before training and after")
-    before, after = build_drafters(training, name, train_settings(output_dir, seed))
+    before, after = build_drafters(training, name, settings_of_training)
     work = Work(prompts, Sampling(MAX_NEW_TOKENS), NUM_EVALUATION_PROMPTS)
     own = answer_alone(verifier, work, progress).answers
     trained = measure(verifier, after, work, own, progress=progress)
@@ -181,13 +196,17 @@ def write_prompts(texts: Sequence[str], file: Path) -> None:
     file.write_text("".join(lines), "utf-8")
 
 
-def generate_settings(output_dir: Path, data_dir: Path, seed: int) -> GenerateDataSettings:
+def generate_settings(settings: DemoSettings, data_dir: Path) -> GenerateDataSettings:
     """Return the settings of the demo's capture, as parsed by `speculators generate-data`."""
+    run = settings.run
     return GenerateDataSettings.model_validate(
         {
-            "input": {"prompts": str(output_dir / "prompts.jsonl"), "output_dir": data_dir},
-            "verifier": {"verifier_name_or_path": str(output_dir / "verifier")},
-            "tokens": {"regenerate": True, "max_new_tokens": MAX_NEW_TOKENS, "seed": seed},
+            "input": {"prompts": str(run.output_dir / "prompts.jsonl"), "output_dir": data_dir},
+            "verifier": {
+                "verifier_name_or_path": str(run.output_dir / "verifier"),
+                "algorithm": run.algorithm,
+            },
+            "tokens": {"regenerate": True, "max_new_tokens": MAX_NEW_TOKENS, "seed": run.seed},
             "engine": {"device": "cpu"},
         }
     )
@@ -212,26 +231,29 @@ def choose_vocabulary(
     return vocab_map.measure_coverage(counts)
 
 
-def train_settings(output_dir: Path, seed: int) -> TrainSettings:
+def train_settings(settings: DemoSettings) -> TrainSettings:
     """Return the settings of the demo's training run, as parsed by `speculators train`."""
+    output_dir, own = settings.run.output_dir, TRAINING[settings.run.algorithm]
+    draft = {
+        "algorithm": settings.run.algorithm,
+        "verifier_name_or_path": str(output_dir / "verifier"),
+        "d2t_path": output_dir / "d2t.npy",
+        "t2d_path": output_dir / "t2d.npy",
+    }
     return TrainSettings.model_validate(
         {
-            "draft": {
-                "verifier_name_or_path": str(output_dir / "verifier"),
-                "d2t_path": output_dir / "d2t.npy",
-                "t2d_path": output_dir / "t2d.npy",
-            },
             "data": {"data_path": (output_dir / "data",), "total_seq_len": 512},
             "run": {
                 "save_path": output_dir / CHECKPOINTS,
                 "epochs": 3,
-                "seed": seed,
+                "seed": settings.run.seed,
                 "log_every_steps": 50,
             },
-            "eagle3": {"ttt_step_loss_decay": 0.6},
             "optimizer": {"lr": 4e-3},
             "checkpoints": {"keep_checkpoints": 1},
             "distributed": {"device": "cpu"},
+            **own,
+            "draft": draft | own.get("draft", {}),
         }
     )
 
