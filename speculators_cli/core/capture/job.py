@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 
+from speculators_cli.core.algorithms import ALGORITHMS
 from speculators_cli.core.capture.generated_folder import GeneratedFolder
 from speculators_cli.core.capture.render import Renderer
-from speculators_cli.core.algorithms import ALGORITHMS
 from speculators_cli.core.data.data_config import choose_captured_layers
 from speculators_cli.core.engines.devices import choose_device, choose_dtype
 from speculators_cli.core.engines.engine import Sampling

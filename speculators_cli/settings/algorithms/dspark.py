@@ -1,11 +1,14 @@
 """Settings of DSpark."""
 
-from typing import Annotated
+from typing import Annotated, Literal, get_args
 
 from pydantic import Field
 
 from speculators_cli.settings.algorithms.dflash import BlockSettings
 from speculators_cli.settings.base import REFUSED_ON_RESUME, WARNED_ON_RESUME
+
+MarkovHeadType = Literal["vanilla", "gated", "rnn"]
+MARKOV_HEAD_TYPES: tuple[str, ...] = get_args(MarkovHeadType)
 
 
 class DSparkSettings(BlockSettings):
@@ -13,6 +16,11 @@ class DSparkSettings(BlockSettings):
 
     markov_rank: Annotated[int, REFUSED_ON_RESUME] = Field(
         256, ge=1, description="Rank of the Markov head, a bias by the token before"
+    )
+    markov_head_type: Annotated[MarkovHeadType, REFUSED_ON_RESUME] = Field(
+        "vanilla",
+        description="Markov head: the token before alone, gated by the hidden state, or with a "
+        "recurrent state over the block; vLLM serves vanilla ones only",
     )
     confidence_head: Annotated[bool, REFUSED_ON_RESUME] = Field(
         True, description="Predict for each draft token how probably it is accepted"

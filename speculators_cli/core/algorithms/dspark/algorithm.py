@@ -64,6 +64,7 @@ class DSpark(BlockAlgorithm[DSparkConfig, DSparkSettings]):
             draft_window=settings.draft_window,
             causal_block=settings.draft_window is not None,
             markov_rank=settings.markov_rank,
+            markov_head_type=settings.markov_head_type,
             has_confidence=settings.confidence_head,
         )
 
@@ -82,12 +83,15 @@ class DSpark(BlockAlgorithm[DSparkConfig, DSparkSettings]):
         return DSparkConfig(
             **shared,
             markov_rank=settings.markov_rank,
+            markov_head_type=settings.markov_head_type,
             has_confidence=settings.confidence_head,
         )
 
     def fixed_settings(self, config: DSparkConfig) -> dict[str, Any]:
         """Settings of the section that a trained draft fixes."""
-        names = ("block_size", "mask_token_id", "draft_window", "markov_rank")
+        names = (
+            "block_size", "mask_token_id", "draft_window", "markov_rank", "markov_head_type",
+        )  # fmt: skip
         shape = {name: getattr(config, name) for name in names}
         return shape | {"confidence_head": config.has_confidence}
 
@@ -144,7 +148,8 @@ class DSpark(BlockAlgorithm[DSparkConfig, DSparkSettings]):
         # Tokens before that do not depend on rounding.
         before = tokens[torch.arange(len(normed)) % len(tokens)]
         embedded = draft.markov_head.embed(before, normed.dtype)
-        logits: Tensor = draft.logits(normed) + draft.markov_head(embedded)
+        read = draft.markov_head.steps(embedded, normed)
+        logits: Tensor = draft.logits(normed) + draft.markov_head(read)
         if draft.confidence_head is None:
             return logits
         confidence = draft.confidence_head(normed, embedded)

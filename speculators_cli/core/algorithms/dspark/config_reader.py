@@ -10,6 +10,7 @@ from speculators_cli.core.algorithms.layers_reader import CONVERT_HINT
 from speculators_cli.core.algorithms.overrides import Overrides
 from speculators_cli.core.errors import CheckpointError
 from speculators_cli.core.models.config_values import Values
+from speculators_cli.settings.algorithms.dspark import MARKOV_HEAD_TYPES
 
 
 def read_draft_config(
@@ -27,8 +28,8 @@ def read_draft_config(
             hint=CONVERT_HINT,
         )
     kind = values.text("markov_head_type") or "vanilla"
-    if kind != "vanilla":
-        raise values.error("markov_head_type", "`vanilla`")
+    if kind not in MARKOV_HEAD_TYPES:
+        raise values.error("markov_head_type", "`vanilla`, `gated` or `rnn`")
     rank = values.size("markov_rank")
     if rank is None:
         raise CheckpointError(f"The config.json of `{name}` has no markov_rank", hint=CONVERT_HINT)
@@ -39,4 +40,6 @@ def read_draft_config(
     shared = {field.name: getattr(block, field.name) for field in fields(block)}
     # The engine's rule, whatever the config says.
     shared["causal_block"] = block.draft_window is not None
-    return DSparkConfig(**shared, markov_rank=rank, has_confidence=has_confidence)
+    return DSparkConfig(
+        **shared, markov_rank=rank, markov_head_type=kind, has_confidence=has_confidence
+    )

@@ -32,7 +32,10 @@ NEEDS = (Need(lambda _: True, "0.32.0", "were not tested with DSpark drafts of t
 
 
 def _find_obstacles(config: DSparkConfig) -> list[str]:
-    return find_bad_mask(config.mask_token_id, config.vocab_size)
+    found = find_bad_mask(config.mask_token_id, config.vocab_size)
+    if config.markov_head_type != "vanilla":
+        found.append(f"its Markov head is `{config.markov_head_type}`, vLLM computes `vanilla`")
+    return found
 
 
 def _build_config(config: DSparkConfig, dtype: str) -> dict[str, Any]:

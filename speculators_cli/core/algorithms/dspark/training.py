@@ -12,7 +12,8 @@ from speculators_cli.core.algorithms.dflash.loss_weights import LossWeights
 from speculators_cli.core.algorithms.dflash.training import DFlashTraining
 from speculators_cli.core.algorithms.draft_model import Ratio, StepSums
 from speculators_cli.core.algorithms.dspark.config import DSparkConfig
-from speculators_cli.core.algorithms.dspark.heads import ConfidenceHead, MarkovHead
+from speculators_cli.core.algorithms.dspark.heads import ConfidenceHead
+from speculators_cli.core.algorithms.dspark.markov import MARKOV_HEADS
 from speculators_cli.core.algorithms.objective import COUNTERS, RATIOS
 from speculators_cli.core.data.batch import Batch
 from speculators_cli.core.data.vocab_map import VocabMap
@@ -67,15 +68,16 @@ class DSparkTraining(DFlashTraining):
             use_fast_kernels=use_fast_kernels,
         )
         self.parts = parts
-        self.markov_head = MarkovHead(config)
+        self.markov_head = MARKOV_HEADS[config.markov_head_type](config)
         self.confidence_head = ConfidenceHead(config) if config.has_confidence else None
 
     def initialise(self, seed: int) -> None:
-        """Initialize as DFlash does, and the bias of the confidence to zero."""
+        """Initialize as DFlash does, and biases to zero."""
         super().initialise(seed)
-        if self.confidence_head is not None:
-            with torch.no_grad():
-                self.confidence_head.proj.bias.zero_()
+        with torch.no_grad():
+            for name, parameter in self.named_parameters():
+                if name.endswith(".bias"):
+                    parameter.zero_()
 
     def score_anchors(
         self,
@@ -89,7 +91,7 @@ class DSparkTraining(DFlashTraining):
         log_probs, tokens = self.targets_of(batch, blocks, start, stop)
         before = self.tokens_before(batch, blocks)[start:stop]
         embedded = self.markov_head.embed(before, normed.dtype)
-        logits = self.logits(normed) + self.markov_head(embedded)
+        logits = self.logits(normed) + self.markov_head(self.markov_head.steps(embedded, normed))
         distances = tv_loss(logits, log_probs)
         losses = self.parts.ce * ce_loss(logits, log_probs) + self.parts.l1 * 2 * distances
         confidence = self.score_confidence(normed, embedded, distances)
@@ -112,7 +114,10 @@ class DSparkTraining(DFlashTraining):
         scores = fused_loss.score(
             batch,
             blocks,
-            [(normed, self.head), (embedded, self.markov_head.markov_w2.weight)],
+            [
+                (normed, self.head),
+                (self.markov_head.steps(embedded, normed), self.markov_head.markov_w2.weight),
+            ],
             self.verifier,
             self.verifier_rows,
             self.kept_ids,

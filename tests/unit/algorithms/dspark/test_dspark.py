@@ -16,13 +16,14 @@ from speculators_cli.core.algorithms.dspark.algorithm import DSpark
 from speculators_cli.core.algorithms.dspark.config import DSparkConfig
 from speculators_cli.core.algorithms.dspark.training import DSparkTraining, LossParts
 from speculators_cli.core.drafts.trained_draft import read_draft
-from speculators_cli.core.errors import CheckpointError, SettingsError
+from speculators_cli.core.errors import CheckpointError, ExportError, SettingsError
 from speculators_cli.core.export.contract import find_problems
 from speculators_cli.core.export.export import export
 from speculators_cli.core.progress import SilentProgress
 from speculators_cli.core.training.plan import plan
 from speculators_cli.core.training.report import TrainReport
 from speculators_cli.core.training.run import train
+from speculators_cli.settings.algorithms.dspark import MARKOV_HEAD_TYPES
 from speculators_cli.settings.export import ExportSettings
 from speculators_cli.settings.train import TrainSettings
 from tests.run_files import read_metrics
@@ -39,13 +40,16 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "full vocabulary": {"draft_vocab_size": 37},
     "no confidence": {"has_confidence": False},
     "window": {"draft_window": 4, "causal_block": True},
+    "gated": {"markov_head_type": "gated"},
+    "rnn": {"markov_head_type": "rnn"},
 }
 
 
 def make_spark_config(**changes: Any) -> DSparkConfig:
     block = make_block_config(block_size=4)
     shared = {field.name: getattr(block, field.name) for field in fields(block)}
-    return DSparkConfig(**{**shared, "markov_rank": 7, "has_confidence": True, **changes})
+    own = {"markov_rank": 7, "markov_head_type": "vanilla", "has_confidence": True}
+    return DSparkConfig(**{**shared, **own, **changes})
 
 
 def filled_spark(config: DSparkConfig, rng: torch.Generator) -> DSparkTraining:
@@ -60,6 +64,27 @@ def filled_spark(config: DSparkConfig, rng: torch.Generator) -> DSparkTraining:
     return draft
 
 
+class PlainMarkov:
+    """What the second matrix reads, prediction by prediction, in float64."""
+
+    def __init__(self, w: Mapping[str, Tensor]) -> None:
+        self.w = {name.removeprefix("markov_head."): x for name, x in w.items()}
+        self.state = torch.zeros(7, dtype=torch.float64)
+
+    def read(self, before: Tensor, hidden: Tensor) -> Tensor:
+        if "gate_proj.weight" in self.w:
+            x = torch.cat((hidden, before))
+            gate = (self.w["gate_proj.weight"] @ x + self.w["gate_proj.bias"]).sigmoid()
+            return gate * before
+        if "joint_proj.weight" in self.w:
+            x = torch.cat((self.state, before, hidden))
+            joint = self.w["joint_proj.weight"] @ x + self.w["joint_proj.bias"]
+            gate = joint[:7].sigmoid()
+            self.state = gate * self.state + (1 - gate) * joint[7:14].tanh()
+            return joint[14:].tanh()
+        return before
+
+
 def score_anchor(
     reference: Reference, w: Mapping[str, Tensor], draft: DSparkTraining, sample: Any, anchor: int
 ) -> list[Tensor]:
@@ -69,7 +94,7 @@ def score_anchor(
     head = w["lm_head.weight"] if config.owns_head else verifier.head.double()
     ids = sample.input_ids.tolist()
     normed = reference.block(aux, verifier.embedding.double(), ids[anchor], anchor)
-    losses = []
+    losses, markov = [], PlainMarkov(w)
     for s in range(config.block_size):
         t = anchor + s
         if t >= len(ids) or not sample.loss_mask[t]:
@@ -77,7 +102,8 @@ def score_anchor(
         last = rms(sample.last_hidden_states[:][t].double(), verifier.norm_weight.double())
         p = (verifier.head[kept].double() @ last).softmax(-1)
         before = w["markov_head.markov_w1.weight"][ids[t]]
-        q = (head @ normed[s] + w["markov_head.markov_w2.weight"] @ before).softmax(-1)
+        read = markov.read(before, normed[s])
+        q = (head @ normed[s] + w["markov_head.markov_w2.weight"] @ read).softmax(-1)
         loss = -0.1 * q[p.argmax()].log() + 0.9 * (p - q).abs().sum()
         if config.has_confidence:
             x = torch.cat((normed[s], before))
@@ -132,11 +158,17 @@ def test_losses_and_gradients_equal_the_definition_on_packed_documents(
         assert error < 2e-5, (name, float(error))
 
 
-def test_a_chain_is_drafted_by_its_own_tokens(rng: torch.Generator) -> None:
-    config = make_spark_config()
+@pytest.mark.parametrize("kind", MARKOV_HEAD_TYPES)
+def test_a_chain_is_drafted_by_its_own_tokens(kind: str, rng: torch.Generator) -> None:
+    config = make_spark_config(markov_head_type=kind)
     draft = filled_spark(config, rng).eval()
     with torch.no_grad():
-        draft.markov_head.markov_w2.weight.mul_(30.0)  # so that its bias decides
+        # So that what it adds decides, and depends on the token.
+        draft.markov_head.markov_w1.weight.mul_(10.0)
+        draft.markov_head.markov_w2.weight.mul_(30.0)
+        for name, parameter in draft.markov_head.named_parameters():
+            if name.endswith("_proj.bias"):
+                parameter.zero_()
     sample = make_sample(9, config, rng, supervised_fraction=1.0)
     drafter = DSpark().build_drafter(
         config,
@@ -160,7 +192,8 @@ def test_a_chain_is_drafted_by_its_own_tokens(rng: torch.Generator) -> None:
     with torch.no_grad():
         normed = draft.predict(batch, blocks)
         embedded = draft.markov_head.embed(draft.tokens_before(batch, blocks), normed.dtype)
-        logits = draft.logits(normed) + draft.markov_head(embedded)
+        read = draft.markov_head.steps(embedded, normed)
+        logits = draft.logits(normed) + draft.markov_head(read)
         without = draft.logits(normed)
     assert draft.kept_ids[logits[3].argmax(-1)].tolist() == chain
     assert draft.kept_ids[without[3].argmax(-1)].tolist() != chain
@@ -254,6 +287,25 @@ FAULTS: dict[str, Any] = {
         "markov_head.markov_w1.weight", lambda x: x["markov_head.markov_w1.weight"][:19]
     ),
 }
+
+
+@pytest.mark.parametrize("kind", ["gated", "rnn"])
+def test_another_markov_head_trains_and_is_not_exported(
+    kind: str, tiny: TinyInputs, tmp_path: Path
+) -> None:
+    report = run(tiny, dspark={"markov_head_type": kind}, run={"epochs": 1})
+    content = {
+        "source": {"checkpoint": str(report.checkpoint)},
+        "export": {"output_dir": tmp_path / "served"},
+    }
+
+    with pytest.raises(ExportError, match=f"Markov head is `{kind}`, vLLM computes `vanilla`"):
+        export(ExportSettings.model_validate(content), progress=QUIET)
+
+    draft = read_draft(str(report.checkpoint))
+    assert isinstance(draft.config, DSparkConfig)
+    assert draft.config.markov_head_type == kind
+    assert not (tmp_path / "served").exists()
 
 
 def test_its_export_is_checked(tiny: TinyInputs, tmp_path: Path) -> None:
