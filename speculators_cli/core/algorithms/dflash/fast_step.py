@@ -6,15 +6,15 @@ values of the context are one product for all layers.
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from speculators_cli.core.algorithms.dflash.blocks import Blocks
 from speculators_cli.core.algorithms.dflash.draft import Context, DFlashDraft
 from speculators_cli.core.data.batch import Batch
 from speculators_cli.core.kernels.anchor_spans import AnchorSpans
 from speculators_cli.core.kernels.block_attention import block_attention
+from speculators_cli.core.kernels.head_norm import norm_and_rotate
 from speculators_cli.core.kernels.rms_norm import rms_norm
-from speculators_cli.core.kernels.rotary import rotate
 from speculators_cli.core.kernels.shared import SharedWeight
 from speculators_cli.core.kernels.swiglu import swiglu
 from speculators_cli.core.models.layers import Attention, DecoderLayer, RMSNorm
@@ -32,13 +32,39 @@ def predict(draft: DFlashDraft, batch: Batch, blocks: Blocks) -> Tensor:
     places = torch.arange(config.block_size, device=device)
     anchors = blocks.anchors
     positions = (batch.position_ids[anchors, None] + places).flatten()
-    hidden = draft.embed_blocks(batch.input_ids[anchors]).to(dtype)
-    residual: Tensor | None = None
+    tokens = batch.input_ids[anchors]
+    projected = _project_embeddings(draft, layers[0], tokens, dtype)
+    residual = draft.embed_blocks(tokens).to(dtype)
     spans = _find_spans(draft, blocks, device)
-    for layer, own_context in zip(layers, context, strict=True):
-        hidden, residual = _run_layer(layer, hidden, residual, rope, positions, own_context, spans)
+    for index, (layer, own_context) in enumerate(zip(layers, context, strict=True), 1):
+        hidden, residual = _run_layer(
+            layer, projected, residual, rope, positions, own_context, spans
+        )
+        if index < len(layers):
+            normed, residual = _norm(layers[index].input_layernorm, hidden, residual)
+            projected = _query_key_value(layers[index], dtype).linear(normed)
     normed, _ = _norm(draft.norm, hidden, residual)
     return normed.view(len(anchors), config.block_size, -1)[:, config.first_slot :]
+
+
+def _project_embeddings(
+    draft: DFlashDraft,
+    first: DecoderLayer,
+    tokens: Tensor,  # [anchors], int64: verifier ids
+    dtype: torch.dtype,
+) -> Tensor:
+    """Queries, keys and values of the first layer, where all masks have the same; [rows, out]."""
+    mask = draft.embedding[draft.config.mask_token_id]
+    embedded = torch.cat((draft.embedding[tokens], mask[None])).to(dtype)
+    normed, _ = _norm(first.input_layernorm, embedded)
+    projected = _query_key_value(first, dtype).linear(normed)
+    masks = projected[-1].expand(len(tokens), draft.config.block_size - 1, -1)
+    return torch.cat((projected[:-1, None], masks), dim=1).flatten(0, 1)
+
+
+def _query_key_value(layer: DecoderLayer, dtype: torch.dtype) -> SharedWeight:
+    own = layer.self_attn
+    return SharedWeight([own.q_proj.weight, own.k_proj.weight, own.v_proj.weight], dtype)
 
 
 def _find_spans(draft: DFlashDraft, blocks: Blocks, device: torch.device) -> AnchorSpans:
@@ -80,19 +106,17 @@ def _read_context(
 
 def _run_layer(
     layer: DecoderLayer,
-    hidden: Tensor,  # [rows, hidden]
-    residual: Tensor | None,  # what the next norm is to add to it
+    projected: Tensor,  # [rows, out]: queries, keys and values
+    residual: Tensor,  # [rows, hidden]: what the attention's result is to be added to
     rope: Rope,
     positions: Tensor,  # [rows], int64
     context: tuple[Tensor, Tensor],  # of this layer
     spans: AnchorSpans,
 ) -> tuple[Tensor, Tensor]:
     """One layer over all rows; hidden states, and what is to be added to them."""
-    dtype, own, mlp = hidden.dtype, layer.self_attn, layer.mlp
-    normed, residual = _norm(layer.input_layernorm, hidden, residual)
-    parts = [own.q_proj.weight, own.k_proj.weight, own.v_proj.weight]
-    projected = SharedWeight(parts, dtype).linear(normed)
-    query, key, value = projected.split([len(part) for part in parts], dim=1)
+    own, mlp, dtype = layer.self_attn, layer.mlp, projected.dtype
+    parts = (own.q_proj, own.k_proj, own.v_proj)
+    query, key, value = projected.split([len(part.weight) for part in parts], dim=1)
     attended = block_attention(
         _turn(own, own.q_norm, query, rope, positions),
         *context,
@@ -111,8 +135,7 @@ def _by_head(attention: Attention, x: Tensor) -> Tensor:
     return x.view(len(x), -1, attention.head_dim)
 
 
-def _turn(
-    attention: Attention, norm: torch.nn.Module, x: Tensor, rope: Rope, positions: Tensor
-) -> Tensor:
-    """Queries or keys after their norm, rotated by their positions."""
-    return rotate(norm(_by_head(attention, x)), rope, positions)
+def _turn(own: Attention, norm: nn.Module, x: Tensor, rope: Rope, positions: Tensor) -> Tensor:
+    """Queries or keys after their norm, rotated by their positions; [rows, heads, head_dim]."""
+    assert isinstance(norm, RMSNorm), "layers are of the Qwen3 kind"
+    return norm_and_rotate(_by_head(own, x), norm.weight, norm.eps, rope, positions)

@@ -1,0 +1,144 @@
+"""RMS norm of each head and rotary embedding in one pass over queries or keys, each way."""
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+# Programs of a backward: each sums the weights' gradient over its rows; few partial sums remain.
+NUM_PROGRAMS = 1024
+
+
+def norm_and_rotate(
+    x: Tensor,  # [rows, heads, head_dim], each row contiguous
+    weight: Tensor,  # [head_dim], float32
+    eps: float,
+    rope: tuple[Tensor, Tensor],  # cosine and sine by position, [positions, 1, head_dim], float32
+    positions: Tensor,  # [rows], int64
+) -> Tensor:
+    """Apply an RMS norm to each head, then `layers.rotate`; [rows, heads, head_dim]."""
+    out: Tensor = _NormAndRotate.apply(x, weight, eps, *rope, positions)
+    return out
+
+
+class _NormAndRotate(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, eps: float, cos: Tensor, sin: Tensor, positions: Tensor
+    ) -> Tensor:
+        num_rows, num_heads, head_dim = x.shape
+        if x.stride()[1:] != (head_dim, 1):
+            x = x.contiguous()
+        out = x.new_empty(x.shape)
+        _forward_kernel[(num_rows,)](
+            x, x.stride(0), weight, eps, cos, sin, positions, out, **_sizes(num_heads, head_dim)
+        )
+        ctx.save_for_backward(x, weight, cos, sin, positions)
+        ctx.eps = eps
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, cos, sin, positions = ctx.saved_tensors
+        num_rows, num_heads, head_dim = x.shape
+        grad = grads[0].contiguous()
+        grad_x = torch.empty_like(grad)
+        num_programs = min(num_rows, NUM_PROGRAMS)
+        parts = torch.empty(num_programs, head_dim, dtype=torch.float32, device=x.device)
+        _backward_kernel[(num_programs,)](
+            x, x.stride(0), weight, ctx.eps, cos, sin, positions, grad, grad_x, parts, num_rows,
+            **_sizes(num_heads, head_dim),
+        )  # fmt: skip
+        return grad_x, parts.sum(0), None, None, None, None
+
+
+def _sizes(num_heads: int, head_dim: int) -> dict[str, int]:
+    return {
+        "NUM_HEADS": num_heads,
+        "HALF": head_dim // 2,
+        "HEADS_BLOCK": triton.next_power_of_2(num_heads),
+        "HALF_BLOCK": triton.next_power_of_2(head_dim // 2),
+        "num_warps": 4,
+    }
+
+
+@triton.jit
+def _load(x, at, inside):
+    return tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
+
+
+@triton.jit(do_not_specialize_on_alignment=["positions"])
+def _forward_kernel(
+    x, x_stride, weight, eps, cos, sin, positions, out,
+    NUM_HEADS: tl.constexpr,
+    HALF: tl.constexpr,
+    HEADS_BLOCK: tl.constexpr,
+    HALF_BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Process one row; pairs (i, i + head_dim/2) of a head are rotated by one angle."""
+    row = tl.program_id(0).to(tl.int64)
+    head = tl.arange(0, HEADS_BLOCK)[:, None]
+    i = tl.arange(0, HALF_BLOCK)[None, :]
+    is_half = i < HALF
+    inside = (head < NUM_HEADS) & is_half
+    at = head * 2 * HALF + i
+    angle = tl.load(positions + row) * 2 * HALF + i
+    c, s = _load(cos, angle, is_half), _load(sin, angle, is_half)
+    x += row * x_stride
+    first, second = _load(x, at, inside), _load(x, at + HALF, inside)
+    square = tl.sum(first * first, axis=1) + tl.sum(second * second, axis=1)
+    scale = (1.0 / tl.sqrt(square / (2 * HALF) + eps))[:, None]
+    first = first * scale * _load(weight, i, is_half)
+    second = second * scale * _load(weight, i + HALF, is_half)
+    out += row * NUM_HEADS * 2 * HALF
+    tl.store(out + at, (first * c - second * s).to(out.dtype.element_ty), mask=inside)
+    tl.store(out + at + HALF, (second * c + first * s).to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit(do_not_specialize=["num_rows"], do_not_specialize_on_alignment=["positions"])
+def _backward_kernel(
+    x, x_stride, weight, eps, cos, sin, positions, grad, grad_x, parts, num_rows,
+    NUM_HEADS: tl.constexpr,
+    HALF: tl.constexpr,
+    HEADS_BLOCK: tl.constexpr,
+    HALF_BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Rotate back, then with y = x s: dx = s (g dy - y mean(g dy y)); dg = sum of dy y."""
+    head = tl.arange(0, HEADS_BLOCK)[:, None]
+    i = tl.arange(0, HALF_BLOCK)[None, :]
+    is_half = i < HALF
+    inside = (head < NUM_HEADS) & is_half
+    at = head * 2 * HALF + i
+    first_g, second_g = _load(weight, i, is_half), _load(weight, i + HALF, is_half)
+    first_total = tl.zeros([HEADS_BLOCK, HALF_BLOCK], dtype=tl.float32)
+    second_total = tl.zeros([HEADS_BLOCK, HALF_BLOCK], dtype=tl.float32)
+    for index in range(tl.program_id(0), num_rows, tl.num_programs(0)):
+        row = tl.cast(index, tl.int64)
+        angle = tl.load(positions + row) * 2 * HALF + i
+        c, s = _load(cos, angle, is_half), _load(sin, angle, is_half)
+        own = row * NUM_HEADS * 2 * HALF + at
+        turned_first, turned_second = _load(grad, own, inside), _load(grad, own + HALF, inside)
+        first_dy = turned_first * c + turned_second * s
+        second_dy = turned_second * c - turned_first * s
+        source = row * x_stride + at
+        first, second = _load(x, source, inside), _load(x, source + HALF, inside)
+        square = tl.sum(first * first, axis=1) + tl.sum(second * second, axis=1)
+        scale = (1.0 / tl.sqrt(square / (2 * HALF) + eps))[:, None]
+        first, second = first * scale, second * scale
+        first_total += first_dy * first
+        second_total += second_dy * second
+        first_dy, second_dy = first_dy * first_g, second_dy * second_g
+        mean = tl.sum(first_dy * first, axis=1) + tl.sum(second_dy * second, axis=1)
+        mean = (mean / (2 * HALF))[:, None]
+        first_dx = scale * (first_dy - first * mean)
+        second_dx = scale * (second_dy - second * mean)
+        tl.store(grad_x + own, first_dx.to(grad_x.dtype.element_ty), mask=inside)
+        tl.store(grad_x + own + HALF, second_dx.to(grad_x.dtype.element_ty), mask=inside)
+    j = tl.arange(0, HALF_BLOCK)
+    parts += tl.program_id(0) * 2 * HALF
+    tl.store(parts + j, tl.sum(first_total, axis=0), mask=j < HALF)
+    tl.store(parts + j + HALF, tl.sum(second_total, axis=0), mask=j < HALF)
