@@ -1,17 +1,29 @@
 """A DFlash step on a GPU: fast kernels against the plain path in float32, and its bench."""
 
 import json
+from collections.abc import Callable
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 from speculators_cli.cli.app import run
+from speculators_cli.core.algorithms.dflash.attention import (
+    BlockMemory,
+    BlockShape,
+    BlockSpans,
+    find_groups,
+)
+from speculators_cli.core.algorithms.dflash.loss_weights import LossWeights
 from speculators_cli.core.algorithms.dflash.training import DFlashTraining
 from speculators_cli.core.data.batch import Batch
+from speculators_cli.core.kernels.anchor_spans import AnchorSpans
+from speculators_cli.core.kernels.block_attention import block_attention
 from tests.tiny_dflash import filled_blocks, make_block_config
 from tests.tiny_drafts import make_sample, pack
+from tests.unit.algorithms.dspark.test_dspark import filled_spark, make_spark_config
 
 pytestmark = pytest.mark.gpu
 CUDA = torch.device("cuda")
@@ -36,11 +48,24 @@ def step(draft: DFlashTraining, batch: Batch, *, is_fast: bool) -> tuple[Tensor,
     return sums.stacked(), grads
 
 
-@pytest.mark.parametrize("draft_vocab_size", [19, 37])
-def test_fast_equals_plain(draft_vocab_size: int) -> None:
+DRAFTS: dict[str, Callable[[torch.Generator], DFlashTraining]] = {
+    "reduced vocabulary": lambda rng: filled_blocks(make_block_config(), rng),
+    "full vocabulary": lambda rng: filled_blocks(make_block_config(draft_vocab_size=37), rng),
+    "window": lambda rng: filled_blocks(make_block_config(draft_window=20), rng),
+    "causal": lambda rng: filled_blocks(make_block_config(causal_block=True), rng, loss="tv"),
+    "D-PACE": lambda rng: filled_blocks(
+        make_block_config(), rng, loss="ce", weights=LossWeights(gamma=None, alpha=0.5)
+    ),
+    "DSpark": lambda rng: filled_spark(make_spark_config(), rng),
+    "recurrent DSpark": lambda rng: filled_spark(make_spark_config(markov_head_type="rnn"), rng),
+}
+
+
+@pytest.mark.parametrize("kind", DRAFTS)
+def test_fast_equals_plain(kind: str) -> None:
     rng = torch.Generator().manual_seed(0)
-    config = make_block_config(draft_vocab_size=draft_vocab_size)
-    draft = moved(filled_blocks(config, rng))
+    draft = moved(DRAFTS[kind](rng))
+    config = draft.config
     samples = [make_sample(n, config, rng) for n in (60, 2, 131, 90)]
     batch = draft.draw(pack(*samples, total_seq_len=288).to(CUDA), seed=0, epoch=0)
 
@@ -60,6 +85,41 @@ def test_fast_equals_plain(draft_vocab_size: int) -> None:
         # float32 sums in another order; bfloat16 rounds a dozen products in a row by 4e-3.
         assert float((grad - exact[name]).norm() / norm) < 1e-4, name
         assert float((rounded[name] - exact[name]).norm() / norm) < 1e-1, name
+
+
+def test_attention_in_bfloat16_equals_that_in_float32() -> None:
+    rng = torch.Generator().manual_seed(0)
+    size, heads, kv_heads, head_dim = 8, 32, 8, 128
+    bounds, anchors = (0, 300, 700), np.array([5, 6, 90, 299, 300, 350, 351, 352, 600, 699])
+    places = np.searchsorted(anchors, bounds)
+    plain_spans = BlockSpans(tuple(places.tolist()), bounds, tuple(anchors.tolist()))
+    shape = BlockShape(size)
+    groups = find_groups(shape, plain_spans, torch.from_numpy(anchors).cuda())
+    first = np.repeat(bounds[:-1], np.diff(places))
+    spans = AnchorSpans.of_anchors(
+        first, anchors, bounds[-1], CUDA, size=size, window=None, is_causal=False
+    )
+    shapes = [(len(anchors) * size, heads), *[(bounds[-1], kv_heads)] * 2]
+    shapes += [(len(anchors) * size, kv_heads)] * 2
+    inputs = [torch.randn(*shape, head_dim, generator=rng).cuda() for shape in shapes]
+    grad = torch.randn(shapes[0][0], heads, head_dim, generator=rng).cuda()
+
+    def gradients(dtype: torch.dtype, *, is_fast: bool) -> list[Tensor]:
+        leaves = [x.to(dtype).requires_grad_() for x in inputs]
+        query, context_key, context_value, key, value = leaves
+        if is_fast:
+            out = block_attention(query, context_key, context_value, key, value, spans)
+        else:
+            out = BlockMemory(groups, context_key, context_value).attend(query, key, value)
+        out.backward(grad.to(dtype))
+        return [out.detach(), *(x.grad for x in leaves if x.grad is not None)]
+
+    exact = gradients(torch.float32, is_fast=False)
+    for dtype, limit in ((torch.float32, 1e-5), (torch.bfloat16, 1e-2)):
+        found = gradients(dtype, is_fast=True)
+        assert len(found) == len(exact) == 6
+        for own, expected in zip(found, exact, strict=True):
+            assert float((own.float() - expected).norm() / expected.norm()) < limit
 
 
 def test_its_step_is_timed(capsys: pytest.CaptureFixture[str]) -> None:
