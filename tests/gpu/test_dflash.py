@@ -115,11 +115,11 @@ def test_attention_in_bfloat16_equals_that_in_float32() -> None:
         return [out.detach(), *(x.grad for x in leaves if x.grad is not None)]
 
     exact = gradients(torch.float32, is_fast=False)
-    for dtype, limit in ((torch.float32, 1e-5), (torch.bfloat16, 1e-2)):
-        found = gradients(dtype, is_fast=True)
-        assert len(found) == len(exact) == 6
-        for own, expected in zip(found, exact, strict=True):
-            assert float((own.float() - expected).norm() / expected.norm()) < limit
+    found = gradients(torch.bfloat16, is_fast=True)
+    assert len(found) == len(exact) == 6
+    for own, expected in zip(found, exact, strict=True):
+        # Products of values rounded by 4e-3 each, most of which cancel out.
+        assert float((own.float() - expected).norm() / expected.norm()) < 1e-2
 
 
 def test_its_step_is_timed(capsys: pytest.CaptureFixture[str]) -> None:

@@ -240,16 +240,16 @@ def _forward_kernel(
 
     token = begin * SIZE + tl.arange(0, OWN_BLOCK)
     is_token = token < end * SIZE
-    k = _load(key + kv_head, token, key_stride, is_token, HEAD_DIM, DIM_BLOCK)
-    v = _load(value + kv_head, token, value_stride, is_token, HEAD_DIM, DIM_BLOCK)
-    seen = _sees_own(own, slot, inside, window, SIZE, ANCHORS, OWN_BLOCK, HAS_WINDOW, IS_CAUSAL)
-    score = tl.dot(q, tl.trans(k), input_precision=PRECISION) * factor
-    score = tl.where(seen, score, -float("inf"))
+    own_k = _load(key + kv_head, token, key_stride, is_token, HEAD_DIM, DIM_BLOCK)
+    own_v = _load(value + kv_head, token, value_stride, is_token, HEAD_DIM, DIM_BLOCK)
+    own_seen = _sees_own(own, slot, inside, window, SIZE, ANCHORS, OWN_BLOCK, HAS_WINDOW, IS_CAUSAL)
+    own_score = tl.dot(q, tl.trans(own_k), input_precision=PRECISION) * factor
+    own_score = tl.where(own_seen, own_score, -float("inf"))
     # Every token sees itself; rows that are not there see nothing.
-    largest = tl.maximum(tl.max(score, axis=1), -1e30)
-    share = tl.exp2(score - largest[:, None])
-    weight = tl.sum(share, axis=1)
-    total = tl.dot(share.to(v.dtype), v, input_precision=PRECISION)
+    largest = tl.maximum(tl.max(own_score, axis=1), -1e30)
+    own_share = tl.exp2(own_score - largest[:, None])
+    weight = tl.sum(own_share, axis=1)
+    total = tl.dot(own_share.to(own_v.dtype), own_v, input_precision=PRECISION)
 
     lowest, highest = _context_bounds(begin, end, first, limit, window, HAS_WINDOW)
     for start in range(lowest, highest, KEY_BLOCK):
@@ -309,17 +309,17 @@ def _backward_kernel(
 
     token = begin * SIZE + tl.arange(0, OWN_BLOCK)
     is_token = token < end * SIZE
-    k = _load(key + kv_head, token, key_stride, is_token, HEAD_DIM, DIM_BLOCK)
-    v = _load(value + kv_head, token, value_stride, is_token, HEAD_DIM, DIM_BLOCK)
-    seen = _sees_own(own, slot, inside, window, SIZE, ANCHORS, OWN_BLOCK, HAS_WINDOW, IS_CAUSAL)
-    score = tl.dot(q, tl.trans(k), input_precision=PRECISION) * factor
-    p = tl.where(seen, tl.exp2(score - row_lse[:, None]), 0.0)
-    dp = tl.dot(do, tl.trans(v), input_precision=PRECISION)
-    ds = (p * (dp - row_delta[:, None]) * scale).to(q.dtype)
-    dq = tl.dot(ds, k, input_precision=PRECISION)
+    own_k = _load(key + kv_head, token, key_stride, is_token, HEAD_DIM, DIM_BLOCK)
+    own_v = _load(value + kv_head, token, value_stride, is_token, HEAD_DIM, DIM_BLOCK)
+    own_seen = _sees_own(own, slot, inside, window, SIZE, ANCHORS, OWN_BLOCK, HAS_WINDOW, IS_CAUSAL)
+    own_score = tl.dot(q, tl.trans(own_k), input_precision=PRECISION) * factor
+    own_p = tl.where(own_seen, tl.exp2(own_score - row_lse[:, None]), 0.0)
+    own_dp = tl.dot(do, tl.trans(own_v), input_precision=PRECISION)
+    own_ds = (own_p * (own_dp - row_delta[:, None]) * scale).to(q.dtype)
+    dq = tl.dot(own_ds, own_k, input_precision=PRECISION)
     # No other tile reads these.
-    dk = tl.dot(tl.trans(ds), q, input_precision=PRECISION)
-    dv = tl.dot(tl.trans(p.to(do.dtype)), do, input_precision=PRECISION)
+    dk = tl.dot(tl.trans(own_ds), q, input_precision=PRECISION)
+    dv = tl.dot(tl.trans(own_p.to(do.dtype)), do, input_precision=PRECISION)
     stride = KV_HEADS * HEAD_DIM
     _store(grad_key + kv_head, dk, token, stride, is_token, HEAD_DIM, DIM_BLOCK)
     _store(grad_value + kv_head, dv, token, stride, is_token, HEAD_DIM, DIM_BLOCK)
