@@ -96,12 +96,10 @@ def _with_strides(parts: tuple[Tensor, ...] | list[Tensor]) -> list[Any]:
 def _options(query: Tensor, key: Tensor, spans: AnchorSpans) -> dict[str, Any]:
     _, num_heads, head_dim = query.shape
     group = num_heads // key.shape[1]
-    # float32 tiles are twice as large.
-    tile_rows = (
-        anchor_spans.TILE_ROWS
-        if query.element_size() < 4
-        else max(anchor_spans.TILE_ROWS // 2, triton.next_power_of_2(spans.size * group))
-    )
+    tile_rows = anchor_spans.TILE_ROWS
+    if query.dtype == torch.float32:
+        # One block: these products are not for tensor cores, and take long to compile.
+        tile_rows = max(triton.next_power_of_2(spans.size * group), 16)
     num_anchors = tile_rows // (spans.size * group)
     return {
         "scale": head_dim**-0.5,

@@ -36,8 +36,7 @@ def test_block_attention_equals_the_plain_one(
     rng: torch.Generator,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    # Several tiles of blocks and of the context.
-    monkeypatch.setattr(anchor_spans, "TILE_ROWS", 64)
+    # Several tiles of the context.
     monkeypatch.setattr(anchor_spans, "TILE_KEYS", 16)
     shape = BlockShape(size, window, is_causal)
     anchors = np.array(ANCHORS)
