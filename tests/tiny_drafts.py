@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from speculators_cli.core.algorithms.dflash.config import DFlashConfig
 from speculators_cli.core.algorithms.draft_config import DraftConfig
 from speculators_cli.core.algorithms.eagle3.config import Eagle3Config
 from speculators_cli.core.algorithms.eagle3.training import Eagle3Training
@@ -61,7 +62,7 @@ def make_config(**changes: Any) -> Eagle3Config:
     return Eagle3Config(**(fields | changes))
 
 
-def write_draft(folder: Path, config: Eagle3Config, **changes: Any) -> Path:
+def write_draft(folder: Path, config: Eagle3Config | DFlashConfig, **changes: Any) -> Path:
     """A random draft of this shape in `folder`, as this package exports it.
 
     `changes` go to the decoder layers' part of its config.json.

@@ -13,6 +13,7 @@ from speculators_cli.core.algorithms.drafter import Drafter
 from speculators_cli.core.algorithms.export_format import ExportFormat
 from speculators_cli.core.algorithms.overrides import Overrides
 from speculators_cli.core.data.alignment import Alignment
+from speculators_cli.core.data.source import SampleSource
 from speculators_cli.core.data.vocab_map import VocabMap
 from speculators_cli.core.models.verifier import FrozenVerifier
 from speculators_cli.core.models.verifier_files import VerifierFiles
@@ -149,6 +150,14 @@ class Algorithm(ABC, Generic[ConfigT, SettingsT]):
         """Names of the draft's own weights that are not trained."""
         del settings
         return frozenset()
+
+    def check_samples(self, config: ConfigT, samples: SampleSource) -> None:
+        """Refuse samples that a draft of this config cannot learn from.
+
+        Raises:
+            DataError: No sample can train a part of it, or a sample contradicts the config.
+        """
+        del config, samples
 
     def find_unsupported(self, config: ConfigT, settings: SettingsT) -> str | None:
         """Return what of a draft the fast kernels do not support; None if they do."""

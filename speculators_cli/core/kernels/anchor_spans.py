@@ -10,6 +10,7 @@ from torch import Tensor
 from speculators_cli.core.kernels.device import move
 
 TILE_ROWS = 128  # of a tile of blocks
+FLOAT32_BLOCKS = 1  # in a tile: without tensor cores, large products take long to compile
 TILE_KEYS = 64  # of the context
 
 

@@ -98,8 +98,8 @@ def _options(query: Tensor, key: Tensor, spans: AnchorSpans) -> dict[str, Any]:
     group = num_heads // key.shape[1]
     tile_rows = anchor_spans.TILE_ROWS
     if query.dtype == torch.float32:
-        # One block: these products are not for tensor cores, and take long to compile.
-        tile_rows = max(triton.next_power_of_2(spans.size * group), 16)
+        num_rows = anchor_spans.FLOAT32_BLOCKS * spans.size * group
+        tile_rows = max(triton.next_power_of_2(num_rows), 16)
     num_anchors = tile_rows // (spans.size * group)
     return {
         "scale": head_dim**-0.5,

@@ -132,9 +132,12 @@ def check_all_samples(
     """Check samples to train on, and those of a folder for validation.
 
     Raises:
-        DataError: Stored hidden states are marked incorrectly.
+        DataError: Stored hidden states are marked incorrectly, or the draft cannot learn from the
+            samples.
         MachineError: Hidden states that the verifier computes cannot be right.
     """
+    algorithm = ALGORITHMS[settings.draft.algorithm]
+    algorithm.check_samples(inputs.draft_config(settings), inputs.samples)
     checked = [(inputs.samples, settings.data.data_path)]
     if settings.data.val_data_path and len(inputs.validation_samples):
         checked.append((inputs.validation_samples, settings.data.val_data_path))

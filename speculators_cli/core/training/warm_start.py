@@ -53,9 +53,10 @@ def read_warm_start(
     config = source.config
     fixed: dict[str, dict[str, Any]] = {
         "draft": {
+            # First: what else differs follows from it.
+            "algorithm": config.algorithm,
             "num_layers": config.num_layers,
             "draft_arch": config.arch,
-            "algorithm": config.algorithm,
             "full_vocab": source.vocab_map.is_full,
         },
         config.algorithm: source.algorithm.fixed_settings(config),

@@ -36,7 +36,8 @@ def test_block_attention_equals_the_plain_one(
     rng: torch.Generator,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    # Several tiles of the context.
+    # Several blocks in a tile, and several tiles of the context.
+    monkeypatch.setattr(anchor_spans, "FLOAT32_BLOCKS", 3)
     monkeypatch.setattr(anchor_spans, "TILE_KEYS", 16)
     shape = BlockShape(size, window, is_causal)
     anchors = np.array(ANCHORS)

@@ -113,16 +113,6 @@ class DFlash(BlockAlgorithm[DFlashConfig, DFlashSettings]):
         draft = load_draft(sized, weights, embedding, head)
         return BlockDrafter(draft, kept_ids.to(embedding.device))
 
-    def find_length_risk(self, config: DFlashConfig, num_draft_tokens: int) -> str | None:
-        """With fewer or more masks, the tokens that are left change too."""
-        if num_draft_tokens == config.num_draft_tokens or config.causal_block:
-            return None
-        return (
-            f"The draft was trained to propose {config.num_draft_tokens} tokens, not "
-            f"{num_draft_tokens}: all tokens of a block attend to each other, so the first ones "
-            "change as well, and fewer may be accepted"
-        )
-
     @torch.inference_mode()
     def compute_probe_logits(
         self, config: DFlashConfig, weights: Mapping[str, Tensor], embedding: Tensor

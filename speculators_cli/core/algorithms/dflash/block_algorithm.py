@@ -11,13 +11,15 @@ from speculators_cli.core.algorithms.dflash.config import DFlashConfig
 from speculators_cli.core.algorithms.drafter import Verified
 from speculators_cli.core.algorithms.layers_reader import find_assumed
 from speculators_cli.core.data.alignment import NEXT_TOKEN
-from speculators_cli.core.errors import SettingsError
+from speculators_cli.core.data.source import SampleSource, spread_evenly
+from speculators_cli.core.errors import DataError, SettingsError
 from speculators_cli.core.kernels.anchor_spans import can_attend
 from speculators_cli.core.models.mask_token import choose_mask_token
 from speculators_cli.core.models.verifier_files import VerifierFiles
 from speculators_cli.settings.algorithms.dflash import BlockSettings
 
 NUM_PROBE_TOKENS = 32
+NUM_READ = 32  # samples in which the mask token is looked for
 
 BlockConfigT = TypeVar("BlockConfigT", bound=DFlashConfig)
 BlockSettingsT = TypeVar("BlockSettingsT", bound=BlockSettings)
@@ -62,6 +64,33 @@ class BlockAlgorithm(Algorithm[BlockConfigT, BlockSettingsT]):
         )
         return {"mask_token_id": token}
 
+    def check_samples(self, config: BlockConfigT, samples: SampleSource) -> None:
+        """Refuse answers shorter than a block, and samples that have the mask token.
+
+        Of stored samples, a few are read.
+
+        Raises:
+            DataError: The last tokens of a block would never be trained, or a known token would
+                look as an unknown one.
+        """
+        longest = max((header.num_supervised_tokens for header in samples.headers), default=0)
+        if longest < config.num_draft_tokens:
+            raise DataError(
+                f"A block proposes {config.num_draft_tokens} tokens, but no sample has more than "
+                f"{longest} supervised ones: the last tokens of a block would never be trained",
+                hint=f"Pass `--block-size {longest + config.first_slot}` or less, or other samples",
+            )
+        mask = config.mask_token_id
+        if samples.is_live or samples.max_token_id < mask:
+            return
+        for i in spread_evenly(len(samples), NUM_READ):
+            if bool((samples.read(i).input_ids == mask).any()):
+                raise DataError(
+                    f"`{samples.path(i)}` has token {mask}, which is the mask token of the draft: "
+                    "it would look as an unknown token",
+                    hint="Pass `--mask-token-id` with a token that no sample has",
+                )
+
     def find_unsupported(self, config: BlockConfigT, settings: BlockSettingsT) -> str | None:
         """Return the block that is too large for a tile of the attention."""
         del settings
@@ -69,6 +98,16 @@ class BlockAlgorithm(Algorithm[BlockConfigT, BlockSettingsT]):
         if can_attend(size, heads, kv_heads):
             return None
         return f"blocks of {size} tokens with {heads // kv_heads} query heads per key head"
+
+    def find_length_risk(self, config: BlockConfigT, num_draft_tokens: int) -> str | None:
+        """With fewer or more masks, the tokens that are left change too."""
+        if num_draft_tokens == config.num_draft_tokens or config.causal_block:
+            return None
+        return (
+            f"The draft was trained to propose {config.num_draft_tokens} tokens, not "
+            f"{num_draft_tokens}: all tokens of a block attend to each other, so the first ones "
+            "change as well, and fewer may be accepted"
+        )
 
     def complete(self, shape: Mapping[str, Any]) -> dict[str, Any]:
         """The shape of a fresh draft; without the verifier's files, its last token is the mask.

@@ -14,7 +14,7 @@ from speculators_cli.core.bench.bench import bench
 from speculators_cli.core.demo.demo import VERIFIER_DIR, read_prompts
 from speculators_cli.core.drafts.trained_draft import read_draft
 from speculators_cli.core.engines.engine import Prompt, Sampling
-from speculators_cli.core.errors import SettingsError
+from speculators_cli.core.errors import DataError, SettingsError
 from speculators_cli.core.evaluation.measurement import Work, answer_alone, measure
 from speculators_cli.core.evaluation.verifier import load_verifier
 from speculators_cli.core.models.verifier_files import VerifierFiles
@@ -28,7 +28,7 @@ from tests.embedded_verifier_map import write_vocab_map
 from tests.generated_samples import generate_samples
 from tests.run_files import read_metrics
 from tests.tiny_dflash import make_block_config
-from tests.tiny_drafts import make_sample, pack
+from tests.tiny_drafts import make_sample, pack, read_folder, write_draft
 from tests.tiny_run import LAYER_IDS, TinyInputs
 
 QUIET = SilentProgress()
@@ -237,3 +237,51 @@ def test_settings_that_do_not_fit_are_refused(
 ) -> None:
     with pytest.raises(SettingsError, match=message):
         run(tiny, **changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        # The samples have 8 to 39 tokens.
+        ({"block_size": 64}, "A block proposes 63 tokens, but no sample has more than"),
+        ({"mask_token_id": 7}, "has token 7, which is the mask token of the draft"),
+    ],
+)
+def test_samples_that_cannot_train_it_are_refused(
+    tiny: TinyInputs, changes: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(DataError, match=message) as error:
+        run(tiny, dflash=changes)
+
+    assert error.value.exit_code == 3
+    assert not list(tiny.save_path.glob("*/model.safetensors"))
+
+
+def test_a_draft_of_more_aux_layers_than_the_samples_have_is_refused(
+    tiny: TinyInputs, tmp_path: Path
+) -> None:
+    config = make_block_config(target_layer_ids=(1, 2, 3, 4, 5), mask_token_id=1)
+    folder = write_draft(tmp_path / "five", config)
+    maps = {name: tmp_path / f"{name}.npy" for name in ("d2t", "t2d")}
+    for name, file in maps.items():
+        np.save(file, read_folder(folder)[1][name].numpy())
+
+    with pytest.raises(SpeculatorsError, match="aux layers") as error:
+        run(
+            tiny, draft={"from_checkpoint": str(folder)} | {f"{n}_path": x for n, x in maps.items()}
+        )
+
+    assert error.value.exit_code in (2, 3)
+
+
+def test_a_draft_of_eagle3_is_not_a_start_of_it(tiny: TinyInputs) -> None:
+    source = train(tiny.settings(run={"epochs": 1}), progress=QUIET)
+
+    with pytest.raises(SettingsError, match="`--algorithm` is `dflash`, but the draft in") as error:
+        run(
+            tiny,
+            draft={"from_checkpoint": str(source.checkpoint)},
+            run={"save_path": tiny.folder / "other"},
+        )
+
+    assert error.value.exit_code == 2
