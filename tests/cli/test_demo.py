@@ -12,23 +12,33 @@ from pathlib import Path
 import pytest
 
 from speculators_cli.cli.app import run
+from speculators_cli.core.algorithms import ALGORITHMS
 from speculators_cli.core.capture.report import GenerationReport
+from speculators_cli.core.data.data_config import LayerIds, default_layer_ids
+from speculators_cli.core.data.vocab_map import VocabMap
 from speculators_cli.core.demo.demo import (
     MAX_NEW_TOKENS,
     NUM_DRAFT_TOKENS,
     NUM_EVALUATION_PROMPTS,
+    NUM_LAYERS,
     VERIFIER_DIR,
     DemoReport,
     check_report,
+    generate_settings,
     read_prompts,
+    train_settings,
 )
 from speculators_cli.core.demo.demo_folder import RESULT_NAME, DemoFolder
 from speculators_cli.core.errors import SettingsError, SpeculatorsError
 from speculators_cli.core.evaluation.draft_and_verify import Answer, PassTimes
 from speculators_cli.core.evaluation.measurement import Measurement
+from speculators_cli.core.models.verifier import read_verifier_config
+from speculators_cli.core.models.verifier_files import VerifierFiles
 from speculators_cli.core.progress import SilentProgress
+from speculators_cli.core.training.inputs import fresh_config
 from speculators_cli.core.training.report import TrainReport
 from speculators_cli.core.training.run import train
+from speculators_cli.settings.demo import DemoSettings
 from tests.cache_free_draft_and_verify import CacheFreeDraft, draft_and_verify, load_plain
 from tests.run_files import tree
 from tests.tiny_run import TinyInputs
@@ -200,6 +210,32 @@ def test_an_output_folder_below_a_file_is_refused(tmp_path: Path, capsys: Captur
 
     assert code == 2
     assert "`--output-dir`" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_every_algorithm_proposes_three_tokens(algorithm: str, tmp_path: Path) -> None:
+    run = {"algorithm": algorithm, "output_dir": tmp_path}
+    settings = DemoSettings.model_validate({"run": run})
+    (tmp_path / "data").mkdir()
+    for name in ("d2t.npy", "t2d.npy"):
+        (tmp_path / name).touch()
+
+    training = train_settings(settings)
+    capture = generate_settings(settings, tmp_path / "data")
+
+    verifier = read_verifier_config(VerifierFiles(str(VERIFIER_DIR)), trust_remote_code=False)
+    layer_ids = default_layer_ids(NUM_LAYERS, ALGORITHMS[algorithm].num_aux_layers)
+    config = fresh_config(
+        algorithm,
+        training.algorithm_settings,
+        verifier,
+        VocabMap.full(2048),
+        LayerIds(layer_ids, is_assumed=False),
+        arch=training.draft.draft_arch,
+        num_layers=training.draft.num_layers,
+    )
+    assert config.num_draft_tokens == NUM_DRAFT_TOKENS
+    assert training.draft.algorithm == capture.verifier.algorithm == algorithm
 
 
 @pytest.mark.demo

@@ -13,6 +13,7 @@ import transformers
 from speculators_cli.cli.app import run
 from speculators_cli.core.demo.demo import VERIFIER_DIR, read_prompts
 from tests.cli.golden import assert_golden
+from tests.tiny_dflash import make_block_config
 from tests.tiny_drafts import make_config, read_folder, write_draft, write_folder
 
 Capture = pytest.CaptureFixture[str]
@@ -258,3 +259,25 @@ def test_a_batch_that_does_not_fit_is_exit_code_5(
 
     assert evaluate() == 5
     assert "Lower `--batch-size`" in capsys.readouterr().err
+
+
+def test_another_number_of_tokens_than_the_blocks_is_a_warning(
+    evaluate: Evaluate, tmp_path: Path, capsys: Capture
+) -> None:
+    config = make_block_config(
+        hidden_size=128,
+        target_hidden_size=128,
+        vocab_size=2048,
+        draft_vocab_size=300,
+        target_layer_ids=(2, 4, 5),
+        verifier_name_or_path=str(VERIFIER_DIR),
+    )
+    block = write_draft(tmp_path / "block", config)
+
+    few = evaluate("--num-speculative-tokens", 2, checkpoint=block)
+    warned = capsys.readouterr().err
+    usual = evaluate(checkpoint=block)
+
+    assert (few, usual) == (0, 0)
+    assert "The draft was trained to propose 4 tokens, not 2" in " ".join(warned.split())
+    assert "trained to propose" not in capsys.readouterr().err

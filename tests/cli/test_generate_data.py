@@ -127,6 +127,23 @@ def test_rows_of_every_kind_become_samples(
     )
 
 
+@pytest.mark.parametrize(
+    ("flags", "layer_ids"),
+    [
+        (("--algorithm", "dflash"), [2, 3, 4, 5, 6]),
+        (("--algorithm", "dspark", "--target-layer-ids", "1,7"), [1, 7]),
+    ],
+)
+def test_an_algorithm_has_layers_of_its_own(
+    flags: tuple[str, ...], layer_ids: list[int], tmp_path: Path, generate: Callable[..., Any]
+) -> None:
+    report = generate(write_rows(tmp_path / "rows.jsonl", GIVEN), *flags)
+
+    sample = read(sample_files(tmp_path / "out")[0])
+    assert report["layer_ids"] == layer_ids
+    assert len(sample.aux_hidden_states) == len(layer_ids)
+
+
 def test_samples_have_transformers_own_states(
     tmp_path: Path, verifier: Path, generate: Callable[..., Any]
 ) -> None:

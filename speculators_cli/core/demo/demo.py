@@ -233,7 +233,7 @@ def choose_vocabulary(
 
 def train_settings(settings: DemoSettings) -> TrainSettings:
     """Return the settings of the demo's training run, as parsed by `speculators train`."""
-    output_dir, own = settings.run.output_dir, TRAINING[settings.run.algorithm]
+    output_dir, own = settings.run.output_dir, TRAINING.get(settings.run.algorithm, {})
     draft = {
         "algorithm": settings.run.algorithm,
         "verifier_name_or_path": str(output_dir / "verifier"),
