@@ -105,7 +105,7 @@ def test_attention_in_bfloat16_equals_that_in_float32() -> None:
     grad = torch.randn(shapes[0][0], heads, head_dim, generator=rng).cuda()
 
     def gradients(dtype: torch.dtype, *, is_fast: bool) -> list[Tensor]:
-        leaves = [x.to(dtype).requires_grad_() for x in inputs]
+        leaves = [x.to(dtype).clone().requires_grad_() for x in inputs]
         query, context_key, context_value, key, value = leaves
         if is_fast:
             out = block_attention(query, context_key, context_value, key, value, spans)

@@ -52,12 +52,16 @@ MIN_ACCEPTANCE_LENGTH = 2.0
 TRAINING: dict[str, dict[str, Any]] = {
     "eagle3": {"eagle3": {"ttt_step_loss_decay": 0.6}},
     "dflash": {
-        "draft": {"num_layers": 1},
+        "draft": {"num_layers": 3},
         "dflash": {"block_size": NUM_DRAFT_TOKENS + 1},
+        "optimizer": {"lr": 1e-3},
+        "run": {"epochs": 6},
     },
     "dspark": {
-        "draft": {"num_layers": 1},
+        "draft": {"num_layers": 3},
         "dspark": {"block_size": NUM_DRAFT_TOKENS, "markov_rank": 64},
+        "optimizer": {"lr": 1e-3},
+        "run": {"epochs": 6},
     },
 }
 
@@ -234,28 +238,27 @@ def choose_vocabulary(
 def train_settings(settings: DemoSettings) -> TrainSettings:
     """Return the settings of the demo's training run, as parsed by `speculators train`."""
     output_dir, own = settings.run.output_dir, TRAINING.get(settings.run.algorithm, {})
-    draft = {
-        "algorithm": settings.run.algorithm,
-        "verifier_name_or_path": str(output_dir / "verifier"),
-        "d2t_path": output_dir / "d2t.npy",
-        "t2d_path": output_dir / "t2d.npy",
+    sections: dict[str, dict[str, Any]] = {
+        "draft": {
+            "algorithm": settings.run.algorithm,
+            "verifier_name_or_path": str(output_dir / "verifier"),
+            "d2t_path": output_dir / "d2t.npy",
+            "t2d_path": output_dir / "t2d.npy",
+        },
+        "data": {"data_path": (output_dir / "data",), "total_seq_len": 512},
+        "run": {
+            "save_path": output_dir / CHECKPOINTS,
+            "epochs": 3,
+            "seed": settings.run.seed,
+            "log_every_steps": 50,
+        },
+        "optimizer": {"lr": 4e-3},
+        "checkpoints": {"keep_checkpoints": 1},
+        "distributed": {"device": "cpu"},
     }
-    return TrainSettings.model_validate(
-        {
-            "data": {"data_path": (output_dir / "data",), "total_seq_len": 512},
-            "run": {
-                "save_path": output_dir / CHECKPOINTS,
-                "epochs": 3,
-                "seed": settings.run.seed,
-                "log_every_steps": 50,
-            },
-            "optimizer": {"lr": 4e-3},
-            "checkpoints": {"keep_checkpoints": 1},
-            "distributed": {"device": "cpu"},
-            **own,
-            "draft": draft | own.get("draft", {}),
-        }
-    )
+    for section, values in own.items():
+        sections[section] = sections.get(section, {}) | values
+    return TrainSettings.model_validate(sections)
 
 
 def build_drafters(

@@ -15,6 +15,6 @@ class DSparkCost(BlockCost[DSparkConfig, DSparkSettings]):
         weights = sum(
             prod(shape)
             for name, shape in config.tensor_shapes().items()
-            if "_head." in name and "markov_w1" not in name
+            if name.startswith(("markov_head.", "confidence_head.")) and "markov_w1" not in name
         )
         return 3.0 * weights * counts.num_scored
