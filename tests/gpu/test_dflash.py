@@ -80,11 +80,13 @@ def test_fast_equals_plain(kind: str) -> None:
 
     torch.testing.assert_close(sums[:2], exact_sums[:2], rtol=1e-4, atol=1e-4)
     assert grads.keys() == exact.keys() == rounded.keys()
+    limit = 5e-1 if kind == "D-PACE" else 1e-1
     for name, grad in grads.items():
         norm = exact[name].norm()
-        # float32 sums in another order; bfloat16 rounds a dozen products in a row by 4e-3.
+        # float32 sums in another order; bfloat16 rounds a dozen products in a row by 4e-3, after
+        # which the verifier has another token at one position in a hundred.
         assert float((grad - exact[name]).norm() / norm) < 1e-4, name
-        assert float((rounded[name] - exact[name]).norm() / norm) < 1e-1, name
+        assert float((rounded[name] - exact[name]).norm() / norm) < limit, name
 
 
 def test_attention_in_bfloat16_equals_that_in_float32() -> None:
