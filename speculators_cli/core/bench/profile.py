@@ -11,10 +11,19 @@ from torch.profiler import ProfilerActivity, profile
 # A kernel belongs to the first kind with one of these words in its name.
 KINDS = {
     "copy": ("memcpy htod", "memcpy dtoh"),
-    "attention": ("flash", "fmha", "_merge_"),
+    "attention": ("flash", "fmha", "_merge_", "_blocks_"),
     "gemm": ("gemm", "nvjet", "cutlass", "xmma", "splitk", "cublas"),
     "optimizer": ("adam", "multi_tensor", "lpnorm", "foreach"),
-    "loss": ("_kl_kernel", "_target_stats", "softmax", "argmax", "kl_div", "logsumexp"),
+    "loss": (
+        "_kl_kernel",
+        "_target_stats",
+        "_score_kernel",
+        "_gradient_kernel",
+        "softmax",
+        "argmax",
+        "kl_div",
+        "logsumexp",
+    ),  # fmt: skip
 }
 
 NUM_LONGEST = 40

@@ -49,7 +49,7 @@ class _BlockAttention(torch.autograd.Function):
         out = torch.empty_like(query)
         lse = torch.empty(query.shape[:2], dtype=torch.float32, device=query.device)
         options = _options(query, key, spans)
-        _forward_kernel[_grid(query, key, spans, options)](
+        _blocks_forward_kernel[_grid(query, key, spans, options)](
             query, *_with_strides(parts), spans.first, spans.limit, len(spans.first), out, lse,
             **options,
         )  # fmt: skip
@@ -67,7 +67,7 @@ class _BlockAttention(torch.autograd.Function):
         grad_query = torch.empty_like(query)
         grad_key, grad_value = (query.new_empty(key.shape) for _ in range(2))
         options = _options(query, key, spans)
-        _backward_kernel[_grid(query, key, spans, options)](
+        _blocks_backward_kernel[_grid(query, key, spans, options)](
             query, *_with_strides(parts), spans.first, spans.limit, len(spans.first),
             out, lse, grad_out, delta, grad_query, grad_key, grad_value,
             **options,
@@ -75,7 +75,7 @@ class _BlockAttention(torch.autograd.Function):
         grad_context_key, grad_context_value = (
             query.new_empty(context_key.shape) for _ in range(2)
         )
-        _context_backward_kernel[(len(spans.readers), key.shape[1])](
+        _blocks_context_kernel[(len(spans.readers), key.shape[1])](
             query, *_with_strides(parts[:2]), spans.first, spans.limit, spans.readers,
             spans.num_rows, lse, grad_out, delta, grad_context_key, grad_context_value,
             **{name: value for name, value in options.items() if name not in OWN_OPTIONS},
@@ -210,7 +210,7 @@ def _context_bounds(begin, end, first, limit, window, HAS_WINDOW: tl.constexpr):
 @triton.jit(
     do_not_specialize=["num_anchors", "window"], do_not_specialize_on_alignment=["first", "limit"]
 )
-def _forward_kernel(
+def _blocks_forward_kernel(
     query, context_key, context_key_stride, context_value, context_value_stride,
     key, key_stride, value, value_stride, first, limit, num_anchors, out, lse, scale, window,
     HAS_WINDOW: tl.constexpr,
@@ -273,7 +273,7 @@ def _forward_kernel(
 @triton.jit(
     do_not_specialize=["num_anchors", "window"], do_not_specialize_on_alignment=["first", "limit"]
 )
-def _backward_kernel(
+def _blocks_backward_kernel(
     query, context_key, context_key_stride, context_value, context_value_stride,
     key, key_stride, value, value_stride, first, limit, num_anchors,
     out, lse, grad_out, delta, grad_query, grad_key, grad_value, scale, window,
@@ -341,7 +341,7 @@ def _backward_kernel(
     do_not_specialize=["num_rows", "window"],
     do_not_specialize_on_alignment=["first", "limit", "readers"],
 )
-def _context_backward_kernel(
+def _blocks_context_kernel(
     query, context_key, context_key_stride, context_value, context_value_stride,
     first, limit, readers, num_rows, lse, grad_out, delta, grad_key, grad_value, scale, window,
     HAS_WINDOW: tl.constexpr,

@@ -33,7 +33,7 @@ class _NormAndRotate(torch.autograd.Function):
         if x.stride()[1:] != (head_dim, 1):
             x = x.contiguous()
         out = x.new_empty(x.shape)
-        _forward_kernel[(num_rows,)](
+        _head_norm_forward_kernel[(num_rows,)](
             x, x.stride(0), weight, eps, cos, sin, positions, out, **_sizes(num_heads, head_dim)
         )
         ctx.save_for_backward(x, weight, cos, sin, positions)
@@ -49,7 +49,7 @@ class _NormAndRotate(torch.autograd.Function):
         grad_x = torch.empty_like(grad)
         num_programs = min(num_rows, NUM_PROGRAMS)
         parts = torch.empty(num_programs, head_dim, dtype=torch.float32, device=x.device)
-        _backward_kernel[(num_programs,)](
+        _head_norm_backward_kernel[(num_programs,)](
             x, x.stride(0), weight, ctx.eps, cos, sin, positions, grad, grad_x, parts, num_rows,
             **_sizes(num_heads, head_dim),
         )  # fmt: skip
@@ -72,7 +72,7 @@ def _load(x, at, inside):
 
 
 @triton.jit(do_not_specialize_on_alignment=["positions"])
-def _forward_kernel(
+def _head_norm_forward_kernel(
     x, x_stride, weight, eps, cos, sin, positions, out,
     NUM_HEADS: tl.constexpr,
     HALF: tl.constexpr,
@@ -100,7 +100,7 @@ def _forward_kernel(
 
 
 @triton.jit(do_not_specialize=["num_rows"], do_not_specialize_on_alignment=["positions"])
-def _backward_kernel(
+def _head_norm_backward_kernel(
     x, x_stride, weight, eps, cos, sin, positions, grad, grad_x, parts, num_rows,
     NUM_HEADS: tl.constexpr,
     HALF: tl.constexpr,
