@@ -46,7 +46,9 @@ from tests.tiny_run import TinyInputs
 Capture = pytest.CaptureFixture[str]
 
 
-def report_of(num_accepted: tuple[int, int, int], *, num_different: int = 0) -> DemoReport:
+def report_of(
+    num_accepted: tuple[int, int, int], *, num_different: int = 0, algorithm: str = "eagle3"
+) -> DemoReport:
     """A report of 100 passes, trained and untrained alike."""
     # The passes that accepted exactly k draft tokens.
     bounds = (100, *num_accepted, 0)
@@ -87,6 +89,7 @@ def report_of(num_accepted: tuple[int, int, int], *, num_different: int = 0) -> 
         is_dry_run=False,
     )
     return DemoReport(
+        algorithm=algorithm,
         output_dir=Path("demo"),
         captured=GenerationReport(Path("data"), "verifier", (2, 4, 5), 1, 0, (), 1, 2, 1, 0, 0),
         training=training,
@@ -105,6 +108,9 @@ def test_a_draft_that_misses_the_target_fails_the_demo() -> None:
         check_report(report_of((50, 30, 19)))
 
     assert error.value.exit_code == 1
+    check_report(report_of((50, 0, 0), algorithm="dflash"))
+    with pytest.raises(SpeculatorsError, match=r"acceptance length 1\.49, expected 1\.5"):
+        check_report(report_of((49, 0, 0), algorithm="dflash"))
 
 
 def test_an_answer_that_is_not_the_verifiers_own_fails_the_demo() -> None:

@@ -23,7 +23,7 @@ KINDS = {
         "argmax",
         "kl_div",
         "logsumexp",
-    ),  # fmt: skip
+    ),
 }
 
 NUM_LONGEST = 40
