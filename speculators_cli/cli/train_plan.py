@@ -35,6 +35,7 @@ def show_plan(settings: TrainSettings, output: Output, *, num_ranks: int | None)
         ("draft", f"{found.num_parameters / 1e6:,.1f}M parameters"),
         ("time", format_duration(found.seconds) if found.seconds else unknown),
         ("memory", _memory(found.memory_bytes_per_gpu, found.gpu_memory_bytes) or unknown),
+        *_host_memory(found),
         *_capture(found),
         ("samples on disk", format_bytes(found.data_bytes)),
         (
@@ -45,8 +46,15 @@ def show_plan(settings: TrainSettings, output: Output, *, num_ranks: int | None)
         ("host memory", f"{format_bytes(found.host_copy_bytes)} to write checkpoints from"),
     ]
     if found.bytes_per_second and found.capture is None:
-        rows.insert(7, ("read from disk", f"{format_bytes(int(found.bytes_per_second))}/s"))
+        rows.insert(-1, ("read from disk", f"{format_bytes(int(found.bytes_per_second))}/s"))
     output.panel("Plan", rows)
+
+
+def _host_memory(found: "TrainPlan") -> list[tuple[str, str]]:
+    if not found.host_memory_bytes_per_rank:
+        return []
+    size = format_bytes(found.host_memory_bytes_per_rank)
+    return [("host memory", f"up to {size} of prefetched samples per rank")]
 
 
 def _capture(found: "TrainPlan") -> list[tuple[str, str]]:

@@ -1,6 +1,7 @@
 """Commands read compact samples without being told; what does not depend on rounding is equal."""
 
 import json
+import shutil
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -135,3 +136,16 @@ def test_samples_without_supervised_tokens_are_no_problem_of_their_states(
 
     assert report["num_supervised_tokens"] == 0
     assert not any("layer" in problem["problem"] for problem in report["problems"])
+
+
+def test_a_plan_counts_the_host_memory_of_float8(tiny: TinyInputs, capsys: Capture) -> None:
+    sizes = {}
+    for name, options in COMPACT.items():
+        folder = write_compact(tiny, **options)
+        flags = tiny.flags(data_path=folder)
+        sizes[name] = report_of(capsys, "train", "--plan", *flags)["plan"]
+        shutil.rmtree(folder)
+    found = {name: plan["host_memory_bytes_per_rank"] for name, plan in sizes.items()}
+
+    # One byte in place of the four of float32, for the same rows.
+    assert found["supervised only"] == 4 * found["float8"] == 4 * found["both"] > 0

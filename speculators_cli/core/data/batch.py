@@ -4,20 +4,25 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Self
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from speculators_cli.core.data.alignment import NEXT_TOKEN, Alignment
-from speculators_cli.core.data.float8 import ScaledStates
-from speculators_cli.core.data.sample import Sample, States
-from speculators_cli.core.data.stored import StoredStates, find_rows
-from speculators_cli.core.data.supervised_rows import SupervisedRows
+from speculators_cli.core.data.sample import Sample
+from speculators_cli.core.data.states_buffer import Float8Rows, StatesBuffer
 from speculators_cli.core.data.verifier_input import VerifierInput
 
-CAST_AT_ONCE = 1024  # rows
-INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+@dataclass(frozen=True)
+class Float8States:
+    """Hidden states of the documents of a batch that are stored as float8."""
+
+    aux: Float8Rows
+    last: Float8Rows
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> Self:
+        """Apply `change` to every tensor."""
+        return type(self)(self.aux.map(change), self.last.map(change))
 
 
 @dataclass(frozen=True)
@@ -28,7 +33,8 @@ class Batch:
     document id -1, loss mask False and zeros elsewhere.
 
     Last hidden states are included for supervised positions only, the targets. A batch with
-    `verifier_input` has no hidden states yet: theirs have a width of 0.
+    `verifier_input` has no hidden states yet, and one with `float8` only has those of other
+    documents: without any, theirs have a width of 0.
     """
 
     input_ids: Tensor  # [seq_len], int64
@@ -43,6 +49,7 @@ class Batch:
     lengths: tuple[int, ...]  # tokens of each document, in order
     sample_ids: tuple[int, ...]  # the sample of each document: its index in the dataset
     verifier_input: VerifierInput | None = None  # hidden states are still to be computed
+    float8: Float8States | None = None  # hidden states are still to be scaled
     anchors: Tensor | None = None  # [anchors], int64, ascending: drawn positions, on the CPU
 
     def to(self, device: torch.device) -> Self:
@@ -50,11 +57,23 @@ class Batch:
         return self._map(lambda tensor: tensor.to(device, non_blocking=True))
 
     def cast(self, dtype: torch.dtype) -> Self:
-        """Cast the hidden states to another dtype."""
+        """Cast the hidden states to another dtype, after those in float8 are scaled."""
+        scaled = self.scale()
+        return replace(
+            scaled,
+            aux_hidden_states=scaled.aux_hidden_states.to(dtype),
+            last_hidden_states=scaled.last_hidden_states.to(dtype),
+        )
+
+    def scale(self) -> Self:
+        """Write hidden states that are in float8 as floats, on the device of the batch."""
+        if self.float8 is None:
+            return self
         return replace(
             self,
-            aux_hidden_states=self.aux_hidden_states.to(dtype),
-            last_hidden_states=self.last_hidden_states.to(dtype),
+            aux_hidden_states=self.float8.aux.write_into(self.aux_hidden_states),
+            last_hidden_states=self.float8.last.write_into(self.last_hidden_states),
+            float8=None,
         )
 
     def record_stream(self, stream: torch.cuda.Stream) -> None:
@@ -79,6 +98,7 @@ class Batch:
             last_hidden_states=change(self.last_hidden_states),
             is_normed=change(self.is_normed),
             verifier_input=None if self.verifier_input is None else self.verifier_input.map(change),
+            float8=None if self.float8 is None else self.float8.map(change),
         )
 
     def at_positions(
@@ -103,6 +123,8 @@ def collate(
 ) -> Batch:
     """Pack samples end to end; each hidden state is read once, from its file into the batch.
 
+    Those in float8 stay in float8, to be scaled on the device.
+
     `alignment` decides which rows of a sample are positions. Positions beyond `total_seq_len` are
     truncated. Last hidden states are read at supervised positions only. Samples are read one at a
     time.
@@ -117,11 +139,10 @@ def collate(
     input_ids, position_ids, targets = (make(total_seq_len, of=torch.int64) for _ in range(3))
     document_ids = make(total_seq_len, of=torch.int64).fill_(-1)
     loss_mask, is_normed = (make(total_seq_len, of=torch.bool) for _ in range(2))
-    # Not initialized where a sample follows: filling first would write every byte twice.
-    aux = torch.empty(
-        (total_seq_len, num_aux_layers * hidden_size), dtype=dtype, pin_memory=pin_memory
+    aux = StatesBuffer(
+        total_seq_len, num_aux_layers, hidden_size, dtype=dtype, pin_memory=pin_memory
     )
-    last = torch.empty((total_seq_len, hidden_size), dtype=dtype, pin_memory=pin_memory)
+    last = StatesBuffer(total_seq_len, 1, hidden_size, dtype=dtype, pin_memory=pin_memory)
     start, num_targets, lengths = 0, 0, []
     for document, sample in enumerate(samples):
         length = min(alignment.count_positions(sample.num_tokens), total_seq_len - start)
@@ -131,81 +152,32 @@ def collate(
         loss_mask[here] = sample.loss_mask[tokens]
         position_ids[here] = torch.arange(1, 1 + length)
         document_ids[here] = document
-        column = 0
-        for states in side_by_side(sample.aux_hidden_states):
-            columns = slice(column, column + states.shape[1])
-            copy_rows(states, slice(0, length), aux[here, columns])
-            column = columns.stop
         supervised = loss_mask[here].nonzero().flatten()
         own = slice(num_targets, num_targets + len(supervised))
         targets[own] = supervised + start
         is_normed[own] = sample.is_normed
-        if sample.last_hidden_states.shape[1]:  # else they are computed later
-            copy_rows(sample.last_hidden_states, supervised + tokens.start, last[own])
+        if sample.aux_hidden_states:  # else they are computed later
+            aux.read(sample.aux_hidden_states, slice(0, length), start)
+            last.read((sample.last_hidden_states,), supervised + tokens.start, num_targets)
         lengths.append(length)
         start += length
         num_targets += len(supervised)
-    _bits(aux)[start:] = 0
+    aux_states, aux_float8 = aux.finish(total_seq_len, start)
+    last_states, last_float8 = last.finish(num_targets, num_targets)
     return Batch(
         input_ids=input_ids,
-        aux_hidden_states=aux,
+        aux_hidden_states=aux_states,
         loss_mask=loss_mask,
         document_ids=document_ids,
         position_ids=position_ids,
         targets=targets[:num_targets],
-        last_hidden_states=last[:num_targets],
+        last_hidden_states=last_states,
         is_normed=is_normed[:num_targets],
         host_mask=loss_mask,
         lengths=tuple(lengths),
         sample_ids=tuple(sample_ids),
+        float8=Float8States(aux_float8, last_float8) if aux_float8 and last_float8 else None,
     )
-
-
-def side_by_side(layers: Sequence[States]) -> list[States]:
-    """Merge layers whose rows are adjacent in a file: they are read together."""
-    blocks: list[States] = []
-    for layer in layers:
-        before = blocks[-1] if blocks else None
-        both = None
-        if isinstance(before, StoredStates) and isinstance(layer, StoredStates):
-            both = before.beside(layer)
-        if both is None:
-            blocks.append(layer)
-        else:
-            blocks[-1] = both
-    return blocks
-
-
-def copy_rows(
-    states: States,
-    rows: slice | Tensor,  # [rows], int64, ascending
-    into: Tensor,  # [rows, hidden], any float dtype
-) -> None:
-    """Copy some rows, with a cast if the dtype differs; no other rows of a file are read."""
-    if isinstance(states, SupervisedRows):
-        rows, states = states.locate(rows), states.held
-    bits = _bits(into)
-    if states.dtype != into.dtype:
-        wanted = torch.from_numpy(find_rows(rows, len(states)))
-        for start in range(0, len(wanted), CAST_AT_ONCE):
-            part = slice(start, start + CAST_AT_ONCE)
-            bits[part] = _bits(states[wanted[part]].to(into.dtype))
-    elif isinstance(states, StoredStates):
-        states.read_into(bits.view(np.uint8), find_rows(rows, len(states)))
-    elif isinstance(states, ScaledStates):
-        states.read_into(into, find_rows(rows, len(states)))
-    else:
-        # Not `np.take`, which copies a non-contiguous source completely.
-        bits[:] = _bits(states[:])[rows if isinstance(rows, slice) else rows.numpy()]
-
-
-def _bits(tensor: Tensor) -> NDArray[np.generic]:
-    """View the tensor's memory in NumPy, whose copies stay on the calling thread.
-
-    torch's own copies would start a thread pool per reader, and slow down training.
-    """
-    bits: NDArray[np.generic] = tensor.view(INTEGERS[tensor.element_size()]).numpy()
-    return bits
 
 
 def drop_non_finite(batch: Batch) -> tuple[Batch, Tensor]:

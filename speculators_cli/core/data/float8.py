@@ -1,9 +1,6 @@
 """Hidden states as float8 values, with one float32 scale per token."""
 
-import threading
 from collections.abc import Iterator
-from dataclasses import dataclass
-from functools import cache
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -18,8 +15,7 @@ if TYPE_CHECKING:
 
 MAX_FLOAT8 = 448.0  # of float8_e4m3fn
 MIN_SCALE = 2.0**-126  # the smallest normal float32: smaller ones would be inexact, or zero
-SCALED_AT_ONCE = 2**20  # values: with fewer, threads wait for the interpreter lock
-_local = threading.local()
+SCALED_AT_ONCE = 2**24  # values, to bound memory
 
 
 class ScaledStates:
@@ -50,90 +46,47 @@ class ScaledStates:
         import torch
 
         indices = find_rows(rows, len(self))
-        products = torch.empty((len(indices), self.shape[1]), dtype=torch.bfloat16)
-        self.read_into(products, indices)
-        return products
+        codes = torch.empty((len(indices), self.shape[1]), dtype=torch.float8_e4m3fn)
+        self.read_codes(codes.view(torch.uint8).numpy(), indices)
+        return scale_rows(codes, self.scales[torch.from_numpy(indices)])
 
     def split(self, num_rows: int) -> Iterator["Tensor"]:
         """Yield all rows scaled, `num_rows` at a time."""
         for start in range(0, len(self), num_rows):
             yield self[start : start + num_rows]
 
-    def read_into(
+    def read_codes(
         self,
-        into: "Tensor",  # [rows, hidden], bfloat16, each row contiguous
+        into: Bytes,  # [rows, hidden], each row contiguous
         rows: NDArray[np.int64],  # [rows]
     ) -> None:
-        """Scale rows directly into their destination.
+        """Read rows of float8 values, as bytes, directly into their destination.
 
         Raises:
             ChangedSampleError: The file ends too early, or cannot be read.
         """
         import torch
 
-        scales = self.scales[torch.from_numpy(rows)]
-        width = self.shape[1]
-        at_once = max(SCALED_AT_ONCE // width, 1)
-        scratch = _own_scratch(at_once * width)
-        for start in range(0, len(rows), at_once):
-            part = slice(start, start + at_once)
-            num_values = len(rows[part]) * width
-            self._read_codes(scratch.codes[:num_values].reshape(-1, width), rows[part])
-            products = scratch.decode(num_values).view(-1, width).mul_(scales[part])
-            into[part].copy_(products)
-
-    def _read_codes(self, codes: Bytes, rows: NDArray[np.int64]) -> None:
-        import torch
-
         if isinstance(self.values, StoredStates):
-            self.values.read_into(codes, rows)
+            self.values.read_into(into, rows)
         else:
-            codes[:] = self.values.view(torch.uint8).numpy()[rows]
+            into[:] = self.values.view(torch.uint8).numpy()[rows]
 
 
-@dataclass(frozen=True, eq=False)
-class Scratch:
-    """Reusable memory for an even number of values: allocating it costs more than the rest."""
-
-    codes: Bytes  # bytes of float8_e4m3fn
-    pairs: NDArray[np.intp]  # two codes each
-    values: "Tensor"  # float32
-
-    def decode(self, num_values: int) -> "Tensor":
-        """Return the values of the first codes; [values], float32.
-
-        Two at a time are looked up in a table, in a fifth of the time of torch's conversion. Each
-        step takes the interpreter lock once, so that many threads rarely wait for it.
-        """
-        num_pairs = -(-num_values // 2)
-        pairs = self.pairs[:num_pairs]
-        np.copyto(pairs, self.codes[: 2 * num_pairs].view(np.uint16))
-        found = self.values[: 2 * num_pairs].numpy().view(np.uint64)
-        np.take(_table_of_pairs(), pairs, out=found, mode="clip")  # others copy the output
-        return self.values[:num_values]
-
-
-def _own_scratch(num_values: int) -> Scratch:
-    """Return the scratch memory of this thread."""
+def scale_rows(
+    codes: "Tensor",  # [rows, ..., hidden], float8_e4m3fn, on any device
+    scales: "Tensor",  # [rows, ..., 1], float32
+) -> "Tensor":
+    """Multiply in float32, and round once; [rows, ..., hidden], bfloat16."""
     import torch
 
-    scratch: Scratch | None = getattr(_local, "scratch", None)
-    if scratch is None or len(scratch.codes) < num_values:
-        size = num_values + num_values % 2
-        scratch = _local.scratch = Scratch(
-            np.zeros(size, np.uint8), np.empty(size // 2, np.intp), torch.empty(size)
-        )
-    return scratch
-
-
-@cache
-def _table_of_pairs() -> NDArray[np.uint64]:
-    """Return the bits of two float32 values for each two float8 values; [2^16]."""
-    import torch
-
-    codes = np.arange(2**16, dtype=np.uint16).view(np.uint8)
-    values = torch.from_numpy(codes).view(torch.float8_e4m3fn).float()
-    return values.numpy().view(np.uint64)
+    products = torch.empty(codes.shape, dtype=torch.bfloat16, device=codes.device)
+    at_once = max(SCALED_AT_ONCE // max(codes[:1].numel(), 1), 1)
+    for start in range(0, len(codes), at_once):
+        part = slice(start, start + at_once)
+        # bfloat16 has every value of float8.
+        torch.mul(codes[part].bfloat16(), scales[part], out=products[part])
+    return products
 
 
 def quantize_rows(

@@ -11,10 +11,13 @@ import torch
 from speculators_cli.core.algorithms import ALGORITHMS
 from speculators_cli.core.algorithms.cost import find_gpu
 from speculators_cli.core.algorithms.draft_config import DraftConfig
+from speculators_cli.core.data.loader import BatchLoader
 from speculators_cli.core.data.packing import PackingPlan
+from speculators_cli.core.data.source import SampleSource
 from speculators_cli.core.engines.cost import CaptureCost
 from speculators_cli.core.files import check_output_dir, find_existing
 from speculators_cli.core.progress import SILENT, Progress
+from speculators_cli.core.torch_file.tensor_spec import ITEM_BYTES
 from speculators_cli.core.training.build import (
     build_loader,
     choose_compute_dtype,
@@ -51,6 +54,7 @@ class TrainPlan:
     memory_bytes_per_gpu: int | None  # peak
     memory_terms_bytes: dict[str, int] | None  # breakdown of the peak
     gpu_memory_bytes: int | None
+    host_memory_bytes_per_rank: int  # prefetched hidden states, at most
     capture: CapturePlan | None  # None if hidden states are stored
     data_bytes: int  # read in each epoch
     bytes_per_second: float | None  # from disk, over all ranks
@@ -158,6 +162,7 @@ def _estimate(
         memory_bytes_per_gpu=sum(memory.values()) if is_modelled else None,
         memory_terms_bytes=dict(memory) if is_modelled else None,
         gpu_memory_bytes=torch.cuda.mem_get_info()[1] if is_cuda else None,
+        host_memory_bytes_per_rank=_count_prefetched_bytes(settings, samples, loader),
         capture=capture,
         data_bytes=data_bytes,
         bytes_per_second=data_bytes * epochs / seconds if seconds else None,
@@ -166,6 +171,23 @@ def _estimate(
         num_checkpoints=_count_checkpoints(settings, packed, total_steps),
         free_bytes=shutil.disk_usage(find_existing(settings.run.save_path)).free,
     )
+
+
+def _count_prefetched_bytes(
+    settings: TrainSettings, samples: SampleSource, loader: BatchLoader
+) -> int:
+    """Size of the hidden states of prefetched batches; those in float8 stay in float8."""
+    if samples.is_live:
+        return 0
+    total_seq_len, packed = settings.data.total_seq_len, loader.pack(0)
+    targets = samples.most_targets(total_seq_len)
+    rows = total_seq_len * samples.num_aux_layers
+    rows += max((int(targets[list(ids)].sum()) for ids in packed.sequences), default=0)
+    are_float8 = {ITEM_BYTES[header.dtype] == 1 for header in samples.headers}
+    # A batch with samples of both kinds has memory for each.
+    sizes = {True: 1, False: ITEM_BYTES[samples.dtype]}
+    item_bytes = sum(sizes[is_float8] for is_float8 in are_float8)
+    return (loader.max_ahead + 1) * rows * samples.hidden_size * item_bytes
 
 
 def _runs_fast_in_bfloat16(

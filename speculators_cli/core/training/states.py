@@ -136,7 +136,7 @@ def _with_states(batch: Batch, states: CapturedStates) -> Batch:
     given = batch.verifier_input
     aux, last = states.aux, states.last
     if given is not None and given.places is not None:
-        places = given.places
+        places, batch = given.places, batch.scale()
         aux = batch.aux_hidden_states.index_copy_(0, places.positions, aux)
         last = batch.last_hidden_states.index_copy_(0, places.targets, last)
     return replace(batch, aux_hidden_states=aux, last_hidden_states=last, verifier_input=None)

@@ -11,6 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from speculators_cli.core.data import states_buffer
 from speculators_cli.core.data.batch import Batch, collate
 from speculators_cli.core.data.float8 import ScaledStates, quantize_rows
 from speculators_cli.core.data.folder import read_folders
@@ -60,14 +61,16 @@ def dequantized(states: torch.Tensor) -> torch.Tensor:
     return (values.float() * scales[:, None]).bfloat16()
 
 
-def batch_of(*samples: Sample, total_seq_len: int = 32) -> Batch:
+def batch_of(
+    *samples: Sample, total_seq_len: int = 32, dtype: torch.dtype = torch.bfloat16
+) -> Batch:
     return collate(
         range(len(samples)),
         samples,
         total_seq_len=total_seq_len,
         num_aux_layers=AUX,
         hidden_size=HIDDEN,
-        dtype=torch.bfloat16,
+        dtype=dtype,
     )
 
 
@@ -193,7 +196,66 @@ def test_a_batch_of_compact_samples_is_that_of_their_values(
 
     expected = batch_of(*samples, total_seq_len=total_seq_len)
     assert len(expected.targets)
-    assert_equal(batch_of(*compact, total_seq_len=total_seq_len), expected)
+    batch = batch_of(*compact, total_seq_len=total_seq_len)
+    assert (batch.float8 is not None) == (storage_dtype == "float8")
+    assert_equal(batch.scale(), expected)
+
+
+def test_float8_samples_stay_in_float8_until_they_are_scaled(tmp_path: Path) -> None:
+    v1.write_sample(make_sample(), tmp_path / "a.pt", storage_dtype="float8", supervised_only=True)
+    content = torch.load(tmp_path / "a.pt", weights_only=True)
+
+    batch = batch_of(v1.FORMAT.read_sample(tmp_path / "a.pt"), total_seq_len=S - 1)
+
+    assert batch.aux_hidden_states.shape == (S - 1, 0)
+    assert batch.last_hidden_states.shape == (len(batch.targets), 0)
+    assert batch.float8 is not None
+    for layer in range(AUX):
+        codes = batch.float8.aux.codes[:, layer]
+        assert torch.equal(
+            codes.view(torch.uint8), content["hidden_states"][layer][: S - 1].view(torch.uint8)
+        )
+        assert torch.equal(batch.float8.aux.scales[:, layer, 0], content[SCALES][layer][: S - 1])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("at_once", [1, 200, 2**24])
+def test_a_batch_may_have_samples_in_float8_and_others(
+    tmp_path: Path, dtype: torch.dtype, at_once: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(states_buffer, "SCALED_AT_ONCE", at_once)
+    samples = [make_sample(seed=i) for i in range(4)]
+    read = []
+    for i, sample in enumerate(samples):
+        v1.write_sample(sample, tmp_path / f"{i}.pt", storage_dtype=None if i % 2 else "float8")
+        read.append(v1.FORMAT.read_sample(tmp_path / f"{i}.pt"))
+    values = [
+        replace(
+            sample,
+            aux_hidden_states=tuple(x[:] for x in sample.aux_hidden_states),
+            last_hidden_states=sample.last_hidden_states[:],
+        )
+        for sample in read
+    ]
+
+    batch, expected = (batch_of(*x, total_seq_len=4 * S, dtype=dtype) for x in (read, values))
+
+    assert batch.float8 is not None
+    assert expected.float8 is None
+    assert expected.aux_hidden_states.dtype == dtype
+    assert_equal(batch.scale(), expected)
+    assert_equal(batch.cast(torch.float32), expected.cast(torch.float32))
+
+
+def test_a_batch_in_float8_moves_with_all_of_its_tensors(tmp_path: Path) -> None:
+    v1.write_sample(make_sample(), tmp_path / "a.pt", storage_dtype="float8")
+    batch = batch_of(v1.FORMAT.read_sample(tmp_path / "a.pt"))
+
+    moved = batch.to(torch.device("meta"))
+
+    assert moved.float8 is not None
+    for rows in (moved.float8.aux, moved.float8.last):
+        assert {x.device.type for x in (rows.codes, rows.scales, rows.places)} == {"meta"}
 
 
 def test_compact_samples_are_cast_like_others(tmp_path: Path) -> None:
@@ -209,7 +271,8 @@ def test_compact_samples_are_cast_like_others(tmp_path: Path) -> None:
         dtype=torch.float32,
     )
 
-    assert_equal(batch.cast(torch.bfloat16), batch_of(sample, total_seq_len=S))
+    assert batch.cast(torch.float32).aux_hidden_states.any()
+    assert_equal(batch.cast(torch.bfloat16), batch_of(sample, total_seq_len=S).scale())
 
 
 def test_a_folder_of_float8_is_trained_in_bfloat16(tmp_path: Path) -> None:
