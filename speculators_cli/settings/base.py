@@ -327,6 +327,10 @@ Device = Annotated[
     Literal["auto", "cpu", "cuda"],
     Field(description="Device to run on; auto is a GPU if there is one"),
 ]
+VerifierDtype = Annotated[
+    Literal["auto", "bfloat16", "float16", "float32"],
+    Field(description="Precision of the verifier; auto is bfloat16 on GPU and float32 on CPU"),
+]
 ComputeDtype = Annotated[
     Literal["auto", "bfloat16", "float32"],
     Field(

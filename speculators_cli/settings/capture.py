@@ -6,7 +6,12 @@ from typing import Annotated, Literal, Self
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from speculators_cli.settings.base import REFUSED_ON_RESUME, ComputeInFloat8, Settings
+from speculators_cli.settings.base import (
+    REFUSED_ON_RESUME,
+    ComputeInFloat8,
+    Settings,
+    VerifierDtype,
+)
 
 UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
@@ -30,7 +35,7 @@ class CaptureSettings(Settings):
         description="Source of the hidden states: stored in the samples, or computed online by the "
         "verifier in each step; auto is online for a folder with tokens only",
     )
-    capture_dtype: Literal["auto", "bfloat16", "float16", "float32"] = Field(
+    capture_dtype: VerifierDtype = Field(
         "auto",
         description="Precision of the verifier in online capture; auto is bfloat16 on GPU and "
         "float32 on CPU",

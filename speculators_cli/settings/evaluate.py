@@ -16,6 +16,13 @@ from speculators_cli.settings.base import (
     Positional,
     Settings,
     TrustRemoteCode,
+    VerifierDtype,
+)
+from speculators_cli.settings.vllm import (
+    TensorParallelSize,
+    VLLMArgs,
+    VLLMPython,
+    refuse_without_vllm,
 )
 
 MAX_DRAFT_TOKENS = 8
@@ -103,14 +110,10 @@ class EvaluationEngineSettings(Settings):
         "separated by commas",
     )
     repeats: int = Field(3, ge=1, description="Timed runs over all prompts, for each of them")
-    vllm_python: Path | None = Field(
-        None, description="Python interpreter with vLLM; default: this one"
-    )
-    tensor_parallel_size: int = Field(1, ge=1, description="GPUs of one vLLM engine")
-    vllm_args: str = Field(
-        "", description="More engine arguments of vLLM, as on its command line, in quotes"
-    )
-    dtype: Literal["auto", "bfloat16", "float16", "float32"] = Field(
+    vllm_python: VLLMPython = None
+    tensor_parallel_size: TensorParallelSize = 1
+    vllm_args: VLLMArgs = ""
+    dtype: VerifierDtype = Field(
         "auto",
         description="Precision of verifier and draft; auto is bfloat16 on GPU and float32 on CPU",
     )
@@ -142,10 +145,8 @@ class EvaluationEngineSettings(Settings):
 
     @model_validator(mode="after")
     def _engine_has_its_flags(self) -> Self:
-        of_vllm = self.vllm_python is not None or self.tensor_parallel_size > 1 or self.vllm_args
-        if self.engine != "vllm" and of_vllm:
-            raise ValueError("`--vllm-python`, `--tensor-parallel-size` and `--vllm-args` need "
-                             "`--engine vllm`")  # fmt: skip
+        if self.engine != "vllm":
+            refuse_without_vllm(self)
         if self.engine == "vllm" and self.endpoint is not None:
             raise ValueError("`--endpoint` and `--engine vllm` exclude each other")
         if self.is_served and self.batch_size is not None:

@@ -13,6 +13,13 @@ from speculators_cli.settings.base import (
     Positional,
     Settings,
     TrustRemoteCode,
+    VerifierDtype,
+)
+from speculators_cli.settings.vllm import (
+    TensorParallelSize,
+    VLLMArgs,
+    VLLMPython,
+    refuse_without_vllm,
 )
 from speculators_cli.settings.train import Algorithm
 
@@ -60,9 +67,7 @@ class VerifierSettings(Settings):
         "k layers; default: 2, n/2 and n-3 of n layers, or five evenly spaced ones from 2 to n-2 "
         "for DFlash and DSpark",
     )
-    dtype: Literal["auto", "bfloat16", "float16", "float32"] = Field(
-        "auto", description="Precision of the verifier; auto is bfloat16 on GPU and float32 on CPU"
-    )
+    dtype: VerifierDtype = "auto"
     trust_remote_code: TrustRemoteCode = False
 
 
@@ -141,13 +146,9 @@ class EngineSettings(Settings):
         description="URL of a running OpenAI-compatible server that answers the prompts",
     )
     concurrency: int = Field(32, ge=1, description="Requests sent to the server at the same time")
-    vllm_python: Path | None = Field(
-        None, description="Python interpreter with vLLM; default: this one"
-    )
-    tensor_parallel_size: int = Field(1, ge=1, description="GPUs of one vLLM engine")
-    vllm_args: str = Field(
-        "", description="More engine arguments of vLLM, as on its command line, in quotes"
-    )
+    vllm_python: VLLMPython = None
+    tensor_parallel_size: TensorParallelSize = 1
+    vllm_args: VLLMArgs = ""
 
     @model_validator(mode="after")
     def _engine_has_its_flags(self) -> Self:
@@ -156,9 +157,8 @@ class EngineSettings(Settings):
                 raise ValueError(
                     "`--device-map` and `--compute-dtype` need `--engine transformers`"
                 )
-        elif self.vllm_python is not None or self.tensor_parallel_size > 1 or self.vllm_args:
-            raise ValueError("`--vllm-python`, `--tensor-parallel-size` and `--vllm-args` need "
-                             "`--engine vllm`")  # fmt: skip
+        else:
+            refuse_without_vllm(self)
         return self
 
 

@@ -21,6 +21,7 @@ from speculators_cli.core.demo.demo import VERIFIER_DIR, read_prompts
 from speculators_cli.core.engines.endpoint import EndpointAnswerer
 from speculators_cli.core.engines.engine import Answerer, Packed, Prompt, Sampling
 from speculators_cli.core.engines.vllm_engine import VLLMEngine
+from speculators_cli.core.engines.vllm_setup import VLLMSetup
 from speculators_cli.core.errors import DataError, MachineError
 from speculators_cli.core.models.tokenizer import load_tokenizer
 from speculators_cli.core.models.verifier_files import VerifierFiles
@@ -78,12 +79,14 @@ def expected(verifier: Any, prompts: list[list[int]]) -> list[list[int]]:
 def engine(_environment: None) -> Iterator[VLLMEngine]:
     with closing(
         VLLMEngine(
-            str(VERIFIER_DIR),
+            VLLMSetup(
+                str(VERIFIER_DIR),
+                "float32",
+                python=Path(os.environ["VLLM_PYTHON"]),
+                args=FLAGS,
+            ),
             layer_ids=LAYER_IDS,
             num_layers=NUM_LAYERS,
-            dtype=torch.float32,
-            vllm_python=Path(os.environ["VLLM_PYTHON"]),
-            vllm_args=FLAGS,
         )
     ) as engine:
         yield engine

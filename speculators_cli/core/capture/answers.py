@@ -9,13 +9,12 @@ from speculators_cli.core.capture.render import EngineTurn, Renderer
 from speculators_cli.core.capture.rendered import (
     MAX_SHOWN_CHARS,
     PROMPT_TOO_LONG,
-    TEMPLATE_ERROR,
     TRUNCATED,
     LeftOut,
     Rendered,
     shorten,
 )
-from speculators_cli.core.capture.turns import row_name
+from speculators_cli.core.capture.turns import describe_rejection, row_name
 from speculators_cli.core.conversations.chat_template import RenderError
 from speculators_cli.core.conversations.prompts import Conversation, Message, RawPrompt, Source
 from speculators_cli.core.engines.engine import Answer, Answerer, Prompt, Sampling
@@ -122,8 +121,8 @@ class Regeneration:
                 assert isinstance(dialogue.source, Conversation)
                 ids = self._renderer.prompts.render(prompt, dialogue.source.tools)
         except RenderError as error:
-            where = f"message {error.index}"
-            dialogue.left_out.append(LeftOut(dialogue.name, f"{TEMPLATE_ERROR}{error}", where))
+            messages = prompt.messages if isinstance(prompt, RawPrompt) else prompt
+            dialogue.left_out.append(describe_rejection(dialogue.name, error, messages))
             return
         if len(ids) >= self._max_tokens:
             text = shorten(self._tokenizer.decode(ids[-MAX_SHOWN_CHARS:]))

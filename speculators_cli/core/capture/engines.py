@@ -9,6 +9,7 @@ from speculators_cli.core.engines.engine import Answerer, Capturer
 from speculators_cli.core.engines.transformers_engine import TransformersEngine, load_model
 from speculators_cli.core.engines.vllm_args import parse_vllm_args
 from speculators_cli.core.engines.vllm_engine import VLLMEngine
+from speculators_cli.core.engines.vllm_setup import VLLMSetup
 
 # A server is busy to the end of a batch only if many prompts are answered together.
 SERVER_SHARDS = 8
@@ -88,13 +89,12 @@ class Engines:
 
     def _start_vllm(self) -> VLLMEngine:
         job, engine = self._job, self._job.settings.engine
-        return VLLMEngine(
+        setup = VLLMSetup(
             job.files.name_or_path,
-            layer_ids=job.layer_ids,
-            num_layers=job.config.num_layers,
-            dtype=job.dtype,
-            vllm_python=engine.vllm_python,
+            str(job.dtype).removeprefix("torch."),
+            python=engine.vllm_python,
             tensor_parallel_size=engine.tensor_parallel_size,
-            vllm_args=parse_vllm_args(engine.vllm_args),
+            args=parse_vllm_args(engine.vllm_args),
             trust_remote_code=job.trusts_remote_code,
         )
+        return VLLMEngine(setup, layer_ids=job.layer_ids, num_layers=job.config.num_layers)

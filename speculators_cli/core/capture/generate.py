@@ -188,7 +188,8 @@ class _Run:
     def _check_disk(self, shards: Sequence[int]) -> None:
         """Check that the samples of shards fit, before the first one is captured."""
         job = self._job
-        num_bytes = sum(count_bytes(read_shard(job.folder.shard(n)).rows, job) for n in shards)
+        counts = [read_counts(job.folder.shard(n)) for n in shards]
+        num_bytes = sum(count_bytes(one["rendered"], job) for one in counts)
         check_free_space(
             job.folder.folder,
             num_bytes,

@@ -1,6 +1,6 @@
 """Stage 2: from shards of tokens to samples with hidden states."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from speculators_cli.core.capture.engines import Engines
@@ -17,7 +17,7 @@ from speculators_cli.core.capture.states import (
     plan_sequences,
     sample_file,
 )
-from speculators_cli.core.data.token_shards import TokenRow, read_shard
+from speculators_cli.core.data.token_shards import read_shard
 from speculators_cli.core.engines.engine import CapturedStates, Packed
 from speculators_cli.core.engines.host_states import Storage
 from speculators_cli.core.engines.state_checks import check_head, check_layers
@@ -38,12 +38,16 @@ def storage_of(job: Job) -> Storage:
     return Storage(dtype, given.all_last_states)
 
 
-def count_bytes(rows: Sequence[TokenRow], job: Job) -> int:
-    """Return the size of the hidden states of rows, as they are stored."""
+def count_bytes(rendered: Mapping[str, int], job: Job) -> int:
+    """Return the size of the hidden states of a shard, as they are stored.
+
+    Args:
+        rendered: The counts of the shard's rows.
+        job: The verifier and the settings.
+    """
     storage = storage_of(job)
-    num_tokens = sum(len(row.input_ids) for row in rows)
-    num_last = sum(int(row.loss_mask.sum()) for row in rows)
-    num_last = num_tokens if storage.has_all_last_states else num_last
+    num_tokens = rendered["num_tokens"]
+    num_last = num_tokens if storage.has_all_last_states else rendered["num_supervised_tokens"]
     width = job.config.hidden_size * storage.item_bytes(job.dtype)
     return (num_tokens * len(job.layer_ids) + num_last) * width
 
@@ -89,7 +93,7 @@ class StateStage:
             folder.mkdir(parents=True, exist_ok=True)
         check_free_space(
             folder,
-            count_bytes(shard.rows, self.job),
+            count_bytes(shard.counts["rendered"], self.job),
             what=f"the next shard of {len(shard.rows):,} samples",
             hint="Free disk space, then rerun the same command to continue, or pass "
             "`--storage-dtype float8`",

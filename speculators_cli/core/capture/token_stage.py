@@ -9,8 +9,8 @@ from speculators_cli.core.capture.engines import Engines
 from speculators_cli.core.capture.job import Job
 from speculators_cli.core.capture.rendered import LeftOut, RenderCounts, Rendered, check_left_out
 from speculators_cli.core.conversations.bad_rows import BadRow, BadRows
-from speculators_cli.core.conversations.prompt_files import Prompts
-from speculators_cli.core.conversations.prompts import BadRowError, Source, parse_row
+from speculators_cli.core.conversations.prompt_files import Prompts, read_row
+from speculators_cli.core.conversations.prompts import Source
 from speculators_cli.core.data.token_shards import TokenShard, read_counts, write_shard
 from speculators_cli.core.engines.engine import Answerer
 from speculators_cli.core.progress import Progress
@@ -47,10 +47,11 @@ def read_shards(
         for index, (place, decode) in group:
             if max_rows is not None and index >= max_rows:
                 break
-            try:
-                sources.append(parse_row(decode(), index, vocab_size=vocab_size))
-            except BadRowError as error:
-                bad.append(BadRow(place, str(error)))
+            found = read_row(place, decode, index, vocab_size=vocab_size)
+            if isinstance(found, BadRow):
+                bad.append(found)
+            else:
+                sources.append(found)
         yield Shard(number, sources, bad)
 
 

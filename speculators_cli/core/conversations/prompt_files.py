@@ -10,7 +10,7 @@ from typing import Protocol
 
 from speculators_cli.core.conversations.bad_rows import BadRow, BadRows
 from speculators_cli.core.conversations.hub_prompts import HubPrompts
-from speculators_cli.core.conversations.json_rows import Rows, read_json_rows
+from speculators_cli.core.conversations.json_rows import Decode, Rows, read_json_rows
 from speculators_cli.core.conversations.prompts import BadRowError, Source, parse_row
 from speculators_cli.core.conversations.table_rows import BATCH_ROWS, TableRows
 from speculators_cli.core.errors import DataError, MachineError, SettingsError
@@ -90,17 +90,24 @@ def read_prompts(
         for place, decode in rows:
             if stop is not None and index >= stop:
                 return
-            try:
-                source = parse_row(decode(), index, vocab_size=vocab_size)
-            except BadRowError as error:
-                bad.add(BadRow(place, str(error)))
+            found = read_row(place, decode, index, vocab_size=vocab_size)
+            if isinstance(found, BadRow):
+                bad.add(found)
             else:
                 bad.add_good()
-                yield source
+                yield found
             index += 1
     if index == 0:
         raise DataError(f"`{prompts.name}` has no rows", hint="Pass a file with prompts")
     bad.check()
+
+
+def read_row(place: str, decode: Decode, index: int, *, vocab_size: int | None) -> Source | BadRow:
+    """Decode and parse one row of an input, or say why it cannot be used."""
+    try:
+        return parse_row(decode(), index, vocab_size=vocab_size)
+    except BadRowError as error:
+        return BadRow(place, str(error))
 
 
 class FilePrompts:

@@ -38,6 +38,6 @@ class PromptRenderer:
             RenderError: The template rejects it.
         """
         if not self.template.is_missing:
-            return self.render([{"role": "user", "content": prompt.text}])
+            return self.render(prompt.messages)
         (ids,) = self.encoder.encode([prompt.text])
         return [*self.encoder.begin.tolist(), *ids.tolist()]

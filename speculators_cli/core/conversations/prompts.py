@@ -47,6 +47,11 @@ class RawPrompt:
     text: str
     category: str | None = None
 
+    @property
+    def messages(self) -> list[Message]:
+        """The prompt as a message of the user."""
+        return [{"role": "user", "content": self.text}]
+
 
 @dataclass(frozen=True)
 class Text:

@@ -19,6 +19,7 @@ from speculators_cli.core.engines.vllm_process import (
     first_error,
     tail,
 )
+from speculators_cli.core.engines.vllm_setup import VLLMSetup
 from speculators_cli.core.engines.vllm_version import (
     OLDEST_ANSWER,
     OLDEST_CAPTURE,
@@ -49,14 +50,9 @@ class VLLMEngine:
     from one to the other loads the verifier again.
 
     Args:
-        verifier: Its folder or hub id.
+        setup: The verifier, and how vLLM is started.
         layer_ids: Aux layers; id k is the output after k layers.
         num_layers: Layers of the verifier.
-        dtype: Of its weights and computations.
-        vllm_python: The interpreter of an environment with vLLM; ours if None.
-        tensor_parallel_size: GPUs that a layer is split over.
-        vllm_args: More flags of the engine, from `parse_vllm_args`.
-        trust_remote_code: Whether custom code from the verifier's repository may run.
         silent_seconds: Without a sign of life for so long, a working engine counts as hung.
 
     Raises:
@@ -66,31 +62,18 @@ class VLLMEngine:
 
     def __init__(
         self,
-        verifier: str,
+        setup: VLLMSetup,
         *,
         layer_ids: Sequence[int],
         num_layers: int,
-        dtype: torch.dtype,
-        vllm_python: Path | None = None,
-        tensor_parallel_size: int = 1,
-        vllm_args: Sequence[str] = (),
-        trust_remote_code: bool = False,
         silent_seconds: float = SILENT_SECONDS,
     ) -> None:
-        self._verifier = verifier
+        self._verifier = setup.verifier
         self._layer_ids = sorted(set(layer_ids))
         self._captured_ids = sorted({*layer_ids, num_layers})
-        self._python = find_python(vllm_python)
+        self._python = find_python(setup.python)
         self._silent_seconds = silent_seconds
-        dtype_name = str(dtype).removeprefix("torch.")
-        self._flags = [
-            *vllm_args,
-            *("--model", verifier),
-            *("--dtype", dtype_name),
-            *("--tensor-parallel-size", str(tensor_parallel_size)),
-            "--disable-log-stats",
-            *(["--trust-remote-code"] if trust_remote_code else []),
-        ]
+        self._flags = [*setup.flags, "--disable-log-stats"]
         self._process: VLLMProcess | None = None
         self._mode = ""
         self._log_start = 0
@@ -102,9 +85,9 @@ class VLLMEngine:
         self._fingerprint = {
             "engine": "vllm",
             **{name: self._versions[name] for name in sorted(self._versions)},
-            "dtype": dtype_name,
-            "tensor_parallel_size": str(tensor_parallel_size),
-            "vllm_args": " ".join(vllm_args),
+            "dtype": setup.dtype,
+            "tensor_parallel_size": str(setup.tensor_parallel_size),
+            "vllm_args": " ".join(setup.args),
         }
 
     @property

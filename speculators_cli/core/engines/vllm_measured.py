@@ -20,6 +20,7 @@ from speculators_cli.core.engines.vllm_process import (
     first_error,
     tail,
 )
+from speculators_cli.core.engines.vllm_setup import VLLMSetup
 from speculators_cli.core.engines.vllm_version import (
     OLDEST_ANSWER,
     check_version,
@@ -54,44 +55,26 @@ class MeasuredVLLM:
     """A verifier in vLLM, which is loaded with the first run.
 
     Args:
-        verifier: Its folder or hub id.
+        setup: The verifier, and how vLLM is started.
         draft: None: the verifier alone.
-        dtype: Of weights and computations.
-        vllm_python: The interpreter of an environment with vLLM; ours if None.
-        tensor_parallel_size: GPUs that a layer is split over.
-        vllm_args: More flags of the engine, from `parse_vllm_args`.
-        trust_remote_code: Whether custom code from the verifier's repository may run.
 
     Raises:
         SettingsError: The interpreter cannot be started.
         MachineError: It has no vLLM, or one that is too old.
     """
 
-    def __init__(
-        self,
-        verifier: str,
-        draft: ServedDraft | None,
-        *,
-        dtype: str,
-        vllm_python: Path | None = None,
-        tensor_parallel_size: int = 1,
-        vllm_args: Sequence[str] = (),
-        trust_remote_code: bool = False,
-    ) -> None:
-        self._name = f"`{verifier}`" + (f" with draft `{draft.name_or_path}`" if draft else "")
-        self._python = find_python(vllm_python)
+    def __init__(self, setup: VLLMSetup, draft: ServedDraft | None) -> None:
+        with_draft = f" with draft `{draft.name_or_path}`" if draft else ""
+        self._name = f"`{setup.verifier}`{with_draft}"
+        self._python = find_python(setup.python)
         self._flags = [
-            *vllm_args,
-            *("--model", verifier),
-            *("--dtype", dtype),
-            *("--tensor-parallel-size", str(tensor_parallel_size)),
+            *setup.flags,
             "--no-enable-prefix-caching",  # the same prompts again would take no time
-            *(["--trust-remote-code"] if trust_remote_code else []),
             *(["--speculative-config", draft.to_json()] if draft else []),
         ]
         versions = read_versions(self._python)
         check_version(versions, OLDEST_ANSWER, self._python, what="Evaluations")
-        self._fingerprint = {"engine": "vllm", **versions, "vllm_args": " ".join(vllm_args)}
+        self._fingerprint = {"engine": "vllm", **versions, "vllm_args": " ".join(setup.args)}
         self._log_dir: Path | None = None
         self._process: VLLMProcess | None = None
 

@@ -8,6 +8,7 @@ from speculators_cli.core.engines.endpoint_measured import MeasuredEndpoint
 from speculators_cli.core.engines.measured import MeasuredEngine, MeasuredRun
 from speculators_cli.core.engines.vllm_args import parse_vllm_args
 from speculators_cli.core.engines.vllm_measured import MeasuredVLLM, ServedDraft
+from speculators_cli.core.engines.vllm_setup import VLLMSetup
 from speculators_cli.core.errors import DataError
 from speculators_cli.core.evaluation.job import Job
 from speculators_cli.core.evaluation.measurement import Work
@@ -105,15 +106,15 @@ def open_drafting(job: Job) -> MeasuredEngine:
 def open_vllm(job: Job, draft: ServedDraft | None) -> MeasuredVLLM:
     """Open vLLM for the verifier of a job; it is loaded with the first run."""
     given = job.settings.engine
-    return MeasuredVLLM(
+    setup = VLLMSetup(
         job.files.name_or_path,
-        draft,
-        dtype=str(job.dtype).removeprefix("torch."),
-        vllm_python=given.vllm_python,
+        str(job.dtype).removeprefix("torch."),
+        python=given.vllm_python,
         tensor_parallel_size=given.tensor_parallel_size,
-        vllm_args=parse_vllm_args(given.vllm_args),
+        args=parse_vllm_args(given.vllm_args),
         trust_remote_code=job.settings.source.trust_remote_code,
     )
+    return MeasuredVLLM(setup, draft)
 
 
 def count_different(drafted: MeasuredRun, alone: MeasuredRun) -> int:

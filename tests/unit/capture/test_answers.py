@@ -235,7 +235,7 @@ def test_what_the_template_rejects_is_left_out_with_its_sentence() -> None:
 
     (left,) = rendered[0].left_out
     assert left.reason == "template error: System role not supported"
-    assert left.text.startswith("message 0")
+    assert left.text == "message 0 (system): Think."
     assert rendered[0].rows == ()
     assert len(answerer.calls[0]) == 1
     assert len(rendered[1].rows) == 1

@@ -14,6 +14,7 @@ import torch
 
 from speculators_cli.core.engines.engine import Packed
 from speculators_cli.core.engines.vllm_engine import VLLMEngine
+from speculators_cli.core.engines.vllm_setup import VLLMSetup
 
 FAKE_FILE = Path(__file__).with_name("fake_vllm.py")
 NUM_LAYERS = 8
@@ -40,13 +41,9 @@ class FakeVLLM:
         self.monkeypatch.setenv("FAKE_VLLM", json.dumps(content))
 
     def engine(self, layer_ids: Sequence[int] = (5, 2), **options: Any) -> VLLMEngine:
-        return VLLMEngine(
-            "org/verifier",
-            layer_ids=layer_ids,
-            num_layers=NUM_LAYERS,
-            dtype=torch.float32,
-            **options,
-        )
+        silent = {name: options.pop(name) for name in ("silent_seconds",) if name in options}
+        setup = VLLMSetup("org/verifier", "float32", **options)
+        return VLLMEngine(setup, layer_ids=layer_ids, num_layers=NUM_LAYERS, **silent)
 
     def notes(self, start: str) -> list[str]:
         """Rest of the lines of the engine's notes that begin so."""

@@ -243,7 +243,7 @@ def test_an_old_vllm_is_refused_with_both_versions(
 @pytest.mark.parametrize("name", ["no/such/python", "/bin/false"])
 def test_an_interpreter_that_does_not_run_is_refused(name: str, vllm: FakeVLLM) -> None:
     with pytest.raises(SettingsError, match=f"`--vllm-python`: `{name}`"):
-        vllm.engine(vllm_python=Path(name))
+        vllm.engine(python=Path(name))
 
 
 def test_an_error_at_load_is_the_first_of_the_log(vllm: FakeVLLM) -> None:
@@ -279,7 +279,7 @@ def test_an_interrupted_load_ends_at_once(vllm: FakeVLLM, monkeypatch: pytest.Mo
 
 
 def test_a_flag_that_vllm_lacks_is_an_error_at_load(vllm: FakeVLLM) -> None:
-    engine = vllm.engine(vllm_args=("--no-such-flag",))
+    engine = vllm.engine(args=("--no-such-flag",))
 
     with pytest.raises(MachineError, match="error: unrecognized arguments: --no-such-flag"):
         answer(engine)
@@ -319,8 +319,9 @@ import time
 import torch
 from speculators_cli.core.engines.engine import Packed
 from speculators_cli.core.engines.vllm_engine import VLLMEngine
+from speculators_cli.core.engines.vllm_setup import VLLMSetup
 
-engine = VLLMEngine("org/verifier", layer_ids=(2,), num_layers=8, dtype=torch.float32)
+engine = VLLMEngine(VLLMSetup("org/verifier", "float32"), layer_ids=(2,), num_layers=8)
 engine.capture(Packed(torch.tensor([7]), [1], torch.tensor([0])))
 print("ready", flush=True)
 time.sleep(600)
@@ -345,7 +346,7 @@ def test_the_engine_ends_with_its_parent(vllm: FakeVLLM, number: int) -> None:
 
 
 def test_fingerprint_is_known_before_the_engine_is_loaded(vllm: FakeVLLM) -> None:
-    engine = vllm.engine(tensor_parallel_size=2, vllm_args=("--max-model-len", "512"))
+    engine = vllm.engine(tensor_parallel_size=2, args=("--max-model-len", "512"))
 
     assert vllm.pids() == []
     assert {key: engine.fingerprint[key] for key in engine.fingerprint if key != "torch"} == {
@@ -359,7 +360,7 @@ def test_fingerprint_is_known_before_the_engine_is_loaded(vllm: FakeVLLM) -> Non
 
 
 def test_own_flags_win(vllm: FakeVLLM) -> None:
-    engine = vllm.engine(vllm_args=("--dtype", "float16", "--max-model-len", "512"))
+    engine = vllm.engine(args=("--dtype", "float16", "--max-model-len", "512"))
     answer(engine)
     engine.close()
 

@@ -10,6 +10,7 @@ import pytest
 
 from speculators_cli.core.engines.engine import Prompt, Sampling
 from speculators_cli.core.engines.vllm_measured import MeasuredVLLM, ServedDraft
+from speculators_cli.core.engines.vllm_setup import VLLMSetup
 from speculators_cli.core.errors import DataError, MachineError
 from tests.unit.engines.fakes import FakeVLLM, have_ended, write_fake_vllm
 
@@ -31,7 +32,7 @@ def vllm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FakeVLLM:
 @pytest.fixture
 def engine(vllm: FakeVLLM) -> Iterator[MeasuredVLLM]:
     assert vllm.pids() == []
-    with closing(MeasuredVLLM("org/verifier", DRAFT, dtype="float32")) as engine:
+    with closing(MeasuredVLLM(VLLMSetup("org/verifier", "float32"), DRAFT)) as engine:
         yield engine
 
 
@@ -75,7 +76,7 @@ def test_the_draft_is_loaded_and_log_statistics_are_on(
 
 
 def test_without_a_draft_there_is_nothing_to_count(vllm: FakeVLLM) -> None:
-    with closing(MeasuredVLLM("org/verifier", None, dtype="float32")) as engine:
+    with closing(MeasuredVLLM(VLLMSetup("org/verifier", "float32"), None)) as engine:
         found = engine.run(PROMPTS, SAMPLING, 2)
 
     assert (found.answers, found.num_passes, found.num_accepted) == (ANSWERS, 0, ())
