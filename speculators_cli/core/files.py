@@ -7,8 +7,9 @@ import os
 import shutil
 import socket
 import stat
+import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from itertools import count
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -16,6 +17,7 @@ from typing import Any, BinaryIO
 from speculators_cli.core.errors import MachineError, SettingsError, SpeculatorsError
 
 TEMPORARY = ".tmp-"  # prefix of incomplete files
+LOCK_TRIALS, LOCK_POLL_SECONDS = 3, 0.05
 BUFFER_BYTES = 2**20  # per read
 NUM_PARTS, PART_BYTES = 8, 4096  # sampled parts of a file too large to be read completely
 # Errors after which the next write fails as well. EFBIG is a file size limit of the system.
@@ -188,16 +190,43 @@ def locking(file: Path, *, in_use: Callable[[str], SpeculatorsError]) -> Iterato
     with disk_errors(file.parent):
         descriptor = os.open(file, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
     try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            holder = _read_holder(descriptor)
-            raise in_use(f"process {holder.get('pid')} on `{holder.get('host')}`") from None
+        if not _try_to_lock(descriptor):
+            raise in_use(describe_holder(_read_holder(descriptor)))
         if os.fstat(descriptor).st_nlink == 0:
             raise in_use("a process that ended just now")
         yield Lock(descriptor, file.parent)
     finally:
         os.close(descriptor)
+
+
+def _try_to_lock(descriptor: int) -> bool:
+    """Lock a file, unless another process holds it for longer than `find_holder` does."""
+    for _ in range(LOCK_TRIALS):
+        with suppress(BlockingIOError):
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+        time.sleep(LOCK_POLL_SECONDS)
+    return False
+
+
+def find_holder(file: Path) -> dict[str, Any] | None:
+    """Return what the process that holds a lock has written; None if nobody holds it."""
+    try:
+        descriptor = os.open(file, os.O_RDONLY | os.O_NOFOLLOW)
+    except FileNotFoundError:
+        return None
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return _read_holder(descriptor)
+    finally:
+        os.close(descriptor)
+    return None
+
+
+def describe_holder(holder: Mapping[str, Any]) -> str:
+    """Return a description of the process that holds a lock."""
+    return f"process {holder.get('pid')} on `{holder.get('host')}`"
 
 
 def _read_holder(descriptor: int) -> dict[str, Any]:

@@ -23,6 +23,11 @@ class Place:
     address: str = ""  # of the store, on rank 0 or the launcher; empty for a single process
     port: int = 0
 
+    @property
+    def run(self) -> str:
+        """What the ranks of a run have in common, and other runs at the same time have not."""
+        return f"{self.address}:{self.port}"
+
 
 def read_place(environment: Mapping[str, str]) -> Place:
     """The place given by `RANK`, `WORLD_SIZE` and so on; a single process if they are not set.

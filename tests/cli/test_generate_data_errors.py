@@ -21,6 +21,7 @@ from speculators_cli.core.data.token_shards import read_shard
 from speculators_cli.core.demo.demo import VERIFIER_DIR
 from speculators_cli.core.engines.engine import CapturedStates
 from speculators_cli.core.engines.transformers_engine import TransformersEngine
+from speculators_cli.core.place import Place
 from tests.chat_verifier import CHAT_TEMPLATE, write_chat_verifier, write_rows
 from tests.full_disk import no_file_over
 from tests.run_files import tree
@@ -148,6 +149,21 @@ def test_an_input_without_a_supervised_token_is_shown(generate: Generate) -> Non
     assert "000001: no answer\n    def f1" in err
     assert "def f2" not in err
     assert "hint: Pass `--regenerate`" in err
+
+
+def test_following_the_hint_of_a_failed_run_works(out: Path, generate: Generate) -> None:
+    rows = [{"messages": [USER]}] * 3
+    code, err = generate(rows=rows)
+    assert (code, "hint: Pass `--regenerate`" in err) == (3, True)
+    assert generate(rows=rows)[0] == 3  # again, by the shards that are there
+
+    code, err = generate(*ANSWERING, rows=rows)
+
+    assert code == 0, err
+    assert len(list(out.rglob("0*.pt"))) == 3
+    # Contents that are of use are not replaced.
+    code, err = generate(rows=rows)
+    assert (code, "was generated with other inputs" in err) == (2, True)
 
 
 @pytest.mark.parametrize("flags", [(), ("--total-seq-len", 50)], ids=["verifier", "setting"])
@@ -344,7 +360,7 @@ def test_a_folder_with_other_files_is_refused(out: Path, generate: Generate) -> 
 
 
 def test_a_folder_in_use_is_refused_with_the_process(out: Path, generate: Generate) -> None:
-    with GeneratedFolder(out).locked():
+    with GeneratedFolder(out).locked(Place()):
         code, err = generate()
 
     assert code == 2

@@ -146,7 +146,8 @@ class Regeneration:
         dialogue.turns.append(EngineTurn(prompt, answer.ids, answer.is_truncated))
         # A conversation does not go on after half an answer.
         if not answer.is_truncated:
-            self._advance(dialogue, read_answer(self._tokenizer, answer.ids))
+            ids = [i for i in answer.ids if i not in self._renderer.end_ids]
+            self._advance(dialogue, read_answer(self._tokenizer, ids))
 
     def _finish(self, dialogue: Dialogue) -> Rendered:
         if not dialogue.turns:
@@ -179,7 +180,15 @@ def _is_open(history: Sequence[Message]) -> bool:
 
 
 def read_answer(tokenizer: Any, ids: Sequence[int]) -> Message:
-    """Return an answer as a message for the prompts that follow it."""
+    """Return an answer as a message for the prompts that follow it.
+
+    Special tokens are kept as text: in some tokenizers those around thoughts are special, which
+    chat templates look for to leave thoughts out of later prompts.
+
+    Args:
+        tokenizer: Of the verifier.
+        ids: Without end tokens.
+    """
     text = tokenizer.decode(list(ids), skip_special_tokens=False)
     channels = dict(_CHANNEL.findall(text))
     if channels:
@@ -188,5 +197,4 @@ def read_answer(tokenizer: Any, ids: Sequence[int]) -> Message:
             "content": channels.get("final", "").strip(),
             "thinking": channels.get("analysis", "").strip(),
         }
-    content = tokenizer.decode(list(ids), skip_special_tokens=True)
-    return {"role": "assistant", "content": content.strip()}
+    return {"role": "assistant", "content": text.strip()}

@@ -2,14 +2,21 @@
 
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import closing, nullcontext
+from contextlib import closing
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from speculators_cli.core.capture.engines import Engines
-from speculators_cli.core.capture.generated_folder import agree, remove_leftovers
+from speculators_cli.core.capture.generated_folder import (
+    POLL_SECONDS,
+    accept_contents,
+    agree,
+    refuse_contents,
+    remove_leftovers,
+    wait_for_agreement,
+)
 from speculators_cli.core.capture.job import Job, open_job
 from speculators_cli.core.capture.rendered import RenderCounts, check_left_out
 from speculators_cli.core.capture.report import GenerationReport, StageTime
@@ -20,13 +27,11 @@ from speculators_cli.core.conversations.bad_rows import BadRows
 from speculators_cli.core.conversations.prompt_files import Prompts, open_prompts, read_prompts
 from speculators_cli.core.data.data_config import write_data_config
 from speculators_cli.core.data.token_counts import FILE_NAME, TokenCounts, write_token_freq
-from speculators_cli.core.data.token_shards import MANIFEST_NAME, read_counts, read_shard
+from speculators_cli.core.data.token_shards import read_counts, read_shard
 from speculators_cli.core.errors import DataError
 from speculators_cli.core.files import check_free_space
 from speculators_cli.core.progress import Progress
 from speculators_cli.settings.generate_data import GenerateDataSettings
-
-POLL_SECONDS = 0.2
 
 
 def generate_data(settings: GenerateDataSettings, *, progress: Progress) -> GenerationReport | None:
@@ -48,7 +53,7 @@ def generate_data(settings: GenerateDataSettings, *, progress: Progress) -> Gene
     num_rows = count_rows(prompts, settings)
     is_first = job.place.rank == 0
     with (
-        job.folder.locked() if is_first else nullcontext(),
+        job.folder.locked(job.place),
         closing(Engines(job)) as engines,
     ):
         run = _Run(job, prompts, num_rows, engines, progress)
@@ -59,6 +64,7 @@ def generate_data(settings: GenerateDataSettings, *, progress: Progress) -> Gene
             # All ranks have written all of their files.
             for folder in (job.folder.tokens, job.folder.samples, job.folder.folder):
                 remove_leftovers(folder)
+            job.folder.remove_rank_locks()
     return report
 
 
@@ -128,7 +134,12 @@ class _Run:
             return None
         _wait_for(job.folder.shard(shard) for shard in self._shards)
         seconds = time.perf_counter() - started_at
-        totals = sum_up_tokens(job, self._shards)
+        try:
+            totals = sum_up_tokens(job, self._shards)
+        except DataError:
+            refuse_contents(job.folder.tokens)
+            raise
+        accept_contents(job.folder.tokens)
         new = [read_counts(job.folder.shard(n)) for n in self._shards if n not in before]
         counts = totals.rendered
         return GenerationReport(
@@ -169,6 +180,7 @@ class _Run:
         _wait_for(job.folder.done(shard) for shard in self._shards)
         seconds = time.perf_counter() - started_at
         write_token_freq(self._count_tokens().total(), job.folder.folder / FILE_NAME)
+        accept_contents(job.folder.samples)
         totals = sum_up_states(job, self._shards)
         new = [read_counts(job.folder.shard(shard)) for shard in missing]
         return replace(
@@ -181,9 +193,8 @@ class _Run:
         )
 
     def _agree(self, folder: Path, manifest: Mapping[str, Any]) -> None:
-        if not self._is_first:
-            _wait_for([folder / MANIFEST_NAME])
-        agree(folder, manifest)
+        """Begin or continue a stage; ranks other than the first wait for it to do so."""
+        (agree if self._is_first else wait_for_agreement)(folder, manifest)
 
     def _check_disk(self, shards: Sequence[int]) -> None:
         """Check that the samples of shards fit, before the first one is captured."""

@@ -1,27 +1,40 @@
 """The output folder of `generate-data`: shards of tokens, samples, and their manifests."""
 
 import re
-from collections.abc import Iterator, Mapping
+import shutil
+import time
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from speculators_cli.core.data.token_shards import MANIFEST_NAME, shard_name
+from speculators_cli.core.data.token_shards import (
+    MANIFEST_NAME,
+    is_shard_name,
+    shard_name,
+)
 from speculators_cli.core.errors import DataError, SettingsError
 from speculators_cli.core.files import (
     TEMPORARY,
     check_output_dir,
+    describe_holder,
     disk_errors,
+    find_holder,
     locking,
     replacing,
     write_json,
 )
+from speculators_cli.core.place import Place
 from speculators_cli.core.reading import read_json_object, refusing
 
 DONE_NAME = "done.json"
+REFUSED_NAME = "refused"  # marks contents that a check has refused
 LOCK_NAME = "generate-data.lock"
+RANK_LOCKS = "generate-data.rank*.lock"  # of the ranks other than the first
 SCHEMA_VERSION = 1
+POLL_SECONDS = 0.2
+SAMPLES_OF = re.compile(r"\d{5,}")  # folder of the samples of a shard
 # Incomplete files of a killed run, by the names that are given to them.
 LEFTOVER = re.compile(re.escape(TEMPORARY) + r".+\.(pt|json|safetensors)\.\d+(-\d+)?")
 
@@ -55,8 +68,11 @@ class GeneratedFolder:
         return self.samples_of(number) / DONE_NAME
 
     @contextmanager
-    def locked(self) -> Iterator[None]:
-        """Hold the folder: another run that writes into it is refused.
+    def locked(self, place: Place) -> Iterator[None]:
+        """Hold the folder for a rank: another run that writes into it is refused.
+
+        Each rank has a lock of its own, which is released when its process ends for any reason. The
+        first one is refused while a rank of another run is left.
 
         Raises:
             SettingsError: It cannot be written, or another process is writing into it.
@@ -71,17 +87,33 @@ class GeneratedFolder:
                 hint="Wait for it to end, or choose another folder",
             )
 
-        file = self.folder / LOCK_NAME
+        name = RANK_LOCKS.replace("*", str(place.rank)) if place.rank else LOCK_NAME
+        file = self.folder / name
         with locking(file, in_use=in_use) as lock:
             try:
-                lock.write()
+                lock.write(run=place.run)
+                if place.rank == 0:
+                    self._refuse_other_runs(place.run, in_use)
                 yield
             finally:
                 file.unlink(missing_ok=True)
 
+    def remove_rank_locks(self) -> None:
+        """Remove what killed ranks left, once all ranks have written their files."""
+        for file in self.folder.glob(RANK_LOCKS):
+            file.unlink(missing_ok=True)
+
+    def _refuse_other_runs(self, run: str, in_use: Callable[[str], SettingsError]) -> None:
+        for file in self.folder.glob(RANK_LOCKS):
+            holder = find_holder(file)
+            if holder is not None and holder.get("run") != run:
+                raise in_use(describe_holder(holder))
+
 
 def agree(folder: Path, manifest: Mapping[str, Any]) -> None:
     """Write the manifest of a stage, or check that the folder was begun with the same one.
+
+    Contents of another run are removed if it has refused them itself: they are of no use.
 
     Args:
         folder: Of the stage; created if it is missing.
@@ -91,6 +123,8 @@ def agree(folder: Path, manifest: Mapping[str, Any]) -> None:
         SettingsError: The folder has contents of another run, or of none.
     """
     file = folder / MANIFEST_NAME
+    if (folder / REFUSED_NAME).exists() and not has_manifest(folder, manifest):
+        _remove_contents(folder)
     if not file.exists():
         if folder.exists() and any(not LEFTOVER.fullmatch(x.name) for x in folder.iterdir()):
             raise SettingsError(
@@ -101,9 +135,26 @@ def agree(folder: Path, manifest: Mapping[str, Any]) -> None:
             folder.mkdir(parents=True, exist_ok=True)
         with replacing(file) as temporary:
             write_json({"schema_version": SCHEMA_VERSION, **manifest}, temporary)
-        return
-    with refusing(DataError):
-        before = read_json_object(file)
+    _check_manifest(folder, manifest)
+
+
+def wait_for_agreement(folder: Path, manifest: Mapping[str, Any]) -> None:
+    """Wait until another rank has begun or continued a stage.
+
+    Raises:
+        SettingsError: The folder has contents of another run.
+    """
+    # In this order: refused contents are removed before their mark.
+    while (folder / REFUSED_NAME).exists() or not (folder / MANIFEST_NAME).exists():
+        if has_manifest(folder, manifest):
+            return
+        time.sleep(POLL_SECONDS)
+    _check_manifest(folder, manifest)
+
+
+def _check_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
+    file = folder / MANIFEST_NAME
+    before = read_json(file)
     different = [
         f"  {key}: `{_show(before.get(key))}` then, `{_show(manifest.get(key))}` now"
         for key in sorted(manifest.keys() | before.keys() - {"schema_version"})
@@ -114,6 +165,36 @@ def agree(folder: Path, manifest: Mapping[str, Any]) -> None:
             "\n".join([f"`--output-dir`: `{folder}` was generated with other inputs", *different]),
             hint="Choose another `--output-dir`, or rerun the command that it was begun with",
         )
+
+
+def has_manifest(folder: Path, manifest: Mapping[str, Any]) -> bool:
+    """Whether the folder of a stage was begun with this manifest."""
+    file = folder / MANIFEST_NAME
+    return file.exists() and read_json(file) == {"schema_version": SCHEMA_VERSION, **manifest}
+
+
+def refuse_contents(folder: Path) -> None:
+    """Mark the contents of a stage as useless: a run with other inputs may replace them."""
+    with disk_errors(folder):
+        (folder / REFUSED_NAME).touch()
+
+
+def accept_contents(folder: Path) -> None:
+    """Say that the contents of a stage have passed all checks."""
+    (folder / REFUSED_NAME).unlink(missing_ok=True)
+
+
+def _remove_contents(folder: Path) -> None:
+    """Remove the files of a stage: its manifest before all others, their mark after them."""
+    with disk_errors(folder):
+        (folder / MANIFEST_NAME).unlink(missing_ok=True)
+        for path in list(folder.iterdir()):
+            if is_shard_name(path.name):
+                path.unlink()
+            elif SAMPLES_OF.fullmatch(path.name) and path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+        remove_leftovers(folder)
+        (folder / REFUSED_NAME).unlink()
 
 
 def remove_leftovers(folder: Path) -> None:

@@ -69,10 +69,10 @@ class Renderer:
     ) -> None:
         self.prompts = PromptRenderer(tokenizer, thinking=thinking, vocab_size=vocab_size)
         self.template, self._encoder = self.prompts.template, self.prompts.encoder
-        self._end_ids = frozenset(end_ids)
-        ids = np.array(sorted(self._end_ids), np.int32)
+        self.end_ids = frozenset(end_ids)
+        ids = np.array(sorted(self.end_ids), np.int32)
         added = tokenizer.added_tokens_decoder
-        self._end_token = compile_tokens(added[i].content for i in self._end_ids if i in added)
+        self._end_token = compile_tokens(added[i].content for i in self.end_ids if i in added)
         self._max_tokens = max_tokens
         self._finder = AnswerFinder(tokenizer, self._encoder, self.template, ids)
         self._check = GenerationCheck(self.template, self._encoder, ids, num_rows=num_checked)
@@ -170,7 +170,7 @@ class Renderer:
                     builder.left_out.append(span)
                     continue
                 mask[span] = True
-                num_without_end += int(ids[span.stop - 1]) not in self._end_ids
+                num_without_end += int(ids[span.stop - 1]) not in self.end_ids
             if mask.any():
                 self._check.check(texts.row, ids, mask)
                 builder.add(texts.row.name, ids, mask, text=shorten(texts.row.full))

@@ -1,12 +1,14 @@
 """Stage 2: from shards of tokens to samples with hidden states."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 from speculators_cli.core.capture.engines import Engines
 from speculators_cli.core.capture.generated_folder import (
     DONE_NAME,
     read_json,
+    refuse_contents,
     remove_leftovers,
 )
 from speculators_cli.core.capture.job import Job
@@ -108,10 +110,20 @@ class StateStage:
             packed = pack(rows, storage)
             states = self.engines.capturer.capture(packed)
             if self.num_tokens == 0:
-                self._check_first(packed, states)
+                with self._refusing():
+                    self._check_first(packed, states)
             writer.add(rows, states, written)
             self.num_tokens += len(packed.input_ids)
         writer.finish(written)
+
+    @contextmanager
+    def _refusing(self) -> Iterator[None]:
+        """Let a run with another engine replace states that cannot be right."""
+        try:
+            yield
+        except MachineError:
+            refuse_contents(self.job.folder.samples)
+            raise
 
     def _check_first(self, packed: Packed, states: CapturedStates) -> None:
         check_layers(states, self.job.layer_ids)
@@ -127,6 +139,7 @@ class StateStage:
         if num_broken == num_rows > 0 or (
             num_broken >= MIN_NON_FINITE and num_broken > MAX_NON_FINITE_SHARE * num_rows
         ):
+            refuse_contents(self.job.folder.samples)
             raise MachineError(
                 f"{num_broken:,} of {num_rows:,} samples have hidden states that are not finite, "
                 f"such as `{shard.non_finite[0]}`",

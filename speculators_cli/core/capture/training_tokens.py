@@ -6,7 +6,7 @@ from contextlib import contextmanager
 
 from speculators_cli.core.capture.generate import generate_data
 from speculators_cli.core.capture.generated_folder import GeneratedFolder
-from speculators_cli.core.errors import SettingsError
+from speculators_cli.core.errors import DataError, SettingsError
 from speculators_cli.core.progress import Progress
 from speculators_cli.settings.generate_data import GenerateDataSettings
 from speculators_cli.settings.train import TrainSettings
@@ -67,3 +67,9 @@ def _naming_the_save_path() -> Iterator[None]:
         )
         message, hint = texts
         raise SettingsError(message, hint=hint or None) from None
+    except DataError as error:
+        hint = (error.hint or "").replace(
+            "Pass `--regenerate`",
+            "Write the tokens with `speculators generate-data --tokens-only --regenerate`",
+        )
+        raise DataError(error.message, hint=hint or None) from None

@@ -18,6 +18,7 @@ from speculators_cli.core.engines.sampling import seed_of
 from tests.unit.capture.chat_templates import (
     BASE,
     CHATML,
+    DEEPSEEK_R1,
     HARMONY,
     QWEN_3,
     Family,
@@ -313,7 +314,7 @@ def test_an_answer_of_harmony_is_read_by_channel() -> None:
     tokenizer = make_tokenizer(HARMONY)
     text = (
         "<|channel|>analysis<|message|>2 + 3 <|end|><|start|>assistant"
-        "<|channel|>final<|message|> Five.<|return|>"
+        "<|channel|>final<|message|> Five."
     )
 
     message = read_answer(tokenizer, tokenizer(text)["input_ids"])
@@ -322,11 +323,28 @@ def test_an_answer_of_harmony_is_read_by_channel() -> None:
 
 
 def test_an_answer_is_read_without_its_end_token() -> None:
-    tokenizer = make_tokenizer(CHATML)
+    rows = [chat(user("Two?"), assistant("-"), user("Three?"))]
+    replies = {"Two?": " Zwei.\n<|im_end|>", "Three?": "Drei.<|im_end|>"}
 
-    message = read_answer(tokenizer, tokenizer(" Five.\n<|im_end|>")["input_ids"])
+    _, answerer, _ = regenerate(rows, replies)
 
-    assert message == assistant("Five.")
+    assert answerer.calls[1][0].count("<|im_start|>assistant\nZwei.<|im_end|>") == 1
+
+
+def test_thoughts_between_special_tokens_are_left_out_of_later_prompts() -> None:
+    # Without the tokens around them, the template could not tell them from the answer.
+    rows = [chat(user("Two?"), assistant("-"), user("Three?"))]
+    replies = {
+        "Two?": "add</think>Zwei.</s>",
+        "Three?": "add</think>Drei.</s>",
+    }
+
+    (rendered,), answerer, tokenizer = regenerate(rows, replies, family=DEEPSEEK_R1)
+
+    ids = tokenizer("<think>add</think>")["input_ids"]
+    assert "think" not in tokenizer.decode(ids, skip_special_tokens=True)
+    assert answerer.calls[1] == ["<s><U>Two?<A>Zwei.</s><U>Three?<A><think>\n"]
+    assert len(rendered.rows) == 2
 
 
 def test_sources_with_answers_of_their_own_are_rendered_as_given() -> None:

@@ -9,13 +9,17 @@ import pytest
 from speculators_cli.core.capture.generated_folder import (
     LOCK_NAME,
     GeneratedFolder,
+    accept_contents,
     agree,
     read_json,
+    refuse_contents,
     remove_leftovers,
 )
 from speculators_cli.core.data.token_shards import MANIFEST_NAME
 from speculators_cli.core.errors import DataError, SettingsError
+from speculators_cli.core.place import Place
 
+ALONE = Place()
 MANIFEST = {"verifier": "some/verifier", "seed": 3, "layer_ids": [2, 4], "split": None}
 
 
@@ -111,9 +115,9 @@ def test_a_second_run_is_refused_with_the_process_of_the_first(tmp_path: Path) -
     folder = GeneratedFolder(tmp_path / "out")
 
     with (
-        folder.locked(),
+        folder.locked(ALONE),
         pytest.raises(SettingsError, match=f"being written by process {os.getpid()} on `"),
-        GeneratedFolder(tmp_path / "out").locked(),
+        GeneratedFolder(tmp_path / "out").locked(ALONE),
     ):
         pass
 
@@ -123,7 +127,7 @@ def test_a_second_run_is_refused_with_the_process_of_the_first(tmp_path: Path) -
 
 def test_the_lock_goes_with_the_block_however_it_ends(tmp_path: Path) -> None:
     def fail_in_the_block() -> None:
-        with GeneratedFolder(tmp_path).locked():
+        with GeneratedFolder(tmp_path).locked(ALONE):
             assert (tmp_path / LOCK_NAME).exists()
             raise RuntimeError("in the block")
 
@@ -131,14 +135,14 @@ def test_the_lock_goes_with_the_block_however_it_ends(tmp_path: Path) -> None:
         fail_in_the_block()
 
     assert not (tmp_path / LOCK_NAME).exists()
-    with GeneratedFolder(tmp_path).locked():
+    with GeneratedFolder(tmp_path).locked(ALONE):
         assert read_json(tmp_path / LOCK_NAME)["pid"] == os.getpid()
 
 
 def test_a_lock_that_a_killed_run_left_is_taken(tmp_path: Path) -> None:
     (tmp_path / LOCK_NAME).write_text('{"pid": 1, "host": "elsewhere"}')
 
-    with GeneratedFolder(tmp_path).locked():
+    with GeneratedFolder(tmp_path).locked(ALONE):
         assert read_json(tmp_path / LOCK_NAME)["pid"] == os.getpid()
 
     assert list(tmp_path.iterdir()) == []
@@ -149,7 +153,7 @@ def test_a_file_in_place_of_the_folder_is_refused(tmp_path: Path) -> None:
 
     with (
         pytest.raises(SettingsError, match=r"`--output-dir`: .* is not a folder"),
-        GeneratedFolder(tmp_path / "out").locked(),
+        GeneratedFolder(tmp_path / "out").locked(ALONE),
     ):
         pass
 
@@ -160,3 +164,92 @@ def test_paths_are_of_the_number_of_the_shard() -> None:
     assert folder.shard(7) == Path("out/tokens/tokens-00007.safetensors")
     assert folder.samples_of(7) == Path("out/samples/00007")
     assert folder.done(7) == Path("out/samples/00007/done.json")
+
+
+def rank_of_run(rank: int, port: int) -> Place:
+    return Place(rank, 4, rank, 4, "localhost", port)
+
+
+def test_ranks_of_a_run_hold_the_folder_together(tmp_path: Path) -> None:
+    folder = GeneratedFolder(tmp_path)
+
+    with (
+        folder.locked(rank_of_run(2, 1)),
+        folder.locked(rank_of_run(0, 1)),
+        folder.locked(rank_of_run(1, 1)),
+    ):
+        assert len(list(tmp_path.iterdir())) == 3
+
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("first", [ALONE, rank_of_run(0, 2)], ids=["alone", "several"])
+def test_a_run_is_refused_while_a_rank_of_another_is_left(tmp_path: Path, first: Place) -> None:
+    folder = GeneratedFolder(tmp_path)
+
+    with (
+        folder.locked(rank_of_run(3, 1)),
+        pytest.raises(SettingsError, match=f"being written by process {os.getpid()} on `"),
+        folder.locked(first),
+    ):
+        pass
+
+    with folder.locked(first):
+        pass
+
+
+def test_two_processes_of_one_rank_are_refused(tmp_path: Path) -> None:
+    folder = GeneratedFolder(tmp_path)
+
+    with (
+        folder.locked(rank_of_run(3, 1)),
+        pytest.raises(SettingsError, match="is being written"),
+        folder.locked(rank_of_run(3, 1)),
+    ):
+        pass
+
+
+def test_the_lock_of_a_killed_rank_is_of_no_effect(tmp_path: Path) -> None:
+    (tmp_path / "generate-data.rank3.lock").write_text('{"pid": 1, "host": "x", "run": "other"}')
+
+    with GeneratedFolder(tmp_path).locked(ALONE):
+        pass
+
+
+def test_refused_contents_are_replaced_by_a_run_with_other_inputs(tmp_path: Path) -> None:
+    folder = tmp_path / "out"
+    agree(folder, MANIFEST)
+    (folder / "tokens-00000.safetensors").write_text("useless")
+    (folder / ".tmp-tokens-00001.safetensors.4711").write_text("incomplete")
+    (folder / "00000").mkdir()
+    (folder / "00000" / "000001.pt").write_text("useless")
+    refuse_contents(folder)
+
+    agree(folder, MANIFEST)
+    assert (folder / "tokens-00000.safetensors").exists()
+    agree(folder, MANIFEST | {"seed": 4})
+
+    assert [file.name for file in folder.iterdir()] == [MANIFEST_NAME]
+    assert read_json(folder / MANIFEST_NAME)["seed"] == 4
+
+
+def test_files_of_others_are_never_removed_with_refused_contents(tmp_path: Path) -> None:
+    folder = tmp_path / "out"
+    agree(folder, MANIFEST)
+    (folder / "mine.txt").write_text("mine")
+    refuse_contents(folder)
+
+    with pytest.raises(SettingsError, match="did not write"):
+        agree(folder, MANIFEST | {"seed": 4})
+
+    assert (folder / "mine.txt").read_text() == "mine"
+
+
+def test_contents_that_pass_at_last_are_not_replaced(tmp_path: Path) -> None:
+    folder = tmp_path / "out"
+    agree(folder, MANIFEST)
+    refuse_contents(folder)
+    accept_contents(folder)
+
+    with pytest.raises(SettingsError, match="seed: `3` then, `4` now"):
+        agree(folder, MANIFEST | {"seed": 4})
