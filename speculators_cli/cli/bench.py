@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 from speculators_cli.cli.imports import importing
 from speculators_cli.cli.options import with_settings
 from speculators_cli.cli.output import Output, format_speed
+from speculators_cli.cli.train_plan import describe_disk
 from speculators_cli.core.files import format_bytes
 from speculators_cli.settings.bench import BenchSettings
 
@@ -55,6 +56,7 @@ def show(report: "BenchReport", output: Output) -> None:
     if report.capture_ms is not None:
         share = f"{report.capture_share:.0%}"
         rows.insert(3, ("capture", f"{report.capture_ms:,.1f} ms per step, {share} of the time"))
+        rows[4:4] = _stored(report)
     if report.peak_memory_bytes is not None:
         rows.insert(4, ("peak memory", format_bytes(report.peak_memory_bytes)))
     if report.launch_ms is not None:
@@ -67,6 +69,19 @@ def show(report: "BenchReport", output: Output) -> None:
             ("kernels", "ms/step"),
             [(kind, f"{ms:.1f}") for kind, ms in report.split_ms.items()],
         )
+
+
+def _stored(report: "BenchReport") -> list[tuple[str, str]]:
+    if report.disk is None:
+        return []
+    rows = [("disk", describe_disk(report.disk))]
+    for stored in report.stored:
+        when = "never faster than capture"
+        if stored.num_epochs is not None:
+            when = f"faster than capture from {stored.num_epochs:,} epochs on"
+        name = "stored in float8" if stored.is_float8 else "stored"
+        rows.append((name, f"{stored.step_ms:,.1f} ms per step, {when}"))
+    return rows
 
 
 def _useful(report: "BenchReport") -> str:

@@ -8,6 +8,8 @@ from speculators_cli.core.files import format_bytes
 from speculators_cli.settings.train import TrainSettings
 
 if TYPE_CHECKING:
+    from speculators_cli.core.data.disk_speed import DiskSpeed
+    from speculators_cli.core.training.capture_options import CaptureOption
     from speculators_cli.core.training.plan import TrainPlan
 
 
@@ -72,7 +74,27 @@ def _capture(found: "TrainPlan") -> list[tuple[str, str]]:
     if capture.seconds_if_all_were_stored is not None:
         stored += f", {format_duration(capture.seconds_if_all_were_stored)} with their capture"
     rows.append(("if states were stored", stored))
-    return rows
+    if capture.disk is not None:
+        rows.append(("disk", describe_disk(capture.disk)))
+    return rows + [_option(option, capture.best_option) for option in capture.options]
+
+
+def _option(option: "CaptureOption", best: str | None) -> tuple[str, str]:
+    text = format_duration(option.seconds)
+    if option.disk_bytes:
+        text += f", {format_bytes(option.disk_bytes)}"
+    if option.name == best:
+        text += " (best)"
+    elif not option.fits:
+        text += " (does not fit on this disk)"
+    return option.name, text
+
+
+def describe_disk(disk: "DiskSpeed") -> str:
+    """Return the measured speed of a disk."""
+    read, written = disk.read_bytes_per_second, disk.written_bytes_per_second
+    cache = "" if disk.bypasses_cache else "; the page cache was not bypassed"
+    return f"{format_bytes(int(read))}/s read, {format_bytes(int(written))}/s written{cache}"
 
 
 def _memory(needed: int | None, available: int | None) -> str | None:

@@ -1,5 +1,6 @@
 """Every setting of `speculators bench`."""
 
+from pathlib import Path
 from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
@@ -80,9 +81,20 @@ class BenchStepSettings(Settings):
         "`train --capture online`",
     )
     capture_compute_dtype: ComputeInFloat8 = "auto"
+    disk_dir: Path | None = Field(
+        None,
+        description="Folder on whose disk hidden states could be stored, to compare with capture: "
+        "its speed is measured with a scratch file",
+    )
     device: Device = "auto"
     compute_dtype: ComputeDtype = "auto"
     kernels: Kernels = "auto"
+
+    @model_validator(mode="after")
+    def _disk_is_compared_with_capture(self) -> Self:
+        if self.disk_dir is not None and not self.capture:
+            raise ValueError("`--disk-dir` needs `--capture`")
+        return self
 
 
 class BenchSamplesSettings(Settings):

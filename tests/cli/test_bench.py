@@ -65,11 +65,17 @@ def test_capture_is_timed_apart(tiny: TinyInputs, capsys: pytest.CaptureFixture[
     flags = ["--verifier-name-or-path", str(tiny.verifier_dir), "--device", "cpu", *SMALL]
 
     reports = []
-    for more in ([], ["--capture"]):
+    for more in ([], ["--capture"], ["--capture", "--disk-dir", str(tiny.folder)]):
         assert run(["bench", "--json", *flags, *more]) == 0
         reports.append(json.loads(capsys.readouterr().out))
 
-    plain, captured = reports
+    plain, captured, compared = reports
+    assert (captured["disk"], captured["stored"]) == (None, [])
+    assert compared["disk"]["read_bytes_per_second"] > 0
+    whole, in_float8 = compared["stored"]
+    # Rows of 24 values: 2 bytes each, or 1 and a scale of 4 for all.
+    assert whole["num_bytes"] * 28 == in_float8["num_bytes"] * 48 > 0
+    assert whole["step_ms"] < compared["step_ms"]
     assert plain["capture_ms"] is None
     assert 0 < captured["capture_ms"] < captured["step_ms_max"]
     assert 0 < captured["capture_share"] < 1
@@ -94,6 +100,7 @@ def test_samples_of_another_size_are_refused(
         "--data-path . --supervised-fraction 0.2",
         "--data-path . --num-documents 1",
         "--total-seq-len 64 --num-documents 17",
+        "--disk-dir .",
     ],
 )
 def test_what_would_be_ignored_is_refused(flags: str, capsys: pytest.CaptureFixture[str]) -> None:

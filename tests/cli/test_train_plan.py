@@ -130,6 +130,18 @@ def test_a_plan_knows_capture_and_its_alternatives(
     # 36 of 40 rows are trained on, with 3 aux layers and 24 numbers of 2 bytes.
     tokens_trained = sum(len(row.input_ids) for row in rows)
     assert captures[0]["stored_bytes"] == pytest.approx(4 * 24 * 2 * tokens_trained * 0.9, rel=0.2)
+    for plan in captures:
+        options = {option["name"]: option for option in plan["options"]}
+        assert plan["disk"]["read_bytes_per_second"] > 0
+        best = min(options.values(), key=lambda option: option["seconds"])
+        assert plan["best_option"] == best["name"]
+    assert set(options) == {"online", "stored", "stored in float8", "online with cache"}
+    assert options["online with cache"]["seconds"] >= 0.99 * plans[2]["seconds"]
     assert not (tiny.folder / "cache").exists()
+    names = {path.name for path in tokens.iterdir()}
+    assert names == {"manifest.json", "tokens-00000.safetensors"}
     assert run(["train", "--plan", *more[1]]) == 0
-    assert "if states were stored" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "if states were stored" in out
+    assert "/s written" in out
+    assert out.count("(best)") == 1

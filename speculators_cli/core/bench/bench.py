@@ -18,9 +18,11 @@ from speculators_cli.core.algorithms.draft_model import StepSums
 from speculators_cli.core.bench.profile import KernelTimes, profile_steps
 from speculators_cli.core.bench.random_engine import build_engine
 from speculators_cli.core.bench.shapes import find_shape
+from speculators_cli.core.bench.stored_step import StoredStep
 from speculators_cli.core.bench.synthetic import SyntheticLoader
 from speculators_cli.core.data.batch import Batch
 from speculators_cli.core.data.data_config import LayerIds, default_layer_ids
+from speculators_cli.core.data.disk_speed import DiskSpeed, measure_disk
 from speculators_cli.core.data.loader import BatchSource
 from speculators_cli.core.data.source import SampleSource
 from speculators_cli.core.data.sources import Request, open_samples
@@ -73,6 +75,8 @@ class BenchReport:
     data_wait_share: float
     capture_ms: float | None  # per step, mean; None if hidden states are not computed
     capture_share: float | None  # of the time of steps
+    disk: DiskSpeed | None  # of `--disk-dir`
+    stored: tuple[StoredStep, ...]  # the step if hidden states were stored on that disk
     launch_ms: float | None  # host time per step, without the copy of the next batch
     idle_share: float | None  # fraction of the last profiled step without a running kernel
     split_ms: dict[str, float] | None  # by kind of kernel
@@ -259,6 +263,21 @@ def _report(
     device_name = torch.cuda.get_device_name() if is_cuda else "cpu"
     gpu = find_gpu(device_name)
     per_second = flops / step_ms * 1e3
+    disk = measure_disk(settings.step.disk_dir) if settings.step.disk_dir else None
+    stored: tuple[StoredStep, ...] = ()
+    if disk is not None and times.capture_ms is not None:
+        num_targets = round(sum(part.num_targets for part in work) / num_steps)
+        counts = (round(num_tokens), num_targets, config.num_aux_layers)
+        stored = tuple(
+            StoredStep.of(
+                CaptureCost(verifier).count_stored_bytes(*counts, is_float8=is_float8),
+                disk,
+                step_ms=step_ms,
+                capture_ms=times.capture_ms,
+                is_float8=is_float8,
+            )
+            for is_float8 in (False, True)
+        )
     return BenchReport(
         verifier=verifier.name_or_path,
         device=device_name,
@@ -283,6 +302,8 @@ def _report(
         capture_share=None
         if times.capture_ms is None
         else times.capture_ms * len(times.step_ms) / sum(times.step_ms),
+        disk=disk,
+        stored=stored,
         launch_ms=launch_ms,
         idle_share=kernels.idle_share if kernels else None,
         split_ms=kernels.split_ms if kernels else None,

@@ -62,7 +62,13 @@ class CaptureCost:
             "capture_buffers": max(buffers - needed_in_step, 0),
         }
 
-    def count_stored_bytes(self, num_tokens: int, num_targets: int, num_aux_layers: int) -> int:
-        """Size of the hidden states of samples, stored in bfloat16 at supervised tokens."""
+    def count_stored_bytes(
+        self, num_tokens: int, num_targets: int, num_aux_layers: int, *, is_float8: bool = False
+    ) -> int:
+        """Size of the hidden states of samples, stored at supervised tokens.
+
+        In bfloat16, or in float8 with a scale of 4 bytes per token and layer.
+        """
         rows = num_tokens * num_aux_layers + num_targets
-        return BYTES * rows * self.verifier.hidden_size
+        size = self.verifier.hidden_size
+        return rows * (size + 4 if is_float8 else BYTES * size)

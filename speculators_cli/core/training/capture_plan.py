@@ -3,10 +3,18 @@
 from dataclasses import dataclass
 
 from speculators_cli.core.algorithms.cost import Gpu
+from speculators_cli.core.data.disk_speed import DiskSpeed, measure_disk
 from speculators_cli.core.data.packing import PackingPlan
 from speculators_cli.core.engines.cost import CaptureCost
 from speculators_cli.core.engines.devices import choose_dtype
 from speculators_cli.core.training.cache_choice import choose_cache
+from speculators_cli.core.training.capture_options import (
+    Cached,
+    CaptureOption,
+    CaptureTimes,
+    compare_options,
+    find_best,
+)
 from speculators_cli.core.training.distributed import Ranks
 from speculators_cli.core.training.inputs import Inputs
 from speculators_cli.settings.train import TrainSettings
@@ -23,6 +31,9 @@ class CapturePlan:
     cached_share: float  # of the samples' tokens
     cache_bytes: int
     verifier_bytes_per_gpu: int  # weights of its layers
+    disk: DiskSpeed | None  # of the cache, else of the samples; None: it cannot be measured
+    options: tuple[CaptureOption, ...]  # none if the disk or the GPU is unknown
+    best_option: str | None
 
 
 def plan_capture(
@@ -62,18 +73,30 @@ def plan_capture(
     per_epoch = flops + cost.count_flops(validation)
     needed = per_epoch * (1 + max(epochs - 1, 0) * (1 - cached_share))
     seconds = stored = None
+    disk = measure_disk(settings.capture.cache_dir or settings.data.data_path[0])
+    options: tuple[CaptureOption, ...] = ()
+    counts = (samples.num_tokens, samples.num_supervised_tokens, samples.num_aux_layers)
+    stored_bytes = {
+        "stored": cost.count_stored_bytes(*counts),
+        "stored in float8": cost.count_stored_bytes(*counts, is_float8=True),
+    }
     if gpu is not None:
         seconds = cost.estimate_seconds(needed, gpu.flops) / ranks.num_ranks
         once = cost.estimate_seconds(per_epoch, gpu.flops) / ranks.num_ranks
         stored = None if step_seconds is None else step_seconds + once
+        if step_seconds is not None and disk is not None and epochs:
+            cached = Cached(cached_share, cache_bytes) if settings.capture.cache_dir else None
+            times = CaptureTimes(step_seconds, once, epochs)
+            options = compare_options(times, disk, stored_bytes, cached)
     return CapturePlan(
         useful_tflop_per_step=flops / max(packed.num_steps, 1) / ranks.num_ranks / 1e12,
         seconds=seconds,
         seconds_if_all_were_stored=stored,
-        stored_bytes=cost.count_stored_bytes(
-            samples.num_tokens, samples.num_supervised_tokens, samples.num_aux_layers
-        ),
+        stored_bytes=stored_bytes["stored"],
         cached_share=cached_share,
         cache_bytes=cache_bytes,
         verifier_bytes_per_gpu=2 * cost.num_layer_parameters,
+        disk=disk,
+        options=options,
+        best_option=find_best(options),
     )

@@ -71,7 +71,9 @@ class TrainPlan:
 def plan(
     settings: TrainSettings, *, num_ranks: int | None = None, progress: Progress = SILENT
 ) -> TrainPlan:
-    """Read headers, pack an epoch, and estimate; loads no weights and writes nothing.
+    """Read headers, pack an epoch, and estimate; loads no weights.
+
+    Nothing is written but a scratch file of a moment, to measure the disk for online capture.
 
     Args:
         settings: Settings of the run.
