@@ -12,6 +12,7 @@ from speculators_cli.settings.base import (
     Settings,
     VerifierDtype,
 )
+from speculators_cli.settings.vllm import VLLMArgs, VLLMPython
 
 UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
@@ -41,6 +42,18 @@ class CaptureSettings(Settings):
         "float32 on CPU",
     )
     capture_compute_dtype: ComputeInFloat8 = "auto"
+    capture_engine: Literal["transformers", "vllm"] = Field(
+        "transformers",
+        description="Engine of online capture: transformers in the ranks, or vllm in a process of "
+        "its own, on GPUs that no rank trains on",
+    )
+    capture_gpus: int = Field(
+        1,
+        ge=1,
+        description="GPUs of the machine for vLLM, the last visible ones, which share each layer",
+    )
+    vllm_python: VLLMPython = None
+    vllm_args: VLLMArgs = ""
     shard_verifier: bool = Field(
         False,
         description="Shard the verifier's layers across the GPUs of a machine in online capture, "
@@ -61,6 +74,25 @@ class CaptureSettings(Settings):
         description="Precision of cached hidden states, to which all computed ones are rounded; "
         "float8 is e4m3 with a scale per token and layer; default: that of the verifier",
     )
+
+    @property
+    def is_apart(self) -> bool:
+        """Whether other processes than the ranks compute hidden states."""
+        return self.capture_engine == "vllm"
+
+    @model_validator(mode="after")
+    def _engine_has_its_flags(self) -> Self:
+        if self.is_apart:
+            if self.shard_verifier or self.capture_compute_dtype != "auto":
+                raise ValueError(
+                    "`--shard-verifier` and `--capture-compute-dtype` need "
+                    "`--capture-engine transformers`"
+                )
+        elif self.model_fields_set & {"capture_gpus", "vllm_python", "vllm_args"}:
+            raise ValueError(
+                "`--capture-gpus`, `--vllm-python` and `--vllm-args` need `--capture-engine vllm`"
+            )
+        return self
 
     @model_validator(mode="after")
     def _cache_has_a_folder(self) -> Self:

@@ -142,14 +142,14 @@ def test_a_killed_engine_is_restarted_with_the_rest(
     found: dict[int, list[int]] = {}
     for x in engine.answer([Prompt(ids, 0) for ids in prompts], GREEDY):
         if not found:
-            assert engine._process is not None
-            child = engine._process._process.pid
+            assert engine._runner._process is not None
+            child = engine._runner._process._process.pid
             [core] = [pid for pid in children(child) if "EngineCore" in name_of(pid)]
             os.kill(core, signal.SIGKILL)
         found[x.index] = list(x.ids)
 
     assert [found[index] for index in range(NUM_PROMPTS)] == expected
-    assert engine._num_restarts == 1
+    assert engine._runner._num_restarts == 1
 
 
 def test_states_equal_transformers(
@@ -189,8 +189,8 @@ def test_a_second_capture_leaves_no_file(engine: VLLMEngine, prompts: list[list[
     two = engine.capture(Packed(torch.cat([ids, ids]), [len(ids)] * 2, torch.tensor([0])))
 
     torch.testing.assert_close(one.aux, two.aux[: len(ids)], rtol=0, atol=ATOL)
-    assert engine._states_dir is not None
-    assert list(engine._states_dir.iterdir()) == []
+    assert engine._runner._states_dir is not None
+    assert list(engine._runner._states_dir.iterdir()) == []
 
 
 def test_a_server_of_vllm_answers_the_same(

@@ -103,7 +103,12 @@ def _plan(
             padded_to = min(-(-num_tokens // CACHED_STEP) * CACHED_STEP, padded_to)
     given = plan_input(documents, targets, shift=alignment.shift, padded_to=padded_to)
     slots = tuple(x.slot for x in samples if not x.is_cached)
-    return replace(given, places=places, slots=slots if any(slots) else ())
+    return replace(
+        given,
+        sample_ids=tuple(x for x, own in zip(batch.sample_ids, is_fresh, strict=True) if own),
+        places=places,
+        slots=slots if any(slots) else (),
+    )
 
 
 def without_states(input_ids: Tensor, loss_mask: Tensor) -> Sample:

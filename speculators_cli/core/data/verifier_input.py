@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
 from pathlib import Path
-from typing import Self
+from typing import Protocol, Self
 
 import torch
 from torch import Tensor
@@ -27,6 +27,8 @@ class VerifierInput:
     is_padded: bool
     num_positions: tuple[int, ...]  # of each document, without padding
     num_targets: tuple[int, ...]
+    sample_ids: tuple[int, ...] = ()  # of each document, without padding
+    ticket: "Ticket | None" = None  # of states that are on their way already
     places: "Places | None" = None  # in a batch that has other hidden states already
     slots: tuple["CacheSlot | None", ...] = ()  # of the documents, to write their states to
 
@@ -42,6 +44,13 @@ class VerifierInput:
             if self.places is None
             else Places(change(self.places.positions), change(self.places.targets)),
         )
+
+
+class Ticket(Protocol):
+    """States that were requested ahead."""
+
+    def cancel(self) -> None:
+        """Say that nobody waits for them."""
 
 
 @dataclass(frozen=True)

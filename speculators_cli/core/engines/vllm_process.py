@@ -30,6 +30,7 @@ OWN_ENVIRONMENT = {
     "VLLM_WORKER_MULTIPROCESSING_METHOD": "spawn",  # the child has threads
     "VLLM_NO_USAGE_STATS": "1",
 }
+NO_CHANGE: Mapping[str, str] = {}
 # Warnings may name errors that vLLM has passed over.
 HARMLESS = re.compile(r"\b(?:WARNING|INFO|DEBUG) \d")
 FIRST_ERROR = re.compile(r"\b[\w.]*(?:Error|Exception): \S.*|\berror: \S.*")
@@ -47,9 +48,18 @@ class VLLMProcess:
         mode: A mode of the child.
         job: What the mode needs.
         log_file: Its output is appended there.
+        environment: Variables that it has in place of ours.
     """
 
-    def __init__(self, python: Path, mode: str, job: Mapping[str, Any], *, log_file: Path) -> None:
+    def __init__(
+        self,
+        python: Path,
+        mode: str,
+        job: Mapping[str, Any],
+        *,
+        log_file: Path,
+        environment: Mapping[str, str] = NO_CHANGE,
+    ) -> None:
         self.log_file = log_file
         self._is_ended = False
         self._replies: queue.SimpleQueue[dict[str, Any] | None] = queue.SimpleQueue()
@@ -63,7 +73,7 @@ class VLLMProcess:
                     stdout=log,
                     stderr=subprocess.STDOUT,
                     pass_fds=[theirs],
-                    env=child_environment(python),
+                    env={**child_environment(python), **environment},
                     start_new_session=True,  # a Ctrl-C is for this process; ends as one group
                 )
         except BaseException:

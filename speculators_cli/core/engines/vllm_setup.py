@@ -16,6 +16,7 @@ class VLLMSetup:
         tensor_parallel_size: GPUs that a layer is split over.
         args: More flags of the engine, from `parse_vllm_args`.
         trust_remote_code: Whether custom code from the verifier's repository may run.
+        gpus: It sees only these, as in `CUDA_VISIBLE_DEVICES`; None: those that we see.
     """
 
     verifier: str
@@ -24,6 +25,12 @@ class VLLMSetup:
     tensor_parallel_size: int = 1
     args: Sequence[str] = ()
     trust_remote_code: bool = False
+    gpus: Sequence[str] | None = None
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """Variables of its process."""
+        return {} if self.gpus is None else {"CUDA_VISIBLE_DEVICES": ",".join(self.gpus)}
 
     @property
     def flags(self) -> list[str]:

@@ -97,8 +97,9 @@ def build_trainer(
             total_steps=total_steps,
             settings=settings.schedule,
         ),
-        loader=loader,
-        validation_loader=validation_loader,
+        loader=read_ahead(loader, inputs.samples, live),
+        validation_loader=validation_loader
+        and read_ahead(validation_loader, inputs.validation_samples, live),
         state=start.state,
         num_epochs=settings.run.epochs,
         total_steps=total_steps,
@@ -120,6 +121,13 @@ def build_trainer(
             start_up=start_up,
         ),
     )
+
+
+def read_ahead(
+    loader: BatchSource, samples: SampleSource, live: LiveVerifier | None
+) -> BatchSource:
+    """The loader, or one that requests hidden states of live samples ahead."""
+    return live.read_ahead(loader, samples) if live is not None and samples.is_live else loader
 
 
 def check_all_samples(

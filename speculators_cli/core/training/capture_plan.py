@@ -72,7 +72,7 @@ def plan_capture(
     ]
     per_epoch = flops + cost.count_flops(validation)
     needed = per_epoch * (1 + max(epochs - 1, 0) * (1 - cached_share))
-    seconds = stored = None
+    seconds, stored, is_apart = None, None, settings.capture.is_apart
     disk = measure_disk(settings.capture.cache_dir or settings.data.data_path[0])
     options: tuple[CaptureOption, ...] = ()
     counts = (samples.num_tokens, samples.num_supervised_tokens, samples.num_aux_layers)
@@ -81,12 +81,13 @@ def plan_capture(
         "stored in float8": cost.count_stored_bytes(*counts, is_float8=True),
     }
     if gpu is not None:
-        seconds = cost.estimate_seconds(needed, gpu.flops) / ranks.num_ranks
-        once = cost.estimate_seconds(per_epoch, gpu.flops) / ranks.num_ranks
+        num_gpus = settings.capture.capture_gpus if is_apart else ranks.num_ranks
+        seconds = cost.estimate_seconds(needed, gpu.flops) / num_gpus
+        once = cost.estimate_seconds(per_epoch, gpu.flops) / num_gpus
         stored = None if step_seconds is None else step_seconds + once
         if step_seconds is not None and disk is not None and epochs:
             cached = Cached(cached_share, cache_bytes) if settings.capture.cache_dir else None
-            times = CaptureTimes(step_seconds, once, epochs)
+            times = CaptureTimes(step_seconds, once, epochs, is_apart=is_apart)
             options = compare_options(times, disk, stored_bytes, cached)
     return CapturePlan(
         useful_tflop_per_step=flops / max(packed.num_steps, 1) / ranks.num_ranks / 1e12,
@@ -95,7 +96,9 @@ def plan_capture(
         stored_bytes=stored_bytes["stored"],
         cached_share=cached_share,
         cache_bytes=cache_bytes,
-        verifier_bytes_per_gpu=2 * cost.num_layer_parameters,
+        verifier_bytes_per_gpu=2
+        * cost.num_layer_parameters
+        // (settings.capture.capture_gpus if is_apart else 1),
         disk=disk,
         options=options,
         best_option=find_best(options),

@@ -7,11 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from speculators_cli.core.data.loader import BatchSource
 from speculators_cli.core.data.source import SampleSource, spread_evenly
 from speculators_cli.core.data.state_cache import StateCache, engine_key
 from speculators_cli.core.data.tokens import TokenFolder
+from speculators_cli.core.engines.ahead_capturer import AheadCapturer
 from speculators_cli.core.engines.devices import choose_dtype
-from speculators_cli.core.engines.engine import Packed
+from speculators_cli.core.engines.engine import Capturer, Packed
 from speculators_cli.core.engines.host_states import Storage
 from speculators_cli.core.engines.state_checks import check_head, check_layers
 from speculators_cli.core.engines.transformers_engine import TransformersEngine, load_model
@@ -19,10 +21,12 @@ from speculators_cli.core.errors import SettingsError
 from speculators_cli.core.files import check_free_space, check_output_dir, find_existing
 from speculators_cli.core.models.verifier import FrozenVerifier
 from speculators_cli.core.models.verifier_files import VerifierFiles
+from speculators_cli.core.training.ahead import AheadLoader
 from speculators_cli.core.training.cache_choice import choose_cache
 from speculators_cli.core.training.cache_writer import CacheWriter
 from speculators_cli.core.training.distributed import Ranks
 from speculators_cli.core.training.inputs import Inputs
+from speculators_cli.core.training.remote_vllm import open_vllm
 from speculators_cli.core.training.sharded_verifier import count_own_bytes, shard_verifier
 from speculators_cli.core.training.states import LiveStates
 from speculators_cli.settings.capture import CaptureSettings
@@ -36,22 +40,31 @@ MAX_CHECKED_SAMPLES = 4
 class LiveVerifier:
     """The whole verifier, and its frozen parts that the draft reads."""
 
-    engine: TransformersEngine
+    engine: TransformersEngine | AheadCapturer
     frozen: FrozenVerifier
     fingerprint: Mapping[str, str]
-    is_sharded: bool  # across ranks
+    is_sharded: bool = False  # across ranks
 
     def fills(self, settings: CaptureSettings) -> LiveStates:
         """What computes the hidden states of batches."""
         writer = None
         if settings.cache_dir is not None:
             writer = CacheWriter(Storage(settings.cache_dtype, has_all_last_states=False))
+        engine = self.engine
+        if isinstance(engine, AheadCapturer):
+            return LiveStates(engine, weights_bytes=0, writer=writer)
         return LiveStates(
-            self.engine,
-            weights_bytes=count_own_bytes(self.engine.model),
+            engine,
+            weights_bytes=count_own_bytes(engine.model),
             writer=writer,
-            join=self.engine.join if self.is_sharded else None,
+            join=engine.join if self.is_sharded else None,
         )
+
+    def read_ahead(self, loader: BatchSource, samples: SampleSource) -> BatchSource:
+        """Return a loader that requests hidden states ahead, where other processes compute them."""
+        if isinstance(self.engine, AheadCapturer):
+            return AheadLoader(loader, self.engine, samples)
+        return loader
 
     def open_cache(self, settings: TrainSettings, inputs: Inputs) -> Inputs:
         """The inputs with samples whose hidden states are kept, if there is a cache.
@@ -96,7 +109,8 @@ class LiveVerifier:
             return
         states = self.engine.capture(packed)
         check_layers(states, self.engine.layer_ids)
-        check_head(packed, states, self.frozen, self.engine.logits)
+        if isinstance(self.engine, TransformersEngine):
+            check_head(packed, states, self.frozen, self.engine.logits)
 
 
 def _cached(samples: SampleSource, cache: StateCache) -> SampleSource:
@@ -119,6 +133,8 @@ def load_live_verifier(
             cannot be sharded.
         MachineError: It does not fit into memory.
     """
+    if settings.capture.is_apart:
+        return start_apart(settings, inputs, frozen, ranks)
     name, is_sharded = settings.draft.verifier_name_or_path, settings.capture.shard_verifier
     if is_sharded and ranks.num_local_ranks == 1:
         raise SettingsError(
@@ -153,18 +169,35 @@ def load_live_verifier(
     return LiveVerifier(
         engine,
         share_weights(frozen, model).to(ranks.device),
-        fingerprint_of(engine, inputs.verifier_files),
+        fingerprint_of(engine, engine.layer_ids, inputs.verifier_files),
         is_sharded,
     )
 
 
-def fingerprint_of(engine: TransformersEngine, files: VerifierFiles) -> dict[str, str]:
+def fingerprint_of(
+    engine: Capturer, layer_ids: Sequence[int], files: VerifierFiles
+) -> dict[str, str]:
     """Everything that the hidden states of given tokens depend on."""
     return {
         **engine.fingerprint,
         "weights": files.hash_parts()[:16],
-        "layer_ids": ",".join(map(str, engine.layer_ids)),
+        "layer_ids": ",".join(map(str, layer_ids)),
     }
+
+
+def start_apart(
+    settings: TrainSettings, inputs: Inputs, frozen: FrozenVerifier, ranks: Ranks
+) -> LiveVerifier:
+    """Reach the vLLM of this machine, which is loaded with the first request.
+
+    Raises:
+        SettingsError: There are too few GPUs, or several machines.
+        MachineError: vLLM is missing or too old.
+    """
+    dtype = choose_dtype(settings.capture.capture_dtype, ranks.device)
+    engine = open_vllm(settings, inputs, ranks, dtype)
+    fingerprint = fingerprint_of(engine, engine.layer_ids, inputs.verifier_files)
+    return LiveVerifier(engine, frozen.to(ranks.device), fingerprint)
 
 
 def share_weights(frozen: FrozenVerifier, model: Any) -> FrozenVerifier:

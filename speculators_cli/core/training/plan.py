@@ -127,7 +127,9 @@ def _estimate(
     if inputs.is_live:
         capture = plan_capture(settings, inputs, ranks, packed, total_steps, seconds, gpu)
         if seconds is not None and capture.seconds is not None:
-            seconds += capture.seconds
+            # Other GPUs capture during the steps.
+            is_apart = settings.capture.is_apart
+            seconds = max(seconds, capture.seconds) if is_apart else seconds + capture.seconds
     data_bytes = samples.num_bytes
     epochs = total_steps / max(packed.num_steps, 1)
     memory = cost.estimate_memory(
@@ -138,7 +140,7 @@ def _estimate(
         num_accumulated=per_rank,
         num_shards=count_shards(ranks, settings.distributed.sharding),
     )
-    if inputs.is_live:
+    if inputs.is_live and not settings.capture.is_apart:
         memory = CaptureCost(inputs.verifier_config).add_memory(
             memory,
             total_seq_len=settings.data.total_seq_len,

@@ -22,7 +22,7 @@ from speculators_cli.settings.base import Change, changes_on_resume
 from speculators_cli.settings.train import TrainSettings
 
 # Parts of an engine's fingerprint that may change the rounding of hidden states, and nothing else.
-VERSIONS = ("torch", "transformers")
+VERSIONS = ("torch", "transformers", "vllm")
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from typing import Protocol
 import torch
 
 from speculators_cli.core.data.batch import Batch
+from speculators_cli.core.engines.ahead_capturer import Ticket
 from speculators_cli.core.engines.engine import CapturedStates, Capturer, Packed
 from speculators_cli.core.engines.host_states import round_states
 from speculators_cli.core.errors import MachineError
@@ -47,6 +48,8 @@ class StoredStates:
 class LiveStates:
     """Computes hidden states with the verifier, on the device and in the stream of the step.
 
+    Those that were requested ahead are only waited for.
+
     Args:
         engine: Computes them.
         weights_bytes: Size of its weights on this device, for messages.
@@ -74,14 +77,16 @@ class LiveStates:
         """Compute the hidden states of a batch that has none.
 
         Raises:
-            MachineError: The device has too little memory.
+            MachineError: The device has too little memory, or the engine has failed.
+            DataError: The engine refuses a sample.
         """
         if batch.verifier_input is None:
             if self.join is not None:
                 self.join()
             return batch
+        ticket = batch.verifier_input.ticket
         with self._timed(batch.input_ids.device):
-            states = self._capture(batch)
+            states = ticket.wait() if isinstance(ticket, Ticket) else self._capture(batch)
             if self.writer is not None:
                 self.writer.add(batch.verifier_input, states)
                 states = round_states(states, self.writer.storage)
@@ -97,13 +102,16 @@ class LiveStates:
         return seconds
 
     def close(self) -> None:
-        """Wait until states that are kept are written.
+        """Wait until states that are kept are written, and end what computes them.
 
         Raises:
-            MachineError: They could not be.
+            MachineError: They could not be written.
         """
-        if self.writer is not None:
-            self.writer.close()
+        try:
+            if self.writer is not None:
+                self.writer.close()
+        finally:
+            self.engine.close()
 
     def _capture(self, batch: Batch) -> CapturedStates:
         packed = packed_of(batch)

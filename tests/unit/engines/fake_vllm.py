@@ -18,7 +18,8 @@ from safetensors.numpy import save_file
 
 PLAN = json.loads(os.environ["FAKE_VLLM"])
 FOLDER = Path(PLAN["folder"])
-HIDDEN = 6
+HIDDEN = PLAN.get("hidden", 6)
+MAX_TOKENS = PLAN.get("max_tokens", 20)
 
 __version__ = PLAN["version"]
 
@@ -110,8 +111,8 @@ class LLMEngine:
     def add_request(self, request_id: str, prompt: Any, sampling: SamplingParams) -> None:
         ids = prompt["prompt_token_ids"]
         note(f"request {self.num_starts} {request_id}")
-        if len(ids) > 20:
-            raise VLLMValidationError("The decoder prompt is longer than 20")
+        if len(ids) > MAX_TOKENS:
+            raise VLLMValidationError(f"The decoder prompt is longer than {MAX_TOKENS}")
         self.requests.append((request_id, ids, sampling.values))
 
     def step(self) -> list[Any]:
