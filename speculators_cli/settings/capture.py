@@ -88,7 +88,7 @@ class CaptureSettings(Settings):
                     "`--shard-verifier` and `--capture-compute-dtype` need "
                     "`--capture-engine transformers`"
                 )
-        elif self.model_fields_set & {"capture_gpus", "vllm_python", "vllm_args"}:
+        elif self.capture_gpus > 1 or self.vllm_python is not None or self.vllm_args:
             raise ValueError(
                 "`--capture-gpus`, `--vllm-python` and `--vllm-args` need `--capture-engine vllm`"
             )

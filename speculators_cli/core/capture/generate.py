@@ -199,8 +199,10 @@ class _Run:
     def _check_disk(self, shards: Sequence[int]) -> None:
         """Check that the samples of shards fit, before the first one is captured."""
         job = self._job
-        counts = [read_counts(job.folder.shard(n)) for n in shards]
-        num_bytes = sum(count_bytes(one["rendered"], job) for one in counts)
+        counts = [read_counts(job.folder.shard(n))["rendered"] for n in shards]
+        num_tokens = sum(x["num_tokens"] for x in counts)
+        num_supervised = sum(x["num_supervised_tokens"] for x in counts)
+        num_bytes = count_bytes(num_tokens, num_supervised, job)
         check_free_space(
             job.folder.folder,
             num_bytes,

@@ -181,7 +181,8 @@ def refuse_contents(folder: Path) -> None:
 
 def accept_contents(folder: Path) -> None:
     """Say that the contents of a stage have passed all checks."""
-    (folder / REFUSED_NAME).unlink(missing_ok=True)
+    if (folder / REFUSED_NAME).exists():
+        (folder / REFUSED_NAME).unlink()
 
 
 def _remove_contents(folder: Path) -> None:

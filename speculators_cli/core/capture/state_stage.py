@@ -1,6 +1,6 @@
 """Stage 2: from shards of tokens to samples with hidden states."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -40,16 +40,10 @@ def storage_of(job: Job) -> Storage:
     return Storage(dtype, given.all_last_states)
 
 
-def count_bytes(rendered: Mapping[str, int], job: Job) -> int:
-    """Return the size of the hidden states of a shard, as they are stored.
-
-    Args:
-        rendered: The counts of the shard's rows.
-        job: The verifier and the settings.
-    """
+def count_bytes(num_tokens: int, num_supervised_tokens: int, job: Job) -> int:
+    """Return the size of the hidden states of so many tokens, as they are stored."""
     storage = storage_of(job)
-    num_tokens = rendered["num_tokens"]
-    num_last = num_tokens if storage.has_all_last_states else rendered["num_supervised_tokens"]
+    num_last = num_tokens if storage.has_all_last_states else num_supervised_tokens
     width = job.config.hidden_size * storage.item_bytes(job.dtype)
     return (num_tokens * len(job.layer_ids) + num_last) * width
 
@@ -95,7 +89,11 @@ class StateStage:
             folder.mkdir(parents=True, exist_ok=True)
         check_free_space(
             folder,
-            count_bytes(shard.counts["rendered"], self.job),
+            count_bytes(
+                sum(len(row.input_ids) for row in shard.rows),
+                sum(int(row.loss_mask.sum()) for row in shard.rows),
+                self.job,
+            ),
             what=f"the next shard of {len(shard.rows):,} samples",
             hint="Free disk space, then rerun the same command to continue, or pass "
             "`--storage-dtype float8`",

@@ -1,6 +1,7 @@
 """The engine's own flags, as passed through by `--vllm-args`."""
 
 import shlex
+from collections.abc import Mapping
 
 from speculators_cli.core.errors import SettingsError
 
@@ -24,9 +25,15 @@ OWN = {
     "-dp": None,
 }
 
+SAME_NAMES: Mapping[str, str] = {}
 
-def parse_vllm_args(text: str) -> tuple[str, ...]:
+
+def parse_vllm_args(text: str, names: Mapping[str, str] = SAME_NAMES) -> tuple[str, ...]:
     """Split flags of the engine as a shell does; the engine checks them when it loads.
+
+    Args:
+        text: The flags.
+        names: How the command calls its own flags, where it is not as in `OWN`.
 
     Raises:
         SettingsError: They are not flags, or include one that is set by this command.
@@ -44,11 +51,11 @@ def parse_vllm_args(text: str) -> tuple[str, ...]:
             hint=f'Pass flags as for `vllm serve`: `{FLAG} "--max-model-len 8192"`',
         )
     for word in words:
-        _check(word)
+        _check(word, names)
     return words
 
 
-def _check(word: str) -> None:
+def _check(word: str, names: Mapping[str, str]) -> None:
     name = word.split("=")[0].split(".")[0].replace("_", "-")
     for own, flag in OWN.items():
         is_own = name in (own, own.replace("--", "--no-", 1))
@@ -56,5 +63,5 @@ def _check(word: str) -> None:
             continue
         raise SettingsError(
             f"`{FLAG}`: `{word}` is set by this command",
-            hint=f"Pass `{flag}` instead" if flag else f"Remove it from `{FLAG}`",
+            hint=f"Pass `{names.get(flag, flag)}` instead" if flag else f"Remove it from `{FLAG}`",
         )

@@ -59,8 +59,9 @@ class AheadLoader:
                         batch.verifier_input.ticket.cancel()
 
     def close(self) -> None:
-        """Stop reading."""
+        """Stop reading and computing."""
         self.loader.close()
+        self._capturer.close()
 
     def _request(self, batch: Batch) -> Batch:
         given = batch.verifier_input

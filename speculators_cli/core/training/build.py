@@ -50,6 +50,39 @@ def build_trainer(
     live = None
     if inputs.is_live:
         live = load_live_verifier(settings, inputs, frozen, ranks)
+    try:
+        return _build_trainer(
+            settings,
+            inputs,
+            ranks,
+            start,
+            folder,
+            logger,
+            progress,
+            signals,
+            start_up,
+            frozen,
+            live,
+        )
+    except BaseException:
+        if live is not None:  # the loaders of a trainer end it otherwise
+            live.engine.close()
+        raise
+
+
+def _build_trainer(
+    settings: TrainSettings,
+    inputs: Inputs,
+    ranks: Ranks,
+    start: Start,
+    folder: RunFolder | None,
+    logger: SafeLogger | None,
+    progress: Progress,
+    signals: StopSignals,
+    start_up: StartUp,
+    frozen: FrozenVerifier,
+    live: LiveVerifier | None,
+) -> Trainer:
     verifier = live.frozen if live is not None else frozen.to(ranks.device)
     start_up.end("verifier")
     start = with_engine(start, live.fingerprint if live else None, settings, progress)

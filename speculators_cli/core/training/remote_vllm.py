@@ -25,6 +25,9 @@ from speculators_cli.core.training.distributed import Ranks
 from speculators_cli.core.training.inputs import Inputs
 from speculators_cli.settings.train import TrainSettings
 
+# How training calls what other commands set by these flags.
+FLAGS = {"--dtype": "--capture-dtype", "--tensor-parallel-size": "--capture-gpus"}
+
 
 def open_vllm(
     settings: TrainSettings, inputs: Inputs, ranks: Ranks, dtype: torch.dtype
@@ -52,7 +55,7 @@ def open_vllm(
         str(dtype).removeprefix("torch."),
         python=given.vllm_python,
         tensor_parallel_size=given.capture_gpus,
-        args=parse_vllm_args(given.vllm_args),
+        args=parse_vllm_args(given.vllm_args, FLAGS),
         trust_remote_code=settings.draft.trust_remote_code,
         gpus=gpus,
     )

@@ -120,10 +120,12 @@ def train(
             with (
                 open_logger(settings, folder, start, progress) as logger,
                 out_of_memory_explained(settings.data.total_seq_len, is_live=inputs.is_live),
+                closing(
+                    build_trainer(
+                        settings, inputs, ranks, start, folder, logger, progress, signals, start_up
+                    )
+                ) as trainer,
             ):
-                trainer = build_trainer(
-                    settings, inputs, ranks, start, folder, logger, progress, signals, start_up
-                )
                 is_finished = trainer.is_finished
                 if open_evaluation is not None and not is_finished:
                     with keeping_random_state(ranks.device):
@@ -133,7 +135,7 @@ def train(
                         evaluate, trainer.draft, inputs.vocab_map, ranks
                     )
                 announce(settings, inputs, trainer, start, progress)
-                with closing(trainer), ranks.ending_when_stuck():
+                with ranks.ending_when_stuck():
                     if dry_run:
                         trainer.train_step(next(trainer.feed.steps(trainer.loader.epoch(0))))
                     elif not is_finished:

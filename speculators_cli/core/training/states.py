@@ -102,16 +102,13 @@ class LiveStates:
         return seconds
 
     def close(self) -> None:
-        """Wait until states that are kept are written, and end what computes them.
+        """Wait until states that are kept are written.
 
         Raises:
-            MachineError: They could not be written.
+            MachineError: They could not be.
         """
-        try:
-            if self.writer is not None:
-                self.writer.close()
-        finally:
-            self.engine.close()
+        if self.writer is not None:
+            self.writer.close()
 
     def _capture(self, batch: Batch) -> CapturedStates:
         packed = packed_of(batch)

@@ -156,6 +156,7 @@ class LLMEngine:
         layer_ids = np.array(draft["eagle_aux_hidden_state_layer_ids"])
         computed = np.array(ids) + (1 if request_id == PLAN.get("other_tokens") else 0)
         states = 1000 * computed[:, None, None] + 10 * layer_ids[:, None] + np.arange(HIDDEN)
+        states = states * (not PLAN.get("is_zero"))
         tensors = {"hidden_states": states.astype(np.float32), "token_ids": computed}
         save_file(tensors, f"{file}.part")
         Path(f"{file}.part").rename(file)

@@ -35,7 +35,8 @@ class FakeVLLM:
                 ends; with `hangs` it does nothing any more instead, with `is_killed` too because
                 its engine has ended; `load_error`; `load_seconds`; `finish_reason`;
                 `other_tokens`: the document whose states are of other tokens; `disk_is_full`;
-                `hidden`: width of the states; `max_tokens`: of a prompt;
+                `hidden`: width of the states; `is_zero`: whether these are all zero;
+                `max_tokens`: of a prompt;
                 `helper`: a command that the engine starts and leaves running; `version`.
         """
         content = {"version": "0.33.0", "folder": str(self.folder), **plan}

@@ -4,7 +4,7 @@ import json
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from typing import Any
 
 import pytest
@@ -12,6 +12,7 @@ import pytest
 from speculators_cli.core.engines.endpoint import EndpointAnswerer
 from speculators_cli.core.engines.engine import Prompt, Sampling
 from speculators_cli.core.errors import MachineError, SettingsError
+from tests.unit.engines.local_server import QuietHandler, serving
 
 MODEL = "org/verifier"
 PROMPTS = [Prompt([10 + i, 20 + i], seed=i) for i in range(7)]
@@ -55,13 +56,13 @@ class FakeServer:
 def server() -> Iterator[FakeServer]:
     fake = FakeServer()
 
-    class Handler(BaseHTTPRequestHandler):
+    class Handler(QuietHandler, BaseHTTPRequestHandler):
         def do_GET(self) -> None:
             found: dict[str, Body] = {
                 "/v1/models": {"data": fake.models},
                 "/version": {"version": "0.33.0"},
             }
-            self.reply(200, found[self.path])
+            self.reply(200, json.dumps(found[self.path]))
 
         def do_POST(self) -> None:
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
@@ -74,29 +75,13 @@ def server() -> Iterator[FakeServer]:
             if status == 0:
                 self.close_connection = True
             elif status == 200:
-                self.reply(200, fake.complete(body))
+                self.reply(200, json.dumps(fake.complete(body)))
             else:
-                self.reply(status, {"error": {"message": "no room", "code": status}})
+                error = {"message": "no room", "code": status}
+                self.reply(status, json.dumps({"error": error}))
 
-        def reply(self, status: int, content: Body) -> None:
-            data = json.dumps(content).encode()
-            self.send_response(status)
-            self.send_header("Content-Length", str(len(data)))
-            self.end_headers()
-            self.wfile.write(data)
-
-        def log_message(self, *_: object) -> None:
-            pass
-
-    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as http:
-        thread = threading.Thread(target=http.serve_forever, args=(0.01,))
-        thread.start()
-        fake.url = f"http://127.0.0.1:{http.server_port}"
-        try:
-            yield fake
-        finally:
-            http.shutdown()
-            thread.join()
+    with serving(Handler) as fake.url:
+        yield fake
 
 
 def test_answers_are_the_servers_ids_by_prompt(server: FakeServer) -> None:

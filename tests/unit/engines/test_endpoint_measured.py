@@ -4,7 +4,7 @@ import json
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from typing import Any
 
 import pytest
@@ -13,6 +13,7 @@ from speculators_cli.core.engines.endpoint_measured import MeasuredEndpoint, rea
 from speculators_cli.core.engines.engine import Prompt, Sampling
 from speculators_cli.core.errors import MachineError
 from tests.recorded_progress import RecordedProgress
+from tests.unit.engines.local_server import QuietHandler, serving
 
 MODEL = "org/verifier"
 PROMPTS = [Prompt([10 + i, 20 + i], seed=i) for i in range(5)]
@@ -58,37 +59,21 @@ class DraftingServer:
 def server() -> Iterator[DraftingServer]:
     fake = DraftingServer()
 
-    class Handler(BaseHTTPRequestHandler):
+    class Handler(QuietHandler, BaseHTTPRequestHandler):
         def do_GET(self) -> None:
             found = {
                 "/v1/models": json.dumps({"data": [{"id": MODEL, "root": MODEL}]}),
                 "/version": json.dumps({"version": "0.33.0"}),
                 "/metrics": fake.metrics(),
             }
-            self.reply(found[self.path])
+            self.reply(200, found[self.path])
 
         def do_POST(self) -> None:
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-            self.reply(json.dumps(fake.complete(body["prompt"])))
+            self.reply(200, json.dumps(fake.complete(body["prompt"])))
 
-        def reply(self, text: str) -> None:
-            self.send_response(200)
-            self.send_header("Content-Length", str(len(text)))
-            self.end_headers()
-            self.wfile.write(text.encode())
-
-        def log_message(self, *_: object) -> None:
-            pass
-
-    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as http:
-        thread = threading.Thread(target=http.serve_forever, args=(0.01,))
-        thread.start()
-        fake.url = f"http://127.0.0.1:{http.server_port}"
-        try:
-            yield fake
-        finally:
-            http.shutdown()
-            thread.join()
+    with serving(Handler) as fake.url:
+        yield fake
 
 
 def connect(server: DraftingServer, progress: RecordedProgress) -> MeasuredEndpoint:

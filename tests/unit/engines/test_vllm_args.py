@@ -42,3 +42,15 @@ def test_what_the_command_sets_is_refused(text: str, hint: str) -> None:
 def test_what_is_not_flags_is_refused(text: str) -> None:
     with pytest.raises(SettingsError, match="`--vllm-args`"):
         parse_vllm_args(text)
+
+
+def test_the_hint_has_the_flags_of_the_command() -> None:
+    names = {"--tensor-parallel-size": "--capture-gpus"}
+
+    with pytest.raises(SettingsError) as raised:
+        parse_vllm_args("-tp 2", names)
+    with pytest.raises(SettingsError) as other:
+        parse_vllm_args("--model x", names)
+
+    assert raised.value.hint == "Pass `--capture-gpus` instead"
+    assert other.value.hint == "Pass `--verifier-name-or-path` instead"
