@@ -2,11 +2,16 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
 
 from speculators_cli.cli.app import run
+from speculators_cli.core.data.batch import collate
+from speculators_cli.core.data.formats import v1
+from speculators_cli.core.data.sample import Sample
+from speculators_cli.core.training.feed import DeviceFeed
 from speculators_cli.core.training.host_copy import HostCopy
 from tests.tiny_run import TinyInputs
 
@@ -59,3 +64,28 @@ def test_the_copy_of_a_checkpoint_is_pinned_until_the_run_ends() -> None:
     assert torch.equal(copies["small"], expected[1])
     host.close()
     assert not copies["large"].is_pinned()
+
+
+def test_float8_states_are_scaled_on_the_way_to_a_gpu(tmp_path: Path) -> None:
+    generator = torch.Generator().manual_seed(0)
+    *aux, last = torch.randn(4, 50, 24, generator=generator).bfloat16()
+    mask = torch.arange(50) % 3 > 0
+    sample = Sample(torch.arange(50), mask, tuple(aux), last, is_normed=False)
+    v1.write_sample(sample, tmp_path / "a.pt", storage_dtype="float8", supervised_only=True)
+    batch = collate(
+        [0],
+        [v1.FORMAT.read_sample(tmp_path / "a.pt")],
+        total_seq_len=64,
+        num_aux_layers=3,
+        hidden_size=24,
+        dtype=torch.bfloat16,
+        pin_memory=True,
+    )
+    assert batch.float8 is not None
+
+    ((moved,),) = list(DeviceFeed(torch.device("cuda")).steps(iter([(batch,)])))
+
+    assert moved.float8 is None
+    assert moved.aux_hidden_states.is_cuda
+    assert torch.equal(moved.aux_hidden_states.cpu(), batch.scale().aux_hidden_states)
+    assert torch.equal(moved.last_hidden_states.cpu(), batch.scale().last_hidden_states)
