@@ -186,7 +186,7 @@ def check_all_samples(
         if not samples.is_live:
             check_samples(samples, verifier, folder=folders[0], progress=progress)
         elif live is not None:
-            live.check(samples)
+            live.check(samples, progress)
 
 
 def count_steps(settings: TrainSettings, loader: BatchSource) -> int:

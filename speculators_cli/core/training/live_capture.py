@@ -21,12 +21,14 @@ from speculators_cli.core.errors import SettingsError
 from speculators_cli.core.files import check_free_space, check_output_dir, find_existing
 from speculators_cli.core.models.verifier import FrozenVerifier
 from speculators_cli.core.models.verifier_files import VerifierFiles
+from speculators_cli.core.progress import Progress
 from speculators_cli.core.training.ahead import AheadLoader
 from speculators_cli.core.training.cache_choice import choose_cache
 from speculators_cli.core.training.cache_writer import CacheWriter
 from speculators_cli.core.training.distributed import Ranks
 from speculators_cli.core.training.inputs import Inputs
 from speculators_cli.core.training.remote_vllm import open_vllm
+from speculators_cli.core.training.sample_check import check_captured
 from speculators_cli.core.training.sharded_verifier import count_own_bytes, shard_verifier
 from speculators_cli.core.training.states import LiveStates
 from speculators_cli.settings.capture import CaptureSettings
@@ -96,7 +98,7 @@ class LiveVerifier:
             validation_samples=_cached(inputs.validation_samples, cache),
         )
 
-    def check(self, samples: SampleSource) -> None:
+    def check(self, samples: SampleSource, progress: Progress) -> None:
         """Check the hidden states of the first samples, and that the LM head fits them.
 
         All ranks check the same samples.
@@ -111,6 +113,8 @@ class LiveVerifier:
         check_layers(states, self.engine.layer_ids)
         if isinstance(self.engine, TransformersEngine):
             check_head(packed, states, self.frozen, self.engine.logits)
+        else:
+            check_captured(packed, states, self.frozen, progress)
 
 
 def _cached(samples: SampleSource, cache: StateCache) -> SampleSource:

@@ -6,10 +6,13 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from speculators_cli.core.data.sample import Sample
 from speculators_cli.core.data.source import SampleSource, spread_evenly
-from speculators_cli.core.errors import DataError
+from speculators_cli.core.data.supervised_rows import SupervisedRows
+from speculators_cli.core.engines.engine import CapturedStates, Packed
+from speculators_cli.core.errors import DataError, MachineError
 from speculators_cli.core.models.agreement import find_wrong_marks, measure_agreement
 from speculators_cli.core.models.verifier import FrozenVerifier
 from speculators_cli.core.progress import Progress
@@ -56,6 +59,49 @@ def check_samples(
             hint=f"{_hint(folder)}, and capture or mark these again; or pass `--no-check-samples` "
             "to train on them as they are marked",
         )
+
+
+def check_captured(
+    packed: Packed, states: CapturedStates, verifier: FrozenVerifier, progress: Progress
+) -> None:
+    """Check captured last hidden states by the LM head, where the engine's own logits are unknown.
+
+    Args:
+        packed: Documents, whose last hidden states are those of supervised tokens.
+        states: Of the documents.
+        verifier: Frozen parts that the draft reads.
+        progress: Reports states that predict hardly any token, which may also be due to the data.
+
+    Raises:
+        MachineError: They are after the final norm: training would learn the wrong distribution.
+    """
+    mask = torch.zeros(len(packed.input_ids), dtype=torch.bool)
+    mask[packed.rows] = True
+    lengths = list(packed.lengths)
+    masks = mask.split(lengths)
+    last = states.last.cpu().split([int(own.sum()) for own in masks])
+    documents = zip(packed.input_ids.split(lengths), masks, last, strict=True)
+    agreement = measure_agreement(
+        verifier,
+        (
+            Sample(ids, own, (), SupervisedRows(held, own), is_normed=False)
+            for ids, own, held in documents
+        ),
+    )
+    if agreement is None or agreement.num_positions < MIN_POSITIONS or agreement.problem is None:
+        return
+    if agreement.is_mark_wrong:
+        raise MachineError(
+            "The engine returns last hidden states after the verifier's final norm: top-1 accuracy "
+            f"{agreement.shares}",
+            hint="Pass another version of vLLM with `--vllm-python`, and report the verifier",
+        )
+    progress.warn(
+        "The verifier's LM head predicts hardly any token from the hidden states that vLLM "
+        f"computes: top-1 accuracy {agreement.shares}",
+        hint="Check that the tokens are of this verifier, and compare with "
+        "`--capture-engine transformers`",
+    )
 
 
 def _group(samples: SampleSource) -> list[list[int]]:
