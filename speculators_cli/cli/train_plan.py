@@ -37,7 +37,6 @@ def show_plan(settings: TrainSettings, output: Output, *, num_ranks: int | None)
         ("draft", f"{found.num_parameters / 1e6:,.1f}M parameters"),
         ("time", format_duration(found.seconds) if found.seconds else unknown),
         ("memory", _memory(found.memory_bytes_per_gpu, found.gpu_memory_bytes) or unknown),
-        *_host_memory(found),
         *_capture(found),
         ("samples on disk", format_bytes(found.data_bytes)),
         (
@@ -45,18 +44,19 @@ def show_plan(settings: TrainSettings, output: Output, *, num_ranks: int | None)
             f"{found.num_checkpoints:,} of {format_bytes(found.checkpoint_bytes)}, "
             f"{format_bytes(found.free_bytes)} free",
         ),
-        ("host memory", f"{format_bytes(found.host_copy_bytes)} to write checkpoints from"),
+        ("host memory", _host_memory(found)),
     ]
     if found.bytes_per_second and found.capture is None:
-        rows.insert(-1, ("read from disk", f"{format_bytes(int(found.bytes_per_second))}/s"))
+        rows.insert(-2, ("read from disk", f"{format_bytes(int(found.bytes_per_second))}/s"))
     output.panel("Plan", rows)
 
 
-def _host_memory(found: "TrainPlan") -> list[tuple[str, str]]:
-    if not found.host_memory_bytes_per_rank:
-        return []
-    size = format_bytes(found.host_memory_bytes_per_rank)
-    return [("host memory", f"up to {size} of prefetched samples per rank")]
+def _host_memory(found: "TrainPlan") -> str:
+    text = f"{format_bytes(found.host_copy_bytes)} to write checkpoints from"
+    if found.host_prefetch_bytes:
+        size = format_bytes(found.host_prefetch_bytes)
+        text = f"up to {size} of prefetched samples per rank, {text}"
+    return text
 
 
 def _capture(found: "TrainPlan") -> list[tuple[str, str]]:

@@ -15,13 +15,13 @@ from speculators_cli.settings.base import (
     TrustRemoteCode,
     VerifierDtype,
 )
+from speculators_cli.settings.train import Algorithm
 from speculators_cli.settings.vllm import (
     TensorParallelSize,
     VLLMArgs,
     VLLMPython,
     refuse_without_vllm,
 )
-from speculators_cli.settings.train import Algorithm
 
 
 class InputSettings(Settings):

@@ -145,7 +145,7 @@ def test_a_plan_counts_the_host_memory_of_float8(tiny: TinyInputs, capsys: Captu
         flags = tiny.flags(data_path=folder)
         sizes[name] = report_of(capsys, "train", "--plan", *flags)["plan"]
         shutil.rmtree(folder)
-    found = {name: plan["host_memory_bytes_per_rank"] for name, plan in sizes.items()}
+    found = {name: plan["host_prefetch_bytes"] for name, plan in sizes.items()}
 
     # One byte in place of the four of float32, for the same rows.
     assert found["supervised only"] == 4 * found["float8"] == 4 * found["both"] > 0

@@ -54,7 +54,7 @@ class TrainPlan:
     memory_bytes_per_gpu: int | None  # peak
     memory_terms_bytes: dict[str, int] | None  # breakdown of the peak
     gpu_memory_bytes: int | None
-    host_memory_bytes_per_rank: int  # prefetched hidden states, at most
+    host_prefetch_bytes: int  # of each rank's memory: prefetched hidden states, at most
     capture: CapturePlan | None  # None if hidden states are stored
     data_bytes: int  # read in each epoch
     bytes_per_second: float | None  # from disk, over all ranks
@@ -166,7 +166,7 @@ def _estimate(
         memory_bytes_per_gpu=sum(memory.values()) if is_modelled else None,
         memory_terms_bytes=dict(memory) if is_modelled else None,
         gpu_memory_bytes=torch.cuda.mem_get_info()[1] if is_cuda else None,
-        host_memory_bytes_per_rank=_count_prefetched_bytes(settings, samples, loader),
+        host_prefetch_bytes=_count_prefetched_bytes(settings, samples, loader),
         capture=capture,
         data_bytes=data_bytes,
         bytes_per_second=data_bytes * epochs / seconds if seconds else None,
