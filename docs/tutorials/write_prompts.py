@@ -2,7 +2,8 @@
 
     python docs/tutorials/write_prompts.py prompts.jsonl held-out.jsonl
 
-Every tenth prompt is held out for evaluation.
+A tenth is held out for evaluation, of each topic another task: no task and no topic is new there,
+but each combination is.
 """
 
 import json
@@ -64,24 +65,25 @@ QUESTIONS = {
         "Translate into French: I would like to learn about {}.",
     ),
 }
+TASKS = [(kind, task) for kind, tasks in QUESTIONS.items() for task in tasks]
 
 
 def write_prompts() -> list[dict[str, str]]:
     """All prompts, with their category."""
-    tasks = [(kind, task) for kind, tasks in QUESTIONS.items() for task in tasks]
     return [
         {"prompt": task.format(topic), "category": kind}
-        for topic, (kind, task) in product(TOPICS, tasks)
+        for topic, (kind, task) in product(TOPICS, TASKS)
     ]
 
 
 def main() -> None:
     """Write both files."""
-    prompts = write_prompts()
-    for name, rows in (
-        (sys.argv[1], [row for i, row in enumerate(prompts) if i % 10]),
-        (sys.argv[2], prompts[::10]),
-    ):
+    training: list[dict[str, str]] = []
+    held_out: list[dict[str, str]] = []
+    for i, row in enumerate(write_prompts()):
+        topic, task = divmod(i, len(TASKS))
+        (training if (topic + task) % 10 else held_out).append(row)
+    for name, rows in ((sys.argv[1], training), (sys.argv[2], held_out)):
         Path(name).write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
         print(f"{len(rows):,} prompts in {name}")
 
