@@ -1,6 +1,6 @@
 """Job: what an evaluation needs, read and checked in the order in which it is cheap."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 
 import torch
@@ -11,12 +11,14 @@ from speculators_cli.core.drafts.trained_draft import TrainedDraft
 from speculators_cli.core.engines.devices import choose_device, choose_dtype
 from speculators_cli.core.engines.engine import Prompt, Sampling
 from speculators_cli.core.engines.sampling import seed_of
+from speculators_cli.core.errors import CheckpointError, MachineError, SettingsError
 from speculators_cli.core.evaluation.checks import (
     check_fit,
     check_num_draft_tokens,
     read_source,
 )
 from speculators_cli.core.evaluation.diagnosis import (
+    Cause,
     Diagnosis,
     Diagnostician,
     is_suspicious,
@@ -36,6 +38,10 @@ from speculators_cli.core.evaluation.speedup import (
     predict_speedups,
     time_drafter,
     time_verifier,
+)
+from speculators_cli.core.evaluation.trained_verifier import (
+    find_trained_verifier,
+    weigh_trained_verifier,
 )
 from speculators_cli.core.evaluation.verifier import LoadedVerifier, load_verifier
 from speculators_cli.core.models.verifier import VerifierConfig, read_verifier_config
@@ -151,15 +157,7 @@ class Job:
     @cached_property
     def verifier(self) -> LoadedVerifier:
         """The verifier, loaded when it is first needed."""
-        loaded = load_verifier(
-            self.files,
-            self.hooked_layers,
-            dtype=self.dtype,
-            device=self.device,
-            config=self.config,
-            tokens=self.tokens,
-            trust_remote_code=self.settings.source.trust_remote_code,
-        )
+        loaded = self._load(self.files, self.config, self.tokens)
         if not loaded.is_batched:
             self.progress.warn(
                 f"The layers of verifier `{loaded.name}` cannot keep keys and values by position: "
@@ -168,16 +166,23 @@ class Job:
             )
         return loaded
 
-    def build_drafter(self, source: TrainedDraft, num_draft_tokens: int | None = None) -> Drafter:
-        """A drafter on the device of the verifier, which returns the states of its layers."""
-        self.verifier.rows.select_layers(source.config.target_layer_ids)
-        embedding = self.verifier.embedding
+    def build_drafter(
+        self,
+        source: TrainedDraft,
+        num_draft_tokens: int | None = None,
+        *,
+        verifier: LoadedVerifier | None = None,
+    ) -> Drafter:
+        """A drafter on the device of a verifier, which then returns the states of its layers."""
+        verifier = verifier or self.verifier
+        verifier.rows.select_layers(source.config.target_layer_ids)
+        embedding = verifier.embedding
         if source.embedding is not None:
             embedding = source.embedding.to(embedding.device)
         drafter = source.build_drafter(
             embedding,
             num_draft_tokens=num_draft_tokens or self.num_draft_tokens,
-            head=self.verifier.head,
+            head=verifier.head,
         )
         if num_draft_tokens is None:
             check_num_draft_tokens(drafter, self.num_draft_tokens, source)
@@ -222,7 +227,7 @@ class Job:
             seed=seed,
             progress=self.progress,
         )
-        formats = tuple(tried)
+        others = (*tried, *self._try_trained_verifier(measured))
         diagnostician = Diagnostician(
             self.source,
             self.verifier,
@@ -232,7 +237,44 @@ class Job:
             seed=seed,
         )
         pairs = zip(questions, measured.answers, strict=True)
-        return diagnostician.diagnose([(x.ids, answer) for x, answer in pairs], formats)
+        return diagnostician.diagnose([(x.ids, answer) for x, answer in pairs], others)
+
+    def _try_trained_verifier(self, measured: Measurement) -> Iterator[Cause]:
+        """Use the verifier of the draft's training, if it is another one that can be read."""
+        name = find_trained_verifier(self.source, self.files.name_or_path)
+        if name is None:
+            return
+        try:
+            files, trusts = VerifierFiles(name), self.settings.source.trust_remote_code
+            config = read_verifier_config(files, trust_remote_code=trusts)
+            check_fit(self.source, config, files.read_vocab_size(config.modules), self.progress)
+            tokens = load_verifier_tokens(files, config, trust_remote_code=trusts)
+            trained = self._load(files, config, tokens)
+        except (SettingsError, CheckpointError, MachineError) as error:
+            self.progress.warn(f"The verifier of the training is not tried: {error}")
+            return
+        yield weigh_trained_verifier(
+            trained,
+            self.build_drafter(self.source, verifier=trained),
+            self.verifier,
+            measured.answers,
+            self.work,
+            seed=self.settings.drafting.seed,
+            progress=self.progress,
+        )
+
+    def _load(
+        self, files: VerifierFiles, config: VerifierConfig, tokens: VerifierTokens
+    ) -> LoadedVerifier:
+        return load_verifier(
+            files,
+            self.hooked_layers,
+            dtype=self.dtype,
+            device=self.device,
+            config=config,
+            tokens=tokens,
+            trust_remote_code=self.settings.source.trust_remote_code,
+        )
 
     def _check(self, source: TrainedDraft) -> None:
         vocab_size = self.files.read_vocab_size(self.config.modules)

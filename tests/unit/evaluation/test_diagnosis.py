@@ -1,7 +1,8 @@
 """Each cause of a low acceptance length is planted, and named first."""
 
+import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -9,6 +10,8 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from speculators_cli.core.conversations.prompts import RawPrompt
 from speculators_cli.core.demo.demo import VERIFIER_DIR, read_prompts
@@ -21,6 +24,7 @@ from speculators_cli.core.evaluation.diagnosis import (
     neighbours,
 )
 from speculators_cli.core.evaluation.draft_and_verify import Answer
+from speculators_cli.core.evaluation.evaluate import evaluate
 from speculators_cli.core.evaluation.measurement import Work, answer_alone, measure
 from speculators_cli.core.evaluation.prompt_formats import try_formats
 from speculators_cli.core.evaluation.questions import Question
@@ -29,8 +33,10 @@ from speculators_cli.core.models.verifier import read_verifier_config
 from speculators_cli.core.models.verifier_files import VerifierFiles
 from speculators_cli.core.progress import SilentProgress
 from speculators_cli.core.training.run import train
+from speculators_cli.settings.evaluate import EvaluateSettings
 from speculators_cli.settings.train import TrainSettings
 from tests.generated_samples import generate_samples, sample_files
+from tests.recorded_progress import RecordedProgress
 from tests.spread_verifier import write_spread_verifier
 
 QUIET = SilentProgress()
@@ -240,3 +246,85 @@ def test_a_length_far_below_the_simulated_one_is_suspicious(
 
     assert [is_suspicious(source, measured) for measured in lengths] == [True, False]
     assert not is_suspicious(replace(source, checkpoint=None), lengths[0])
+
+
+def write_verifier(folder: Path, change: Callable[[Tensor], Tensor]) -> Path:
+    """The embedded verifier, with its matrices changed."""
+    folder.mkdir()
+    for file in VERIFIER_DIR.iterdir():
+        shutil.copy(file, folder / file.name)
+    tensors = load_file(VERIFIER_DIR / "model.safetensors")
+    changed = {key: change(x.float()) if x.dim() == 2 else x for key, x in tensors.items()}
+    save_file(changed, folder / "model.safetensors", {"format": "pt"})
+    return folder
+
+
+def round_to_4_bits(weight: Tensor) -> Tensor:
+    scale = weight.abs().amax(dim=-1, keepdim=True) / 7
+    return (weight / scale).round() * scale
+
+
+def evaluate_with(
+    draft: TrainedDraft, verifier: Path, folder: Path, progress: RecordedProgress
+) -> Diagnosis:
+    prompts = folder / "prompts.jsonl"
+    rows = [json.dumps({"prompt": text}) for text in read_prompts()[:24]]
+    prompts.write_text("\n".join(rows), "utf-8")
+    settings: dict[str, Any] = {
+        "source": {"checkpoint": draft.name, "verifier_name_or_path": str(verifier)},
+        "prompts": {"prompts": str(prompts)},
+        "drafting": {"max_new_tokens": 24},
+        "engine": {"device": "cpu"},
+        "result": {"diagnose": True},
+    }
+    report = evaluate(EvaluateSettings.model_validate(settings), progress=progress)
+    assert report.diagnosis is not None
+    return report.diagnosis
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [("quantized verifier", round_to_4_bits), ("other verifier", lambda x: x.roll(1, 0))],
+)
+def test_another_verifier_than_that_of_the_training_is_named_first(
+    drafts: tuple[TrainedDraft, TrainedDraft],
+    tmp_path: Path,
+    name: str,
+    change: Callable[[Tensor], Tensor],
+) -> None:
+    verifier = write_verifier(tmp_path / "changed", change)
+
+    found = evaluate_with(drafts[0], verifier, tmp_path, RecordedProgress())
+
+    assert found.causes[0].name == name
+    assert found.causes[0].is_real
+    assert str(VERIFIER_DIR) in found.causes[0].change
+    # With the verifier of its training, the draft is as good as ever.
+    assert found.causes[0].acceptance_length > 1.8
+
+
+def test_the_verifier_of_the_training_is_not_tried_where_it_is_the_one_used(
+    drafts: tuple[TrainedDraft, TrainedDraft], tmp_path: Path
+) -> None:
+    found = evaluate_with(drafts[0], VERIFIER_DIR, tmp_path, RecordedProgress())
+
+    assert not {"quantized verifier", "other verifier"} & {cause.name for cause in found.causes}
+    assert found.found == ()
+
+
+def test_a_verifier_of_the_training_that_is_gone_is_reported(
+    drafts: tuple[TrainedDraft, TrainedDraft], tmp_path: Path
+) -> None:
+    checkpoint = tmp_path / "draft"
+    shutil.copytree(drafts[0].name, checkpoint)
+    shutil.rmtree(checkpoint / "trainer")
+    config = json.loads((checkpoint / "config.json").read_text())
+    gone = str(tmp_path / "gone")
+    config["speculators_config"]["verifier"]["name_or_path"] = gone
+    (checkpoint / "config.json").write_text(json.dumps(config))
+    progress = RecordedProgress()
+
+    found = evaluate_with(read_draft(str(checkpoint)), VERIFIER_DIR, tmp_path, progress)
+
+    assert len(found.causes) > 3
+    assert any("is not tried" in warning and gone in warning for warning in progress.warnings)
