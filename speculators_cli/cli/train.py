@@ -56,11 +56,20 @@ def train(
     # Read when torch is imported: where a rank is lost, the others' messages are those that count.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     with importing():
+        import torch
+
         from speculators_cli.core import evaluated_training
         from speculators_cli.core.training.report import TrainReport
-        from speculators_cli.core.training.start_up import StartUp, count_process_seconds
+        from speculators_cli.core.training.start_up import (
+            StartUp,
+            count_process_seconds,
+            find_import_hint,
+        )
 
     start_up = StartUp(count_process_seconds())
+    import_hint = find_import_hint(torch)
+    if import_hint is not None and is_first_rank():
+        output.hint(import_hint)
     try:
         if settings.data.conversations is not None and not dry_run:
             settings = write_tokens(settings, output)

@@ -1,8 +1,10 @@
 """StartUp: where the time goes before the first optimizer step has finished."""
 
 import os
+import sys
 import time
 from pathlib import Path
+from types import ModuleType
 
 STAT = Path("/proc/self/stat")
 
@@ -39,3 +41,20 @@ def count_process_seconds() -> float | None:
         return None
     started_at = ticks / os.sysconf("SC_CLK_TCK")
     return max(time.clock_gettime(time.CLOCK_BOOTTIME) - started_at, 0.0)
+
+
+def find_import_hint(module: ModuleType) -> str | None:
+    """How to make imports faster, if Python compiles them at each start; None if it does not.
+
+    Args:
+        module: A large library that is imported.
+    """
+    cached = module.__spec__.cached if module.__spec__ is not None else None
+    if cached is None or Path(cached).exists():
+        return None
+    fix = (
+        "Unset `PYTHONDONTWRITEBYTECODE`"
+        if sys.dont_write_bytecode
+        else "Set `PYTHONPYCACHEPREFIX` to a folder that persists"
+    )
+    return f"{fix} to start faster: Python compiles `{module.__name__}` again at each start"

@@ -7,12 +7,17 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from speculators_cli.cli.app import run
 from speculators_cli.core.progress import SilentProgress
 from speculators_cli.core.training import start_up
 from speculators_cli.core.training.run import train
-from speculators_cli.core.training.start_up import StartUp, count_process_seconds
+from speculators_cli.core.training.start_up import (
+    StartUp,
+    count_process_seconds,
+    find_import_hint,
+)
 from tests.recorded_progress import RecordedProgress
 from tests.tiny_run import TinyInputs
 
@@ -53,6 +58,34 @@ def test_the_age_of_a_process_may_be_unknown(
 
     assert count_process_seconds() is None
     assert StartUp(count_process_seconds()).seconds == {}
+
+
+@pytest.mark.parametrize(
+    ("dont_write", "expected"),
+    [(True, "Unset `PYTHONDONTWRITEBYTECODE`"), (False, "Set `PYTHONPYCACHEPREFIX` to a folder")],
+)
+def test_a_run_without_bytecode_hints_at_it(
+    tiny: TinyInputs,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    dont_write: bool,
+    expected: str,
+) -> None:
+    monkeypatch.setattr(torch.__spec__, "cached", str(tiny.folder / "missing.pyc"))
+    monkeypatch.setattr(sys, "dont_write_bytecode", dont_write)
+
+    assert run(["train", *tiny.flags(epochs=1, dry_run=True)]) == 0
+
+    assert f"hint: {expected}" in capsys.readouterr().err
+
+
+def test_bytecode_that_is_kept_needs_no_hint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "kept.pyc").touch()
+    monkeypatch.setattr(torch.__spec__, "cached", str(tmp_path / "kept.pyc"))
+
+    assert find_import_hint(torch) is None
 
 
 def test_a_run_logs_its_start_once_and_reports_it(
