@@ -55,7 +55,7 @@ def _host_memory(found: "TrainPlan") -> str:
     text = f"{format_bytes(found.host_copy_bytes)} to write checkpoints from"
     if found.host_prefetch_bytes:
         size = format_bytes(found.host_prefetch_bytes)
-        text = f"up to {size} of prefetched samples per rank, {text}"
+        text += f", up to {size} of prefetched samples per rank"
     return text
 
 
