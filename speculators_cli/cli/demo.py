@@ -64,5 +64,5 @@ def show(report: "DemoReport", output: Output) -> None:
     output.line("Repeat stage 3, then run stages 2 and 3 for a verifier of your own:")
     output.line(f"  speculators train --config {settings_file} --save-path again")
     output.line("  speculators build-vocab-map --verifier-name-or-path ID --data-path SAMPLES")
-    algorithm = "" if report.algorithm == "eagle3" else f" --algorithm {report.algorithm}"
-    output.line(f"  speculators train{algorithm} --verifier-name-or-path ID --data-path SAMPLES")
+    command = f"speculators train --algorithm {report.algorithm}"
+    output.line(f"  {command} --verifier-name-or-path ID --data-path SAMPLES")

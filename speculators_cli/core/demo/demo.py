@@ -52,6 +52,10 @@ MIN_OF_OTHERS = 1.5  # blocks need more data than the demo has
 # Sections of `train` that differ between algorithms; all drafts propose three tokens.
 TRAINING: dict[str, dict[str, Any]] = {
     "eagle3": {"eagle3": {"ttt_step_loss_decay": 0.6}},
+    "peagle": {
+        "draft": {"num_layers": 2},
+        "peagle": {"ttt_steps": NUM_DRAFT_TOKENS, "ttt_step_loss_decay": 0.6},
+    },
     "dflash": {
         "draft": {"num_layers": 3},
         "dflash": {"block_size": NUM_DRAFT_TOKENS + 1},
