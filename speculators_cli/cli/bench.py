@@ -63,7 +63,7 @@ def show(report: "BenchReport", output: Output) -> None:
         rows.append(("kernel launches", f"{report.launch_ms:.1f} ms/step on the host"))
     if report.idle_share is not None:
         rows.append(("GPU idle", f"{report.idle_share:.1%}"))
-    output.panel(f"{report.verifier}, {report.kernels} kernels", rows)
+    output.panel(f"{report.verifier}, {report.kernels} kernels, {report.gemm_dtype} products", rows)
     if report.split_ms is not None:
         output.table(
             ("kernels", "ms/step"),

@@ -25,7 +25,7 @@ def show_plan(settings: TrainSettings, output: Output, *, num_ranks: int | None)
     if output.is_json:
         output.result("train", {"plan": found.to_json()})
         return
-    unknown = "only estimated for the fast kernels on a GPU"
+    unknown = "only estimated for the fast kernels in bfloat16 on a GPU"
     rows = [
         ("samples", f"{found.num_samples:,}, {found.num_validation_samples:,} for validation"),
         (

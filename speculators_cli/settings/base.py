@@ -273,6 +273,16 @@ def _check_data(paths: tuple[Path, ...]) -> tuple[Path, ...]:
     return tuple(x if is_conversations(x) else _check_folder(x) for x in paths)
 
 
+def check_float8_products(gemm_dtype: str, *, compute_dtype: str, kernels: str) -> None:
+    """Raise ValueError for settings that exclude float8 products."""
+    for flag, value, excluded in (
+        ("--kernels", kernels, "plain"),
+        ("--compute-dtype", compute_dtype, "float32"),
+    ):
+        if gemm_dtype == "float8" and value == excluded:
+            raise ValueError(f"`--gemm-dtype float8` and `{flag} {value}` cannot both be given")
+
+
 def is_conversations(path: Path) -> bool:
     """Whether a path is a file of conversations, which is rendered into tokens."""
     return path.suffix.lower() in CONVERSATION_SUFFIXES and path.is_file()
@@ -343,6 +353,14 @@ ComputeInFloat8 = Annotated[
     Field(
         description="Precision of the verifier's matrix products; float8 is e4m3, scaled by token "
         "and output, for verifiers that are served in float8; auto is that of its weights"
+    ),
+]
+GemmDtype = Annotated[
+    Literal["auto", "float8"],
+    Field(
+        description="Precision of the draft's matrix products in training steps; float8 is e4m3, "
+        "scaled by row, forward and backward, and needs the fast kernels in bfloat16 on a recent "
+        "GPU; auto is the compute dtype; sums, weights and optimizer state are always float32"
     ),
 ]
 Kernels = Annotated[

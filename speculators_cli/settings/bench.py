@@ -16,10 +16,12 @@ from speculators_cli.settings.base import (
     Device,
     Folders,
     FormatVersion,
+    GemmDtype,
     Kernels,
     Settings,
     TotalSeqLen,
     TrustRemoteCode,
+    check_float8_products,
     fill_in_defaults,
 )
 from speculators_cli.settings.train import (
@@ -88,12 +90,20 @@ class BenchStepSettings(Settings):
     )
     device: Device = "auto"
     compute_dtype: ComputeDtype = "auto"
+    gemm_dtype: GemmDtype = "auto"
     kernels: Kernels = "auto"
 
     @model_validator(mode="after")
     def _disk_is_compared_with_capture(self) -> Self:
         if self.disk_dir is not None and not self.capture:
             raise ValueError("`--disk-dir` needs `--capture`")
+        return self
+
+    @model_validator(mode="after")
+    def _float8_has_fast_kernels(self) -> Self:
+        check_float8_products(
+            self.gemm_dtype, compute_dtype=self.compute_dtype, kernels=self.kernels
+        )
         return self
 
 

@@ -21,6 +21,7 @@ from speculators_cli.settings.base import (
     Device,
     Folders,
     FormatVersion,
+    GemmDtype,
     Kernels,
     KeyOf,
     LayerIdsSetting,
@@ -29,6 +30,7 @@ from speculators_cli.settings.base import (
     Settings,
     TotalSeqLen,
     TrustRemoteCode,
+    check_float8_products,
     fill_in_defaults,
     is_conversations,
     not_a_choice,
@@ -308,6 +310,7 @@ class DistributedSettings(Settings):
 
     device: Device = "auto"
     compute_dtype: Annotated[ComputeDtype, WARNED_ON_RESUME] = "auto"
+    gemm_dtype: Annotated[GemmDtype, WARNED_ON_RESUME] = "auto"
     kernels: Kernels = "auto"
     sharding: Literal["shard", "replicate", "auto"] = Field(
         "shard",
@@ -315,6 +318,13 @@ class DistributedSettings(Settings):
         " each rank; auto shards within each machine",
     )
     timeout_seconds: int = Field(1800, ge=1, description="Timeout of collectives, in seconds")
+
+    @model_validator(mode="after")
+    def _float8_has_fast_kernels(self) -> Self:
+        check_float8_products(
+            self.gemm_dtype, compute_dtype=self.compute_dtype, kernels=self.kernels
+        )
+        return self
 
 
 class TrainSettings(Settings):

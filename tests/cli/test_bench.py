@@ -101,6 +101,8 @@ def test_samples_of_another_size_are_refused(
         "--data-path . --num-documents 1",
         "--total-seq-len 64 --num-documents 17",
         "--disk-dir .",
+        "--gemm-dtype float8 --kernels plain",
+        "--gemm-dtype float8 --compute-dtype float32",
     ],
 )
 def test_what_would_be_ignored_is_refused(flags: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -158,3 +160,43 @@ def test_fast_kernels_are_refused_without_a_gpu(
 
     assert code == 5
     assert "`--kernels fast`: they require a GPU" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(find_spec("triton") is None, reason="needs Triton")
+def test_products_in_float8_are_refused_without_a_gpu(
+    tiny: TinyInputs, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    flags = ["--verifier-name-or-path", str(tiny.verifier_dir), "--device", "cpu", *SMALL]
+
+    code = run(["bench", *flags, "--gemm-dtype", "float8"])
+
+    assert code == 5
+    error = capsys.readouterr().err
+    assert "`--gemm-dtype float8` needs the fast kernels: they require a GPU" in error
+    assert "Leave out `--gemm-dtype float8`" in error
+
+
+def test_an_algorithm_without_products_in_float8_is_refused(
+    tiny: TinyInputs, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = ["--verifier-name-or-path", str(tiny.verifier_dir), "--device", "cpu", *SMALL]
+
+    code = run(["bench", *flags, "--algorithm", "dflash", "--gemm-dtype", "float8"])
+
+    assert code == 5
+    assert "algorithm `dflash` has none in float8" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(find_spec("triton") is None, reason="needs Triton")
+def test_products_in_float8_are_measured(
+    tiny: TinyInputs, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = ["--verifier-name-or-path", str(tiny.verifier_dir), "--device", "cpu", *SMALL]
+    flags += ["--total-seq-len", SEQ_LENS["fast"]]
+
+    code = run(["bench", "--json", *flags, "--gemm-dtype", "float8"])
+
+    report = json.loads(capsys.readouterr().out)
+    assert code == 0
+    assert (report["kernels"], report["gemm_dtype"]) == ("fast", "float8")

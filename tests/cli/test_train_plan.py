@@ -44,7 +44,7 @@ def test_a_plan_without_a_gpu_leaves_out_time_and_memory(
     assert run(["train", "--plan", *tiny.flags()]) == 0
 
     out, _ = capsys.readouterr()
-    assert "time             only estimated for the fast kernels on a GPU" in out
+    assert "time             only estimated for the fast kernels in bfloat16 on a GPU" in out
     assert "checkpoints" in out
     assert re.search(r"host memory +\S+ \S+ to write checkpoints from", out)
 

@@ -224,7 +224,10 @@ def test_broken_documents_are_taken_out_as_on_the_cpu(value: float) -> None:
     assert noise[~is_left_alone].abs().max() == pytest.approx(0.05, rel=1e-2)
 
 
-def test_nothing_is_compiled_after_the_first_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("in_float8", [False, True])
+def test_nothing_is_compiled_after_the_first_steps(
+    in_float8: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     # Rows, documents, gaps and chunks of the loss differ from batch to batch.
     import triton
 
@@ -232,10 +235,10 @@ def test_nothing_is_compiled_after_the_first_steps(monkeypatch: pytest.MonkeyPat
     rng = torch.Generator().manual_seed(0)
     config = make_config(
         hidden_size=192, target_hidden_size=192, intermediate_size=320, num_heads=6,
-        head_dim=64, vocab_size=900, draft_vocab_size=450, num_layers=2,
+        head_dim=64, vocab_size=896, draft_vocab_size=448, num_layers=2,
     )  # fmt: skip
-    draft = moved(filled_draft(config, rng, kept_ids=torch.arange(0, 900, 2)))
-    draft.use_fast_kernels = True
+    draft = moved(filled_draft(config, rng, kept_ids=torch.arange(0, 896, 2)))
+    draft.use_fast_kernels, draft.use_float8 = True, in_float8
     optimizer = Optimizer(draft, OptimizerSettings(), use_fast_kernels=True)
     compiled: list[str] = []
 

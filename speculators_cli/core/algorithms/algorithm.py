@@ -31,6 +31,7 @@ class Algorithm(ABC, Generic[ConfigT, SettingsT]):
     alignment: ClassVar[Alignment]  # which rows of a sample it trains on
     cost: CostModel[ConfigT, SettingsT]  # of a training step
     num_aux_layers: ClassVar[int] = 3  # verifier layers that it reads, where samples do not decide
+    multiplies_in_float8: ClassVar[bool] = False  # whether its fast step can, if it is asked to
     title: ClassVar[str] = ""  # in model cards; empty: the name
     # Settings of the section that a model card lists, and their names in it.
     card_settings: ClassVar[Mapping[str, str]] = {}

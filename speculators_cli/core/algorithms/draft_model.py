@@ -48,11 +48,17 @@ class DraftModel(nn.Module, ABC):
     # simulated acceptance length is computed.
     ratios: ClassVar[tuple[Ratio, ...]]
     use_fast_kernels: bool  # whether a step uses the fast GPU kernels
+    use_float8: bool = False  # whether its matrix products are in float8; with fast kernels only
 
     @property
     @abstractmethod
     def loss_weights(self) -> tuple[float, ...]:
         """Weight of each prediction in the loss."""
+
+    @property
+    def multiplies_in_float8(self) -> bool:
+        """Whether products are in float8 now: validation computes what is exported."""
+        return self.use_float8 and self.training
 
     def draw(self, batch: Batch, *, seed: int, epoch: int) -> Batch:  # noqa: ARG002
         """The batch with positions that this draft draws at random, on the host; before all else.

@@ -58,6 +58,7 @@ class BenchReport:
     device: str
     torch_version: str
     kernels: str  # `fast` or `plain`
+    gemm_dtype: str  # of the draft's matrix products
     total_seq_len: int
     supervised_fraction: float
     ttt_steps: int  # number of trained draft tokens
@@ -283,6 +284,9 @@ def _report(
         device=device_name,
         torch_version=torch.__version__,
         kernels="fast" if draft.use_fast_kernels else "plain",
+        gemm_dtype="float8"
+        if draft.use_float8
+        else str(run.step.compute_dtype).removeprefix("torch."),
         total_seq_len=settings.step.total_seq_len,
         supervised_fraction=sum(part.num_targets for part in work) / num_steps / num_tokens,
         ttt_steps=config.num_draft_tokens,
@@ -397,16 +401,12 @@ def _build_step(
         filler = LiveStates(engine, weights_bytes=count_own_bytes(engine.model))
     else:
         frozen = _random_verifier(verifier, vocab_size, ranks.device, seed)
+    own = settings.algorithm_settings
+    kernels = choose_kernels(step.kernels, step.gemm_dtype, dtype, config, own, ranks.device)
     draft = ALGORITHMS[shape.algorithm].build(
-        config,
-        frozen,
-        vocab_map,
-        settings.algorithm_settings,
-        use_fast_kernels=choose_kernels(
-            step.kernels, dtype, config, settings.algorithm_settings, ranks.device
-        ),
-        seed=seed,
+        config, frozen, vocab_map, own, use_fast_kernels=kernels.are_fast, seed=seed
     )
+    draft.use_float8 = kernels.in_float8
     optimizer = Optimizer(draft, OptimizerSettings(), use_fast_kernels=draft.use_fast_kernels)
     built = OptimizerStep(
         draft, ranks, optimizer, compute_dtype=dtype, noise_std=step.noise_std, seed=seed,

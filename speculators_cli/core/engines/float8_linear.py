@@ -9,9 +9,9 @@ from torch import Tensor, nn
 from speculators_cli.core.data.float8 import MAX_FLOAT8, quantize_rows
 from speculators_cli.core.engines.verifier_layers import VerifierLayers
 from speculators_cli.core.errors import MachineError
+from speculators_cli.core.kernels.support import why_not_float8
 
 MULTIPLE = 16  # of both widths, for the matrix product
-MIN_CAPABILITY = (8, 9)
 MIN_SCALE = 2.0**-40  # of a token: a row of zeros stays zero
 
 
@@ -53,9 +53,10 @@ def use_float8(parts: VerifierLayers) -> int:
         MachineError: The device cannot multiply in float8.
     """
     device = parts.device
-    if device.type == "cuda" and torch.cuda.get_device_capability(device) < MIN_CAPABILITY:
+    reason = why_not_float8(device)
+    if reason is not None:
         raise MachineError(
-            f"`{device}` cannot multiply in float8",
+            f"`{device}`: {reason}",
             hint="Choose a GPU of compute capability 8.9 or higher, or another precision",
         )
     return sum(replace_linears(layer) for layer in parts.layers)

@@ -87,8 +87,8 @@ class _LinearKL(torch.autograd.Function):
         verifier_head = targets.head.to(stacked.dtype)
         verifier_bias = None if targets.bias is None else targets.bias.to(stacked.dtype)
         for start, stop in split_rows(num_rows, chunk_size(num_steps, len(verifier_head))):
-            source = stacked[start:stop].view(-1, size)
-            logits = source @ head.value.T
+            rows = head.factor.prepare(stacked[start:stop].view(-1, size))
+            logits = head.factor.multiply(rows)
             first, last = bounds(start, stop)
             here = slice(first, last)
             target_logits = F.linear(targets.hidden[here], verifier_head, verifier_bias)
@@ -102,10 +102,11 @@ class _LinearKL(torch.autograd.Function):
                 targets,
                 (losses[start:stop], flags[0, start:stop], flags[1, start:stop]),
             )
-            if grads is not None:
-                torch.mm(logits, head.value, out=grads[start:stop].view(-1, size))
-            if needs_head:
-                head.gradient.add_product(logits, source)
+            if needs_rows or needs_head:
+                into = None if grads is None else grads[start:stop].view(-1, size)
+                head.factor.multiply_back(
+                    logits, rows, needs_x=needs_rows, needs_weight=needs_head, into=into
+                )
             # Before the next chunk's are computed, or both would be in memory at once.
             del logits, target_logits
         ctx.save_for_backward(grads)

@@ -108,9 +108,11 @@ class _LinearLoss(torch.autograd.Function):
         for start, stop in split_rows(num_blocks, block_chunk_size(num_predictions, len(head))):
             here = slice(start, stop)
             sources = [x[here].view(-1, x.shape[-1]) for x in inputs]
-            logits = sources[0] @ weights[0].value.T
-            for source, weight in zip(sources[1:], weights[1:], strict=True):
-                logits.addmm_(source, weight.value.T)
+            factors = [weight.factor for weight in weights]
+            rows = [factor.prepare(x) for factor, x in zip(factors, sources, strict=True)]
+            logits = factors[0].multiply(rows[0])
+            for factor, x in zip(factors[1:], rows[1:], strict=True):
+                logits = factor.multiply(x, add=logits)
             first, last = bounds(start, stop)
             chunk = _Chunk(
                 logits,
@@ -124,13 +126,13 @@ class _LinearLoss(torch.autograd.Function):
             chunk_weights = weigh(losses[here], flags[1, here]).expand(stop - start, -1)
             total += (losses[here] * chunk_weights).sum()
             chunk.differentiate(chunk_weights.contiguous(), flags[1, here])
-            for source, weight, grad, needs_weight in zip(
-                sources, weights, grads, needs[:num_products], strict=True
+            for factor, x, grad, needs_weight in zip(
+                factors, rows, grads, needs[:num_products], strict=True
             ):
-                if grad is not None:
-                    torch.mm(logits, weight.value, out=grad[here].view(source.shape))
-                if needs_weight:
-                    weight.gradient.add_product(logits, source)
+                into = None if grad is None else grad[here].view(-1, grad.shape[-1])
+                factor.multiply_back(
+                    logits, x, needs_x=grad is not None, needs_weight=needs_weight, into=into
+                )
             # Before the next chunk's are computed, or both would be in memory at once.
             del logits, chunk
         ctx.save_for_backward(*grads)

@@ -5,68 +5,41 @@ gradient for it, but autograd still runs the node that created it after the last
 returns the finished sum.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from speculators_cli.core.kernels.factors import Factor, Float8Factor, GradientSum, PlainFactor
 from speculators_cli.core.kernels.rows import add_rows, pick_rows
 
 
-class GradientSum:
-    """The accumulated gradient of a shared tensor; None before the first use's backward."""
-
-    def __init__(self) -> None:
-        self.total: Tensor | None = None
-
-    def add_product(
-        self,
-        grad: Tensor,  # [rows, out]
-        x: Tensor,  # [rows, in]
-    ) -> None:
-        """Add `grad.T @ x`, [out, in], in float32: the GEMM itself accumulates."""
-        if grad.dtype != torch.float32 and not grad.is_cuda:
-            grad, x = grad.float(), x.float()
-        if grad.dtype == torch.float32:
-            if self.total is None:
-                self.total = grad.T @ x
-            else:
-                self.total.addmm_(grad.T, x)
-        elif self.total is None:
-            self.total = torch.mm(grad.T, x, out_dtype=torch.float32)
-        else:
-            torch.addmm(self.total, grad.T, x, out_dtype=torch.float32, out=self.total)
-
-
 class SharedWeight:
-    """Stacked weights of one input, cast to the compute dtype once for all uses.
+    """Stacked weights of one input, cast once for all uses.
 
     Args:
         weights: Each [out, in], float32.
         dtype: The compute dtype.
         norm_weight: [in], float32, of a norm before the weights: folded into them, where its
             gradient costs one pass over theirs. Applied to the rows, it would cost a GEMM.
+        in_float8: Whether products are computed in float8, if their sizes permit.
     """
 
     def __init__(
-        self, weights: Sequence[Tensor], dtype: torch.dtype, *, norm_weight: Tensor | None = None
+        self,
+        weights: Sequence[Tensor],
+        dtype: torch.dtype,
+        *,
+        norm_weight: Tensor | None = None,
+        in_float8: bool = False,
     ) -> None:
-        first = weights[0]
-        num_rows = sum(len(weight) for weight in weights)
-        self.value = torch.empty(num_rows, first.shape[1], dtype=dtype, device=first.device)
+        kind = Float8Factor if in_float8 and Float8Factor.is_possible(weights) else PlainFactor
         with torch.no_grad():
-            for part, weight in zip(
-                self.value.split([len(weight) for weight in weights]), weights, strict=True
-            ):
-                if norm_weight is None:
-                    part.copy_(weight)
-                else:
-                    torch.mul(weight, norm_weight, out=part)
-        # The sum has no reference to the token: a cycle would last until garbage collection.
-        self.gradient = GradientSum()
-        self.token: Tensor = _ShareWeights.apply(self.gradient, norm_weight, *weights)
+            self.factor: Factor = kind(weights, norm_weight, dtype)
+        # The factor has no reference to the token: a cycle would last until garbage collection.
+        self.token: Tensor = _ShareWeights.apply(self.factor, norm_weight, *weights)
 
     def linear(
         self,
@@ -75,26 +48,26 @@ class SharedWeight:
         add: Tensor | None = None,  # [rows, out]; overwritten
     ) -> Tensor:
         """Multiply by the weights and add the product to `add` in place, if given; [rows, out]."""
-        out: Tensor = _Linear.apply(x, add, self.token, self.value, self.gradient)
+        out: Tensor = _Linear.apply(x, add, self.token, self.factor)
         return out
+
+
+Share = Callable[..., SharedWeight]  # makes one in the precision of a step
 
 
 class _ShareWeights(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, gradient: GradientSum, norm_weight: Tensor | None, *weights: Tensor
-    ) -> Tensor:
+    def forward(ctx: Any, factor: Factor, norm_weight: Tensor | None, *weights: Tensor) -> Tensor:
         ctx.set_materialize_grads(False)
-        ctx.gradient, ctx.shapes = gradient, [weight.shape for weight in weights]
+        ctx.factor, ctx.shapes = factor, [weight.shape for weight in weights]
         ctx.save_for_backward(norm_weight, *(weights if norm_weight is not None else ()))
         return torch.empty((), device=weights[0].device)  # never read
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *_grads: Tensor) -> tuple[Tensor | None, ...]:
-        total, ctx.gradient.total = ctx.gradient.total, None
+        total = ctx.factor.take_gradient()
         norm_weight, *weights = ctx.saved_tensors
-        assert total is not None, "a product contributes to the loss"
         parts = total.split([n for n, _ in ctx.shapes])
         if norm_weight is None:
             return (None, None, *parts)
@@ -106,37 +79,24 @@ class _ShareWeights(torch.autograd.Function):
 
 class _Linear(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        add: Tensor | None,
-        token: Tensor,
-        weight: Tensor,
-        gradient: GradientSum,
-    ) -> Tensor:
+    def forward(ctx: Any, x: Tensor, add: Tensor | None, token: Tensor, factor: Factor) -> Tensor:
         del token
-        ctx.save_for_backward(x, weight)
-        ctx.gradient = gradient
-        if add is None:
-            return x @ weight.T
-        ctx.mark_dirty(add)
-        return add.addmm_(x, weight.T)
+        prepared = factor.prepare(x)
+        ctx.save_for_backward(*prepared)
+        ctx.factor = factor
+        if add is not None:
+            ctx.mark_dirty(add)
+        return factor.multiply(prepared, add=add)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight = ctx.saved_tensors
         grad = grads[0].contiguous()
-        needs_x, needs_add, needs_weight, *_ = ctx.needs_input_grad
-        if needs_weight:
-            ctx.gradient.add_product(grad, x)
-        return (
-            grad @ weight if needs_x else None,
-            grad if needs_add else None,
-            None,
-            None,
-            None,
+        needs_x, needs_add, needs_weight, _ = ctx.needs_input_grad
+        grad_x = ctx.factor.multiply_back(
+            grad, ctx.saved_tensors, needs_x=needs_x, needs_weight=needs_weight
         )
+        return grad_x, grad if needs_add else None, None, None
 
 
 class SharedRows:

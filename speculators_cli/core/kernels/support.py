@@ -1,4 +1,4 @@
-"""Support for the fast kernels, which compute the same as the plain path, on a recent GPU."""
+"""Support for the fast kernels, which compute the same as the plain path, and for float8."""
 
 import os
 from importlib.util import find_spec
@@ -7,6 +7,7 @@ import torch
 
 from speculators_cli.core.errors import MachineError
 from speculators_cli.core.kernels.causal_attention import can_use_flash
+from speculators_cli.core.reading import first_line
 
 
 def use_fast_kernels(
@@ -39,6 +40,51 @@ def use_fast_kernels(
     # In float32, or with head sizes that FlashAttention lacks, attention would be slower.
     is_worth_it = can_use_flash(device, dtype, head_dim)
     return reason is None and (setting == "fast" or is_worth_it)
+
+
+def use_float8_products(
+    setting: str, device: torch.device, *, unsupported: str | None = None
+) -> bool:
+    """Resolve `--gemm-dtype`; float8 implies the fast kernels.
+
+    Args:
+        setting: `auto` or `float8`.
+        device: Where the draft computes.
+        unsupported: What of the draft's settings the fast kernels do not compute; None: nothing.
+
+    Raises:
+        MachineError: float8 was requested where it is not supported.
+    """
+    if setting != "float8":
+        return False
+    hint = "Leave out `--gemm-dtype float8`"
+    reason = unsupported or why_not_fast(device)
+    if reason is not None:
+        raise MachineError(f"`--gemm-dtype float8` needs the fast kernels: {reason}", hint=hint)
+    reason = why_not_float8(device)
+    if reason is not None:
+        raise MachineError(f"`--gemm-dtype float8`: {reason}", hint=hint)
+    return True
+
+
+def why_not_float8(device: torch.device) -> str | None:
+    """Return why a device cannot multiply float8 matrices with a scale per row; None if it can.
+
+    It is tried: support depends on the versions of torch and CUDA, too. A CPU can, slowly.
+    """
+    if device.type != "cuda":
+        return None
+    values = torch.zeros(16, 16, dtype=torch.float8_e4m3fn, device=device)
+    scales = torch.ones(16, 1, device=device)
+    try:
+        torch._scaled_mm(values, values.T, scales, scales.T, out_dtype=torch.bfloat16)  # noqa: SLF001
+    except (RuntimeError, ValueError) as error:
+        major, minor = torch.cuda.get_device_capability(device)
+        return (
+            f"torch {torch.__version__} cannot multiply in float8 with a scale per row on this GPU "
+            f"of compute capability {major}.{minor}: {first_line(error)}"
+        )
+    return None
 
 
 def why_not_fast(device: torch.device) -> str | None:

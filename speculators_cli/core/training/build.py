@@ -2,6 +2,7 @@
 
 import os
 from functools import partial
+from typing import NamedTuple
 
 import torch
 
@@ -10,7 +11,7 @@ from speculators_cli.core.algorithms.draft_config import DraftConfig
 from speculators_cli.core.algorithms.draft_model import DraftModel
 from speculators_cli.core.data.loader import BatchLoader, BatchSource
 from speculators_cli.core.data.source import SampleSource
-from speculators_cli.core.kernels.support import use_fast_kernels
+from speculators_cli.core.kernels.support import use_fast_kernels, use_float8_products
 from speculators_cli.core.models.verifier import FrozenVerifier, load_frozen_verifier
 from speculators_cli.core.progress import Progress
 from speculators_cli.core.signals import StopSignals
@@ -198,27 +199,38 @@ def count_steps(settings: TrainSettings, loader: BatchSource) -> int:
 def build_draft(settings: TrainSettings, inputs: Inputs, verifier: FrozenVerifier) -> DraftModel:
     """A fresh or a trained draft on the device of the verifier's frozen parts."""
     algorithm, config = ALGORITHMS[settings.draft.algorithm], inputs.draft_config(settings)
+    kernels = choose_train_kernels(settings, config, verifier.head.device)
     draft = algorithm.build(
         config,
         verifier,
         inputs.vocab_map,
         settings.algorithm_settings,
-        use_fast_kernels=choose_train_kernels(settings, config, verifier.head.device),
+        use_fast_kernels=kernels.are_fast,
         seed=settings.run.seed,
     )
+    draft.use_float8 = kernels.in_float8
     if inputs.source is not None:
         # A draft of another algorithm lacks some.
         draft.load_state_dict({**draft.state_dict(), **inputs.source.weights})
     return draft
 
 
+class Kernels(NamedTuple):
+    """How a step is computed."""
+
+    are_fast: bool
+    in_float8: bool  # its matrix products
+
+
 def choose_train_kernels(
     settings: TrainSettings, config: DraftConfig, device: torch.device
-) -> bool:
-    """Whether a step uses the fast kernels: `--kernels`, resolved."""
+) -> Kernels:
+    """`--kernels` and `--gemm-dtype`, resolved."""
+    own = settings.distributed
     return choose_kernels(
-        settings.distributed.kernels,
-        choose_compute_dtype(settings.distributed.compute_dtype, device),
+        own.kernels,
+        own.gemm_dtype,
+        choose_compute_dtype(own.compute_dtype, device),
         config,
         settings.algorithm_settings,
         device,
@@ -227,23 +239,27 @@ def choose_train_kernels(
 
 def choose_kernels(
     given: str,
+    gemm_dtype: str,
     compute_dtype: torch.dtype,
     config: DraftConfig,
     algorithm_settings: Settings,
     device: torch.device,
-) -> bool:
-    """Whether a step uses the fast kernels.
+) -> Kernels:
+    """How a step is computed on a device.
 
     Raises:
-        MachineError: They were requested where they cannot run.
+        MachineError: Fast kernels or float8 were requested where they cannot run.
     """
-    return use_fast_kernels(
-        given,
-        device,
-        compute_dtype,
-        head_dim=config.head_dim,
-        unsupported=ALGORITHMS[config.algorithm].find_unsupported(config, algorithm_settings),
+    algorithm = ALGORITHMS[config.algorithm]
+    unsupported = algorithm.find_unsupported(config, algorithm_settings)
+    not_float8 = unsupported
+    if not algorithm.multiplies_in_float8:
+        not_float8 = f"algorithm `{algorithm.name}` has none in float8"
+    in_float8 = use_float8_products(gemm_dtype, device, unsupported=not_float8)
+    are_fast = use_fast_kernels(
+        given, device, compute_dtype, head_dim=config.head_dim, unsupported=unsupported
     )
+    return Kernels(are_fast or in_float8, in_float8)
 
 
 def build_loader(

@@ -197,9 +197,9 @@ def _count_prefetched_bytes(
 def _runs_fast_in_bfloat16(
     settings: TrainSettings, config: DraftConfig, device: torch.device
 ) -> bool:
-    is_fast = choose_train_kernels(settings, config, device)
+    kernels = choose_train_kernels(settings, config, device)
     dtype = choose_compute_dtype(settings.distributed.compute_dtype, device)
-    return is_fast and dtype == torch.bfloat16
+    return kernels.are_fast and not kernels.in_float8 and dtype == torch.bfloat16
 
 
 def _count_checkpoints(settings: TrainSettings, packed: PackingPlan, total_steps: int) -> int:

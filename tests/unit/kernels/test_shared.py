@@ -1,10 +1,14 @@
 """Weights and rows that several TTT steps share: their gradients add up."""
 
+from functools import partial
+
+import pytest
 import torch
 from torch import Tensor
 
+from speculators_cli.core.kernels.factors import Float8Factor, PlainFactor
 from speculators_cli.core.kernels.shared import SharedRows, SharedWeight, gather
-from tests.gradients import assert_same
+from tests.gradients import assert_same, gradients
 
 
 def test_a_shared_weight_adds_up_its_uses(rng: torch.Generator) -> None:
@@ -29,14 +33,14 @@ def test_a_shared_weights_gradient_is_handed_over_without_a_copy(rng: torch.Gene
     totals: list[int] = []
     other = SharedWeight([weight], torch.float32)
     out = other.linear(torch.randn(5, 4, generator=rng)).sum()
-    add_product = other.gradient.add_product
+    take_gradient = other.factor.take_gradient
 
-    def watch(grad: Tensor, x: Tensor) -> None:
-        add_product(grad, x)
-        assert other.gradient.total is not None
-        totals.append(other.gradient.total.data_ptr())
+    def watch() -> Tensor:
+        total = take_gradient()
+        totals.append(total.data_ptr())
+        return total
 
-    other.gradient.add_product = watch  # type: ignore[method-assign]
+    other.factor.take_gradient = watch  # type: ignore[method-assign]
     out.backward()
 
     assert weight.grad is not None
@@ -50,7 +54,8 @@ def test_a_frozen_shared_weight_gets_no_gradient(rng: torch.Generator) -> None:
     shared = SharedWeight([weight], torch.float32)
     shared.linear(x).sum().backward()
 
-    assert shared.gradient.total is None
+    assert isinstance(shared.factor, PlainFactor)
+    assert shared.factor.gradient.total is None
     assert x.grad is not None
 
 
@@ -78,6 +83,59 @@ def test_a_shared_weights_gradient_adds_up_in_float32() -> None:
     assert weight.grad is not None
     assert weight.grad.dtype == torch.float32
     assert weight.grad.item() == 300
+
+
+def test_a_weight_in_float8_has_nearly_the_same_products_and_gradients(
+    rng: torch.Generator,
+) -> None:
+    gain = 1 + 0.3 * torch.randn(64, generator=rng)
+    first, second, *x = (torch.randn(n, 64, generator=rng) for n in (48, 32, 5, 40, 19))
+
+    def shared(gain: Tensor, first: Tensor, second: Tensor, *x: Tensor, in_float8: bool) -> Tensor:
+        weight = SharedWeight([first, second], torch.float32, norm_weight=gain, in_float8=in_float8)
+        assert isinstance(weight.factor, Float8Factor) == in_float8
+        a, *others = (weight.linear(part) for part in x)
+        return torch.cat([*others, weight.linear(x[0], add=a)])
+
+    found, exact = (
+        gradients(
+            partial(shared, in_float8=in_float8), gain, first, second, *x,
+            rng=torch.Generator().manual_seed(1),
+        )
+        for in_float8 in (True, False)
+    )  # fmt: skip
+
+    for own, wanted in zip(found, exact, strict=True):
+        # Each factor has errors of up to 2^-4, evenly distributed: 2^-4 / sqrt(3) by the mean
+        # square at worst, and there are two.
+        assert 1e-3 < (own - wanted).norm() / wanted.norm() < 2**-4 * (2 / 3) ** 0.5
+
+
+def test_a_frozen_weight_in_float8_gets_no_gradient(rng: torch.Generator) -> None:
+    # As a verifier's LM head, which a draft may share, and which is in bfloat16.
+    weight = torch.randn(32, 16, generator=rng).bfloat16()
+    x = torch.randn(5, 16, generator=rng).requires_grad_()
+
+    shared = SharedWeight([weight], torch.float32, in_float8=True)
+    shared.linear(x).sum().backward()
+
+    assert isinstance(shared.factor, Float8Factor)
+    assert shared.factor.pairs.pairs == []
+    assert x.grad is not None
+    exact = weight.float().sum(0).expand(5, 16)
+    # Weights have errors of up to 2^-4 each.
+    assert (x.grad - exact).norm() < 2**-4 * exact.norm()
+
+
+@pytest.mark.parametrize("sizes", [(40, 32), (32, 40)])
+def test_a_weight_of_other_sizes_keeps_the_compute_dtype(
+    sizes: tuple[int, int], rng: torch.Generator
+) -> None:
+    weight = torch.randn(sizes, generator=rng)
+
+    shared = SharedWeight([weight], torch.float32, in_float8=True)
+
+    assert isinstance(shared.factor, PlainFactor)
 
 
 def test_shared_rows_add_up_what_is_read(rng: torch.Generator) -> None:

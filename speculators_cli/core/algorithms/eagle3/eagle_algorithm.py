@@ -33,6 +33,7 @@ class EagleAlgorithm(Algorithm[EagleConfigT, EagleSettingsT]):
     """An algorithm whose first layer reads embeddings beside hidden states."""
 
     alignment = NEXT_TOKEN
+    multiplies_in_float8 = True
     card_settings: ClassVar = {
         "ttt_steps": "TTT steps",
         "ttt_step_loss_decay": "loss decay per TTT step",

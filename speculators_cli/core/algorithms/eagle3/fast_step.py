@@ -10,13 +10,14 @@ from torch import Tensor
 from speculators_cli.core.algorithms.draft_model import StepSums
 from speculators_cli.core.algorithms.eagle3.active_rows import ActiveRows, find_active_rows
 from speculators_cli.core.algorithms.eagle3.draft import Eagle3Draft, FirstLayer
+from speculators_cli.core.algorithms.eagle3.training import Eagle3Training
 from speculators_cli.core.algorithms.objective import sum_steps
 from speculators_cli.core.data.batch import Batch
 from speculators_cli.core.kernels.joint_attention import joint_attention
 from speculators_cli.core.kernels.linear_kl import Targets, linear_kl
 from speculators_cli.core.kernels.rms_norm import rms_norm
 from speculators_cli.core.kernels.rotary import rotate
-from speculators_cli.core.kernels.shared import SharedRows, SharedWeight, gather
+from speculators_cli.core.kernels.shared import Share, SharedRows, SharedWeight, gather
 from speculators_cli.core.kernels.spans import Spans
 from speculators_cli.core.kernels.swiglu import swiglu
 from speculators_cli.core.models.layers import DecoderLayer, RMSNorm
@@ -24,7 +25,7 @@ from speculators_cli.core.models.layers import DecoderLayer, RMSNorm
 Rope = tuple[Tensor, Tensor]
 
 
-def unroll(draft: Eagle3Draft, batch: Batch, targets: Targets, weights: Tensor) -> StepSums:
+def unroll(draft: Eagle3Training, batch: Batch, targets: Targets, weights: Tensor) -> StepSums:
     """Unroll the draft over the rows that can reach a loss.
 
     Args:
@@ -34,11 +35,12 @@ def unroll(draft: Eagle3Draft, batch: Batch, targets: Targets, weights: Tensor) 
         weights: [steps], float32: what a position of each TTT step weighs in the loss.
     """
     config, dtype = draft.config, batch.aux_hidden_states.dtype
+    share = partial(SharedWeight, dtype=dtype, in_float8=draft.multiplies_in_float8)
     rows = find_active_rows(batch, config.ttt_steps)
-    fc = SharedWeight([draft.fc.weight], dtype)
+    fc = share([draft.fc.weight])
     hidden = fc.linear(draft.normed_aux(batch.aux_hidden_states))
     mask = draft.embed_mask(dtype)
-    layers = build_layers(draft, batch, rows, None if mask is None else mask[0])
+    layers = build_layers(draft, batch, rows, share, None if mask is None else mask[0])
     # One row stands for all of them.
     masked = None if mask is None else fc.linear(draft.normed_aux(mask[1]))
     active_positions = batch.position_ids[rows.rows]
@@ -53,7 +55,8 @@ def unroll(draft: Eagle3Draft, batch: Batch, targets: Targets, weights: Tensor) 
         normed, hidden = apply_norm(draft.norm, hidden, add=residual, into=stacked[:, step])
         normed_steps.append(normed)
         hidden = draft.choose_fed_back(hidden, normed) if masked is None else masked
-    return score(draft, rows, stacked, normed_steps, targets, weights)
+    head = share([draft.lm_head.weight])
+    return score(head, rows, stacked, normed_steps, targets, weights)
 
 
 def apply_norm(
@@ -70,6 +73,7 @@ class FastLayer:
         layer: Whose weights these are.
         rows: The active rows.
         rope: Cosine and sine by position.
+        share: Makes the weights that its steps share.
         embedded: [seq_len, hidden]: normalised embeddings without norm weights, for a first layer.
         mask: [1, hidden]: the same of the token that all later steps read, if there is one.
         is_last: Whether step 0 leaves off the other rows once their keys are known.
@@ -81,7 +85,7 @@ class FastLayer:
         layer: FirstLayer | DecoderLayer,
         rows: ActiveRows,
         rope: Rope,
-        dtype: torch.dtype,
+        share: Share,
         *,
         embedded: Tensor | None,
         mask: Tensor | None,
@@ -104,18 +108,18 @@ class FastLayer:
             gain = layer.input_layernorm.weight
             halves = [weight.split(len(gain), dim=1) for weight in (q, k, v)]
             (embedding_q, q), (embedding_k, k), (embedding_v, v) = halves
-            to_query = SharedWeight([embedding_q], dtype, norm_weight=gain)
-            to_kv = SharedWeight([embedding_k, embedding_v], dtype, norm_weight=gain)
+            to_query = share([embedding_q], norm_weight=gain)
+            to_kv = share([embedding_k, embedding_v], norm_weight=gain)
             places = (None, *rows.shifted_rows[1:])
             self.kv_part = EmbeddedPart(to_kv, embedded, places, mask)
             if is_last:
                 embedded, places = embedded.index_select(0, rows.needed), rows.needed_rows
             self.query_part = EmbeddedPart(to_query, embedded, places, mask)
-        self.q = SharedWeight([q], dtype)
-        self.kv = SharedWeight([k, v], dtype)
-        self.o = SharedWeight([attention.o_proj.weight], dtype)
-        self.gate_up = SharedWeight([mlp.gate_proj.weight, mlp.up_proj.weight], dtype)
-        self.down = SharedWeight([mlp.down_proj.weight], dtype)
+        self.q = share([q])
+        self.kv = share([k, v])
+        self.o = share([attention.o_proj.weight])
+        self.gate_up = share([mlp.gate_proj.weight, mlp.up_proj.weight])
+        self.down = share([mlp.down_proj.weight])
 
     def __call__(
         self,
@@ -216,14 +220,14 @@ def build_layers(
     draft: Eagle3Draft,
     batch: Batch,
     rows: ActiveRows,
+    share: Share,
     mask: Tensor | None,  # [1, hidden]: the embedding that all later steps read
 ) -> list[FastLayer]:
     """The draft's layers, ready for step 0."""
-    dtype = batch.aux_hidden_states.dtype
     normalise = partial(
         F.rms_norm, normalized_shape=(draft.config.hidden_size,), eps=draft.config.rms_norm_eps
     )
-    embedded = normalise(draft.embed(batch.input_ids, dtype))
+    embedded = normalise(draft.embed(batch.input_ids, batch.aux_hidden_states.dtype))
     mask = None if mask is None else normalise(mask)
     num_positions = max(batch.lengths, default=0) + draft.config.ttt_steps
     rope = draft.rotary(torch.arange(num_positions, device=batch.input_ids.device))
@@ -233,7 +237,7 @@ def build_layers(
             layer,  # type: ignore[arg-type]
             rows,
             rope,
-            dtype,
+            share,
             embedded=embedded if index == 0 else None,
             mask=mask if index == 0 else None,
             is_last=index == num_layers - 1,
@@ -244,7 +248,7 @@ def build_layers(
 
 
 def score(
-    draft: Eagle3Draft,
+    head: SharedWeight,
     rows: ActiveRows,
     stacked: Tensor,  # [active, steps, hidden]: after the final norm, what the next argument shares
     normed_steps: Sequence[Tensor],  # of each step, [active, hidden]
@@ -255,7 +259,7 @@ def score(
     scores = linear_kl(
         stacked,
         normed_steps,
-        SharedWeight([draft.lm_head.weight], stacked.dtype),
+        head,
         rows.targets,
         rows.targets_of,
         weights,
