@@ -371,6 +371,14 @@ Kernels = Annotated[
         "attention and noise on GPU; auto is fast where supported"
     ),
 ]
+Sharding = Annotated[
+    Literal["auto", "shard", "replicate"],
+    Field(
+        description="Placement of weights and optimizer state: shard across all ranks, or "
+        "replicate on each rank; auto shards across the ranks of each machine, unless the draft "
+        "is small"
+    ),
+]
 TotalSeqLen = Annotated[int, Field(ge=2, description="Length of a packed sequence, in tokens")]
 MaxBadSamples = Annotated[
     int | None,

@@ -19,6 +19,7 @@ from speculators_cli.settings.base import (
     GemmDtype,
     Kernels,
     Settings,
+    Sharding,
     TotalSeqLen,
     TrustRemoteCode,
     check_float8_products,
@@ -92,6 +93,7 @@ class BenchStepSettings(Settings):
     compute_dtype: ComputeDtype = "auto"
     gemm_dtype: GemmDtype = "auto"
     kernels: Kernels = "auto"
+    sharding: Sharding = "auto"
 
     @model_validator(mode="after")
     def _disk_is_compared_with_capture(self) -> Self:

@@ -28,6 +28,7 @@ from speculators_cli.settings.base import (
     ListOf,
     MaxBadSamples,
     Settings,
+    Sharding,
     TotalSeqLen,
     TrustRemoteCode,
     check_float8_products,
@@ -312,11 +313,7 @@ class DistributedSettings(Settings):
     compute_dtype: Annotated[ComputeDtype, WARNED_ON_RESUME] = "auto"
     gemm_dtype: Annotated[GemmDtype, WARNED_ON_RESUME] = "auto"
     kernels: Kernels = "auto"
-    sharding: Literal["shard", "replicate", "auto"] = Field(
-        "shard",
-        description="Placement of weights and optimizer state: shard across all ranks, replicate on"
-        " each rank; auto shards within each machine",
-    )
+    sharding: Sharding = "auto"
     timeout_seconds: int = Field(1800, ge=1, description="Timeout of collectives, in seconds")
 
     @model_validator(mode="after")

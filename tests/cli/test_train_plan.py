@@ -49,6 +49,23 @@ def test_a_plan_without_a_gpu_leaves_out_time_and_memory(
     assert re.search(r"host memory +\S+ \S+ to write checkpoints from", out)
 
 
+@pytest.mark.parametrize(
+    ("flags", "num_shards"),
+    [
+        ([], 1),
+        (["--nproc-per-node", "4"], 1),  # a tiny draft
+        (["--nproc-per-node", "4", "--sharding", "shard"], 4),
+        (["--nproc-per-node", "4", "--sharding", "replicate"], 1),
+    ],
+)
+def test_a_plan_tells_the_sharding(
+    tiny: TinyInputs, capsys: pytest.CaptureFixture[str], flags: list[str], num_shards: int
+) -> None:
+    assert run(["train", "--plan", "--json", *tiny.flags(), *flags]) == 0
+
+    assert json.loads(capsys.readouterr().out)["plan"]["num_shards"] == num_shards
+
+
 def test_a_plan_refuses_what_the_run_would(
     tiny: TinyInputs, capsys: pytest.CaptureFixture[str]
 ) -> None:

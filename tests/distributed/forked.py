@@ -50,6 +50,23 @@ def in_validation(act: Callable[[], object]) -> None:
     Trainer.validate = validate  # type: ignore[method-assign, assignment]
 
 
+def wait_as_on_a_gpu(num_passed: int) -> None:
+    """Let this process hang in step 2, `num_passed` collectives on, where no error is raised."""
+    real = Trainer.train_step
+
+    def train_step(trainer: Trainer, *args: Any) -> None:
+        watch = trainer.ranks.watch
+        assert watch is not None
+        if trainer.state.step == 2:
+            for _ in range(num_passed):
+                watch.passed()
+            with watch.ending_when_stuck():
+                time.sleep(60)
+        real(trainer, *args)
+
+    Trainer.train_step = train_step  # type: ignore[method-assign, assignment]
+
+
 def send(number: int) -> Callable[[], None]:
     return lambda: os.kill(os.getpid(), number)
 
@@ -89,6 +106,7 @@ NEVER_END = ("stopped", "asleep")  # rank 1 of these
 SCENARIOS = {
     "stopped": Scenario(3, {1: lambda: at_step(2, send(signal.SIGSTOP))}),
     "asleep": Scenario(3, {1: lambda: at_step(2, lambda: time.sleep(60))}),
+    "stuck": Scenario(2, {0: lambda: wait_as_on_a_gpu(1), 1: lambda: wait_as_on_a_gpu(0)}),
     "killed": Scenario(3, {2: lambda: at_step(2, send(signal.SIGKILL))}),
     "host_killed": Scenario(3, {0: lambda: at_step(2, send(signal.SIGKILL))}),
     "failed": Scenario(3, {1: lambda: at_step(2, fail)}),
@@ -111,7 +129,10 @@ def start_rank(name: str, rank: int, port: int, tiny: TinyInputs) -> int:
     os.environ.update(scenario.environment(rank, scenario.num_ranks, port))
     scenario.prepare.get(rank, lambda: None)()
     flags = tiny.flags(
-        save_path=tiny.folder / name, timeout_seconds=TIMEOUT_SECONDS, epochs=scenario.epochs
+        save_path=tiny.folder / name,
+        timeout_seconds=TIMEOUT_SECONDS,
+        epochs=scenario.epochs,
+        sharding="shard",
     )
     code = run_command(["train", *flags])
     sys.stdout.flush()

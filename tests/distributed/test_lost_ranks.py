@@ -67,6 +67,15 @@ def test_a_rank_that_is_lost_is_named_by_the_others(runs: Runs, name: str, messa
         assert runs.result(name)["exit_code"] == code
 
 
+def test_the_rank_that_is_behind_is_named_where_all_wait_in_vain(runs: Runs) -> None:
+    message = f"Rank 1 did not arrive within {TIMEOUT_SECONDS} s"
+
+    assert runs.codes["stuck"] == [5, 5]
+    assert f"error: {message}" in runs.err("stuck", 0)
+    assert f"error: [rank 1] {message}" in runs.err("stuck", 1)
+    assert message in runs.result("stuck")["error"]
+
+
 def test_the_rank_that_fails_has_its_own_error(runs: Runs) -> None:
     assert "error: [rank 1] Unexpected ValueError: a bug of rank 1" in runs.err("failed", 1)
 

@@ -19,7 +19,7 @@ from tests.token_files import make_rows, write_tokens
 
 
 def train(tiny: TinyInputs, save_path: Path, *, num_ranks: int, **changes: object) -> str:
-    given = {"noise_std": 0.05, "scheduler": "none"} | changes
+    given = {"noise_std": 0.05, "scheduler": "none", "sharding": "shard"} | changes
     flags = tiny.flags(save_path=save_path, **given)
     command = [sys.executable, "-m", "speculators_cli", "train", *flags]
     if num_ranks > 1:
@@ -215,7 +215,8 @@ def test_a_run_goes_on_with_another_number_of_ranks(tiny: TinyInputs, tmp_path: 
     whole, parts = tmp_path / "whole", tmp_path / "parts"
 
     train(tiny, whole, num_ranks=2)
-    train(tiny, parts, num_ranks=2, max_steps=2)
+    train(tiny, parts, num_ranks=2, max_steps=1)
+    train(tiny, parts, num_ranks=2, max_steps=2, sharding="replicate")
     messages = train(tiny, parts, num_ranks=1)
 
     assert "Each rank accumulates 2 packed sequences" in messages

@@ -49,3 +49,25 @@ def test_the_start_of_a_run_and_its_saves_are_timed(tmp_path: Path) -> None:
     assert [line.split("`")[1] for line in timed["saves"]] == ["step-2", "0"]
     assert timed["step_ms"] > 0
     assert timed["step_ms_while_writing"] > 0
+
+
+def test_ranks_are_compared_with_and_without_accumulation() -> None:
+    flags = "--shape smollm2-135m --total-seq-len 16 --draft-vocab-size 200 --device cpu --steps 2"
+
+    done = subprocess.run(
+        [
+            *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"),
+            BENCHMARKS / "ranks.py",
+            *flags.split(),
+            *("--accumulation", "1", "2"),
+        ],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+
+    one, two = (json.loads(line) for line in done.stdout.splitlines())
+    assert one["gradient_accumulation_steps"] == 1
+    assert two["gradient_accumulation_steps"] == 2
+    assert one["num_ranks"] == one["num_shards"] == 2
+    assert two["step_ms_max"] > one["step_ms_min"] > 0

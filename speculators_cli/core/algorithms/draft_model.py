@@ -1,7 +1,7 @@
 """DraftModel: the interface between a draft model and the training loop."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
 
@@ -13,11 +13,7 @@ from speculators_cli.core.data.batch import Batch
 
 
 class StepSums(NamedTuple):
-    """Sums over the positions of a packed sequence.
-
-    A named tuple, since FSDP2 must find the loss in what a draft returns: torch 2.11 does not look
-    into dataclasses, and silently leaves gradients unreduced.
-    """
+    """Sums over the positions of a packed sequence."""
 
     loss: Tensor  # float32 scalar with gradient
     counters: dict[str, Tensor]  # sums and counts by name, each [predictions]
@@ -59,6 +55,20 @@ class DraftModel(nn.Module, ABC):
     def multiplies_in_float8(self) -> bool:
         """Whether products are in float8 now: validation computes what is exported."""
         return self.use_float8 and self.training
+
+    def awaited_weights(self) -> Sequence[nn.Parameter]:
+        """Matrices that a step reads through `SharedWeight` only: by default none.
+
+        Other ranks may still send them when a forward pass starts.
+        """
+        return ()
+
+    def shared_weights(self) -> Sequence[nn.Parameter]:
+        """Those of them that it reads as they are: by default all.
+
+        Other ranks may send them in the compute dtype, while their gradients are float32.
+        """
+        return self.awaited_weights()
 
     def draw(self, batch: Batch, *, seed: int, epoch: int) -> Batch:  # noqa: ARG002
         """The batch with positions that this draft draws at random, on the host; before all else.

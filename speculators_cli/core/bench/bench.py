@@ -1,53 +1,32 @@
 """bench(settings): time the training step of a draft, without the verifier's weights."""
 
+import gc
 import statistics
-import time
-from collections.abc import Sequence
-from contextlib import closing
+from collections.abc import Iterator, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass
-from itertools import count, pairwise
 from typing import Any
 
-import numpy as np
 import torch
 
 from speculators_cli.core.algorithms import ALGORITHMS
 from speculators_cli.core.algorithms.cost import Work, find_gpu
-from speculators_cli.core.algorithms.draft_config import DraftConfig
-from speculators_cli.core.algorithms.draft_model import StepSums
+from speculators_cli.core.bench.parts import build_loader, build_step, read_samples
 from speculators_cli.core.bench.profile import KernelTimes, profile_steps
-from speculators_cli.core.bench.random_engine import build_engine
 from speculators_cli.core.bench.shapes import find_shape
 from speculators_cli.core.bench.stored_step import StoredStep
-from speculators_cli.core.bench.synthetic import SyntheticLoader
-from speculators_cli.core.data.batch import Batch
-from speculators_cli.core.data.data_config import LayerIds, default_layer_ids
+from speculators_cli.core.bench.timing import Run, StepTimes, mean_loss, time_launch, time_steps
 from speculators_cli.core.data.disk_speed import DiskSpeed, measure_disk
-from speculators_cli.core.data.loader import BatchSource
 from speculators_cli.core.data.source import SampleSource
-from speculators_cli.core.data.sources import Request, open_samples
-from speculators_cli.core.data.tokens import StatesShape
-from speculators_cli.core.data.vocab_map import VocabMap
 from speculators_cli.core.engines.cost import CaptureCost
-from speculators_cli.core.engines.transformers_engine import TransformersEngine
-from speculators_cli.core.models.verifier import FrozenVerifier, VerifierConfig
+from speculators_cli.core.errors import SpeculatorsError
+from speculators_cli.core.models.verifier import VerifierConfig
 from speculators_cli.core.progress import SILENT, Progress
-from speculators_cli.core.training.build import choose_compute_dtype, choose_kernels, load_batches
-from speculators_cli.core.training.distributed import Ranks, start_ranks
-from speculators_cli.core.training.feed import DeviceFeed
-from speculators_cli.core.training.inputs import check_samples_fit, check_targets, fresh_config
-from speculators_cli.core.training.metrics import MetricSums
-from speculators_cli.core.training.optimizer import Optimizer
-from speculators_cli.core.training.optimizer_step import OptimizerStep
+from speculators_cli.core.training.distributed import Ranks, end_process, start_ranks
 from speculators_cli.core.training.run import out_of_memory_explained
-from speculators_cli.core.training.sharded_verifier import count_own_bytes
-from speculators_cli.core.training.states import LiveStates, StateFiller, StoredStates
 from speculators_cli.settings.bench import BenchSettings
-from speculators_cli.settings.train import OptimizerSettings
 
-ENDLESS = 2**31  # epochs
-NO_TIMEOUT = 1800  # seconds; unused, since there is only one rank
-LEARNING_RATE = OptimizerSettings().lr
+TIMEOUT_SECONDS = 300  # of collectives
 
 
 @dataclass(frozen=True)
@@ -65,7 +44,11 @@ class BenchReport:
     step_ms: float  # median
     step_ms_min: float
     step_ms_max: float
-    tokens_per_second: float  # tokens of documents; padding is excluded
+    tokens_per_second: float  # tokens of documents, over all ranks; padding is excluded
+    num_ranks: int
+    num_shards: int  # of weights and optimizer state; 1: whole on each rank
+    alone_step_ms: float | None  # median of the same step without other ranks; None for one rank
+    efficiency: float | None  # tokens/s, compared with what these ranks reach each by itself
     first_step_seconds: float
     loss: float  # mean over all steps except the first
     peak_memory_bytes: int | None
@@ -79,7 +62,8 @@ class BenchReport:
     disk: DiskSpeed | None  # of `--disk-dir`
     stored: tuple[StoredStep, ...]  # the step if hidden states were stored on that disk
     launch_ms: float | None  # host time per step, without the copy of the next batch
-    idle_share: float | None  # fraction of the last profiled step without a running kernel
+    idle_share: float | None  # fraction of the last profiled step without a kernel that computes
+    exposed_ms: float | None  # of the last profiled step: ranks communicate, and nothing computes
     split_ms: dict[str, float] | None  # by kind of kernel
     longest_kernels_ms: dict[str, float] | None  # by name, the longest per step
     num_kernels: int | None  # compute kernels launched per step
@@ -97,160 +81,81 @@ def bench(settings: BenchSettings, *, progress: Progress = SILENT) -> BenchRepor
         DataError: The samples cannot be used, or are another verifier's.
         MachineError: The device is missing, or out of memory.
     """
+
+    def end_now(error: SpeculatorsError) -> None:
+        progress.error(error)
+        end_process(error)
+
+    with start_ranks(settings.step.device, TIMEOUT_SECONDS, end=end_now) as ranks:
+        ranks.connect(TIMEOUT_SECONDS)
+        return bench_on(settings, ranks, progress=progress)
+
+
+def bench_on(settings: BenchSettings, ranks: Ranks, *, progress: Progress = SILENT) -> BenchReport:
+    """The same on ranks that are connected; all must call."""
+    _free_memory(ranks.device)
     verifier, vocab_size = find_shape(settings.shape)
-    step = settings.step
-    with start_ranks(step.device, NO_TIMEOUT) as ranks:
-        samples = _read_samples(settings, verifier, vocab_size, progress)
-        with out_of_memory_explained(step.total_seq_len):
-            config, optimizer_step = _build_step(settings, verifier, vocab_size, ranks)
-            with closing(_build_loader(settings, samples, config, optimizer_step)) as loader:
-                run = _Run(optimizer_step, loader)
-                return _report(settings, run, verifier, *_measure(settings, run))
-
-
-class _Run:
-    """Optimizer steps over an endless stream of batches.
-
-    Args:
-        step: The step to time.
-        loader: Source of the batches.
-    """
-
-    def __init__(self, step: OptimizerStep, loader: BatchSource) -> None:
-        self.step = step
-        self.device = step.ranks.device
-        self.feed = DeviceFeed(self.device)
-        self.batches = self.feed.steps(
-            batches for epoch in count() for batches in loader.epoch(epoch)
-        )
-        self.sums = MetricSums.of(step.draft)
-        self.masks: list[tuple[torch.Tensor, tuple[int, ...]]] = []
-        step.draft.train()
-
-    def add(self, sums: StepSums, batch: Batch) -> None:
-        """Add the sums of one batch."""
-        self.sums.add(sums, batch)
-
-    def add_broken(self, sample_ids: tuple[int, ...], is_broken: torch.Tensor) -> None:
-        """Broken documents are skipped without a report."""
-
-    def take(self) -> tuple[Batch, ...]:
-        """The batches of the next step; their masks are kept."""
-        ready = next(self.batches)
-        self.masks.extend((batch.host_mask, batch.lengths) for batch in ready)
-        return ready
-
-    def train(self, ready: tuple[Batch, ...]) -> None:
-        """Run one optimizer step, as `train` does."""
-        self.step.run(ready, self, epoch=0, lr=LEARNING_RATE)
-
-    def train_next(self) -> None:
-        """Take batches and train on them."""
-        self.train(self.take())
+    samples = read_samples(settings, verifier, vocab_size, progress)
+    task = _Task(settings, verifier, vocab_size, samples)
+    with out_of_memory_explained(settings.step.total_seq_len), ranks.ending_when_stuck():
+        alone_ms = _time_alone(task, ranks) if ranks.num_ranks > 1 else None
+        with task.running(ranks, seed=settings.measure.seed + ranks.rank) as run:
+            return _report(settings, run, verifier, *_measure(settings, run), alone_ms)
 
 
 @dataclass(frozen=True)
-class _Times:
-    """The measured times."""
+class _Task:
+    """What is timed."""
 
-    step_ms: list[float]
-    first_step_seconds: float
-    wait_share: float
-    capture_ms: float | None  # per step
-    peak_memory_bytes: int | None
-    masks: list[tuple[torch.Tensor, tuple[int, ...]]]  # loss mask and lengths of each sequence
+    settings: BenchSettings
+    verifier: VerifierConfig
+    vocab_size: int
+    samples: SampleSource | None
+
+    @contextmanager
+    def running(self, ranks: Ranks, *, seed: int) -> Iterator[Run]:
+        """The steps of these ranks; each has a seed for its samples."""
+        config, step = build_step(self.settings, self.verifier, self.vocab_size, ranks)
+        with closing(build_loader(self.settings, self.samples, config, step, seed)) as loader:
+            yield Run(step, loader)
 
 
-def _measure(settings: BenchSettings, run: _Run) -> tuple[_Times, float | None, KernelTimes | None]:
-    times = _time(run, settings)
+def _time_alone(task: _Task, ranks: Ranks) -> float:
+    """Median milliseconds of a step of each rank by itself, all at the same time; their mean."""
+    alone = Ranks(0, 1, ranks.local_rank, ranks.num_local_ranks, ranks.device, None)
+    with task.running(alone, seed=task.settings.measure.seed + ranks.rank) as run:
+        own = statistics.median(time_steps(run, task.settings).step_ms)
+    del run
+    _free_memory(ranks.device)
+    total = ranks.sum(torch.tensor(own, dtype=torch.float64))
+    return total.item() / ranks.num_ranks
+
+
+def _free_memory(device: torch.device) -> None:
+    """Free the drafts that were timed before."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+def _measure(
+    settings: BenchSettings, run: Run
+) -> tuple[StepTimes, float | None, KernelTimes | None]:
+    times = time_steps(run, settings)
     is_cuda = run.device.type == "cuda"
-    launch_ms = _time_launch(run) if is_cuda else None
+    launch_ms = time_launch(run) if is_cuda else None
     kernels = profile_steps(run.train_next) if is_cuda and settings.measure.profile else None
     return times, launch_ms, kernels
 
 
-def _time(run: _Run, settings: BenchSettings) -> _Times:
-    """Time the first step, run the rest of the warmup, then time each step."""
-    is_cuda = run.device.type == "cuda"
-    clock = _Clock(run.device)
-    run.train_next()
-    first_step_seconds = clock.stop() / 1e3
-    run.sums = MetricSums.of(run.step.draft)
-    for _ in range(settings.measure.warmup_steps - 1):
-        run.train_next()
-    clock.stop()
-    run.feed.take_wait_seconds()
-    run.step.filler.take_seconds()
-    run.masks.clear()
-    if is_cuda:
-        torch.cuda.reset_peak_memory_stats()
-    clock = _Clock(run.device)
-    for _ in range(settings.measure.steps):
-        run.train_next()
-        clock.tick()
-    step_ms = clock.laps()
-    captured = run.step.filler.take_seconds()
-    return _Times(
-        step_ms=step_ms,
-        first_step_seconds=first_step_seconds,
-        capture_ms=None if captured is None else captured * 1e3 / len(step_ms),
-        wait_share=run.feed.take_wait_seconds() * 1e3 / sum(step_ms),
-        peak_memory_bytes=torch.cuda.max_memory_allocated() if is_cuda else None,
-        masks=list(run.masks),
-    )
-
-
-def _time_launch(run: _Run) -> float:
-    """Milliseconds of the host to launch a step, while the GPU is idle."""
-    times = []
-    for _ in range(3):
-        ready = run.take()
-        torch.cuda.synchronize()
-        started_at = time.perf_counter()
-        run.train(ready)
-        times.append((time.perf_counter() - started_at) * 1e3)
-    return statistics.median(times)
-
-
-class _Clock:
-    """Times steps without waiting for the device between them."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.is_cuda = device.type == "cuda"
-        self.started_at = time.perf_counter()
-        self.marks: list[Any] = []
-        self.tick()
-
-    def tick(self) -> None:
-        """End a lap, once the device reaches this point."""
-        if self.is_cuda:
-            self.marks.append(
-                torch.cuda.current_stream().record_event(torch.cuda.Event(enable_timing=True))
-            )
-        else:
-            self.marks.append(time.perf_counter())
-
-    def laps(self) -> list[float]:
-        """Milliseconds of each lap; waits for the device."""
-        self.stop()
-        if self.is_cuda:
-            return [start.elapsed_time(stop) for start, stop in pairwise(self.marks)]
-        return [(stop - start) * 1e3 for start, stop in pairwise(self.marks)]
-
-    def stop(self) -> float:
-        """Milliseconds since the start; waits for the device."""
-        if self.is_cuda:
-            torch.cuda.synchronize()
-        return (time.perf_counter() - self.started_at) * 1e3
-
-
 def _report(
     settings: BenchSettings,
-    run: _Run,
+    run: Run,
     verifier: VerifierConfig,
-    times: _Times,
+    times: StepTimes,
     launch_ms: float | None,
     kernels: KernelTimes | None,
+    alone_ms: float | None,
 ) -> BenchReport:
     draft, device = run.step.draft, run.device
     num_steps, own = settings.measure.steps, settings.algorithm_settings
@@ -258,6 +163,7 @@ def _report(
     cost = ALGORITHMS[config.algorithm].cost
     work = [cost.count_work(config, own, mask, lengths) for mask, lengths in times.masks]
     num_tokens = sum(part.num_positions for part in work) / num_steps
+    num_ranks = run.step.ranks.num_ranks
     flops = sum(part.flops for part in work) / num_steps
     step_ms = statistics.median(times.step_ms)
     is_cuda = device.type == "cuda"
@@ -293,11 +199,15 @@ def _report(
         step_ms=step_ms,
         step_ms_min=min(times.step_ms),
         step_ms_max=max(times.step_ms),
-        tokens_per_second=num_tokens / step_ms * 1e3,
+        tokens_per_second=num_tokens * num_ranks / step_ms * 1e3,
+        num_ranks=num_ranks,
+        num_shards=run.step.weights.num_shards,
+        alone_step_ms=alone_ms,
+        efficiency=None if alone_ms is None else alone_ms / step_ms,
         first_step_seconds=times.first_step_seconds,
-        loss=_loss(run),
+        loss=mean_loss(run),
         peak_memory_bytes=times.peak_memory_bytes,
-        estimated_memory_bytes=_estimate_memory(settings, config, work, verifier),
+        estimated_memory_bytes=_estimate_memory(settings, run, work, verifier),
         useful_tflop=flops / 1e12,
         useful_tflops=per_second / 1e12,
         utilisation=per_second / gpu.flops if gpu else None,
@@ -310,6 +220,7 @@ def _report(
         stored=stored,
         launch_ms=launch_ms,
         idle_share=kernels.idle_share if kernels else None,
+        exposed_ms=kernels.exposed_ms if kernels else None,
         split_ms=kernels.split_ms if kernels else None,
         longest_kernels_ms=kernels.longest_ms if kernels else None,
         num_kernels=kernels.num_kernels if kernels else None,
@@ -317,151 +228,18 @@ def _report(
 
 
 def _estimate_memory(
-    settings: BenchSettings, config: DraftConfig, work: Sequence[Work], verifier: VerifierConfig
+    settings: BenchSettings, run: Run, work: Sequence[Work], verifier: VerifierConfig
 ) -> int:
     """Bytes at the peak, as `train --plan` estimates them."""
-    step = settings.step
+    step, config = settings.step, run.step.draft.config
     memory = ALGORITHMS[config.algorithm].cost.estimate_memory(
         config,
         settings.algorithm_settings,
         work,
         total_seq_len=step.total_seq_len,
         num_accumulated=step.gradient_accumulation_steps,
+        num_shards=run.step.weights.num_shards,
     )
     if step.capture:
         memory = CaptureCost(verifier).add_memory(memory, total_seq_len=step.total_seq_len)
     return sum(memory.values())
-
-
-def _loss(run: _Run) -> float:
-    """Mean loss over all steps after the first."""
-    loss = run.sums.reduce(run.step.ranks)["loss"]
-    assert loss is not None, "its samples have supervised tokens"
-    return loss
-
-
-def _read_samples(
-    settings: BenchSettings, verifier: VerifierConfig, vocab_size: int, progress: Progress
-) -> SampleSource | None:
-    """The samples to train on; None for synthetic ones."""
-    samples = settings.samples
-    if not samples.data_path:
-        return None
-    wanted = Request(
-        samples.data_path,
-        data_format=samples.data_format,
-        version=samples.data_format_version,
-        index_file=None,
-        max_bad_samples=None,
-        alignment=ALGORITHMS[settings.shape.algorithm].alignment,
-        capture="online" if settings.step.capture else "stored",
-        live=StatesShape(verifier.hidden_size, _layer_ids(settings, verifier)),
-    )
-    source = open_samples(wanted, progress)
-    check_samples_fit(source, verifier, vocab_size)
-    check_targets(source, settings.step.total_seq_len, samples.data_path[0])
-    return source
-
-
-def _layer_ids(settings: BenchSettings, verifier: VerifierConfig) -> tuple[int, ...]:
-    num_aux_layers = ALGORITHMS[settings.shape.algorithm].num_aux_layers
-    return default_layer_ids(verifier.num_layers, num_aux_layers)
-
-
-def _build_step(
-    settings: BenchSettings, verifier: VerifierConfig, vocab_size: int, ranks: Ranks
-) -> tuple[DraftConfig, OptimizerStep]:
-    """The step as `train` builds it, with random tensors in place of the verifier's."""
-    shape, step, seed = settings.shape, settings.step, settings.measure.seed
-    vocab_map = VocabMap.full(vocab_size)
-    if not shape.full_vocab:
-        counts = np.random.default_rng(seed).permutation(vocab_size)
-        vocab_map = VocabMap.choose(counts, min(shape.draft_vocab_size, vocab_size))
-    config = fresh_config(
-        shape.algorithm,
-        settings.algorithm_settings,
-        verifier,
-        vocab_map,
-        LayerIds(_layer_ids(settings, verifier), is_assumed=True),
-        arch=shape.draft_arch,
-        num_layers=shape.num_layers,
-    )
-    dtype = choose_compute_dtype(step.compute_dtype, ranks.device)
-    filler: StateFiller = StoredStates()
-    if step.capture:
-        engine = build_engine(
-            verifier,
-            vocab_size,
-            config.target_layer_ids,
-            dtype=dtype,
-            device=ranks.device,
-            is_float8=step.capture_compute_dtype == "float8",
-        )
-        frozen = _frozen_parts(engine, verifier)
-        filler = LiveStates(engine, weights_bytes=count_own_bytes(engine.model))
-    else:
-        frozen = _random_verifier(verifier, vocab_size, ranks.device, seed)
-    own = settings.algorithm_settings
-    kernels = choose_kernels(step.kernels, step.gemm_dtype, dtype, config, own, ranks.device)
-    draft = ALGORITHMS[shape.algorithm].build(
-        config, frozen, vocab_map, own, use_fast_kernels=kernels.are_fast, seed=seed
-    )
-    draft.use_float8 = kernels.in_float8
-    optimizer = Optimizer(draft, OptimizerSettings(), use_fast_kernels=draft.use_fast_kernels)
-    built = OptimizerStep(
-        draft, ranks, optimizer, compute_dtype=dtype, noise_std=step.noise_std, seed=seed,
-        filler=filler,
-    )  # fmt: skip
-    return config, built
-
-
-def _build_loader(
-    settings: BenchSettings, samples: SampleSource | None, config: DraftConfig, step: OptimizerStep
-) -> BatchSource:
-    per_step, seed = settings.step.gradient_accumulation_steps, settings.measure.seed
-    if samples is not None:
-        return load_batches(
-            samples,
-            step.ranks,
-            total_seq_len=settings.step.total_seq_len,
-            seed=seed,
-            global_batch=per_step,
-            num_epochs=ENDLESS,
-            max_steps=None,
-            num_workers=settings.samples.num_workers,
-            prefetch_factor=settings.samples.prefetch_factor,
-        )
-    return SyntheticLoader(
-        config,
-        ALGORITHMS[config.algorithm].alignment,
-        total_seq_len=settings.step.total_seq_len,
-        supervised_fraction=settings.step.supervised_fraction,
-        per_step=per_step,
-        dtype=step.compute_dtype,
-        pin_memory=step.ranks.device.type == "cuda",
-        seed=seed,
-        is_live=settings.step.capture,
-        num_documents=settings.step.num_documents,
-    )
-
-
-def _frozen_parts(engine: TransformersEngine, verifier: VerifierConfig) -> FrozenVerifier:
-    """What the draft reads of a random verifier, without a copy."""
-    model = engine.model
-    embedding = model.get_input_embeddings().weight.detach()
-    head = model.get_output_embeddings().weight.detach()
-    norm_weight = torch.ones(verifier.hidden_size, device=embedding.device)
-    return FrozenVerifier(embedding, norm_weight, head, verifier)
-
-
-def _random_verifier(
-    config: VerifierConfig, vocab_size: int, device: torch.device, seed: int
-) -> FrozenVerifier:
-    generator = torch.Generator(device).manual_seed(seed)
-
-    def weights() -> torch.Tensor:
-        empty = torch.empty(vocab_size, config.hidden_size, dtype=torch.bfloat16, device=device)
-        return empty.normal_(std=0.02, generator=generator)
-
-    norm_weight = torch.ones(config.hidden_size, device=device)
-    return FrozenVerifier(weights(), norm_weight, weights(), config)

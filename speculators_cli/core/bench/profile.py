@@ -11,6 +11,7 @@ from torch.profiler import ProfilerActivity, profile
 # A kernel belongs to the first kind with one of these words in its name.
 KINDS = {
     "copy": ("memcpy htod", "memcpy dtoh"),
+    "communication": ("nccl",),
     "attention": ("flash", "fmha", "_merge_", "_blocks_"),
     "gemm": ("gemm", "nvjet", "cutlass", "xmma", "splitk", "cublas"),
     "optimizer": ("adam", "multi_tensor", "lpnorm", "foreach"),
@@ -36,7 +37,8 @@ class KernelTimes:
     split_ms: dict[str, float]  # by kind of kernel, including `other`
     longest_ms: dict[str, float]  # by kernel, the longest ones
     num_kernels: int
-    idle_share: float  # fraction of the last step without a running kernel
+    idle_share: float  # fraction of the last step without a kernel that computes
+    exposed_ms: float  # of the last step: ranks communicate and nothing computes
 
 
 def profile_steps(step: Callable[[], object], *, num_steps: int = 2) -> KernelTimes:
@@ -50,6 +52,7 @@ def profile_steps(step: Callable[[], object], *, num_steps: int = 2) -> KernelTi
     by_name: dict[str, float] = defaultdict(float)
     num_kernels = 0
     computing: list[tuple[float, float]] = []
+    communicating: list[tuple[float, float]] = []
     for event in profiler.events() or ():
         if event.device_type != DeviceType.CUDA or event.is_user_annotation:
             continue
@@ -57,13 +60,30 @@ def profile_steps(step: Callable[[], object], *, num_steps: int = 2) -> KernelTi
         kind = _kind(event.name)
         split[kind] += milliseconds
         by_name[event.name] += milliseconds
-        if kind != "copy":
+        if kind == "communication":
+            communicating.append((event.time_range.start, event.time_range.end))
+        elif kind != "copy":
             computing.append((event.time_range.start, event.time_range.end))
             num_kernels += not event.name.lower().startswith("memset")
     longest = sorted(by_name.items(), key=lambda item: -item[1])[:NUM_LONGEST]
-    # The first step still waits for its batch; all launch about the same number of kernels.
+    # The first step still waits for its batch, and for ranks whose profilers started later; all
+    # launch about the same number of kernels.
     last_step = sorted(computing)[len(computing) * (num_steps - 1) // num_steps :]
-    return KernelTimes(split, dict(longest), num_kernels // num_steps, share_of_gaps(last_step))
+    began_at = last_step[0][0] if last_step else 0.0
+    sent = [span for span in communicating if span[0] > began_at]
+    exposed_ms = (time_of([*sent, *last_step]) - time_of(last_step)) / 1e3
+    return KernelTimes(
+        split, dict(longest), num_kernels // num_steps, share_of_gaps(last_step), exposed_ms
+    )
+
+
+def time_of(spans: Sequence[tuple[float, float]]) -> float:
+    """Length of the union of spans, each with its start and end."""
+    total, reached = 0.0, float("-inf")
+    for start, stop in sorted(spans):
+        total += max(0.0, stop - max(start, reached))
+        reached = max(reached, stop)
+    return total
 
 
 def share_of_gaps(spans: Sequence[tuple[float, float]]) -> float:

@@ -69,7 +69,7 @@ class PlainFactor:
     """A weight in the compute dtype.
 
     Args:
-        parts: Each [out, in], float32.
+        parts: Each [out, in], float32 or the compute dtype.
         norm_weight: [in], float32: multiplied into the weights.
         dtype: The compute dtype.
     """
@@ -77,14 +77,17 @@ class PlainFactor:
     def __init__(
         self, parts: Sequence[Tensor], norm_weight: Tensor | None, dtype: torch.dtype
     ) -> None:
+        self.gradient = GradientSum()
         first, sizes = parts[0], [len(part) for part in parts]
+        if len(parts) == 1 and norm_weight is None and first.dtype == dtype:
+            self.value = first.detach()
+            return
         self.value = torch.empty(sum(sizes), first.shape[1], dtype=dtype, device=first.device)
         for into, part in zip(self.value.split(sizes), parts, strict=True):
             if norm_weight is None:
                 into.copy_(part)
             else:
                 torch.mul(part, norm_weight, out=into)
-        self.gradient = GradientSum()
 
     def prepare(self, x: Tensor) -> tuple[Tensor, ...]:
         """The rows as they are."""

@@ -6,12 +6,14 @@ returns the finished sum.
 """
 
 from collections.abc import Callable, Sequence
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from speculators_cli.core.kernels.arrival import wait_for_arrival
 from speculators_cli.core.kernels.factors import Factor, Float8Factor, GradientSum, PlainFactor
 from speculators_cli.core.kernels.rows import add_rows, pick_rows
 
@@ -19,8 +21,11 @@ from speculators_cli.core.kernels.rows import add_rows, pick_rows
 class SharedWeight:
     """Stacked weights of one input, cast once for all uses.
 
+    They are read at the first use, so weights that other ranks still send can arrive meanwhile, and
+    a backward completes their gradient right after that use, before anything that came earlier.
+
     Args:
-        weights: Each [out, in], float32.
+        weights: Each [out, in], float32 or the compute dtype.
         dtype: The compute dtype.
         norm_weight: [in], float32, of a norm before the weights: folded into them, where its
             gradient costs one pass over theirs. Applied to the rows, it would cost a GEMM.
@@ -35,11 +40,24 @@ class SharedWeight:
         norm_weight: Tensor | None = None,
         in_float8: bool = False,
     ) -> None:
-        kind = Float8Factor if in_float8 and Float8Factor.is_possible(weights) else PlainFactor
-        with torch.no_grad():
-            self.factor: Factor = kind(weights, norm_weight, dtype)
+        self.weights, self.dtype, self.norm_weight = weights, dtype, norm_weight
+        self.in_float8 = in_float8
+
+    @cached_property
+    @torch.no_grad()
+    def factor(self) -> Factor:
+        """The weights as products multiply them."""
+        wait_for_arrival(self.weights)
+        is_float8 = self.in_float8 and Float8Factor.is_possible(self.weights)
+        kind = Float8Factor if is_float8 else PlainFactor
+        return kind(self.weights, self.norm_weight, self.dtype)
+
+    @cached_property
+    def token(self) -> Tensor:
+        """What each use depends on."""
         # The factor has no reference to the token: a cycle would last until garbage collection.
-        self.token: Tensor = _ShareWeights.apply(self.factor, norm_weight, *weights)
+        token: Tensor = _ShareWeights.apply(self.factor, self.norm_weight, *self.weights)
+        return token
 
     def linear(
         self,

@@ -16,7 +16,7 @@ from speculators_cli.core.models.verifier import FrozenVerifier, load_frozen_ver
 from speculators_cli.core.progress import Progress
 from speculators_cli.core.signals import StopSignals
 from speculators_cli.core.training.checkpoint_checks import check_progress
-from speculators_cli.core.training.distributed import Ranks, shard
+from speculators_cli.core.training.distributed import Ranks
 from speculators_cli.core.training.inputs import Inputs
 from speculators_cli.core.training.live_capture import LiveVerifier, load_live_verifier
 from speculators_cli.core.training.loggers import SafeLogger
@@ -31,6 +31,7 @@ from speculators_cli.core.training.snapshot import restore
 from speculators_cli.core.training.start_up import StartUp
 from speculators_cli.core.training.states import StoredStates
 from speculators_cli.core.training.trainer import Trainer
+from speculators_cli.core.training.weights import share_weights
 from speculators_cli.settings.base import Settings
 from speculators_cli.settings.train import TrainSettings
 
@@ -94,16 +95,18 @@ def _build_trainer(
     if live is not None:
         inputs = live.open_cache(settings, inputs)
     draft = build_draft(settings, inputs, verifier)
-    shard(draft, ranks, settings.distributed.sharding)
-    optimizer = Optimizer(draft, settings.optimizer, use_fast_kernels=draft.use_fast_kernels)
+    compute_dtype = choose_compute_dtype(settings.distributed.compute_dtype, ranks.device)
+    weights = share_weights(draft, ranks, settings.distributed.sharding, compute_dtype)
+    optimizer = Optimizer(weights, settings.optimizer, use_fast_kernels=draft.use_fast_kernels)
     if start.is_resumed:
         checkpoint = start.checkpoint
         restore(
-            draft,
+            weights,
             optimizer.adamw,
             weights=checkpoint.read_tensors() if checkpoint else {},
             moments=checkpoint.read_trainer_tensors() if checkpoint else {},
         )
+        weights.publish()
         optimizer.num_skipped.fill_(start.state.num_skipped_steps)
     loader = build_loader(settings, inputs.samples, ranks, start.state.global_batch)
     validation_loader = None
@@ -117,10 +120,10 @@ def _build_trainer(
     start_up.end("draft")
     return Trainer(
         optimizer_step=OptimizerStep(
-            draft,
+            weights,
             ranks,
             optimizer,
-            compute_dtype=choose_compute_dtype(settings.distributed.compute_dtype, ranks.device),
+            compute_dtype=compute_dtype,
             noise_std=settings.data.noise_std,
             seed=settings.run.seed,
             filler=live.fills(settings.capture) if live is not None else StoredStates(),

@@ -9,9 +9,8 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
 
 from speculators_cli.core.errors import MachineError, SpeculatorsError
 from speculators_cli.core.place import adopt_slurm, read_place
@@ -22,6 +21,9 @@ T = TypeVar("T")
 
 # Reading the headers of a million files on a slow disk takes this long at most.
 PREPARATION_TIMEOUT = timedelta(hours=6)
+
+# Below, a rank updates all weights faster than it gathers what others have updated.
+MIN_SHARDED_WEIGHTS = 20_000_000
 
 
 @dataclass(frozen=True)
@@ -208,39 +210,26 @@ def _choose_device(wanted: str, local_rank: int, *, sees_own_alone: bool = False
     return device
 
 
-def shard(module: nn.Module, ranks: Ranks, sharding: str) -> None:
-    """Shard a module's parameters across ranks with FSDP2; a no-op for one rank.
-
-    The whole module is one FSDP unit: a draft is a layer or two, which a step may call several
-    times, so its weights are gathered once per step and its gradients summed once.
+def count_shards(ranks: Ranks, sharding: str, num_trained: int) -> int:
+    """Number of shards of weights and optimizer state.
 
     Args:
-        module: On its device, the same on every rank.
-        ranks: Ranks to shard across.
-        sharding: `shard`: across all ranks; `replicate`: a copy on each; `auto`: across the ranks
-            of a node, with a copy on each node.
+        ranks: Of the run.
+        sharding: `shard`: one on each rank; `replicate`: whole on each; `auto`: one on each rank of
+            a machine, with a copy on each machine, if the draft is large enough.
+        num_trained: Weights that the optimizer updates.
     """
-    if ranks.num_ranks == 1:
-        return
-    fully_shard(module, mesh=make_mesh(ranks, sharding))
-    # The loss is divided by the count over all ranks, so gradients are summed, not averaged.
-    # Each FSDP module has its own factor: the default would divide by the number of ranks again.
-    for part in module.modules():
-        if isinstance(part, FSDPModule):
-            part.set_gradient_divide_factor(1.0)
-            part.set_force_sum_reduction_for_comms(True)
+    if sharding == "shard":
+        return ranks.num_ranks
+    if sharding == "replicate" or num_trained < MIN_SHARDED_WEIGHTS:
+        return 1
+    return ranks.num_local_ranks
 
 
-def count_shards(ranks: Ranks, sharding: str) -> int:
-    """Number of shards of weights and optimizer state."""
-    return {"shard": ranks.num_ranks, "replicate": 1, "auto": ranks.num_local_ranks}[sharding]
-
-
-def make_mesh(ranks: Ranks, sharding: str) -> DeviceMesh:
-    """The ranks as a mesh for FSDP2; all ranks must call."""
-    shards = count_shards(ranks, sharding)
-    copies = ranks.num_ranks // shards
+def make_mesh(ranks: Ranks, num_shards: int) -> DeviceMesh:
+    """The ranks as a mesh of copies of shards; all ranks must call."""
+    copies = ranks.num_ranks // num_shards
     kind = ranks.device.type
     if copies == 1:
-        return init_device_mesh(kind, (shards,), mesh_dim_names=("shard",))
-    return init_device_mesh(kind, (copies, shards), mesh_dim_names=("copy", "shard"))
+        return init_device_mesh(kind, (num_shards,), mesh_dim_names=("shard",))
+    return init_device_mesh(kind, (copies, num_shards), mesh_dim_names=("copy", "shard"))

@@ -1,11 +1,14 @@
 """AdamW and the learning-rate schedule."""
 
 import math
+from collections.abc import Sequence
 
 import torch
-from torch import Tensor, nn
+import torch.distributed as dist
+from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from speculators_cli.core.training.snapshot import Weights
 from speculators_cli.settings.train import OptimizerSettings, ScheduleSettings
 
 
@@ -32,16 +35,16 @@ class Optimizer:
     `GradScaler` uses, so no step waits for the GPU. Norm weights are excluded from weight decay.
 
     Args:
-        module: Its trainable parameters are optimized; float32, sharded or not.
+        weights: Those that require a gradient are optimized; float32, sharded or not.
         settings: Of the optimizer; betas are PyTorch's defaults.
         use_fast_kernels: Whether a Triton kernel computes the update.
     """
 
     def __init__(
-        self, module: nn.Module, settings: OptimizerSettings, *, use_fast_kernels: bool = False
+        self, weights: Weights, settings: OptimizerSettings, *, use_fast_kernels: bool = False
     ) -> None:
         self.max_grad_norm = settings.max_grad_norm
-        self.parameters = [p for p in module.parameters() if p.requires_grad]
+        self.parameters = [p for _, p in weights.named_parameters() if p.requires_grad]
         norm_weights = [p for p in self.parameters if p.dim() == 1]
         matrices = [p for p in self.parameters if p.dim() > 1]
         self.adamw = _adamw_class(use_fast_kernels)(
@@ -65,9 +68,7 @@ class Optimizer:
         """
         gradients = [p.grad for p in self.parameters if p.grad is not None]
         assert gradients, "a backward has reached the parameters"
-        norm = torch.nn.utils.get_total_norm(gradients, foreach=True)
-        if isinstance(norm, DTensor):
-            norm = norm.full_tensor()
+        norm = total_norm(gradients)
         is_broken = ~norm.isfinite()
         for group in self.adamw.param_groups:
             group["lr"] = lr
@@ -82,6 +83,20 @@ class Optimizer:
             self.most_skipped_in_a_row, self.num_skipped_in_a_row
         )
         return norm
+
+
+def total_norm(gradients: Sequence[Tensor]) -> Tensor:
+    """The norm of all gradients, sharded or not: float32 scalar. All ranks must call."""
+    whole = [x for x in gradients if not isinstance(x, DTensor)]
+    shards = [x for x in gradients if isinstance(x, DTensor)]
+    if not shards:
+        return torch.nn.utils.get_total_norm(whole, foreach=True)
+    local = torch.nn.utils.get_total_norm([x.to_local() for x in shards], foreach=True)
+    square = local.square()
+    dist.all_reduce(square, group=shards[0].device_mesh.get_group("shard"))
+    if whole:
+        square += torch.nn.utils.get_total_norm(whole, foreach=True).square()
+    return square.sqrt()
 
 
 def _adamw_class(use_fast_kernels: bool) -> type[torch.optim.AdamW]:

@@ -6,12 +6,13 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from speculators_cli.core.algorithms.draft_model import DraftModel, StepSums
+from speculators_cli.core.algorithms.draft_model import StepSums
 from speculators_cli.core.data.batch import Batch
 from speculators_cli.core.data.noise import drop_and_add_noise
 from speculators_cli.core.training.distributed import Ranks
 from speculators_cli.core.training.optimizer import Optimizer
 from speculators_cli.core.training.states import StateFiller, StoredStates
+from speculators_cli.core.training.weights import DraftWeights
 
 STORED = StoredStates()
 
@@ -30,7 +31,7 @@ class OptimizerStep:
     """Casts batches, adds noise, runs forward and backward, and updates the weights.
 
     Args:
-        draft: On its device, sharded.
+        weights: Of the draft, which is on its device.
         ranks: The processes that share a step, connected.
         optimizer: Of the draft.
         compute_dtype: Of the layers.
@@ -41,7 +42,7 @@ class OptimizerStep:
 
     def __init__(
         self,
-        draft: DraftModel,
+        weights: DraftWeights,
         ranks: Ranks,
         optimizer: Optimizer,
         *,
@@ -50,14 +51,14 @@ class OptimizerStep:
         seed: int,
         filler: StateFiller = STORED,
     ) -> None:
-        self.draft = draft
+        self.weights, self.draft = weights, weights.draft
         self.ranks = ranks
         self.optimizer = optimizer
         self.compute_dtype = compute_dtype
         self.noise_std = noise_std
         self.seed = seed
         self.filler = filler
-        self.loss_weights = torch.tensor(draft.loss_weights, device=ranks.device)
+        self.loss_weights = torch.tensor(self.draft.loss_weights, device=ranks.device)
 
     def run(self, batches: Sequence[Batch], log: StepLog, *, epoch: int, lr: float) -> Tensor:
         """Update the weights from this rank's packed sequences; returns the gradient norm."""
@@ -65,11 +66,16 @@ class OptimizerStep:
         # Depends only on masks, so the sum over ranks precedes the first forward pass.
         num_scored = torch.stack([self.draft.count_scored(batch) for batch in ready]).sum(0)
         weights = self.draft.normalise(self.loss_weights, self.ranks.sum(num_scored))
-        for batch in ready:
+        for index, batch in enumerate(ready):
             sums = self.draft(batch, weights)
+            if index == len(ready) - 1:
+                self.weights.start_last_backward()
             sums.loss.backward()
             log.add(sums, batch)
-        return self.optimizer.step(lr)
+        self.weights.finish_gradients()
+        norm = self.optimizer.step(lr)
+        self.weights.publish(trained_only=True)
+        return norm
 
     def prepare(self, batch: Batch, log: StepLog, epoch: int) -> Batch:
         """Fill and cast a training batch, drop broken documents, add noise, draw positions."""

@@ -45,6 +45,7 @@ class TrainPlan:
     steps_per_epoch: int
     total_steps: int
     num_ranks: int
+    num_shards: int  # of weights and optimizer state; 1: whole on each rank
     device: str
     target_layer_ids: tuple[int, ...]
     are_layer_ids_assumed: bool  # a guess that was not confirmed
@@ -132,13 +133,14 @@ def _estimate(
             seconds = max(seconds, capture.seconds) if is_apart else seconds + capture.seconds
     data_bytes = samples.num_bytes
     epochs = total_steps / max(packed.num_steps, 1)
+    num_shards = count_shards(ranks, settings.distributed.sharding, trained)
     memory = cost.estimate_memory(
         config,
         settings.algorithm_settings,
         work,
         total_seq_len=settings.data.total_seq_len,
         num_accumulated=per_rank,
-        num_shards=count_shards(ranks, settings.distributed.sharding),
+        num_shards=num_shards,
     )
     if inputs.is_live and not settings.capture.is_apart:
         memory = CaptureCost(inputs.verifier_config).add_memory(
@@ -157,6 +159,7 @@ def _estimate(
         steps_per_epoch=packed.num_steps,
         total_steps=total_steps,
         num_ranks=ranks.num_ranks,
+        num_shards=num_shards,
         device=device,
         target_layer_ids=config.target_layer_ids,
         are_layer_ids_assumed=config.are_layer_ids_assumed,

@@ -8,7 +8,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from speculators_cli.core.algorithms.draft_model import DraftModel
+from speculators_cli.core.algorithms.draft_config import DraftConfig
 from speculators_cli.core.data.vocab_map import VocabMap
 from speculators_cli.core.drafts.trained_draft import TrainedDraft
 from speculators_cli.core.errors import DataError
@@ -18,6 +18,7 @@ from speculators_cli.core.training.distributed import Ranks
 from speculators_cli.core.training.inputs import Inputs
 from speculators_cli.core.training.metrics import Metrics
 from speculators_cli.core.training.snapshot import full_weights
+from speculators_cli.core.training.weights import DraftWeights
 from speculators_cli.settings.train import TrainSettings
 
 # Drafts and verifies this rank's prompts; the accepted draft tokens of each verifier pass.
@@ -38,17 +39,22 @@ class PromptEvaluation:
     """Evaluates the draft in training; the random state of the training is left as it is."""
 
     evaluate: EvaluateDraft
-    draft: DraftModel
+    weights: DraftWeights
     vocab_map: VocabMap
     ranks: Ranks
 
+    @property
+    def config(self) -> DraftConfig:
+        """Of the draft."""
+        return self.weights.draft.config
+
     def run(self) -> Metrics:
         """Acceptance length and rates over the prompts of all ranks. All ranks must call."""
-        weights = {name: tensor.cpu() for name, tensor in full_weights(self.draft)}
+        weights = {name: tensor.cpu() for name, tensor in full_weights(self.weights)}
         trained = TrainedDraft(
             name="the draft in training",
             kind="checkpoint",
-            config=self.draft.config,
+            config=self.config,
             weights=weights,
             embedding=None,
             vocab_map=self.vocab_map,
@@ -59,7 +65,7 @@ class PromptEvaluation:
             num_accepted = self.evaluate(trained)
         counts = torch.bincount(
             torch.tensor(num_accepted, dtype=torch.int64),
-            minlength=self.draft.config.num_draft_tokens + 1,
+            minlength=self.config.num_draft_tokens + 1,
         )
         return describe_passes(self.ranks.sum(counts))
 

@@ -132,7 +132,7 @@ def train(
                         evaluate = open_evaluation(settings, inputs, ranks, progress)
                     start_up.end("evaluation")
                     trainer.evaluation = PromptEvaluation(
-                        evaluate, trainer.draft, inputs.vocab_map, ranks
+                        evaluate, trainer.optimizer_step.weights, inputs.vocab_map, ranks
                     )
                 announce(settings, inputs, trainer, start, progress)
                 with ranks.ending_when_stuck():

@@ -6,7 +6,6 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from itertools import chain
 
-from speculators_cli.core.algorithms.draft_model import DraftModel
 from speculators_cli.core.errors import SpeculatorsError
 from speculators_cli.core.models.train_state import TrainState
 from speculators_cli.core.progress import Progress
@@ -20,6 +19,7 @@ from speculators_cli.core.training.snapshot import (
     full_weights,
     list_large_tensors,
 )
+from speculators_cli.core.training.weights import DraftWeights
 
 
 @dataclass(frozen=True)
@@ -57,12 +57,16 @@ class Saver:
         self._reserved: Future[None] | None = None
         self._pending: PendingWrite | None = None
 
-    def prepare(self, draft: DraftModel) -> None:
+    def prepare(self, weights: DraftWeights) -> None:
         """Start allocating the host memory, which takes seconds where it is pinned."""
         if self.folder is not None:
-            self._reserved = self._thread.submit(self._host.reserve, list_large_tensors(draft))
+            self._reserved = self._thread.submit(
+                self._host.reserve, list_large_tensors(weights.draft, weights)
+            )
 
-    def save(self, name: str, draft: DraftModel, optimizer: Optimizer, state: TrainState) -> None:
+    def save(
+        self, name: str, shared: DraftWeights, optimizer: Optimizer, state: TrainState
+    ) -> None:
         """Copy the state and start writing it, after the write before it. All ranks must call.
 
         Raises:
@@ -71,7 +75,8 @@ class Saver:
         """
         began_at = time.perf_counter()
         self._end_pending()
-        weights, moments = full_weights(draft), full_moments(draft, optimizer.adamw)
+        draft = shared.draft
+        weights, moments = full_weights(shared), full_moments(shared, optimizer.adamw)
         if self.folder is None:
             deque(chain(weights, moments), maxlen=0)
             return

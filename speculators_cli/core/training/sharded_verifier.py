@@ -23,7 +23,7 @@ def shard_verifier(model: Any, ranks: Ranks, name: str) -> None:
     Raises:
         SettingsError: The model has another layout than decoder layers and a final norm.
     """
-    parts, mesh = find_layers(model, name), make_mesh(ranks, "auto")
+    parts, mesh = find_layers(model, name), make_mesh(ranks, ranks.num_local_ranks)
     for layer in parts.layers:
         fully_shard(layer, mesh=mesh)
     own = {id(x) for layer in parts.layers for x in layer.parameters()}

@@ -2,12 +2,11 @@
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
 
@@ -16,6 +15,13 @@ from speculators_cli.core.models.train_state import TrainState
 
 MOMENTS = ("exp_avg", "exp_avg_sq")  # shaped as the parameter
 STEP = "step"  # a scalar
+
+
+class Weights(Protocol):
+    """A module, or what the ranks share of one."""
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Weights by name, float32; sharded ones are DTensors."""
 
 
 @dataclass(frozen=True)
@@ -29,20 +35,18 @@ class Snapshot:
     state: TrainState
 
 
-def full_weights(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+def full_weights(weights: Weights) -> Iterator[tuple[str, Tensor]]:
     """Full parameters with their names, on their device, one at a time.
 
     All ranks must iterate to the end.
     """
-    _reshard(module)
-    for name, parameter in module.named_parameters():
+    for name, parameter in weights.named_parameters():
         yield name, _full(parameter)
 
 
-def full_moments(module: nn.Module, optimizer: Optimizer) -> Iterator[tuple[str, Tensor]]:
+def full_moments(weights: Weights, optimizer: Optimizer) -> Iterator[tuple[str, Tensor]]:
     """Full optimizer state as `{parameter}.{kind}`; otherwise like `full_weights`."""
-    _reshard(module)
-    for name, parameter in module.named_parameters():
+    for name, parameter in weights.named_parameters():
         if parameter.requires_grad:
             for kind in (STEP, *MOMENTS):
                 yield f"{name}.{kind}", _full(optimizer.state[parameter][kind])
@@ -50,14 +54,14 @@ def full_moments(module: nn.Module, optimizer: Optimizer) -> Iterator[tuple[str,
 
 @torch.no_grad()
 def restore(
-    module: nn.Module,
+    parameters: Weights,
     optimizer: Optimizer,
     *,
     weights: Mapping[str, Tensor],
     moments: Mapping[str, Tensor],
 ) -> None:
     """Restore a saved state on every rank; only rank 0 has it. All ranks must call."""
-    for name, parameter in module.named_parameters():
+    for name, parameter in parameters.named_parameters():
         parameter.copy_(_spread(weights.get(name), like=parameter))
         if parameter.requires_grad:
             state = {
@@ -68,9 +72,9 @@ def restore(
             optimizer.state[parameter] = state
 
 
-def list_large_tensors(draft: DraftModel) -> list[tuple[str, Tensor]]:
+def list_large_tensors(draft: DraftModel, weights: Weights) -> list[tuple[str, Tensor]]:
     """Names in a snapshot, each with a tensor of its shape, dtype and kind of device."""
-    parameters = list(draft.named_parameters())
+    parameters = list(weights.named_parameters())
     moments = [
         (f"{name}.{kind}", parameter)
         for name, parameter in parameters
@@ -78,12 +82,6 @@ def list_large_tensors(draft: DraftModel) -> list[tuple[str, Tensor]]:
         for kind in MOMENTS
     ]
     return [*draft.frozen_tensors().items(), *parameters, *moments]
-
-
-def _reshard(module: nn.Module) -> None:
-    """Restore the sharded parameters of the optimizer: a validation leaves them gathered."""
-    if isinstance(module, FSDPModule):
-        module.reshard()
 
 
 def _full(tensor: Tensor) -> Tensor:

@@ -88,7 +88,7 @@ class Trainer:
             StoppedError: A signal arrived.
         """
         self.signals.defer()
-        self.saver.prepare(self.draft)
+        self.saver.prepare(self.optimizer_step.weights)
         try:
             self.train_epochs()
             self.saver.wait()
@@ -214,7 +214,7 @@ class Trainer:
 
     def save(self, name: str) -> None:
         """Start to save a checkpoint; training goes on once its state is copied."""
-        self.saver.save(name, self.draft, self.optimizer, self.state)
+        self.saver.save(name, self.optimizer_step.weights, self.optimizer, self.state)
         self.is_saved = True
 
     def leave_if_asked(self) -> None:

@@ -4,7 +4,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -45,7 +45,8 @@ class _Others:
 
     failed: Mapping[int, RankFailure] = field(default_factory=dict)
     stranded: set[int] = field(default_factory=set)  # their wait ended in an error, too
-    alive: dict[int, int] = field(default_factory=dict)  # number of collectives entered
+    alive: set[int] = field(default_factory=set)  # sent another heartbeat
+    num_passed: dict[int, int] = field(default_factory=dict)  # collectives entered
 
 
 class RankWatch:
@@ -166,9 +167,11 @@ class RankWatch:
         silent = [rank for rank in missing if rank not in others.alive]
         if silent:
             return _lost(silent, "died or hangs: no sign of life")
-        behind = [rank for rank in missing if others.alive[rank] < self.num_passed]
-        if behind or missing:
-            return _lost(behind or missing, f"did not arrive within {self.timeout_seconds:,} s")
+        # On a GPU, a rank that hangs finds out by itself, too, that it waits in vain.
+        entered = others.num_passed | {self.place.rank: self.num_passed}
+        late = find_behind(entered, missing) or missing or find_behind(entered, entered)
+        if late:
+            return _lost(late, f"did not arrive within {self.timeout_seconds:,} s")
         return LostRanksError(
             f"The ranks lost their connections to each other: {reason}",
             hint="Check the network between them, then rerun the same command to resume",
@@ -187,8 +190,10 @@ class RankWatch:
             time.sleep(POLL_SECONDS)
         for rank in self.others:
             heartbeat = read_key(store, f"beat/{rank}")
+            if heartbeat:
+                others.num_passed[rank] = int(heartbeat.split()[1])
             if heartbeat != before[rank]:
-                others.alive[rank] = int(heartbeat.split()[1])
+                others.alive.add(rank)
         store.set(f"heard/{self.place.rank}", "")
         if self._connections.is_hosted_here:
             # After a failure, the others may not have noticed it yet.
@@ -264,6 +269,12 @@ class RankWatch:
             f"{self._connections.host} died or hangs: it does not answer",
             hint="Rerun the same command to resume",
         )
+
+
+def find_behind(num_passed: Mapping[int, int], candidates: Iterable[int]) -> list[int]:
+    """The candidates that have entered fewer collectives than another rank."""
+    most = max(num_passed.values())
+    return sorted(rank for rank in candidates if num_passed.get(rank, most) < most)
 
 
 def is_communication(error: BaseException) -> bool:

@@ -113,7 +113,9 @@ class BlockCost(CostModel[ConfigT, SettingsT]):
         trained = config.count_parameters()
         head = config.draft_vocab_size * size
         # float32 weights and two moments; bfloat16 working weights.
-        states = 12 * trained // num_shards + (2 if num_shards == 1 else 6) * trained
+        states = 12 * trained // num_shards + 2 * trained
+        if num_shards > 1:  # and copies of those that are stacked
+            states += 2 * depth * size * (query + 4 * key + 2 * inner)
         verifier = 2 * 2 * config.vocab_size * size + (2 * head if config.owns_head else 0)
         rows = num_anchors * config.block_size
         # Per layer: inputs of its products and norms, tensors saved by attention and the gate.
@@ -122,7 +124,9 @@ class BlockCost(CostModel[ConfigT, SettingsT]):
         activations += 2 * (rows * 4 + total_seq_len * 2) * size
         chunk = block_chunk_size(config.num_draft_tokens, config.draft_vocab_size)
         pairs = config.num_draft_tokens * min(num_anchors, chunk) + min(num_targets, chunk)
-        gradients = 4 * trained // num_shards
+        gradients = 4 * trained
+        if num_shards > 1:  # the rank's shard of their sum
+            gradients += gradients // num_shards
         at_loss = 2 * pairs * config.draft_vocab_size
         if num_accumulated > 1:
             at_loss += gradients

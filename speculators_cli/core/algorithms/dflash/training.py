@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from speculators_cli.core.algorithms.dflash.blocks import Blocks, draw_anchors, find_blocks
@@ -83,6 +83,15 @@ class DFlashTraining(DFlashDraft, DraftModel):
                     parameter.normal_(std=INIT_STD, generator=generator)
             if own_head is not None:
                 own_head.copy_(self.verifier_rows)
+
+    def awaited_weights(self) -> Sequence[nn.Parameter]:
+        """Matrices of `fc`, the layers and the LM head, with fast kernels."""
+        if not self.use_fast_kernels:
+            return ()
+        modules: list[nn.Module] = [self.fc, *self.layers]
+        if self.lm_head is not None:
+            modules.append(self.lm_head)
+        return [p for module in modules for p in module.parameters() if p.dim() > 1]
 
     @property
     def loss_weights(self) -> tuple[float, ...]:

@@ -120,7 +120,12 @@ class EagleCost(CostModel[EagleConfigT, EagleSettingsT]):
         # float32 weights and two moments; bfloat16 working weights.
         states = 4 * parameters + 8 * trained + 2 * parameters
         if num_shards > 1:
-            states = (4 * parameters + 8 * trained) // num_shards + 6 * parameters
+            # Whole working weights, and copies of those that are stacked; the first layer's inputs
+            # are twice as wide, and its q, k and v are gathered in float32.
+            stacked = config.num_layers * (2 * size * inner + size * kv)
+            first = 2 * size * (query + kv)
+            working = 2 * (parameters + stacked + 2 * first)
+            states = (4 * parameters + 8 * trained) // num_shards + working
         verifier = 2 * 2 * config.vocab_size * size
         if config.draft_vocab_size != config.vocab_size:
             verifier += 2 * head
@@ -131,7 +136,9 @@ class EagleCost(CostModel[EagleConfigT, EagleSettingsT]):
         pairs = steps * min(num_active, chunk) + min(num_targets, chunk)
         gradients = 4 * head if settings.train_head else 0
         if num_accumulated > 1:
-            gradients = 4 * trained // num_shards
+            gradients = 4 * trained
+        if num_shards > 1:  # the rank's shard of their sum
+            gradients += gradients // num_shards
         return {
             "weights_and_optimizer": states,
             "verifier": verifier,

@@ -1,9 +1,9 @@
 """Eagle3Training: an EAGLE-3 draft and its training step."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from speculators_cli.core.algorithms.draft_model import DraftModel, StepSums
 from speculators_cli.core.algorithms.eagle3.attention import TTTMemory
@@ -73,6 +73,16 @@ class Eagle3Training(Eagle3Draft, DraftModel):
                 elif parameter is not self.lm_head.weight:
                     parameter.normal_(std=INIT_STD, generator=generator)
             self.lm_head.weight.copy_(self.verifier_rows)
+
+    def awaited_weights(self) -> Sequence[nn.Parameter]:
+        """All matrices, with fast kernels."""
+        return [p for p in self.parameters() if p.dim() == 2 and self.use_fast_kernels]
+
+    def shared_weights(self) -> Sequence[nn.Parameter]:
+        """All but those that a norm weight is multiplied into."""
+        own = self.layers[0].get_submodule("self_attn")
+        folded = {id(own.get_parameter(f"{name}_proj.weight")) for name in "qkv"}
+        return [p for p in self.awaited_weights() if id(p) not in folded]
 
     @property
     def loss_weights(self) -> tuple[float, ...]:

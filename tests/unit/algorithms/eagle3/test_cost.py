@@ -56,6 +56,7 @@ def estimate(
     num_active: int,
     num_targets: int,
     num_accumulated: int = 1,
+    num_shards: int = 1,
 ) -> int:
     """Bytes at the peak of a step."""
     work = [Work(total_seq_len, num_targets, num_active, flops=0.0)]
@@ -65,6 +66,7 @@ def estimate(
         work,
         total_seq_len=total_seq_len,
         num_accumulated=num_accumulated,
+        num_shards=num_shards,
     )
     return sum(terms.values())
 
@@ -81,6 +83,19 @@ def test_memory_is_within_10_percent_of_what_was_measured(
     )
 
     assert num_bytes / 2**30 == pytest.approx(gib, rel=0.1)
+
+
+def test_memory_of_a_shard_is_within_10_percent_of_what_was_measured() -> None:
+    num_bytes = estimate(
+        shaped("llama-3.1-8b"),
+        total_seq_len=8192,
+        num_active=4915,
+        num_targets=4915,
+        num_shards=2,
+    )
+
+    # As above, with `--nproc-per-node 2 --sharding shard`.
+    assert num_bytes / 2**30 == pytest.approx(10.20, rel=0.1)
 
 
 def test_the_page_describes_each_term_of_the_memory() -> None:
