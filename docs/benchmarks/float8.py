@@ -38,6 +38,7 @@ from speculators_cli.core.training.inputs import fresh_config
 from speculators_cli.core.training.optimizer import Optimizer
 from speculators_cli.core.training.optimizer_step import OptimizerStep
 from speculators_cli.core.training.states import LiveStates
+from speculators_cli.core.training.weights import DraftWeights
 from speculators_cli.settings.algorithms.eagle3 import Eagle3Settings
 from speculators_cli.settings.train import DraftArch, OptimizerSettings
 
@@ -105,9 +106,10 @@ class Task:
             use_fast_kernels=True, seed=seed,
         )  # fmt: skip
         draft.use_float8 = in_float8
-        optimizer = Optimizer(draft, OptimizerSettings(), use_fast_kernels=True)
+        weights = DraftWeights(draft)
+        optimizer = Optimizer(weights, OptimizerSettings(), use_fast_kernels=True)
         step = OptimizerStep(
-            draft, Ranks(0, 1, 0, 1, self.device, None), optimizer, compute_dtype=self.dtype,
+            weights, Ranks(0, 1, 0, 1, self.device, None), optimizer, compute_dtype=self.dtype,
             noise_std=0.05, seed=seed, filler=self.states,
         )  # fmt: skip
         for index in range(num_steps):
