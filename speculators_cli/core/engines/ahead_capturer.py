@@ -44,9 +44,16 @@ class Ticket:
 
     def cancel(self) -> None:
         """Say that nobody waits for the states; their files are removed."""
-        self._states.cancel()
+        if not self._states.cancel():
+            return  # they are being read, which removes the files
         for document in self._documents:
-            document.file.cancel()
+            if not document.file.cancel():
+                document.file.add_done_callback(_remove)
+
+
+def _remove(file: "Future[Path]") -> None:
+    if file.exception() is None:
+        file.result().unlink(missing_ok=True)
 
 
 class _Document:

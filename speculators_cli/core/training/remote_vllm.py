@@ -78,7 +78,8 @@ def _reach(setup: VLLMSetup, layers: CapturedLayers, ranks: Ranks) -> DocumentSt
     if ranks.num_ranks == 1:
         return VLLMStream(setup, layers)
     if ranks.is_first:
-        folder = Path(tempfile.mkdtemp(prefix="speculators-vllm-"))
+        # Paths of sockets are limited to some hundred bytes, and `TMPDIR` may be longer.
+        folder = Path(tempfile.mkdtemp(prefix="speculators-vllm-", dir="/tmp"))
         server = StreamServer(VLLMStream(setup, layers), folder)
         ranks.share("vllm", str(folder))
         return server

@@ -116,7 +116,7 @@ def test_an_error_of_a_write_ends_the_run_at_the_next_step(
 
     def fail(folder: RunFolder, snapshot: Snapshot, *, keep: int | None) -> float:
         try:
-            with no_file_over(3000):
+            with no_file_over(20_000):
                 return write(folder, snapshot, keep=keep)
         finally:
             is_over.set()
