@@ -1,6 +1,7 @@
 """build_trainer(): every part of a training run, from its settings and inputs."""
 
 import os
+from contextlib import ExitStack
 from functools import partial
 from typing import NamedTuple
 
@@ -50,114 +51,87 @@ def build_trainer(
     """Load the verifier's frozen parts, build and shard the draft, restore its state."""
     frozen = load_frozen_verifier(inputs.verifier_files, inputs.verifier_config, progress=progress)
     live = None
-    if inputs.is_live:
-        live = load_live_verifier(settings, inputs, frozen, ranks)
-    try:
-        return _build_trainer(
-            settings,
-            inputs,
-            ranks,
-            start,
-            folder,
-            logger,
-            progress,
-            signals,
-            start_up,
-            frozen,
-            live,
-        )
-    except BaseException:
-        if live is not None:  # the loaders of a trainer end it otherwise
-            live.engine.close()
-        raise
-
-
-def _build_trainer(
-    settings: TrainSettings,
-    inputs: Inputs,
-    ranks: Ranks,
-    start: Start,
-    folder: RunFolder | None,
-    logger: SafeLogger | None,
-    progress: Progress,
-    signals: StopSignals,
-    start_up: StartUp,
-    frozen: FrozenVerifier,
-    live: LiveVerifier | None,
-) -> Trainer:
-    verifier = live.frozen if live is not None else frozen.to(ranks.device)
-    start_up.end("verifier")
-    start = with_engine(start, live.fingerprint if live else None, settings, progress)
-    if settings.data.check_samples and not start.is_resumed:
-        check_all_samples(settings, inputs, verifier, live, progress)
-    start_up.end("sample check")
-    start = with_verifier(start, verifier.fingerprint, settings, progress)
-    if live is not None:
-        inputs = live.open_cache(settings, inputs)
-    draft = build_draft(settings, inputs, verifier)
-    compute_dtype = choose_compute_dtype(settings.distributed.compute_dtype, ranks.device)
-    weights = share_weights(draft, ranks, settings.distributed.sharding, compute_dtype)
-    optimizer = Optimizer(weights, settings.optimizer, use_fast_kernels=draft.use_fast_kernels)
-    if start.is_resumed:
-        checkpoint = start.checkpoint
-        restore(
-            weights,
-            optimizer.adamw,
-            weights=checkpoint.read_tensors() if checkpoint else {},
-            moments=checkpoint.read_trainer_tensors() if checkpoint else {},
-        )
-        weights.publish()
-        optimizer.num_skipped.fill_(start.state.num_skipped_steps)
-    loader = build_loader(settings, inputs.samples, ranks, start.state.global_batch)
-    validation_loader = None
-    if len(inputs.validation_samples):
-        validation_loader = build_loader(
-            settings, inputs.validation_samples, ranks, ranks.num_ranks, is_validation=True
-        )
-    if start.is_resumed:
-        check_progress(start.state, loader, num_epochs=settings.run.epochs)
-    total_steps = count_steps(settings, loader)
-    start_up.end("draft")
-    return Trainer(
-        optimizer_step=OptimizerStep(
-            weights,
-            ranks,
-            optimizer,
-            compute_dtype=compute_dtype,
-            noise_std=settings.data.noise_std,
-            seed=settings.run.seed,
-            filler=live.fills(settings.capture) if live is not None else StoredStates(),
-        ),
-        rate=partial(
-            learning_rate,
-            peak=settings.optimizer.lr,
-            total_steps=total_steps,
-            settings=settings.schedule,
-        ),
-        loader=read_ahead(loader, inputs.samples, live),
-        validation_loader=validation_loader
-        and read_ahead(validation_loader, inputs.validation_samples, live),
-        state=start.state,
-        num_epochs=settings.run.epochs,
-        total_steps=total_steps,
-        log_every_steps=settings.run.log_every_steps,
-        max_skipped_steps=settings.optimizer.max_skipped_steps,
-        checkpoint_every_steps=settings.checkpoints.checkpoint_every_steps,
-        patience=settings.run.early_stopping_patience,
-        saver=Saver(folder, ranks, keep=settings.checkpoints.keep_checkpoints, progress=progress),
-        signals=signals,
-        is_saved=start.is_resumed,
-        log=RunLog(
-            ranks=ranks,
-            samples=inputs.samples,
-            draft=draft,
+    with ExitStack() as on_error:
+        if inputs.is_live:
+            live = load_live_verifier(settings, inputs, frozen, ranks)
+            on_error.callback(live.engine.close)
+        verifier = live.frozen if live is not None else frozen.to(ranks.device)
+        start_up.end("verifier")
+        start = with_engine(start, live.fingerprint if live else None, settings, progress)
+        if settings.data.check_samples and not start.is_resumed:
+            check_all_samples(settings, inputs, verifier, live, progress)
+        start_up.end("sample check")
+        start = with_verifier(start, verifier.fingerprint, settings, progress)
+        if live is not None:
+            inputs = live.open_cache(settings, inputs)
+        draft = build_draft(settings, inputs, verifier)
+        compute_dtype = choose_compute_dtype(settings.distributed.compute_dtype, ranks.device)
+        weights = share_weights(draft, ranks, settings.distributed.sharding, compute_dtype)
+        optimizer = Optimizer(weights, settings.optimizer, use_fast_kernels=draft.use_fast_kernels)
+        if start.is_resumed:
+            checkpoint = start.checkpoint
+            restore(
+                weights,
+                optimizer.adamw,
+                weights=checkpoint.read_tensors() if checkpoint else {},
+                moments=checkpoint.read_trainer_tensors() if checkpoint else {},
+            )
+            weights.publish()
+            optimizer.num_skipped.fill_(start.state.num_skipped_steps)
+        loader = build_loader(settings, inputs.samples, ranks, start.state.global_batch)
+        validation_loader = None
+        if len(inputs.validation_samples):
+            validation_loader = build_loader(
+                settings, inputs.validation_samples, ranks, ranks.num_ranks, is_validation=True
+            )
+        if start.is_resumed:
+            check_progress(start.state, loader, num_epochs=settings.run.epochs)
+        total_steps = count_steps(settings, loader)
+        start_up.end("draft")
+        trainer = Trainer(
+            optimizer_step=OptimizerStep(
+                weights,
+                ranks,
+                optimizer,
+                compute_dtype=compute_dtype,
+                noise_std=settings.data.noise_std,
+                seed=settings.run.seed,
+                filler=live.fills(settings.capture) if live is not None else StoredStates(),
+            ),
+            rate=partial(
+                learning_rate,
+                peak=settings.optimizer.lr,
+                total_steps=total_steps,
+                settings=settings.schedule,
+            ),
+            loader=read_ahead(loader, inputs.samples, live),
+            validation_loader=validation_loader
+            and read_ahead(validation_loader, inputs.validation_samples, live),
+            state=start.state,
             num_epochs=settings.run.epochs,
             total_steps=total_steps,
-            logger=logger,
-            progress=progress,
-            start_up=start_up,
-        ),
-    )
+            log_every_steps=settings.run.log_every_steps,
+            max_skipped_steps=settings.optimizer.max_skipped_steps,
+            checkpoint_every_steps=settings.checkpoints.checkpoint_every_steps,
+            patience=settings.run.early_stopping_patience,
+            saver=Saver(
+                folder, ranks, keep=settings.checkpoints.keep_checkpoints, progress=progress
+            ),
+            signals=signals,
+            is_saved=start.is_resumed,
+            log=RunLog(
+                ranks=ranks,
+                samples=inputs.samples,
+                draft=draft,
+                num_epochs=settings.run.epochs,
+                total_steps=total_steps,
+                logger=logger,
+                progress=progress,
+                start_up=start_up,
+            ),
+        )
+        on_error.pop_all()  # from here on, the loaders of the trainer end it
+        return trainer
 
 
 def read_ahead(
