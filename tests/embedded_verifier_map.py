@@ -1,12 +1,23 @@
-"""The embedded verifier in tests: a draft vocabulary that it does not need."""
+"""The embedded verifier in tests: drafts that fit it, a draft vocabulary that it does not need."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from speculators_cli.core.data.vocab_map import VocabMap
+from speculators_cli.core.demo.demo import VERIFIER_DIR
 
 VOCAB, DRAFT_VOCAB = 2048, 1500
+# Fields of a draft's config that fit the embedded verifier.
+FOR_EMBEDDED: dict[str, Any] = {
+    "hidden_size": 128,
+    "target_hidden_size": 128,
+    "vocab_size": VOCAB,
+    "draft_vocab_size": 300,
+    "target_layer_ids": (2, 4, 5),
+    "verifier_name_or_path": str(VERIFIER_DIR),
+}
 
 
 def write_vocab_map(folder: Path) -> None:

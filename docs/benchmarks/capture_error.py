@@ -17,7 +17,6 @@ from transformers import AutoTokenizer
 
 from speculators_cli.core.engines.comparison import median_error
 from speculators_cli.core.engines.engine import CapturedStates, Packed
-from speculators_cli.core.engines.float8_linear import use_float8
 from speculators_cli.core.engines.transformers_engine import TransformersEngine, load_model
 
 
@@ -36,16 +35,19 @@ def render(verifier: str, prompts: Path, num_prompts: int) -> Packed:
 def capture(
     given: argparse.Namespace, packed: Packed, dtype: torch.dtype, *, is_float8: bool
 ) -> tuple[CapturedStates, Tensor]:
-    """Hidden states on the CPU, and the log-probabilities that the LM head makes of the last."""
+    """Hidden states, and the log-probabilities that the LM head makes of the last."""
     device = torch.device(given.device)
     model = load_model(given.verifier, dtype=dtype, device=device)
     n = model.config.num_hidden_layers
     layer_ids = (2, n // 2, n - 3)
     engine = TransformersEngine(
-        model, layer_ids, end_ids=frozenset(), name=given.verifier, is_compiled=False
+        model,
+        layer_ids,
+        end_ids=frozenset(),
+        name=given.verifier,
+        is_compiled=False,
+        is_float8=is_float8,
     )
-    if is_float8:
-        use_float8(engine.parts)
     with torch.no_grad():
         states = engine.capture(packed)
         normed = engine.parts.decoder.norm(states.last)

@@ -11,12 +11,14 @@ import argparse
 import json
 import statistics
 import time
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers import AutoModelForCausalLM
 
+from speculators_cli.core.bench.random_engine import llama_config
 from speculators_cli.core.bench.shapes import SHAPES
 from speculators_cli.core.engines.engine import Packed
 from speculators_cli.core.engines.transformers_engine import TransformersEngine
@@ -27,18 +29,7 @@ from speculators_cli.core.training.sharded_verifier import count_own_bytes, shar
 def build(shape: str, num_layers: int, dtype: torch.dtype, device: torch.device) -> Any:
     """A verifier of this shape; all weights of its matrices are slices of one random vector."""
     verifier, vocab_size = SHAPES[shape]
-    config = LlamaConfig(
-        hidden_size=verifier.hidden_size,
-        intermediate_size=verifier.intermediate_size,
-        num_hidden_layers=num_layers,
-        num_attention_heads=verifier.num_heads,
-        num_key_value_heads=verifier.num_kv_heads,
-        head_dim=verifier.head_dim,
-        vocab_size=vocab_size,
-        rms_norm_eps=verifier.rms_norm_eps,
-        max_position_embeddings=verifier.max_position_embeddings,
-        rope_parameters=dict(verifier.rope_parameters),
-    )
+    config = llama_config(replace(verifier, num_layers=num_layers), vocab_size)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
     random = torch.randn(2**24, generator=torch.Generator().manual_seed(0)).mul_(0.02).to(dtype)

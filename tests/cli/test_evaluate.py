@@ -13,6 +13,7 @@ import transformers
 from speculators_cli.cli.app import run
 from speculators_cli.core.demo.demo import VERIFIER_DIR, read_prompts
 from tests.cli.golden import assert_golden
+from tests.embedded_verifier_map import FOR_EMBEDDED
 from tests.tiny_dflash import make_block_config
 from tests.tiny_drafts import make_config, read_folder, write_draft, write_folder
 
@@ -23,14 +24,7 @@ Evaluate = Callable[..., int]
 @pytest.fixture
 def draft(tmp_path: Path) -> Path:
     """A random draft for the embedded verifier."""
-    config = make_config(
-        hidden_size=128,
-        target_hidden_size=128,
-        vocab_size=2048,
-        draft_vocab_size=300,
-        target_layer_ids=(2, 4, 5),
-        verifier_name_or_path=str(VERIFIER_DIR),
-    )
+    config = make_config(**FOR_EMBEDDED)
     return write_draft(tmp_path / "draft", config)
 
 
@@ -264,14 +258,7 @@ def test_a_batch_that_does_not_fit_is_exit_code_5(
 def test_another_number_of_tokens_than_the_blocks_is_a_warning(
     evaluate: Evaluate, tmp_path: Path, capsys: Capture
 ) -> None:
-    config = make_block_config(
-        hidden_size=128,
-        target_hidden_size=128,
-        vocab_size=2048,
-        draft_vocab_size=300,
-        target_layer_ids=(2, 4, 5),
-        verifier_name_or_path=str(VERIFIER_DIR),
-    )
+    config = make_block_config(**FOR_EMBEDDED)
     block = write_draft(tmp_path / "block", config)
 
     few = evaluate("--num-speculative-tokens", 2, checkpoint=block)

@@ -10,6 +10,7 @@ import pytest
 from speculators_cli.cli.app import run
 from speculators_cli.core.demo.demo import VERIFIER_DIR, read_prompts
 from tests.cli.golden import assert_golden
+from tests.embedded_verifier_map import FOR_EMBEDDED
 from tests.tiny_drafts import make_config, write_draft
 from tests.unit.engines.fakes import FakeVLLM, write_fake_vllm
 
@@ -28,14 +29,7 @@ def vllm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FakeVLLM:
 def evaluate(tmp_path: Path, vllm: FakeVLLM) -> Evaluate:
     """Runs the command with a random draft on short prompts, and further flags."""
     assert vllm.pids() == []
-    config = make_config(
-        hidden_size=128,
-        target_hidden_size=128,
-        vocab_size=2048,
-        draft_vocab_size=300,
-        target_layer_ids=(2, 4, 5),
-        verifier_name_or_path=str(VERIFIER_DIR),
-    )
+    config = make_config(**FOR_EMBEDDED)
     draft, file = write_draft(tmp_path / "draft", config), tmp_path / "prompts.jsonl"
     rows = [{"prompt": text[:12]} for text in read_prompts()[:4]]
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))

@@ -9,17 +9,9 @@ from speculators_cli.core.engines.transformers_engine import TransformersEngine
 from speculators_cli.core.models.verifier import VerifierConfig
 
 
-def build_engine(
-    verifier: VerifierConfig,
-    vocab_size: int,
-    layer_ids: Sequence[int],
-    *,
-    dtype: torch.dtype,
-    device: torch.device,
-    is_float8: bool,
-) -> TransformersEngine:
-    """Build a verifier of these sizes, with Llama layers; nothing is read."""
-    config = LlamaConfig(
+def llama_config(verifier: VerifierConfig, vocab_size: int) -> LlamaConfig:
+    """The config of a model with Llama layers of these sizes."""
+    return LlamaConfig(
         hidden_size=verifier.hidden_size,
         intermediate_size=verifier.intermediate_size,
         num_hidden_layers=verifier.num_layers,
@@ -32,6 +24,19 @@ def build_engine(
         rope_parameters=dict(verifier.rope_parameters),
         tie_word_embeddings=verifier.is_tied,
     )
+
+
+def build_engine(
+    verifier: VerifierConfig,
+    vocab_size: int,
+    layer_ids: Sequence[int],
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    is_float8: bool,
+) -> TransformersEngine:
+    """Build a verifier of these sizes, with Llama layers; nothing is read."""
+    config = llama_config(verifier, vocab_size)
     with device:
         model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
     model.requires_grad_(False)

@@ -1,6 +1,7 @@
 """An algorithm that only the tests have runs through every command, without a change elsewhere."""
 
 import re
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,7 @@ from speculators_cli.settings.bench import BenchSettings
 from speculators_cli.settings.loading import load_settings
 from speculators_cli.settings.train import TrainSettings
 from tests.generated_samples import generate_samples
-from tests.run_files import read_metrics
+from tests.run_files import assert_cuts_change_nothing, read_metrics
 from tests.tiny_run import HIDDEN, TinyInputs
 from tests.toy_algorithm import Toy, ToyConfig, ToySettings, ToyTrainSettings
 
@@ -100,21 +101,7 @@ def test_it_trains_and_its_own_counters_are_logged(tiny: TinyInputs) -> None:
 
 
 def test_a_run_cut_at_any_step_ends_in_the_same_bits(tiny: TinyInputs, tmp_path: Path) -> None:
-    names = ("model.safetensors", "trainer/optimizer.safetensors")
-
-    def run_to(name: str, max_steps: int | None = None) -> TrainReport:
-        where = {"save_path": tmp_path / name, "max_steps": max_steps}
-        return run(tiny, run=where, schedule={"scheduler": "none"})
-
-    total_steps = run_to("whole").total_steps
-    for step in range(1, total_steps, 2):
-        assert run_to("cut", step).step == step
-    assert run_to("cut").is_resumed
-
-    for name in names:
-        assert (tmp_path / "cut/1" / name).read_bytes() == (
-            tmp_path / "whole/1" / name
-        ).read_bytes()
+    assert_cuts_change_nothing(partial(run, tiny), tmp_path, lambda total: range(1, total, 2))
 
 
 def test_a_checkpoint_is_resumed_by_its_own_algorithm_only(tiny: TinyInputs) -> None:

@@ -1,5 +1,6 @@
 """DFlash through the commands: trained, resumed, planned, read back, drafted with."""
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from speculators_cli.settings.bench import BenchSettings
 from speculators_cli.settings.train import TrainSettings
 from tests.embedded_verifier_map import write_vocab_map
 from tests.generated_samples import generate_samples
-from tests.run_files import read_metrics
+from tests.run_files import assert_cuts_change_nothing, read_metrics
 from tests.tiny_dflash import make_block_config
 from tests.tiny_drafts import make_sample, pack, read_folder, write_draft
 from tests.tiny_run import LAYER_IDS, TinyInputs
@@ -59,20 +60,7 @@ def test_a_draft_learns_and_its_best_epoch_is_the_one_that_accepts_most(tiny: Ti
 
 
 def test_a_run_cut_at_any_step_ends_in_the_same_bits(tiny: TinyInputs, tmp_path: Path) -> None:
-    names = ("model.safetensors", "trainer/optimizer.safetensors")
-
-    def run_to(name: str, max_steps: int | None = None) -> TrainReport:
-        where = {"save_path": tmp_path / name, "max_steps": max_steps}
-        return run(tiny, run=where, schedule={"scheduler": "none"})
-
-    total_steps = run_to("whole").total_steps
-    for step in range(1, total_steps, 3):
-        assert run_to("cut", step).step == step
-    assert run_to("cut").is_resumed
-
-    for name in names:
-        whole, cut = (tmp_path / run_name / "1" / name for run_name in ("whole", "cut"))
-        assert cut.read_bytes() == whole.read_bytes()
+    assert_cuts_change_nothing(partial(run, tiny), tmp_path, lambda total: range(1, total, 3))
 
 
 def test_anchors_depend_on_seed_epoch_and_sample_only(rng: torch.Generator) -> None:

@@ -1,5 +1,6 @@
 """P-EAGLE in the commands: train, resume, plan, bench, evaluate, export, start from a draft."""
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ from speculators_cli.settings.export import ExportSettings
 from speculators_cli.settings.train import TrainSettings
 from tests.embedded_verifier_map import write_vocab_map
 from tests.generated_samples import generate_samples
-from tests.run_files import read_metrics
+from tests.run_files import assert_cuts_change_nothing, read_metrics
 from tests.tiny_drafts import make_config, read_folder, write_draft, write_folder
 from tests.tiny_peagle import make_peagle_config
 from tests.tiny_run import TinyInputs
@@ -56,18 +57,7 @@ def run(tiny: TinyInputs, **changes: Any) -> TrainReport:
 def test_it_trains_resumes_in_the_same_bits_and_is_planned(
     tiny: TinyInputs, tmp_path: Path
 ) -> None:
-    def run_to(name: str, max_steps: int | None = None) -> TrainReport:
-        where = {"save_path": tmp_path / name, "max_steps": max_steps}
-        return run(tiny, run=where, schedule={"scheduler": "none"})
-
-    run_to("whole")
-    run_to("cut", 2)
-    assert run_to("cut").is_resumed
-
-    names = ("model.safetensors", "trainer/optimizer.safetensors")
-    for name in names:
-        whole, cut = (tmp_path / run_name / "1" / name for run_name in ("whole", "cut"))
-        assert cut.read_bytes() == whole.read_bytes()
+    assert_cuts_change_nothing(partial(run, tiny), tmp_path, lambda _: [2])
     first, last = read_metrics(tmp_path / "whole", "val")
     assert last["loss_2"] < first["loss_2"]
     draft = read_draft(str(tmp_path / "whole"))
