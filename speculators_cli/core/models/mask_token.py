@@ -27,8 +27,9 @@ def choose_mask_token(
     """The mask token of a run, given or chosen.
 
     Chosen is a row of the embedding that the tokenizer has no token for, else a token that its
-    makers reserved, else one of a byte that no text has; never one that text, a chat template or
-    the end of an answer has.
+    makers reserved, else one of a byte that no text has, else a special token of other uses, such
+    as `<filename>`, which samples are checked for; never one that text, a chat template or the end
+    of an answer has.
 
     Raises:
         SettingsError: The given one cannot be used, or none can be chosen.
@@ -48,16 +49,17 @@ def choose_mask_token(
     if spare:
         return spare[0]
     used = _find_used(files, tokenizer, trust_remote_code=trust_remote_code)
-    special = {int(i) for i in tokenizer.added_tokens_decoder}
-    reserved = [i for i in sorted(special - used) if RESERVED.search(names.get(i, ""))]
-    reserved += _find_impossible(tokenizer, names)
-    if not reserved:
+    added = {int(i): token for i, token in tokenizer.added_tokens_decoder.items() if i not in used}
+    found = [i for i in sorted(added) if RESERVED.search(names.get(i, ""))]
+    found += _find_impossible(tokenizer, names)
+    found += [i for i in sorted(added) if added[i].special]
+    if not found:
         raise SettingsError(
             f"`{FLAG}`: no mask token can be chosen: every token of verifier "
             f"`{files.name_or_path}` is in use",
             hint=hint,
         )
-    return reserved[0]
+    return found[0]
 
 
 def _find_impossible(tokenizer: Any, names: Mapping[int, str]) -> list[int]:

@@ -16,6 +16,7 @@ from tests.tiny_run import TinyInputs
 class FakeToken:
     def __init__(self, content: str) -> None:
         self.content = content
+        self.special = content != "<tool>"
 
 
 class FakeTokenizer:
@@ -72,7 +73,13 @@ def test_padding_and_end_tokens_are_never_chosen(monkeypatch: pytest.MonkeyPatch
     assert "--mask-token-id" in str(error.value.hint)
 
 
-def test_last_comes_a_byte_that_no_text_has() -> None:
+def test_special_tokens_of_other_uses_come_last(monkeypatch: pytest.MonkeyPatch) -> None:
+    special = ("<s>", "</s>", "<pad>", "<tool>", "<filename>", "<gh_stars>")
+
+    assert choose(monkeypatch, *special, vocab_size=16) == 14
+
+
+def test_a_byte_that_no_text_has_comes_before() -> None:
     files = VerifierFiles(str(VERIFIER_DIR))
     tokenizer = load_tokenizer(files, trust_remote_code=False)
 
