@@ -92,22 +92,20 @@ def round_weight(
     by_input = torch.empty(size, num_outputs, dtype=FLOAT8, device=scale.device)
     start = 0
     for part in parts:
-        here = slice(start, start + len(part))
+        here = by_output[start : start + len(part)]
         if part.is_cuda:
-            grid = (triton.cdiv(len(part), TILE), triton.cdiv(size, TILE))
-            _round_weight_kernel[grid](
-                part, part.stride(0), part if norm_weight is None else norm_weight, scale,
-                by_output[here], by_input[:, here], num_outputs, len(part),
+            _round_weight_kernel[(len(part),)](
+                part, part.stride(0), part if norm_weight is None else norm_weight, scale, here,
                 HAS_NORM=norm_weight is not None,
                 SIZE=size,
-                TILE=TILE,
+                BLOCK=min(BLOCK, triton.next_power_of_2(size)),
                 num_warps=8,
             )  # fmt: skip
         else:
             product = part.float() if norm_weight is None else part * norm_weight
-            by_output[here] = _to_float8(product / scale)
-            by_input[:, here] = by_output[here].T
+            here.copy_(_to_float8(product / scale))
         start += len(part)
+    transpose(by_output, by_input)
     return RoundedWeight(
         Rounded(by_output, scale.repeat(num_outputs)), Rounded(by_input, scale.repeat(size))
     )
@@ -242,67 +240,30 @@ def _round_rows_kernel(
 
 
 @triton.jit
+def _round_weight_kernel(
+    weight, weight_stride, norm_weight, scale, rounded,
+    HAS_NORM: tl.constexpr,
+    SIZE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Process one row."""
+    row = tl.program_id(0).to(tl.int64)
+    inverse = 1.0 / tl.load(scale)
+    for start in tl.static_range(0, SIZE, BLOCK):
+        i = start + tl.arange(0, BLOCK)
+        inside = i < SIZE
+        value = tl.load(weight + row * weight_stride + i, mask=inside, other=0.0).to(tl.float32)
+        if HAS_NORM:
+            value *= tl.load(norm_weight + i, mask=inside, other=0.0)
+        tl.store(rounded + row * SIZE + i, (value * inverse).to(tl.float8e4nv), mask=inside)
+
+
+@triton.jit
 def _packed(a, b, c, d):
     """Four float8 values as one word, the first in its lowest byte."""
     a, b = a.to(tl.uint8, bitcast=True).to(tl.uint32), b.to(tl.uint8, bitcast=True).to(tl.uint32)
     c, d = c.to(tl.uint8, bitcast=True).to(tl.uint32), d.to(tl.uint8, bitcast=True).to(tl.uint32)
     return a | (b << 8) | (c << 16) | (d << 24)
-
-
-@triton.jit
-def _store_transposed(
-    a, b, c, d, out, out_stride, i, num_columns,
-    SIZE: tl.constexpr,
-    TILE: tl.constexpr,
-):  # fmt: skip
-    """Store four consecutive rows of the tile at a time, as words: bytes would go one by one."""
-    word = tl.program_id(0) * (TILE // 4) + tl.arange(0, TILE // 4)
-    at = out.to(tl.pointer_type(tl.uint32)) + i.to(tl.int64)[:, None] * (out_stride // 4)
-    inside = (i < SIZE)[:, None] & (word < num_columns // 4)[None, :]
-    tl.store(at + word[None, :], tl.trans(_packed(a, b, c, d)), mask=inside)
-
-
-@triton.jit
-def _round_weight_rows(
-    weight, weight_stride, norm_weight, inverse, by_output, row, i, num_rows,
-    HAS_NORM: tl.constexpr,
-    SIZE: tl.constexpr,
-):  # fmt: skip
-    inside = (row < num_rows)[:, None] & (i < SIZE)[None, :]
-    rows = row.to(tl.int64)[:, None]
-    value = tl.load(weight + rows * weight_stride + i[None, :], mask=inside, other=0.0)
-    value = value.to(tl.float32)
-    if HAS_NORM:
-        value *= tl.load(norm_weight + i, mask=i < SIZE, other=0.0)[None, :]
-    rounded = (value * inverse).to(tl.float8e4nv)
-    tl.store(by_output + rows * SIZE + i[None, :], rounded, mask=inside)
-    return rounded
-
-
-@triton.jit
-def _round_weight_kernel(
-    weight, weight_stride, norm_weight, scale, by_output, by_input, num_outputs, num_rows,
-    HAS_NORM: tl.constexpr,
-    SIZE: tl.constexpr,
-    TILE: tl.constexpr,
-):  # fmt: skip
-    """Process one tile: read once, written in both layouts."""
-    row = tl.program_id(0) * TILE + 4 * tl.arange(0, TILE // 4)
-    i = tl.program_id(1) * TILE + tl.arange(0, TILE)
-    inverse = 1.0 / tl.load(scale)
-    a = _round_weight_rows(
-        weight, weight_stride, norm_weight, inverse, by_output, row, i, num_rows, HAS_NORM, SIZE
-    )
-    b = _round_weight_rows(
-        weight, weight_stride, norm_weight, inverse, by_output, row + 1, i, num_rows, HAS_NORM, SIZE
-    )
-    c = _round_weight_rows(
-        weight, weight_stride, norm_weight, inverse, by_output, row + 2, i, num_rows, HAS_NORM, SIZE
-    )
-    d = _round_weight_rows(
-        weight, weight_stride, norm_weight, inverse, by_output, row + 3, i, num_rows, HAS_NORM, SIZE
-    )
-    _store_transposed(a, b, c, d, by_input, num_outputs, i, num_rows, SIZE, TILE)
 
 
 @triton.jit
@@ -327,11 +288,14 @@ def _transpose_kernel(
     SIZE: tl.constexpr,
     TILE: tl.constexpr,
 ):  # fmt: skip
-    """Process one tile."""
+    """Process one tile. Four rows at a time are stored as words: bytes would go one by one."""
     row = tl.program_id(0) * TILE + 4 * tl.arange(0, TILE // 4)
     i = tl.program_id(1) * TILE + tl.arange(0, TILE)
     a = _load_rows(values, factors, row, i, num_rows, HAS_FACTORS, SIZE)
     b = _load_rows(values, factors, row + 1, i, num_rows, HAS_FACTORS, SIZE)
     c = _load_rows(values, factors, row + 2, i, num_rows, HAS_FACTORS, SIZE)
     d = _load_rows(values, factors, row + 3, i, num_rows, HAS_FACTORS, SIZE)
-    _store_transposed(a, b, c, d, out, out_stride, i, num_columns, SIZE, TILE)
+    word = tl.program_id(0) * (TILE // 4) + tl.arange(0, TILE // 4)
+    at = out.to(tl.pointer_type(tl.uint32)) + i.to(tl.int64)[:, None] * (out_stride // 4)
+    inside = (i < SIZE)[:, None] & (word < num_columns // 4)[None, :]
+    tl.store(at + word[None, :], tl.trans(_packed(a, b, c, d)), mask=inside)

@@ -81,7 +81,7 @@ class BlockAlgorithm(Algorithm[BlockConfigT, BlockSettingsT]):
                 hint=f"Pass `--block-size {longest + config.first_slot}` or less, or other samples",
             )
         mask = config.mask_token_id
-        if samples.is_live or samples.max_token_id < mask:
+        if samples.max_token_id < mask:
             return
         for i in spread_evenly(len(samples), NUM_READ):
             if bool((samples.read(i).input_ids == mask).any()):
