@@ -4,7 +4,7 @@ A plan is a pure function of lengths, seed, epoch and global batch, so it is the
 and the order of samples does not depend on the number of ranks.
 """
 
-from bisect import bisect_right
+from bisect import bisect_left, insort
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -41,8 +41,8 @@ def plan_epoch(
 ) -> PackingPlan:
     """Pack all samples that have positions, in a different order in each epoch.
 
-    Samples are shuffled, packed longest first within windows, and the sequences shuffled. The last
-    optimizer step is completed by splitting its sequences, so no sample is dropped or used twice.
+    Samples are shuffled, packed within windows, and the sequences shuffled. The last optimizer step
+    is completed by splitting its sequences, so no sample is dropped or used twice.
     """
     rng = np.random.default_rng((seed, epoch))
     sizes = np.minimum(lengths, total_seq_len)
@@ -67,24 +67,26 @@ def plan_epoch(
 
 
 def _pack(ids: Sequence[int], sizes: NDArray[np.int64], capacity: int) -> list[Packed]:
-    """Start each sequence with the longest remaining sample, then add the longest that fits.
+    """Add each sample to the fullest sequence that it fits in.
+
+    Samples longer than half a sequence come first: no two of them share one. The others keep their
+    random order, so that a sequence has samples of all lengths. Longest first would give each
+    optimizer step samples of one length, and steps that differ.
 
     Returns:
         Sequences, the most filled first.
     """
-    # Ties are broken by position in the shuffled order, for a total order.
-    by_size = sorted(range(len(ids)), key=lambda k: (sizes[ids[k]], k))
-    left_ids = [ids[k] for k in by_size]
-    left_sizes = [int(sizes[i]) for i in left_ids]
-    packed: list[tuple[int, Packed]] = []
-    while left_ids:
-        sequence, room = [left_ids.pop()], capacity - left_sizes.pop()
-        while (at := bisect_right(left_sizes, room) - 1) >= 0:
-            sequence.append(left_ids.pop(at))
-            room -= left_sizes.pop(at)
-        packed.append((room, tuple(sequence)))
-    packed.sort(key=lambda x: x[0])
-    return [sequence for _, sequence in packed]
+    packed: list[list[int]] = []
+    rooms: list[tuple[int, int]] = []  # ascending: what is left of a sequence, and its index
+    for i in sorted(ids, key=lambda i: bool(2 * sizes[i] <= capacity)):
+        size = int(sizes[i])
+        at = bisect_left(rooms, (size, 0))
+        room, index = rooms.pop(at) if at < len(rooms) else (capacity, len(packed))
+        if index == len(packed):
+            packed.append([])
+        packed[index].append(i)
+        insort(rooms, (room - size, index))
+    return [tuple(packed[index]) for _, index in rooms]
 
 
 def _part(packed: list[Packed], sizes: NDArray[np.int64], num_wanted: int) -> list[Packed]:

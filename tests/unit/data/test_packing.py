@@ -35,6 +35,21 @@ def test_97_percent_of_positions_are_filled_on_log_normal_lengths() -> None:
     assert plan.fill >= 0.97
 
 
+def test_the_samples_of_a_sequence_are_of_all_lengths() -> None:
+    # A step over samples of one length would not represent the others.
+    lengths = log_normal_lengths(4000)
+    plan = plan_epoch(lengths, total_seq_len=8192, seed=0, epoch=0, global_batch=1)
+
+    logs = np.log(lengths)
+    errors = [
+        len(sequence) * (logs[list(sequence)].mean() - logs.mean()) ** 2
+        for sequence in plan.sequences
+    ]
+
+    # Samples drawn at random would have a ratio of 1, longest first has 4.
+    assert np.mean(errors) / logs.var() < 1.2
+
+
 def test_ranks_get_about_the_same_tokens() -> None:
     lengths = log_normal_lengths(20_000)
     plan = plan_epoch(lengths, total_seq_len=8192, seed=0, epoch=0, global_batch=8)
