@@ -92,7 +92,11 @@ class TransformersEngine:
         self._attention = self._own_attention
         self._kept: _Kept | None = None
         self.parts.hook(self.layer_ids, self._keep_aux, self._keep_last)
-        self._forwards: list[tuple[Any, Any, Any]] = []  # of compiled layers: plain, compiled
+        # Modules with their own forward, and the one over packed documents, where the output of the
+        # final norm is never read.
+        self._forwards: list[tuple[Any, Any, Any]] = [
+            (self.parts.norm, self.parts.norm.forward, _skip)
+        ]
         self.is_packed = self._can_pack()
         is_gpu = self.parts.device.type != "cpu"
         self.packs_documents = is_gpu if packs_documents is None else packs_documents
@@ -101,7 +105,7 @@ class TransformersEngine:
             is_compiled = self.parts.device.type == "cuda" and not is_spread
         if is_compiled and self.is_packed and not self.parts.has_experts:
             # Their forward only, without the hooks: all layers share one compiled graph.
-            self._forwards = [
+            self._forwards += [
                 (layer, layer.forward, torch.compile(layer.forward, dynamic=False))
                 for layer in self.parts.layers
             ]
@@ -284,8 +288,8 @@ class TransformersEngine:
             return
         self.model.set_attn_implementation(attention)
         self._attention = attention
-        for layer, plain, compiled in self._forwards:
-            layer.forward = compiled if attention == packed_attention.NAME else plain
+        for module, own, over_packed in self._forwards:
+            module.forward = over_packed if attention == packed_attention.NAME else own
 
     @contextmanager
     def _keeping(self, kept: "_Kept") -> Iterator[None]:
@@ -339,6 +343,10 @@ class TransformersEngine:
             torch.empty((num_tokens, width), dtype=self.dtype, device=self.parts.device),
             torch.empty((num_tokens, self.hidden_size), dtype=self.dtype, device=self.parts.device),
         )
+
+
+def _skip(states: Tensor) -> Tensor:
+    return states
 
 
 @dataclass(frozen=True)
