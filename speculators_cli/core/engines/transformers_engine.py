@@ -86,8 +86,6 @@ class TransformersEngine:
         self._end_ids = sorted(end_ids)
         self.parts: VerifierLayers = find_layers(model, name)
         self._is_float8 = is_float8
-        if is_float8:
-            use_float8(self.parts)
         self._own_attention = self.model.config._attn_implementation  # noqa: SLF001
         self._attention = self._own_attention
         self._kept: _Kept | None = None
@@ -97,7 +95,10 @@ class TransformersEngine:
         self._forwards: list[tuple[Any, Any, Any]] = [
             (self.parts.norm, self.parts.norm.forward, _skip)
         ]
+        # In the precision of the weights: rounding to float8 would differ by as much as a mistake.
         self.is_packed = self._can_pack()
+        if is_float8:
+            use_float8(self.parts)
         is_gpu = self.parts.device.type != "cpu"
         self.packs_documents = is_gpu if packs_documents is None else packs_documents
         if is_compiled is None:

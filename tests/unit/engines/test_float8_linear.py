@@ -1,8 +1,10 @@
 """Float8 linear layers against the float64 product of what they round to."""
 
+import pytest
 import torch
 from torch import nn
 
+from speculators_cli.core.engines import transformers_engine
 from speculators_cli.core.engines.engine import Packed
 from speculators_cli.core.engines.float8_linear import Float8Linear, replace_linears
 from speculators_cli.core.engines.transformers_engine import TransformersEngine
@@ -72,3 +74,20 @@ def test_states_differ_by_rounding_and_the_fingerprint_says_so() -> None:
     assert 1e-3 < float(error) < 0.2
     assert in_float8.fingerprint["compute_dtype"] == "float8"
     assert "compute_dtype" not in plain.fingerprint
+
+
+def test_rounding_to_float8_does_not_decide_whether_documents_are_packed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    # Between the errors of four layers in bfloat16 and in float8.
+    monkeypatch.setitem(transformers_engine.MAX_ERROR, torch.bfloat16, 0.02)
+
+    engine = TransformersEngine(
+        build_model("wide-llama").bfloat16(),
+        (1, 3),
+        end_ids=frozenset({END_ID}),
+        name="wide",
+        is_float8=True,
+    )
+
+    assert engine.is_packed
