@@ -172,24 +172,30 @@ def test_two_ranks_that_share_a_verifier_equal_one_that_holds_it(
     assert 0 < len(list((tmp_path / "cache").rglob("*.pt"))) < 24
 
 
-def test_a_sharded_verifier_has_the_states_of_a_whole_one(tiny: TinyInputs) -> None:
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.multi_gpu)])
+def test_a_sharded_verifier_has_the_states_of_a_whole_one(tiny: TinyInputs, device: str) -> None:
     program = Path(__file__).with_name("sharded_capture.py")
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
 
     done = subprocess.run(
-        [*command, program, tiny.verifier_dir],
+        [*command, program, tiny.verifier_dir, device],
         check=False, capture_output=True, text=True, env=environment,
     )  # fmt: skip
 
     assert done.returncode == 0, done.stderr
     lines = [json.loads(x) for x in done.stdout.splitlines() if x.startswith("{")]
     assert sorted(line["rank"] for line in lines) == [0, 1]
-    assert all(line["is_equal"] for line in lines)
-    # 9 layers are halved; embedding and LM head, 37 x 24 in float32 each, and a norm are not.
+    for line in lines:
+        assert [found["are_equal"] for found in line["models"]] == [[True] * 4] * 2
+    # Of 9 layers, 9 halves and 3 at a time are on a rank; of 8 layers, 8 halves and 2. Embedding
+    # and LM head, 37 x 24 in float32 each, and a norm are whole.
     rest = 4 * (2 * 37 * 24 + 24)
     for line in lines:
-        assert line["own_bytes"] == pytest.approx((line["whole_bytes"] - rest) / 2 + rest, rel=0.01)
+        for found, share in zip(line["models"], (1 / 2 + 3 / 9, 1 / 2 + 2 / 8), strict=True):
+            expected = (found["whole_bytes"] - rest) * share + rest
+            # Each weight begins at a multiple of 256 bytes.
+            assert found["own_bytes"] == pytest.approx(expected, rel=0.03)
 
 
 def test_two_ranks_evaluate_the_prompts_of_one(tiny: TinyInputs, tmp_path: Path) -> None:

@@ -50,8 +50,8 @@ class CaptureCost:
         v = self.verifier
         weights = BYTES * self.num_layer_parameters
         if num_shards > 1:
-            # The layer that computes, and the one that is gathered meanwhile.
-            weights = weights // num_shards + 2 * weights // v.num_layers
+            # The layer that computes, the one that is gathered meanwhile, and an odd last one.
+            weights = weights // num_shards + (2 + v.num_layers % 2) * weights // v.num_layers
         own = {"weights_and_optimizer", "verifier", "batches"}
         needed_in_step = sum(size for name, size in step.items() if name not in own)
         buffers = BYTES * total_seq_len * (3 * v.intermediate_size + 6 * v.hidden_size)

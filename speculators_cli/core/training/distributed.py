@@ -67,18 +67,26 @@ class Ranks:
         if self.watch is None:
             return
         self.watch.gather()
-        is_cuda = self.device.type == "cuda"
-        # NCCL's own timeout aborts without the number of the rank, so it must be the longer one.
-        seconds = 2 * timeout_seconds + 60 if is_cuda else timeout_seconds
         dist.init_process_group(
-            "cpu:gloo,cuda:nccl" if is_cuda else "gloo",
+            "cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo",
             store=dist.PrefixStore(  # type: ignore[attr-defined]
                 "group", self.store
             ),
             rank=self.rank,
             world_size=self.num_ranks,
-            timeout=timedelta(seconds=seconds),
+            timeout=self._timeout_after(timeout_seconds),
         )
+
+    def new_local_group(self) -> Any:
+        """A group of the ranks of each machine, apart from other collectives; all must call."""
+        assert self.watch is not None, "there are other ranks"
+        timeout = self._timeout_after(self.watch.timeout_seconds)
+        group, _ = dist.new_subgroups(self.num_local_ranks, timeout=timeout)
+        return group
+
+    def _timeout_after(self, seconds: int) -> timedelta:
+        # NCCL's own timeout aborts without the number of the rank, so it must be the longer one.
+        return timedelta(seconds=2 * seconds + 60 if self.device.type == "cuda" else seconds)
 
     def sum(self, tensor: Tensor) -> Tensor:
         """Sum over ranks, in place; enqueued, not waited for, where `tensor` is on a GPU."""
