@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from speculators_cli.core.engines import transformers_engine
+from speculators_cli.core.engines.comparison import MAX_ERROR
 from speculators_cli.core.engines.engine import Packed
 from speculators_cli.core.engines.float8_linear import Float8Linear, replace_linears
 from speculators_cli.core.engines.transformers_engine import TransformersEngine
@@ -80,7 +80,7 @@ def test_rounding_to_float8_does_not_decide_whether_documents_are_packed(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     # Between the errors of four layers in bfloat16 and in float8.
-    monkeypatch.setitem(transformers_engine.MAX_ERROR, torch.bfloat16, 0.02)
+    monkeypatch.setitem(MAX_ERROR, torch.bfloat16, 0.02)
 
     engine = TransformersEngine(
         build_model("wide-llama").bfloat16(),
