@@ -18,10 +18,9 @@ def build_blocks(
     folder: Path,  # of the verifier
     layers: dict[str, Any],
     vocab_maps: tuple[torch.Tensor, torch.Tensor],
-    num_anchors: int,
     device: torch.device,
 ) -> tuple[Any, dict[str, Any]]:
-    """The draft, and the arguments of its forward: full attention, its eager losses."""
+    """The draft, and what its forward takes but `max_anchors`: full attention, eager losses."""
     from speculators.config import SpeculatorsConfig, VerifierConfig
     from speculators.losses import resolve_loss_config
     from speculators.models.dflash import DFlashSpeculatorConfig
@@ -63,7 +62,6 @@ def build_blocks(
         model.load_verifier_weights()
     is_dspark = isinstance(config, DSparkConfig)
     arguments = {
-        "max_anchors": num_anchors,
         "loss_config": resolve_loss_config(DSPARK_LOSS if is_dspark else "kl_div", "eager"),
     }
     if is_dspark:

@@ -2,12 +2,14 @@
 
     python docs/benchmarks/rivals.py speculators --shape llama-3.1-8b --supervised-fraction 0.6
     python docs/benchmarks/rivals.py speculators --algorithm dspark --num-anchors 512 --num-layers 5
+    python docs/benchmarks/rivals.py speculators --algorithm dspark --num-anchors 512 1024 --dynamic
     python docs/benchmarks/rivals.py specforge
 
 The tool must be installed, `pip install speculators==0.9.0` or `specforge==0.2.0`, with a torch
 that both packages support. Timed are the copy of a batch from pinned memory, forward, backward,
 gradient clipping and optimizer, as in the tool's own trainer. Neither tool adds noise or checks for
-non-finite states. Prints one line of JSON per run.
+non-finite states. Prints one line of JSON per number of anchors. Upstream compiles its drafts of
+blocks for minutes, anew for each number of anchors unless `--dynamic` makes sizes variables.
 """
 
 import argparse
@@ -18,6 +20,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -44,7 +47,8 @@ from speculators_cli.settings.base import Settings
 from speculators_cli.settings.train import DraftArch
 
 CUDA = torch.device("cuda")
-Step = Callable[[Batch], torch.Tensor]
+Step = Callable[[int, Batch], torch.Tensor]  # the number of anchors, where there are any
+OwnStep = Callable[[Batch], torch.Tensor]
 
 
 def main() -> None:
@@ -56,7 +60,8 @@ def main() -> None:
     parser.add_argument("--supervised-fraction", type=float, default=0.6)
     parser.add_argument("--total-seq-len", type=int, default=8192)
     parser.add_argument("--ttt-steps", type=int, default=3)
-    parser.add_argument("--num-anchors", type=int, default=512)
+    parser.add_argument("--num-anchors", type=int, nargs="+", default=[512])
+    parser.add_argument("--dynamic", action="store_true")
     parser.add_argument("--block-size", type=int, default=8)
     parser.add_argument("--num-layers", type=int, default=1)
     parser.add_argument("--draft-vocab-size", type=int, default=32000)
@@ -83,10 +88,15 @@ def main() -> None:
     ]
     with tempfile.TemporaryDirectory() as folder:
         write_verifier(Path(folder), verifier, vocab_size, is_tied=False, device=CUDA)
+        if options.dynamic:
+            torch.compile = partial(torch.compile, dynamic=True)  # type: ignore[assignment]
         step = build(config, Path(folder), options)
-    torch.cuda.empty_cache()
-    result = time_steps(step, loader, options.steps)
-    print(json.dumps({**vars(options), "device": torch.cuda.get_device_name(), **result}))
+    for num_anchors in options.num_anchors:
+        torch.cuda.empty_cache()
+        result = time_steps(partial(step, num_anchors), loader, options.steps)
+        own = {**vars(options), "num_anchors": num_anchors}
+        line = {**own, "device": torch.cuda.get_device_name(), **result}
+        print(json.dumps(line), flush=True)
 
 
 def build(config: DraftConfig, folder: Path, options: argparse.Namespace) -> Step:
@@ -95,13 +105,11 @@ def build(config: DraftConfig, folder: Path, options: argparse.Namespace) -> Ste
         tools = {"speculators": build_speculators, "specforge": build_specforge}
         return tools[options.tool](config, folder, options)
     assert options.tool == "speculators", "SpecForge's blocks are not timed"
-    upstream = build_blocks(
-        config, folder, layer_config(config), vocab_maps(config), options.num_anchors, CUDA
-    )
-    return train_upstream(*upstream)
+    model, arguments = build_blocks(config, folder, layer_config(config), vocab_maps(config), CUDA)
+    return train_upstream(model, arguments, "max_anchors")
 
 
-def time_steps(step: Step, loader: SyntheticLoader, num_steps: int) -> dict[str, float]:
+def time_steps(step: OwnStep, loader: SyntheticLoader, num_steps: int) -> dict[str, float]:
     """Median ms/step, tokens/s and peak memory; the first three steps are warmup."""
     batches = loader.epoch(0)
     started_at = time.perf_counter()
@@ -235,8 +243,14 @@ def build_speculators(config: Eagle3Config, folder: Path, options: argparse.Name
     return train_upstream(model, arguments)
 
 
-def train_upstream(model: Any, arguments: dict[str, Any]) -> Step:
-    """The step of upstream's trainer; `arguments` are those of its draft's forward."""
+def train_upstream(model: Any, arguments: dict[str, Any], anchors: str | None = None) -> Step:
+    """The step of upstream's trainer.
+
+    Args:
+        model: Its draft.
+        arguments: Of the draft's forward.
+        anchors: Name of one more, the number of anchors.
+    """
     from speculators.train.optimizers import build_optimizers
 
     model.to(CUDA).train()
@@ -246,7 +260,8 @@ def train_upstream(model: Any, arguments: dict[str, Any]) -> Step:
     )  # fmt: skip
     optimizers = build_optimizers(model, settings)
 
-    def step(batch: Batch) -> torch.Tensor:
+    def step(num_anchors: int, batch: Batch) -> torch.Tensor:
+        own = arguments if anchors is None else {**arguments, anchors: num_anchors}
         ready = on_device(batch)
         with torch.autocast("cuda", dtype=torch.bfloat16):
             _, loss, _ = model(
@@ -256,7 +271,7 @@ def train_upstream(model: Any, arguments: dict[str, Any]) -> Step:
                 document_ids=ready["document_ids"],
                 loss_mask=ready["loss_mask"],
                 position_ids=ready["position_ids"],
-                **arguments,
+                **own,
             )
         for optimizer in optimizers:
             optimizer.zero_grad()
@@ -314,7 +329,8 @@ def build_specforge(config: Eagle3Config, folder: Path, options: argparse.Namesp
     strategy = Eagle3TrainStrategy(wrapped, target_head=target_head)
     draft.train()
 
-    def step(batch: Batch) -> torch.Tensor:
+    def step(num_anchors: int, batch: Batch) -> torch.Tensor:
+        del num_anchors
         ready = on_device(batch)
         tensors = {
             "hidden_state": ready["aux_hidden_states"],
