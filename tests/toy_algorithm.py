@@ -320,6 +320,8 @@ class ToyCost(CostModel[ToyConfig, ToySettings]):
         total_seq_len: int,
         num_accumulated: int = 1,
         num_shards: int = 1,
+        has_whole_head: bool = False,
+        in_float8: bool = False,
     ) -> Mapping[str, int]:
         """Weights, gradients and two moments; activations of the longest packed sequence."""
         return {

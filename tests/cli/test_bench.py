@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from speculators_cli.cli.app import run
+from speculators_cli.core.algorithms import ALGORITHMS
 from speculators_cli.core.training.optimizer_step import OptimizerStep
 from tests.tiny_drafts import KERNELS
 from tests.tiny_run import TinyInputs
@@ -178,8 +179,9 @@ def test_products_in_float8_are_refused_without_a_gpu(
 
 
 def test_an_algorithm_without_products_in_float8_is_refused(
-    tiny: TinyInputs, capsys: pytest.CaptureFixture[str]
+    tiny: TinyInputs, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(ALGORITHMS["dflash"], "multiplies_in_float8", False)
     flags = ["--verifier-name-or-path", str(tiny.verifier_dir), "--device", "cpu", *SMALL]
 
     code = run(["bench", *flags, "--algorithm", "dflash", "--gemm-dtype", "float8"])

@@ -20,7 +20,8 @@ from speculators_cli.core.algorithms.dflash.loss_weights import LossWeights
 from speculators_cli.core.algorithms.dflash.training import DFlashTraining
 from speculators_cli.core.data.batch import Batch
 from speculators_cli.core.kernels.anchor_spans import AnchorSpans
-from speculators_cli.core.kernels.block_attention import block_attention
+from speculators_cli.core.kernels.block_attention import HeadNorms, block_attention
+from speculators_cli.core.kernels.head_norm import norm_and_rotate
 from tests.tiny_dflash import filled_blocks, make_block_config
 from tests.tiny_drafts import make_sample, pack
 from tests.unit.algorithms.dspark.test_dspark import filled_spark, make_spark_config
@@ -101,24 +102,35 @@ def test_attention_in_bfloat16_equals_that_in_float32() -> None:
     spans = AnchorSpans.of_anchors(
         first, anchors, bounds[-1], CUDA, size=size, window=None, is_causal=False
     )
-    shapes = [(len(anchors) * size, heads), *[(bounds[-1], kv_heads)] * 2]
-    shapes += [(len(anchors) * size, kv_heads)] * 2
-    inputs = [torch.randn(*shape, head_dim, generator=rng).cuda() for shape in shapes]
-    grad = torch.randn(shapes[0][0], heads, head_dim, generator=rng).cuda()
+    num_tokens, width = len(anchors) * size, (heads + 2 * kv_heads) * head_dim
+    shapes = [(num_tokens, width), *[(bounds[-1], kv_heads, head_dim)] * 2]
+    inputs = [torch.randn(*shape, generator=rng).cuda() for shape in shapes]
+    gains = 1 + 0.1 * torch.randn(2, head_dim, generator=rng).cuda()
+    grad = torch.randn(num_tokens, heads, head_dim, generator=rng).cuda()
+    angles = torch.arange(710)[:, None, None] * torch.logspace(-4, 0, head_dim // 2).repeat(2)
+    rope = (angles.cos().cuda(), angles.sin().cuda())
+    positions = torch.from_numpy((anchors[:, None] + np.arange(size)).ravel()).cuda()
 
     def gradients(dtype: torch.dtype, *, is_fast: bool) -> list[Tensor]:
         leaves = [x.to(dtype).clone().requires_grad_() for x in inputs]
-        query, context_key, context_value, key, value = leaves
+        weights = gains.clone().requires_grad_()
+        projected, key, value = leaves
         if is_fast:
-            out = block_attention(query, context_key, context_value, key, value, spans)
+            norms = HeadNorms(weights[0], weights[1], 1e-6)
+            out = block_attention(projected, key, value, norms, rope, positions, spans)
         else:
-            out = BlockMemory(groups, context_key, context_value).attend(query, key, value)
+            parts = projected.view(num_tokens, -1, head_dim).split((heads, kv_heads, kv_heads), 1)
+            own_query, own_key = (
+                norm_and_rotate(part, gain, 1e-6, rope, positions)
+                for part, gain in zip(parts, weights, strict=False)
+            )
+            out = BlockMemory(groups, key, value).attend(own_query, own_key, parts[2])
         out.backward(grad.to(dtype))
-        return [out.detach(), *(x.grad for x in leaves if x.grad is not None)]
+        return [out.detach(), *(x.grad for x in (*leaves, weights) if x.grad is not None)]
 
     exact = gradients(torch.float32, is_fast=False)
     found = gradients(torch.bfloat16, is_fast=True)
-    assert len(found) == len(exact) == 6
+    assert len(found) == len(exact) == 5
     for own, expected in zip(found, exact, strict=True):
         # Products of values rounded by 4e-3 each, most of which cancel out.
         assert float((own.float() - expected).norm() / expected.norm()) < 1e-2

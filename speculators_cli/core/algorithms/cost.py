@@ -85,8 +85,10 @@ class CostModel(ABC, Generic[ConfigT, SettingsT]):
         total_seq_len: int,
         num_accumulated: int = 1,
         num_shards: int = 1,
+        has_whole_head: bool = False,
+        in_float8: bool = False,
     ) -> Mapping[str, int]:
-        """Bytes on a GPU at the peak of a step with the fast kernels, in bfloat16, by purpose.
+        """Bytes on a GPU at the peak of a step with the fast kernels, by purpose.
 
         Args:
             config: Of the draft.
@@ -95,8 +97,19 @@ class CostModel(ABC, Generic[ConfigT, SettingsT]):
             total_seq_len: Positions in one packed sequence.
             num_accumulated: Packed sequences per optimizer step.
             num_shards: GPUs that the weights are sharded across.
+            has_whole_head: Whether all rows of the verifier's LM head stay on the GPU, and not only
+                those of the draft vocabulary.
+            in_float8: Whether matrix products are in float8; else all is in bfloat16.
         """
 
     @abstractmethod
     def estimate_seconds(self, flops: float, num_trained: int, gpu: Gpu) -> float:
         """Seconds of an optimizer step with this many operations."""
+
+
+def count_verifier_bytes(config: DraftConfig, *, has_whole_head: bool) -> int:
+    """Bytes of the verifier's embedding and LM head, its rows of the draft vocabulary apart."""
+    num_rows = config.vocab_size + config.draft_vocab_size
+    if has_whole_head and config.draft_vocab_size < config.vocab_size:
+        num_rows += config.vocab_size
+    return 2 * num_rows * config.target_hidden_size

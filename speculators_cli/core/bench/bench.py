@@ -239,6 +239,8 @@ def _estimate_memory(
         total_seq_len=step.total_seq_len,
         num_accumulated=step.gradient_accumulation_steps,
         num_shards=run.step.weights.num_shards,
+        has_whole_head=step.capture,
+        in_float8=run.step.draft.use_float8,
     )
     if step.capture:
         memory = CaptureCost(verifier).add_memory(memory, total_seq_len=step.total_seq_len)

@@ -45,21 +45,21 @@ class Factor(Protocol):
     """A weight as it is multiplied, and the sum of its gradients."""
 
     def prepare(self, x: Tensor) -> tuple[Tensor, ...]:
-        """What the products read of rows [rows, in], forward and backward."""
+        """What products read of rows, which are inputs or gradients, each once for all products."""
 
     def multiply(self, x: tuple[Tensor, ...], *, add: Tensor | None = None) -> Tensor:
         """The product with prepared rows, added to `add` in place, if given; [rows, out]."""
 
     def multiply_back(
         self,
-        grad: Tensor,  # [rows, out]
-        x: tuple[Tensor, ...],
+        grad: tuple[Tensor, ...],  # prepared, of [rows, out]
         *,
-        needs_x: bool,
-        needs_weight: bool,
         into: Tensor | None = None,  # [rows, in]
-    ) -> Tensor | None:
-        """The gradient of the rows, [rows, in]; that of the weight is added to its sum."""
+    ) -> Tensor:
+        """The gradient of the rows; [rows, in]."""
+
+    def add_gradient(self, grad: tuple[Tensor, ...], x: tuple[Tensor, ...]) -> None:
+        """Add the gradient of the weight to its sum, from prepared rows."""
 
     def take_gradient(self) -> Tensor:
         """The sum, [out, in], float32; it begins anew."""
@@ -72,22 +72,40 @@ class PlainFactor:
         parts: Each [out, in], float32 or the compute dtype.
         norm_weight: [in], float32: multiplied into the weights.
         dtype: The compute dtype.
+        is_kept: Whether the weight is cast once for all products, which takes memory until the
+            last of them; else once for each.
     """
 
     def __init__(
-        self, parts: Sequence[Tensor], norm_weight: Tensor | None, dtype: torch.dtype
+        self,
+        parts: Sequence[Tensor],
+        norm_weight: Tensor | None,
+        dtype: torch.dtype,
+        *,
+        is_kept: bool,
     ) -> None:
         self.gradient = GradientSum()
-        first, sizes = parts[0], [len(part) for part in parts]
-        if len(parts) == 1 and norm_weight is None and first.dtype == dtype:
-            self.value = first.detach()
-            return
-        self.value = torch.empty(sum(sizes), first.shape[1], dtype=dtype, device=first.device)
-        for into, part in zip(self.value.split(sizes), parts, strict=True):
-            if norm_weight is None:
+        self.parts, self.norm_weight, self.dtype = parts, norm_weight, dtype
+        self.kept = self.cast() if is_kept else None
+
+    @torch.no_grad()
+    def cast(self) -> Tensor:
+        """The stacked weights; [out, in]."""
+        first, sizes = self.parts[0], [len(part) for part in self.parts]
+        if len(sizes) == 1 and self.norm_weight is None and first.dtype == self.dtype:
+            return first.detach()
+        value = torch.empty(sum(sizes), first.shape[1], dtype=self.dtype, device=first.device)
+        for into, part in zip(value.split(sizes), self.parts, strict=True):
+            if self.norm_weight is None:
                 into.copy_(part)
             else:
-                torch.mul(part, norm_weight, out=into)
+                torch.mul(part, self.norm_weight, out=into)
+        return value
+
+    @property
+    def value(self) -> Tensor:
+        """The weight; [out, in]."""
+        return self.cast() if self.kept is None else self.kept
 
     def prepare(self, x: Tensor) -> tuple[Tensor, ...]:
         """The rows as they are."""
@@ -97,19 +115,13 @@ class PlainFactor:
         """One product."""
         return x[0] @ self.value.T if add is None else add.addmm_(x[0], self.value.T)
 
-    def multiply_back(
-        self,
-        grad: Tensor,
-        x: tuple[Tensor, ...],
-        *,
-        needs_x: bool,
-        needs_weight: bool,
-        into: Tensor | None = None,
-    ) -> Tensor | None:
-        """Two products, of which one adds to the sum."""
-        if needs_weight:
-            self.gradient.add_product(grad, x[0])
-        return torch.mm(grad, self.value, out=into) if needs_x else None
+    def multiply_back(self, grad: tuple[Tensor, ...], *, into: Tensor | None = None) -> Tensor:
+        """One product."""
+        return torch.mm(grad[0], self.value, out=into)
+
+    def add_gradient(self, grad: tuple[Tensor, ...], x: tuple[Tensor, ...]) -> None:
+        """One product that adds to the sum."""
+        self.gradient.add_product(grad[0], x[0])
 
     def take_gradient(self) -> Tensor:
         """The sum of all products."""
@@ -147,20 +159,13 @@ class Float8Factor:
         out = multiply(Rounded(*x), self.weight.by_output, self.dtype)
         return out if add is None else add.add_(out)
 
-    def multiply_back(
-        self,
-        grad: Tensor,
-        x: tuple[Tensor, ...],
-        *,
-        needs_x: bool,
-        needs_weight: bool,
-        into: Tensor | None = None,
-    ) -> Tensor | None:
-        """The gradient is rounded once for both products; that of the weight waits for all uses."""
-        rounded = round_rows(grad)
-        if needs_weight:
-            self.pairs.add(rounded, Rounded(*x))
-        return multiply(rounded, self.weight.by_input, self.dtype, into=into) if needs_x else None
+    def multiply_back(self, grad: tuple[Tensor, ...], *, into: Tensor | None = None) -> Tensor:
+        """One product."""
+        return multiply(Rounded(*grad), self.weight.by_input, self.dtype, into=into)
+
+    def add_gradient(self, grad: tuple[Tensor, ...], x: tuple[Tensor, ...]) -> None:
+        """Keep both: the gradient waits for all uses."""
+        self.pairs.add(Rounded(*grad), Rounded(*x))
 
     def take_gradient(self) -> Tensor:
         """One product over the rows of all uses."""

@@ -12,11 +12,14 @@ from torch.autograd.function import once_differentiable
 NUM_PROGRAMS = 1024
 
 
+Rope = tuple[Tensor, Tensor]  # cosine and sine by position, [positions, 1, head_dim], float32
+
+
 def norm_and_rotate(
     x: Tensor,  # [rows, heads, head_dim], each row contiguous
     weight: Tensor,  # [head_dim], float32
     eps: float,
-    rope: tuple[Tensor, Tensor],  # cosine and sine by position, [positions, 1, head_dim], float32
+    rope: Rope,
     positions: Tensor,  # [rows], int64
 ) -> Tensor:
     """Apply an RMS norm to each head, then `layers.rotate`; [rows, heads, head_dim]."""
@@ -29,31 +32,52 @@ class _NormAndRotate(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, weight: Tensor, eps: float, cos: Tensor, sin: Tensor, positions: Tensor
     ) -> Tensor:
-        num_rows, num_heads, head_dim = x.shape
-        if x.stride()[1:] != (head_dim, 1):
+        if x.stride()[1:] != (x.shape[2], 1):
             x = x.contiguous()
-        out = x.new_empty(x.shape)
-        _head_norm_forward_kernel[(num_rows,)](
-            x, x.stride(0), weight, eps, cos, sin, positions, out, **_sizes(num_heads, head_dim)
-        )
         ctx.save_for_backward(x, weight, cos, sin, positions)
         ctx.eps = eps
-        return out
+        return turn(x, weight, eps, (cos, sin), positions)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, cos, sin, positions = ctx.saved_tensors
-        num_rows, num_heads, head_dim = x.shape
-        grad = grads[0].contiguous()
-        grad_x = torch.empty_like(grad)
-        num_programs = min(num_rows, NUM_PROGRAMS)
-        parts = torch.empty(num_programs, head_dim, dtype=torch.float32, device=x.device)
-        _head_norm_backward_kernel[(num_programs,)](
-            x, x.stride(0), weight, ctx.eps, cos, sin, positions, grad, grad_x, parts, num_rows,
-            **_sizes(num_heads, head_dim),
-        )  # fmt: skip
-        return grad_x, parts.sum(0), None, None, None, None
+        grad_x = torch.empty_like(grads[0], memory_format=torch.contiguous_format)
+        grad_weight = turn_back(
+            x, weight, ctx.eps, (cos, sin), positions, grads[0].contiguous(), into=grad_x
+        )
+        return grad_x, grad_weight, None, None, None, None
+
+
+def turn(x: Tensor, weight: Tensor, eps: float, rope: Rope, positions: Tensor) -> Tensor:
+    """Do what `norm_and_rotate` does, without autograd."""
+    num_rows, num_heads, head_dim = x.shape
+    out = x.new_empty(x.shape)
+    _head_norm_forward_kernel[(num_rows,)](
+        x, x.stride(0), weight, eps, *rope, positions, out, **_sizes(num_heads, head_dim)
+    )
+    return out
+
+
+def turn_back(
+    x: Tensor,
+    weight: Tensor,
+    eps: float,
+    rope: Rope,
+    positions: Tensor,
+    grad: Tensor,  # [rows, heads, head_dim], contiguous
+    *,
+    into: Tensor,  # [rows, heads, head_dim], each row contiguous: the gradient of `x`
+) -> Tensor:
+    """Write the gradient of `x`, and return that of the weight."""
+    num_rows, num_heads, head_dim = x.shape
+    num_programs = min(num_rows, NUM_PROGRAMS)
+    parts = torch.empty(num_programs, head_dim, dtype=torch.float32, device=x.device)
+    _head_norm_backward_kernel[(num_programs,)](
+        x, x.stride(0), weight, eps, *rope, positions, grad, into, into.stride(0), parts, num_rows,
+        **_sizes(num_heads, head_dim),
+    )  # fmt: skip
+    return parts.sum(0)
 
 
 def _sizes(num_heads: int, head_dim: int) -> dict[str, int]:
@@ -101,7 +125,7 @@ def _head_norm_forward_kernel(
 
 @triton.jit(do_not_specialize=["num_rows"], do_not_specialize_on_alignment=["positions"])
 def _head_norm_backward_kernel(
-    x, x_stride, weight, eps, cos, sin, positions, grad, grad_x, parts, num_rows,
+    x, x_stride, weight, eps, cos, sin, positions, grad, grad_x, grad_x_stride, parts, num_rows,
     NUM_HEADS: tl.constexpr,
     HALF: tl.constexpr,
     HEADS_BLOCK: tl.constexpr,
@@ -136,8 +160,9 @@ def _head_norm_backward_kernel(
         mean = (mean / (2 * HALF))[:, None]
         first_dx = scale * (first_dy - first * mean)
         second_dx = scale * (second_dy - second * mean)
-        tl.store(grad_x + own, first_dx.to(grad_x.dtype.element_ty), mask=inside)
-        tl.store(grad_x + own + HALF, second_dx.to(grad_x.dtype.element_ty), mask=inside)
+        to = row * grad_x_stride + at
+        tl.store(grad_x + to, first_dx.to(grad_x.dtype.element_ty), mask=inside)
+        tl.store(grad_x + to + HALF, second_dx.to(grad_x.dtype.element_ty), mask=inside)
     j = tl.arange(0, HALF_BLOCK)
     parts += tl.program_id(0) * 2 * HALF
     tl.store(parts + j, tl.sum(first_total, axis=0), mask=j < HALF)

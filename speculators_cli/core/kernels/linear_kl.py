@@ -103,10 +103,13 @@ class _LinearKL(torch.autograd.Function):
                 (losses[start:stop], flags[0, start:stop], flags[1, start:stop]),
             )
             if needs_rows or needs_head:
-                into = None if grads is None else grads[start:stop].view(-1, size)
-                head.factor.multiply_back(
-                    logits, rows, needs_x=needs_rows, needs_weight=needs_head, into=into
-                )
+                grad_rows = head.factor.prepare(logits)
+                if needs_head:
+                    head.factor.add_gradient(grad_rows, rows)
+                if grads is not None:
+                    into = grads[start:stop].view(-1, size)
+                    head.factor.multiply_back(grad_rows, into=into)
+                del grad_rows
             # Before the next chunk's are computed, or both would be in memory at once.
             del logits, target_logits
         ctx.save_for_backward(grads)

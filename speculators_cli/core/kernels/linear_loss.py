@@ -129,12 +129,13 @@ class _LinearLoss(torch.autograd.Function):
             for factor, x, grad, needs_weight in zip(
                 factors, rows, grads, needs[:num_products], strict=True
             ):
-                into = None if grad is None else grad[here].view(-1, grad.shape[-1])
-                factor.multiply_back(
-                    logits, x, needs_x=grad is not None, needs_weight=needs_weight, into=into
-                )
+                grad_rows = factor.prepare(logits)
+                if needs_weight:
+                    factor.add_gradient(grad_rows, x)
+                if grad is not None:
+                    factor.multiply_back(grad_rows, into=grad[here].view(-1, grad.shape[-1]))
             # Before the next chunk's are computed, or both would be in memory at once.
-            del logits, chunk
+            del logits, grad_rows, chunk
         ctx.save_for_backward(*grads)
         ctx.num_products = num_products
         agreed, scored = flags.unbind()

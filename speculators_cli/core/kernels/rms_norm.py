@@ -1,4 +1,7 @@
-"""RMS norm of a residual stream, fused with the addition to it; one pass each way."""
+"""RMS norm of a residual stream, fused with the addition to it; one pass each way.
+
+Where a product is all that reads what was normalised, the pass of the backward computes it again.
+"""
 
 from typing import Any
 
@@ -7,6 +10,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+from speculators_cli.core.kernels.factors import Factor
+from speculators_cli.core.kernels.shared import SharedWeight, release
 
 # Programs of a backward: each sums the weights' gradient over its rows; few partial sums remain.
 NUM_PROGRAMS = 512
@@ -40,19 +46,7 @@ class _RMSNorm(torch.autograd.Function):
         eps: float,
         room: list[Tensor | None],
     ) -> tuple[Tensor, Tensor]:
-        num_rows, size = x.shape
-        x = x.contiguous()
-        summed = x.view_as(x) if add is None else torch.empty_like(x)
-        out = torch.empty_like(x) if room[0] is None else room[0]
-        scale = torch.empty(num_rows, dtype=torch.float32, device=x.device)
-        _forward_kernel[(num_rows,)](
-            x, x if add is None else add.contiguous(), weight, eps,
-            summed, out, out.stride(0), scale,
-            HAS_ADD=add is not None,
-            SIZE=size,
-            BLOCK=triton.next_power_of_2(size),
-            num_warps=8,
-        )  # fmt: skip
+        out, summed, scale = _normalise(x, add, weight, eps, room[0])
         ctx.save_for_backward(summed, weight, scale)
         ctx.adds = add is not None
         ctx.set_materialize_grads(False)
@@ -64,22 +58,106 @@ class _RMSNorm(torch.autograd.Function):
         summed, weight, scale = ctx.saved_tensors
         grad, residual_grad = grads
         assert grad is not None, "the normalised result contributes to the loss"
-        num_rows, size = summed.shape
         if grad.stride(1) != 1:
             grad = grad.contiguous()
-        grad_x = torch.empty_like(summed)
-        num_programs = min(num_rows, NUM_PROGRAMS)
-        parts = torch.empty(num_programs, size, dtype=torch.float32, device=summed.device)
-        _backward_kernel[(num_programs,)](
-            summed, weight, scale, grad, grad.stride(0),
-            grad if residual_grad is None else residual_grad.contiguous(),
-            grad_x, parts, num_rows,
-            HAS_RESIDUAL=residual_grad is not None,
-            SIZE=size,
-            BLOCK=triton.next_power_of_2(size),
-            num_warps=8,
-        )  # fmt: skip
-        return grad_x, grad_x if ctx.adds else None, parts.sum(0), None, None
+        grad_x, grad_weight = _differentiate(
+            summed, weight, scale, grad, residual_grad, restores=False
+        )
+        return grad_x, grad_x if ctx.adds else None, grad_weight, None, None
+
+
+def norm_linear(
+    x: Tensor,  # [rows, hidden]
+    norm_weight: Tensor,  # [hidden], float32
+    eps: float,
+    weight: SharedWeight,  # [out, hidden]
+    *,
+    add: Tensor | None = None,  # [rows, hidden]
+) -> tuple[Tensor, Tensor]:
+    """Return the product of `rms_norm` and the weight, [rows, out]; and `x + add`."""
+    product, summed = _NormLinear.apply(x, add, norm_weight, eps, weight.token, weight.factor)
+    return product, summed
+
+
+class _NormLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        add: Tensor | None,
+        norm_weight: Tensor,
+        eps: float,
+        token: Tensor,
+        factor: Factor,
+    ) -> tuple[Tensor, Tensor]:
+        del token
+        normed, summed, scale = _normalise(x, add, norm_weight, eps, None)
+        ctx.save_for_backward(summed, norm_weight, scale)
+        ctx.factor, ctx.adds = factor, add is not None
+        ctx.set_materialize_grads(False)
+        return factor.multiply(factor.prepare(normed)), summed
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        (summed, norm_weight, scale), factor = ctx.saved_tensors, release(ctx)
+        grad, residual_grad = grads
+        assert grad is not None, "the product contributes to the loss"
+        rows = factor.prepare(grad.contiguous())
+        normed = factor.multiply_back(rows)  # its gradient, until it is restored
+        grad_x, grad_norm_weight = _differentiate(
+            summed, norm_weight, scale, normed, residual_grad, restores=True
+        )
+        if ctx.needs_input_grad[4]:
+            factor.add_gradient(rows, factor.prepare(normed))
+        return grad_x, grad_x if ctx.adds else None, grad_norm_weight, None, None, None
+
+
+def _normalise(
+    x: Tensor, add: Tensor | None, weight: Tensor, eps: float, out: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return `x + add` normalised, `x + add`, and by what each row was scaled."""
+    num_rows, size = x.shape
+    x = x.contiguous()
+    summed = x.view_as(x) if add is None else torch.empty_like(x)
+    out = torch.empty_like(x) if out is None else out
+    scale = torch.empty(num_rows, dtype=torch.float32, device=x.device)
+    _forward_kernel[(num_rows,)](
+        x, x if add is None else add.contiguous(), weight, eps,
+        summed, out, out.stride(0), scale,
+        HAS_ADD=add is not None,
+        SIZE=size,
+        BLOCK=triton.next_power_of_2(size),
+        num_warps=8,
+    )  # fmt: skip
+    return out, summed, scale
+
+
+def _differentiate(
+    summed: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    grad: Tensor,  # [rows, hidden], each row contiguous
+    residual_grad: Tensor | None,
+    *,
+    restores: bool,  # whether what was normalised replaces its gradient
+) -> tuple[Tensor, Tensor]:
+    """Return the gradients of `summed` and of the weight."""
+    num_rows, size = summed.shape
+    grad_x = torch.empty_like(summed)
+    num_programs = min(num_rows, NUM_PROGRAMS)
+    parts = torch.empty(num_programs, size, dtype=torch.float32, device=summed.device)
+    _backward_kernel[(num_programs,)](
+        summed, weight, scale, grad, grad.stride(0),
+        grad if residual_grad is None else residual_grad.contiguous(),
+        grad_x, parts, num_rows,
+        HAS_RESIDUAL=residual_grad is not None,
+        RESTORES=restores,
+        SIZE=size,
+        BLOCK=triton.next_power_of_2(size),
+        num_warps=8,
+    )  # fmt: skip
+    return grad_x, parts.sum(0)
 
 
 @triton.jit
@@ -109,6 +187,7 @@ def _forward_kernel(
 def _backward_kernel(
     x, weight, scales, grad, grad_stride, residual_grad, grad_x, parts, num_rows,
     HAS_RESIDUAL: tl.constexpr,
+    RESTORES: tl.constexpr,
     SIZE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -128,4 +207,7 @@ def _backward_kernel(
         if HAS_RESIDUAL:
             dx += tl.load(residual_grad + row * SIZE + i, mask=inside, other=0.0).to(tl.float32)
         tl.store(grad_x + row * SIZE + i, dx.to(grad_x.dtype.element_ty), mask=inside)
+        if RESTORES:
+            normed = (y * g).to(grad.dtype.element_ty)
+            tl.store(grad + row * grad_stride + i, normed, mask=inside)
     tl.store(parts + tl.program_id(0) * SIZE + i, total, mask=inside)

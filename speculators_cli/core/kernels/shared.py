@@ -30,6 +30,7 @@ class SharedWeight:
         norm_weight: [in], float32, of a norm before the weights: folded into them, where its
             gradient costs one pass over theirs. Applied to the rows, it would cost a GEMM.
         in_float8: Whether products are computed in float8, if their sizes permit.
+        is_kept: Whether the cast weights are kept until the backward; in float8, they are.
     """
 
     def __init__(
@@ -39,18 +40,19 @@ class SharedWeight:
         *,
         norm_weight: Tensor | None = None,
         in_float8: bool = False,
+        is_kept: bool = True,
     ) -> None:
         self.weights, self.dtype, self.norm_weight = weights, dtype, norm_weight
-        self.in_float8 = in_float8
+        self.in_float8, self.is_kept = in_float8, is_kept
 
     @cached_property
     @torch.no_grad()
     def factor(self) -> Factor:
         """The weights as products multiply them."""
         wait_for_arrival(self.weights)
-        is_float8 = self.in_float8 and Float8Factor.is_possible(self.weights)
-        kind = Float8Factor if is_float8 else PlainFactor
-        return kind(self.weights, self.norm_weight, self.dtype)
+        if self.in_float8 and Float8Factor.is_possible(self.weights):
+            return Float8Factor(self.weights, self.norm_weight, self.dtype)
+        return PlainFactor(self.weights, self.norm_weight, self.dtype, is_kept=self.is_kept)
 
     @cached_property
     def token(self) -> Tensor:
@@ -84,7 +86,7 @@ class _ShareWeights(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *_grads: Tensor) -> tuple[Tensor | None, ...]:
-        total = ctx.factor.take_gradient()
+        total = release(ctx).take_gradient()
         norm_weight, *weights = ctx.saved_tensors
         parts = total.split([n for n, _ in ctx.shapes])
         if norm_weight is None:
@@ -109,12 +111,20 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        grad = grads[0].contiguous()
+        grad, factor = grads[0].contiguous(), release(ctx)
         needs_x, needs_add, needs_weight, _ = ctx.needs_input_grad
-        grad_x = ctx.factor.multiply_back(
-            grad, ctx.saved_tensors, needs_x=needs_x, needs_weight=needs_weight
-        )
+        rows = factor.prepare(grad)
+        if needs_weight:
+            factor.add_gradient(rows, ctx.saved_tensors)
+        grad_x = factor.multiply_back(rows) if needs_x else None
         return grad_x, grad if needs_add else None, None, None
+
+
+def release(ctx: Any) -> Factor:
+    """Return the factor of a node whose backward runs, once: the node outlives it."""
+    factor: Factor = ctx.factor
+    del ctx.factor
+    return factor
 
 
 class SharedRows:

@@ -13,7 +13,8 @@ from speculators_cli.core.algorithms.dflash.attention import (
 )
 from speculators_cli.core.kernels import anchor_spans
 from speculators_cli.core.kernels.anchor_spans import AnchorSpans, can_attend
-from speculators_cli.core.kernels.block_attention import block_attention
+from speculators_cli.core.kernels.block_attention import HeadNorms, block_attention
+from speculators_cli.core.kernels.head_norm import norm_and_rotate
 from tests.gradients import assert_same
 
 CPU = torch.device("cpu")
@@ -49,38 +50,44 @@ def test_block_attention_equals_the_plain_one(
         first, anchors, BOUNDS[-1], CPU, size=size, window=window, is_causal=is_causal
     )
     num_tokens = len(ANCHORS) * size
-    query = torch.randn(num_tokens, heads, head_dim, generator=rng)
+    projected = torch.randn(num_tokens, (heads + 2 * kv_heads) * head_dim, generator=rng)
     context = torch.randn(2, BOUNDS[-1], kv_heads, head_dim, generator=rng)
-    own = torch.randn(2, num_tokens, kv_heads, head_dim, generator=rng)
+    gains = 1 + torch.randn(2, head_dim, generator=rng)
+    rope, positions = make_rope(50, head_dim), torch.randint(50, (num_tokens,), generator=rng)
 
-    def fast(query: Tensor, context: Tensor, own: Tensor) -> Tensor:
-        return block_attention(query, context[0], context[1], own[0], own[1], spans)
+    def fast(projected: Tensor, context: Tensor, gains: Tensor) -> Tensor:
+        norms = HeadNorms(gains[0], gains[1], 1e-5)
+        return block_attention(projected, context[0], context[1], norms, rope, positions, spans)
 
-    def plain(query: Tensor, context: Tensor, own: Tensor) -> Tensor:
-        return BlockMemory(groups, context[0], context[1]).attend(query, own[0], own[1])
+    def plain(projected: Tensor, context: Tensor, gains: Tensor) -> Tensor:
+        parts = projected.view(num_tokens, -1, head_dim).split((heads, kv_heads, kv_heads), dim=1)
+        query, key = (
+            norm_and_rotate(part, gain, 1e-5, rope, positions)
+            for part, gain in zip(parts, gains, strict=False)
+        )
+        return BlockMemory(groups, context[0], context[1]).attend(query, key, parts[2])
 
-    assert_same(fast, plain, query, context, own)
+    assert_same(fast, plain, projected, context, gains)
 
 
-def test_rows_may_be_apart_in_memory(rng: torch.Generator) -> None:
+def make_rope(num_positions: int, head_dim: int) -> tuple[Tensor, Tensor]:
+    angles = torch.arange(num_positions)[:, None] * torch.linspace(0.1, 1, head_dim // 2)
+    angles = torch.cat((angles, angles), dim=-1)[:, None]
+    return angles.cos(), angles.sin()
+
+
+def test_rows_of_the_context_may_be_apart_in_memory(rng: torch.Generator) -> None:
     spans = AnchorSpans.of_anchors(
         np.zeros(2, np.int64), np.array([3, 5]), 8, CPU, size=2, window=None, is_causal=False
     )
-    query = torch.randn(4, 2, 8, generator=rng)
+    projected = torch.randn(4, 4 * 8, generator=rng)
     # Keys and values beside each other, as a product of stacked weights gives them.
-    context = torch.randn(8, 2, 1, 8, generator=rng)
-    own = torch.randn(4, 2, 1, 8, generator=rng)
-    key, value, own_key, own_value = *context.unbind(1), *own.unbind(1)
+    key, value = torch.randn(8, 2, 1, 8, generator=rng).unbind(1)
+    norms = HeadNorms(torch.ones(8), torch.ones(8), 1e-5)
+    own = (norms, make_rope(9, 8), torch.tensor([4, 5, 6, 7]), spans)
 
-    spread = block_attention(query, key, value, own_key, own_value, spans)
-    packed = block_attention(
-        query,
-        key.contiguous(),
-        value.contiguous(),
-        own_key.contiguous(),
-        own_value.contiguous(),
-        spans,
-    )
+    spread = block_attention(projected, key, value, *own)
+    packed = block_attention(projected, key.contiguous(), value.contiguous(), *own)
 
     assert not key.is_contiguous()
     assert torch.equal(spread, packed)

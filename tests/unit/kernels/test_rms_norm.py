@@ -5,7 +5,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from speculators_cli.core.kernels.rms_norm import rms_norm
+from speculators_cli.core.kernels.rms_norm import norm_linear, rms_norm
+from speculators_cli.core.kernels.shared import SharedWeight
 from tests.gradients import assert_same, gradients
 
 
@@ -44,3 +45,52 @@ def test_rms_norm_writes_where_it_is_told(rng: torch.Generator) -> None:
 
     torch.testing.assert_close(room[:, 1], F.rms_norm(x, (12,), weight, 1e-5))
     assert not room[:, 0].any()
+
+
+@pytest.mark.parametrize("adds", [True, False])
+@pytest.mark.parametrize("uses", ["both", "product"])
+@pytest.mark.parametrize("is_kept", [True, False])
+def test_norm_linear_equals_one_after_the_other(
+    uses: str, adds: bool, is_kept: bool, rng: torch.Generator
+) -> None:
+    x, add = (torch.randn(5, 12, generator=rng) for _ in range(2))
+    gain = 1 + torch.randn(12, generator=rng)
+    first, second = (torch.randn(n, 12, generator=rng) for n in (7, 3))
+
+    def join(product: Tensor, residual: Tensor) -> Tensor:
+        return torch.cat((product, residual * (uses == "both")), dim=1)
+
+    def fast(x: Tensor, add: Tensor, gain: Tensor, first: Tensor, second: Tensor) -> Tensor:
+        weight = SharedWeight([first, second], torch.float32, is_kept=is_kept)
+        return join(*norm_linear(x, gain, 1e-5, weight, add=add if adds else None)) + 0 * add.sum()
+
+    def plain(x: Tensor, add: Tensor, gain: Tensor, first: Tensor, second: Tensor) -> Tensor:
+        summed = x + add if adds else x
+        normed = F.rms_norm(summed, (12,), gain, 1e-5)
+        return join(normed @ torch.cat((first, second)).T, summed) + 0 * add.sum()
+
+    ours, theirs = (
+        gradients(f, x, add, gain, first, second, rng=torch.Generator().manual_seed(1))
+        for f in (fast, plain)
+    )
+    for own, exact in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(own, exact, rtol=1e-5, atol=1e-5)
+
+
+def test_what_was_normalised_is_the_same_when_computed_again(rng: torch.Generator) -> None:
+    # A gradient of bfloat16 rows must not depend on whether they were kept.
+    x = torch.randn(9, 16, generator=rng).bfloat16()
+    gain, weight = 1 + torch.randn(16, generator=rng), torch.randn(7, 16, generator=rng)
+
+    def gradient(*, keeps: bool) -> Tensor:
+        leaf = weight.clone().requires_grad_()
+        shared = SharedWeight([leaf], torch.bfloat16)
+        if keeps:
+            out = shared.linear(rms_norm(x, gain, 1e-5)[0])
+        else:
+            out = norm_linear(x, gain, 1e-5, shared)[0]
+        out.backward(torch.ones_like(out))
+        assert leaf.grad is not None
+        return leaf.grad
+
+    assert torch.equal(gradient(keeps=True), gradient(keeps=False))

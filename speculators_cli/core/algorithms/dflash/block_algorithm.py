@@ -30,6 +30,7 @@ class BlockAlgorithm(Algorithm[BlockConfigT, BlockSettingsT]):
 
     alignment = NEXT_TOKEN
     num_aux_layers = 5
+    multiplies_in_float8 = True
 
     def find_assumed(self, content: Mapping[str, Any], config: BlockConfigT) -> Mapping[str, Any]:
         """Values missing from config.json that no tensor determines, with their defaults."""

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from speculators_cli.core.algorithms.cost import CostModel, Gpu, Work
+from speculators_cli.core.algorithms.cost import CostModel, Gpu, Work, count_verifier_bytes
 from speculators_cli.core.algorithms.dflash.config import DFlashConfig
 from speculators_cli.core.kernels.logit_chunks import block_chunk_size
 from speculators_cli.settings.algorithms.dflash import BlockSettings, DFlashSettings
@@ -98,12 +98,14 @@ class BlockCost(CostModel[ConfigT, SettingsT]):
         total_seq_len: int,
         num_accumulated: int = 1,
         num_shards: int = 1,
+        has_whole_head: bool = False,
+        in_float8: bool = False,
     ) -> Mapping[str, int]:
-        """Bytes on a GPU at the peak of a step in bfloat16, by purpose.
+        """Bytes on a GPU at the peak of a step, by purpose.
 
         Activations are largest when the loss is computed, gradients at the end of the backward
-        pass, when most activations and working weights are gone: the larger sum counts. All
-        sequences of a step and of the next one are on the GPU.
+        pass, when most activations are gone: the larger sum counts. All sequences of a step and of
+        the next one are on the GPU.
         """
         del settings
         num_anchors = max(part.num_active for part in work)
@@ -112,16 +114,20 @@ class BlockCost(CostModel[ConfigT, SettingsT]):
         query, key = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
         trained = config.count_parameters()
         head = config.draft_vocab_size * size
-        # float32 weights and two moments; bfloat16 working weights.
-        states = 12 * trained // num_shards + 2 * trained
-        if num_shards > 1:  # and copies of those that are stacked
-            states += 2 * depth * size * (query + 4 * key + 2 * inner)
-        verifier = 2 * 2 * config.vocab_size * size + (2 * head if config.owns_head else 0)
+        # float32 weights and two moments; working weights: those that ranks gather, those in float8
+        # in two layouts, or the LM head, which all chunks of the loss multiply by.
+        states = 12 * trained // num_shards
+        is_kept = num_shards > 1 or in_float8
+        states += 2 * (trained if is_kept else head if config.owns_head else 0)
+        verifier = count_verifier_bytes(config, has_whole_head=has_whole_head)
         rows = num_anchors * config.block_size
-        # Per layer: inputs of its products and norms, tensors saved by attention and the gate.
-        row = 2 * (4 * size + 3 * query + 3 * key + 3 * inner)
+        # Per layer: sums before its norms, what attention and the gate read, and what o_proj reads.
+        row = 2 * (2 * size + 2 * query + 2 * key + 2 * inner)
         activations = depth * (rows * row + 2 * total_seq_len * 3 * key)
-        activations += 2 * (rows * 4 + total_seq_len * 2) * size
+        activations += 2 * (rows * 2 + total_seq_len) * size
+        if in_float8:  # inputs of `o_proj` and `fc` once more
+            activations += depth * rows * query
+            activations += total_seq_len * config.num_aux_layers * config.target_hidden_size
         chunk = block_chunk_size(config.num_draft_tokens, config.draft_vocab_size)
         pairs = config.num_draft_tokens * min(num_anchors, chunk) + min(num_targets, chunk)
         gradients = 4 * trained
@@ -130,9 +136,15 @@ class BlockCost(CostModel[ConfigT, SettingsT]):
         at_loss = 2 * pairs * config.draft_vocab_size
         if num_accumulated > 1:
             at_loss += gradients
-        elif config.owns_head:
+        elif config.owns_head and not in_float8:
             at_loss += 4 * head
-        freed = (activations + 2 * trained) * (depth - 1) // depth
+        freed = activations
+        if in_float8:
+            freed += 2 * trained
+            if config.owns_head:  # inputs and outputs of the LM head wait for its gradient
+                pairs = num_anchors * config.num_draft_tokens
+                at_loss += pairs * (config.draft_vocab_size + size)
+        freed = freed * (depth - 1) // depth
         return {
             "weights_and_optimizer": states,
             "verifier": verifier,

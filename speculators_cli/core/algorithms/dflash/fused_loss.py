@@ -27,6 +27,7 @@ def score(
     mix: Mix,
     weigh: Weigh,
     over_whole_vocab: bool,
+    in_float8: bool,
 ) -> BlockScores:
     """Score all predictions of all blocks, with the sum of some products as their logits.
 
@@ -34,7 +35,7 @@ def score(
     """
     dtype = products[0][0].dtype
     return linear_loss(
-        [(x, SharedWeight([weight], dtype)) for x, weight in products],
+        [(x, SharedWeight([weight], dtype, in_float8=in_float8)) for x, weight in products],
         blocks.targets,
         blocks.targets_of,
         weigh,

@@ -61,7 +61,7 @@ class DFlashTraining(DFlashDraft, DraftModel):
                 "engines and training would apply to the draft differently",
                 hint="Train with a draft vocabulary, without `--full-vocab`",
             )
-        super().__init__(config, verifier.embedding, verifier.head)
+        super().__init__(config, verifier.embedding, None if config.owns_head else verifier.head)
         self.use_fast_kernels = use_fast_kernels
         self.verifier = verifier
         self.vocab_map = vocab_map
@@ -147,6 +147,7 @@ class DFlashTraining(DFlashDraft, DraftModel):
             mix=Mix(**{self.loss.name: 1.0}),
             weigh=fused_loss.choose_weights(self.weights, weights),
             over_whole_vocab=not self.training,
+            in_float8=self.multiplies_in_float8,
         )
         return fused_loss.sum_scores(scores)
 

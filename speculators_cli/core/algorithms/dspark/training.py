@@ -124,6 +124,7 @@ class DSparkTraining(DFlashTraining):
             mix=Mix(ce=self.parts.ce, tv=2 * self.parts.l1),
             weigh=fused_loss.choose_weights(self.weights, weights),
             over_whole_vocab=not self.training,
+            in_float8=self.multiplies_in_float8,
         )
         confidence = self.score_confidence(normed, embedded, scores.distances)
         confidence = confidence.masked_fill(~scores.scored, 0.0)

@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from speculators_cli.core.algorithms.cost import CostModel, Gpu, Work
+from speculators_cli.core.algorithms.cost import CostModel, Gpu, Work, count_verifier_bytes
 from speculators_cli.core.algorithms.eagle3.config import Eagle3Config
 from speculators_cli.core.algorithms.objective import scored_positions
 from speculators_cli.core.kernels.logit_chunks import chunk_size
@@ -102,8 +102,10 @@ class EagleCost(CostModel[EagleConfigT, EagleSettingsT]):
         total_seq_len: int,
         num_accumulated: int = 1,
         num_shards: int = 1,
+        has_whole_head: bool = False,
+        in_float8: bool = False,
     ) -> Mapping[str, int]:
-        """Bytes on a GPU at the peak of a step in bfloat16, by purpose.
+        """Bytes on a GPU at the peak of a step, by purpose; in float8 they are about the same.
 
         The peak is either in the loss, with the logits of a chunk, or in the first layer of the
         backward pass, with the gradients of its feed-forward weights: at that point only the LM
@@ -111,6 +113,7 @@ class EagleCost(CostModel[EagleConfigT, EagleSettingsT]):
         activations replace activations. All sequences of a step and of the next one are on the
         GPU.
         """
+        del in_float8
         num_active = max(part.num_active for part in work)
         num_targets = max(part.num_targets for part in work)
         size, inner, steps = config.hidden_size, config.intermediate_size, config.ttt_steps
@@ -126,12 +129,10 @@ class EagleCost(CostModel[EagleConfigT, EagleSettingsT]):
             first = 2 * size * (query + kv)
             working = 2 * (parameters + stacked + 2 * first)
             states = (4 * parameters + 8 * trained) // num_shards + working
-        verifier = 2 * 2 * config.vocab_size * size
-        if config.draft_vocab_size != config.vocab_size:
-            verifier += 2 * head
+        verifier = count_verifier_bytes(config, has_whole_head=has_whole_head)
         rows = total_seq_len * config.num_aux_layers + num_targets
         # Per layer: inputs of its products and norms, tensors saved by attention and the gate.
-        row = 2 * (3 * size + 2 * query + kv + kv // 2 + 3 * inner)
+        row = 2 * (3 * size + 2 * query + kv + kv // 2 + 2 * inner)
         chunk = chunk_size(steps, config.draft_vocab_size)
         pairs = steps * min(num_active, chunk) + min(num_targets, chunk)
         gradients = 4 * head if settings.train_head else 0

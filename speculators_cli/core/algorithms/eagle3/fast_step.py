@@ -19,7 +19,7 @@ from speculators_cli.core.kernels.rms_norm import rms_norm
 from speculators_cli.core.kernels.rotary import rotate
 from speculators_cli.core.kernels.shared import Share, SharedRows, SharedWeight, gather
 from speculators_cli.core.kernels.spans import Spans
-from speculators_cli.core.kernels.swiglu import swiglu
+from speculators_cli.core.kernels.swiglu import gated_linear
 from speculators_cli.core.models.layers import DecoderLayer, RMSNorm
 
 Rope = tuple[Tensor, Tensor]
@@ -161,9 +161,9 @@ class FastLayer:
         hidden = self.o.linear(attended.flatten(1))
         residual = residual.expand_as(hidden)
         normed, residual = apply_norm(layer.post_attention_layernorm, hidden, add=residual)
-        activated = swiglu(self.gate_up.linear(normed))
+        hidden = gated_linear(self.gate_up.linear(normed), self.down)
         self.step += 1
-        return self.down.linear(activated), residual
+        return hidden, residual
 
     def project_kv(self, normed: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values at these positions, each [rows, kv_heads, head_dim]."""
