@@ -96,6 +96,8 @@ def build_step(
     draft = ALGORITHMS[shape.algorithm].build(
         config, frozen, vocab_map, own, use_fast_kernels=kernels.are_fast, seed=seed
     )
+    if not step.capture and not vocab_map.is_full:
+        frozen.rest_head()
     draft.use_float8 = kernels.in_float8
     weights = share_weights(draft, ranks, step.sharding, dtype)
     optimizer = Optimizer(weights, OptimizerSettings(), use_fast_kernels=draft.use_fast_kernels)

@@ -1,5 +1,7 @@
 """The verifier's frozen parts that training needs: embedding, final norm and LM head."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from hashlib import sha256
@@ -101,7 +103,7 @@ class FrozenVerifier:
     Args:
         embedding: [vocab, hidden], in the verifier's dtype.
         norm_weight: [hidden], float32: weights of the final norm, `1 + w` where the family adds 1.
-        head: [vocab, hidden], in the verifier's dtype.
+        head: [vocab, hidden], in the verifier's dtype; on the host while it rests.
         config: How the final norm and the logits are computed.
         norm_bias: [hidden], float32.
         head_bias: [vocab].
@@ -146,6 +148,21 @@ class FrozenVerifier:
             norm_bias=None if self.norm_bias is None else self.norm_bias.to(device),
             head_bias=None if self.head_bias is None else self.head_bias.to(device),
         )
+
+    def rest_head(self) -> None:
+        """Move the LM head to the host, unless it is the embedding: only `tokens` needs it."""
+        if self.head is not self.embedding:
+            self.head = self.head.cpu()
+
+    @contextmanager
+    def whole(self) -> Iterator[None]:
+        """Have the LM head on the device of the embedding."""
+        resting = self.head
+        self.head = resting.to(self.embedding.device)
+        try:
+            yield
+        finally:
+            self.head = resting
 
     def bias_of(self, ids: Tensor) -> Tensor | None:
         """Return the LM head's bias of these tokens, if it has one."""

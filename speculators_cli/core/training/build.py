@@ -65,6 +65,9 @@ def build_trainer(
         if live is not None:
             inputs = live.open_cache(settings, inputs)
         draft = build_draft(settings, inputs, verifier)
+        is_shared = inputs.is_live and not settings.capture.is_apart  # with the whole verifier
+        if not (is_shared or inputs.vocab_map.is_full):
+            verifier.rest_head()
         compute_dtype = choose_compute_dtype(settings.distributed.compute_dtype, ranks.device)
         weights = share_weights(draft, ranks, settings.distributed.sharding, compute_dtype)
         optimizer = Optimizer(weights, settings.optimizer, use_fast_kernels=draft.use_fast_kernels)
@@ -89,6 +92,7 @@ def build_trainer(
         total_steps = count_steps(settings, loader)
         start_up.end("draft")
         trainer = Trainer(
+            verifier=verifier,
             optimizer_step=OptimizerStep(
                 weights,
                 ranks,

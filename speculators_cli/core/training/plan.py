@@ -134,6 +134,7 @@ def _estimate(
     data_bytes = samples.num_bytes
     epochs = total_steps / max(packed.num_steps, 1)
     num_shards = count_shards(ranks, settings.distributed.sharding, trained)
+    captures_here = inputs.is_live and not settings.capture.is_apart
     memory = cost.estimate_memory(
         config,
         settings.algorithm_settings,
@@ -141,8 +142,9 @@ def _estimate(
         total_seq_len=settings.data.total_seq_len,
         num_accumulated=per_rank,
         num_shards=num_shards,
+        has_whole_head=captures_here,
     )
-    if inputs.is_live and not settings.capture.is_apart:
+    if captures_here:
         memory = CaptureCost(inputs.verifier_config).add_memory(
             memory,
             total_seq_len=settings.data.total_seq_len,

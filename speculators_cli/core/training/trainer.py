@@ -12,6 +12,7 @@ from speculators_cli.core.data.batch import Batch, drop_non_finite
 from speculators_cli.core.data.loader import BatchSource
 from speculators_cli.core.errors import DivergedError, StoppedError
 from speculators_cli.core.models.train_state import TrainState
+from speculators_cli.core.models.verifier import FrozenVerifier
 from speculators_cli.core.signals import Interrupted, StopSignals
 from speculators_cli.core.training.best import (
     count_epochs_since_best,
@@ -30,6 +31,7 @@ from speculators_cli.core.training.saver import Saver
 class Trainer:
     """Trains a draft model from a state to the last step."""
 
+    verifier: FrozenVerifier  # of the draft
     optimizer_step: OptimizerStep
     rate: Callable[[int], float]  # learning rate by number of finished steps
     loader: BatchSource  # training batches of this rank
@@ -172,13 +174,15 @@ class Trainer:
             return None
         self.draft.eval()
         sums = MetricSums.of(self.draft)
-        for (batch,) in self.feed.steps(self.validation_loader.epoch(0)):
-            filled = self.filler.fill(batch).cast(self.optimizer_step.compute_dtype)
-            finite, _ = drop_non_finite(filled)
-            # The same positions after each epoch, so that their losses compare.
-            drawn = self.draft.draw(finite, seed=self.optimizer_step.seed, epoch=VALIDATION_EPOCH)
-            sums.add(self.draft(drawn), drawn)
-            self.leave_if_asked()
+        with self.verifier.whole():
+            for (batch,) in self.feed.steps(self.validation_loader.epoch(0)):
+                filled = self.filler.fill(batch).cast(self.optimizer_step.compute_dtype)
+                finite, _ = drop_non_finite(filled)
+                # The same positions after each epoch, so that their losses compare.
+                seed = self.optimizer_step.seed
+                drawn = self.draft.draw(finite, seed=seed, epoch=VALIDATION_EPOCH)
+                sums.add(self.draft(drawn), drawn)
+                self.leave_if_asked()
         self.feed.take_wait_seconds()
         self.filler.take_seconds()
         return sums.reduce(self.ranks)

@@ -4,6 +4,7 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -458,3 +459,19 @@ def test_a_head_size_that_the_rope_does_not_fit_hinders_no_measurement(
     logits = verifier.logits(normed, verifier.head)
     # Both round in float32, at most a few times a value.
     assert (logits - expected).abs().max() <= 1e-6 * expected.abs().max()
+
+
+def test_a_resting_head_is_with_the_embedding_only_while_it_is_needed() -> None:
+    head = torch.randn(7, 4)
+    config = Mock(spec=VerifierConfig)
+    untied = FrozenVerifier(torch.zeros(7, 4, device="meta"), torch.ones(4), head, config)
+    tied = torch.zeros(7, 4, device="meta")
+    same = FrozenVerifier(tied, torch.ones(4), tied, config)
+
+    for verifier in (untied, same):
+        verifier.rest_head()
+
+    with untied.whole():
+        assert untied.head.device.type == "meta"
+    assert untied.head is head
+    assert same.head is same.embedding
