@@ -24,13 +24,15 @@ from speculators_cli.core.kernels.spans import Spans
 
 def joint_attention(
     query: Tensor,  # [queries, heads, head_dim], laid out by `spans`, zeros in the gaps
-    keys: Sequence[Tensor],  # step 0: [seq_len, kv_heads, head_dim]; later: [active, ...]
+    keys: Sequence[Tensor],  # step 0: [seq_len, kv_heads, head_dim]; later: [active or more, ...]
     values: Sequence[Tensor],  # as the keys
     spans: Spans,
     *,
     window: int | None = None,
 ) -> Tensor:
     """Attend from each row; [active, heads, head_dim].
+
+    Later steps may have keys of more rows, after those of the ones that attend.
 
     With a window, a row's query of TTT step k sees its k own keys and the `window - k` newest of
     step 0; the window must exceed k.
@@ -104,7 +106,7 @@ def _laid_out(
 
 
 class _Own(NamedTuple):
-    """Keys and values of later steps, each [active, kv_heads, head_dim], each row contiguous."""
+    """Keys and values of later steps, each [rows, kv_heads, head_dim], each row contiguous."""
 
     keys: tuple[Tensor, ...]
     values: tuple[Tensor, ...]
@@ -181,6 +183,9 @@ def _merge_backward(
         [torch.empty_like(x, memory_format=torch.contiguous_format) for x in parts]
         for parts in (own.keys, own.values)
     )
+    for grad in (*grad_keys, *grad_values):
+        if len(grad) > num_rows:
+            grad[num_rows:].zero_()
     _merge_backward_kernel[(num_rows,)](
         query, *own.arguments(),
         out, lse, grad_out, grad_causal, query if places is None else places,

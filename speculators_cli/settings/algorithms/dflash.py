@@ -29,7 +29,10 @@ class BlockSettings(Settings):
         description="Number of tokens in a block; DFlash proposes one fewer, DSpark all",
     )
     num_anchors: Annotated[int, WARNED_ON_RESUME] = Field(
-        512, ge=1, description="Maximum number of blocks trained per packed sequence"
+        512,
+        ge=1,
+        description="Maximum number of anchors per packed sequence: positions after which a block "
+        "is trained; of P-EAGLE, positions that are trained beyond the first TTT step",
     )
     block_loss_gamma: Annotated[float, WARNED_ON_RESUME] = Field(
         4.0, gt=0, description="Fixed decay: draft token k is weighted by exp(-k/gamma), k from 0"

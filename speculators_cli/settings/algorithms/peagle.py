@@ -3,8 +3,10 @@
 from collections.abc import Mapping
 from typing import Annotated, ClassVar
 
+from pydantic import Field
+
 from speculators_cli.settings.algorithms.eagle3 import EagleSettings
-from speculators_cli.settings.base import REFUSED_ON_RESUME, MaskTokenId
+from speculators_cli.settings.base import REFUSED_ON_RESUME, WARNED_ON_RESUME, MaskTokenId
 
 
 class PEagleSettings(EagleSettings):
@@ -14,3 +16,22 @@ class PEagleSettings(EagleSettings):
     defaults: ClassVar[Mapping[str, object]] = {"num_layers": 4, "ttt_steps": 5}
 
     mask_token_id: Annotated[MaskTokenId, REFUSED_ON_RESUME] = None
+    down_sample_ratio: Annotated[float, WARNED_ON_RESUME] = Field(
+        0.7,
+        gt=0,
+        le=1,
+        description="COD sampling: fraction of the positions that each TTT step after the first "
+        "keeps of the step before; 1 trains all positions at all steps",
+    )
+    down_sample_ratio_min: Annotated[float, WARNED_ON_RESUME] = Field(
+        0.2,
+        ge=0,
+        le=1,
+        description="COD sampling: smallest fraction of all positions that a TTT step keeps",
+    )
+    num_anchors: Annotated[int | None, WARNED_ON_RESUME] = Field(
+        None,
+        ge=1,
+        description="Maximum number of positions per packed sequence that are trained beyond the "
+        "first TTT step",
+    )

@@ -7,7 +7,7 @@ fitted to an H100; docs/how-to/measure-speed.md has their errors.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 import numpy as np
@@ -36,6 +36,7 @@ class RowCounts:
 
     num_positions: int  # of documents
     num_active: int  # are scored in some TTT step
+    num_passes: int  # of an active row through a step
     num_needed: int  # are read as some active position's token
     num_targets: int  # supervised
     pairs: tuple[int, ...]  # in each layer, of an active row and a key that it attends to
@@ -45,14 +46,24 @@ class RowCounts:
 class EagleCost(CostModel[EagleConfigT, EagleSettingsT]):
     """The cost of a step that computes active rows only."""
 
+    def count_passes(self, config: EagleConfigT, settings: EagleSettingsT, num_active: int) -> int:
+        """Passes of active rows through TTT steps: all rows go through all steps."""
+        del settings
+        return config.ttt_steps * num_active
+
     def count_spared_flops(self, config: EagleConfigT, rows: RowCounts) -> float:
         """Operations of EAGLE-3 that this algorithm does not need."""
         del config, rows
         return 0.0
 
-    def count_spared_bytes(self, config: EagleConfigT, num_active: int) -> int:
-        """Bytes of activations of EAGLE-3 that this algorithm does not keep."""
-        del config, num_active
+    def count_spared_bytes(self, config: EagleConfigT, num_later: int) -> int:
+        """Bytes of activations of EAGLE-3 that this algorithm does not keep.
+
+        Args:
+            config: Of the draft.
+            num_later: Passes of rows through the steps after the first.
+        """
+        del config, num_later
         return 0
 
     def count_work(
@@ -63,7 +74,9 @@ class EagleCost(CostModel[EagleConfigT, EagleSettingsT]):
         lengths: Sequence[int],
     ) -> Work:
         """The work of one packed sequence, from its masks."""
-        return self._make_work(config, settings, count_rows(config, loss_mask, lengths))
+        rows = count_rows(config, loss_mask, lengths)
+        passes = self.count_passes(config, settings, rows.num_active)
+        return self._make_work(config, settings, replace(rows, num_passes=passes))
 
     def expect_work(
         self,
@@ -78,10 +91,12 @@ class EagleCost(CostModel[EagleConfigT, EagleSettingsT]):
         active = np.minimum(targets + config.ttt_steps - 1, sizes) * (targets > 0)
         share = active / np.maximum(sizes, 1)
         all_pairs = [_pairs_of(sizes, window) for window in config.windows]
+        num_active = int(active.sum())
         rows = RowCounts(
             num_positions=int(sizes.sum()),
-            num_active=int(active.sum()),
-            num_needed=int(active.sum()),
+            num_active=num_active,
+            num_passes=self.count_passes(config, settings, num_active),
+            num_needed=num_active,
             num_targets=int(targets.sum()),
             pairs=tuple(int((pairs * share).sum()) for pairs in all_pairs),
             all_pairs=tuple(int(pairs.sum()) for pairs in all_pairs),
@@ -113,7 +128,8 @@ class EagleCost(CostModel[EagleConfigT, EagleSettingsT]):
         """
         num_active = max(part.num_active for part in work)
         num_targets = max(part.num_targets for part in work)
-        size, inner, steps = config.hidden_size, config.intermediate_size, config.ttt_steps
+        passes = self.count_passes(config, settings, num_active)
+        size, inner = config.hidden_size, config.intermediate_size
         query, kv = config.num_heads * config.head_dim, 2 * config.num_kv_heads * config.head_dim
         head = config.draft_vocab_size * size
         parameters, trained = config.count_parameters(), self.count_trained(config, settings)
@@ -132,8 +148,9 @@ class EagleCost(CostModel[EagleConfigT, EagleSettingsT]):
         rows = total_seq_len * config.num_aux_layers + num_targets
         # Per layer: inputs of its products and norms, tensors saved by attention and the gate.
         row = 2 * (3 * size + 2 * query + kv + kv // 2 + 3 * inner)
-        chunk = chunk_size(steps, config.draft_vocab_size)
-        pairs = steps * min(num_active, chunk) + min(num_targets, chunk)
+        # A chunk's targets are as many as its rows.
+        chunk = config.ttt_steps * chunk_size(config.ttt_steps, config.draft_vocab_size)
+        pairs = min(passes, chunk) + min(num_targets, chunk * num_active // max(passes, 1))
         gradients = 4 * head if settings.train_head else 0
         if num_accumulated > 1:
             gradients = 4 * trained
@@ -143,10 +160,10 @@ class EagleCost(CostModel[EagleConfigT, EagleSettingsT]):
             "weights_and_optimizer": states,
             "verifier": verifier,
             "batches": 2 * num_accumulated * 2 * rows * config.target_hidden_size,
-            "activations": steps * num_active * (config.num_layers * row + 2 * 3 * size)
+            "activations": passes * (config.num_layers * row + 2 * 3 * size)
             + (config.num_layers - 1) * (total_seq_len - num_active) * row
             + 2 * total_seq_len * (3 * size + query + 2 * kv)
-            - self.count_spared_bytes(config, num_active),
+            - self.count_spared_bytes(config, passes - num_active),
             "gradients": gradients,
             "logits_or_feed_forward_gradients": max(
                 2 * pairs * config.draft_vocab_size, 4 * 3 * size * inner
@@ -201,6 +218,7 @@ def count_rows(
     return RowCounts(
         num_positions=start,
         num_active=int(active.sum()),
+        num_passes=num_steps * int(active.sum()),
         num_needed=int(needed.sum()),
         num_targets=int((loss_mask & (documents >= 0)).sum()),
         pairs=tuple(int(keys[active].sum()) for keys in seen),
@@ -210,8 +228,9 @@ def count_rows(
 
 def count_flops(config: Eagle3Config, rows: RowCounts, *, train_head: bool) -> float:
     """Floating-point operations of forward and backward over one packed sequence."""
-    size, inner, steps = config.hidden_size, config.intermediate_size, config.ttt_steps
+    size, inner = config.hidden_size, config.intermediate_size
     query, kv = config.num_heads * config.head_dim, 2 * config.num_kv_heads * config.head_dim
+    steps = rows.num_passes / max(rows.num_active, 1)  # of an active row, on average
     everything, active = rows.num_positions, rows.num_active
     # Products without a gradient of their input count forward and weight gradient only.
     products = 2 * everything * size * config.num_aux_layers * config.target_hidden_size
@@ -219,7 +238,7 @@ def count_flops(config: Eagle3Config, rows: RowCounts, *, train_head: bool) -> f
     for layer in range(config.num_layers):
         is_last = layer == config.num_layers - 1
         first = active if is_last else everything
-        rest = (steps - 1) * active
+        rest = rows.num_passes - active
         products += 3 * size * kv * (everything + rest)
         products += 3 * (2 * size * query + 3 * size * inner) * (first + rest)
     head = config.draft_vocab_size * size * rows.num_targets

@@ -44,15 +44,16 @@ def unroll(draft: Eagle3Training, batch: Batch, targets: Targets, weights: Tenso
     # One row stands for all of them.
     masked = None if mask is None else fc.linear(draft.normed_aux(mask[1]))
     active_positions = batch.position_ids[rows.rows]
-    # A row's steps beside each other, as the loss wants them.
-    stacked = hidden.new_empty(len(rows.rows), config.ttt_steps, config.hidden_size)
+    # Where the loss reads them.
+    stacked = hidden.new_empty(len(rows.cells), config.hidden_size)
     normed_steps = []
-    for step in range(config.ttt_steps):
-        positions = batch.position_ids if step == 0 else active_positions + step
+    for step, (count, place) in enumerate(zip(rows.counts, rows.pairs.inputs, strict=True)):
+        shifted = active_positions[:count] + step
+        positions = batch.position_ids if step == 0 else shifted
         residual = None
         for layer in layers:
-            hidden, residual = layer(hidden, residual, positions, active_positions + step)
-        normed, hidden = apply_norm(draft.norm, hidden, add=residual, into=stacked[:, step])
+            hidden, residual = layer(hidden, residual, positions, shifted)
+        normed, hidden = apply_norm(draft.norm, hidden, add=residual, into=stacked[place])
         normed_steps.append(normed)
         hidden = draft.choose_fed_back(hidden, normed) if masked is None else masked
     head = share([draft.lm_head.weight])
@@ -131,11 +132,11 @@ class FastLayer:
         """One TTT step.
 
         Args:
-            hidden: [seq_len, hidden] in step 0, [active, hidden] later; [1, hidden] if it is the
-                same for all rows.
+            hidden: [seq_len, hidden] in step 0, [active, hidden] later, of the active rows that go
+                through the step; [1, hidden] if it is the same for all rows.
             residual: As `hidden`: what the next norm is to add to it; None in a first layer.
             positions: Of the rows of `hidden` in their documents, this step's shift added.
-            active_positions: The same of the active rows.
+            active_positions: The same of the active rows that go through the step.
 
         Returns:
             Rows of `hidden`, active rows only in the last layer; what is to be added to them.
@@ -155,7 +156,7 @@ class FastLayer:
             is_shared = residual is normed
             normed = gather(normed, rows.rows, rows.places)
             residual = normed if is_shared else gather(residual, rows.rows, rows.places)
-        spans = rows.all_spans if keeps_all else rows.spans
+        spans = rows.all_spans if keeps_all else rows.spans[self.step]
         query = self.project_query(normed, positions if keeps_all else active_positions, spans)
         attended = joint_attention(query, self.keys, self.values, spans, window=self.window)
         hidden = self.o.linear(attended.flatten(1))
@@ -250,20 +251,13 @@ def build_layers(
 def score(
     head: SharedWeight,
     rows: ActiveRows,
-    stacked: Tensor,  # [active, steps, hidden]: after the final norm, what the next argument shares
+    stacked: Tensor,  # [pairs, hidden]: after the final norm, what the next argument shares
     normed_steps: Sequence[Tensor],  # of each step, [active, hidden]
     targets: Targets,
     weights: Tensor,  # [steps]
 ) -> StepSums:
     """Losses and agreement of all steps at once."""
-    scores = linear_kl(
-        stacked,
-        normed_steps,
-        head,
-        rows.targets,
-        rows.targets_of,
-        weights,
-        targets,
-    )
+    scores = linear_kl(stacked, normed_steps, head, rows.pairs, weights, targets)
     # What no step scores adds nothing, so the active rows stand for all positions.
-    return sum_steps(scores.losses.T, scores.agreed.T, scores.scored.T)._replace(loss=scores.loss)
+    losses, agreed, scored = map(rows.by_step, (scores.losses, scores.agreed, scores.scored))
+    return sum_steps(losses, agreed, scored)._replace(loss=scores.loss)

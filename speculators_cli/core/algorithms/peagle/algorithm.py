@@ -6,16 +6,20 @@ from typing import Any
 from torch import Tensor
 
 from speculators_cli.core.algorithms.eagle3.eagle_algorithm import EagleAlgorithm, choose_windows
+from speculators_cli.core.algorithms.eagle3.training import Eagle3Training
 from speculators_cli.core.algorithms.overrides import Overrides
 from speculators_cli.core.algorithms.peagle.config import MASK_HIDDEN, PEagleConfig
 from speculators_cli.core.algorithms.peagle.config_reader import is_peagle, read_draft_config
 from speculators_cli.core.algorithms.peagle.contract import FORMATS
 from speculators_cli.core.algorithms.peagle.cost import PEagleCost
+from speculators_cli.core.algorithms.peagle.depths import DepthSampling
 from speculators_cli.core.algorithms.peagle.draft import PEagleDraft
 from speculators_cli.core.algorithms.peagle.drafter import PEagleDrafter
 from speculators_cli.core.algorithms.peagle.training import PEagleTraining
+from speculators_cli.core.data.vocab_map import VocabMap
 from speculators_cli.core.errors import SettingsError
 from speculators_cli.core.models.mask_token import choose_mask_token
+from speculators_cli.core.models.verifier import FrozenVerifier
 from speculators_cli.core.models.verifier_files import VerifierFiles
 from speculators_cli.settings.algorithms.peagle import PEagleSettings
 
@@ -78,6 +82,24 @@ class PEagle(EagleAlgorithm[PEagleConfig, PEagleSettings]):
             norm_output=False,
             ttt_steps=settings.ttt_steps,
         )
+
+    def build(
+        self,
+        config: PEagleConfig,
+        verifier: FrozenVerifier,
+        vocab_map: VocabMap,
+        settings: PEagleSettings,
+        *,
+        use_fast_kernels: bool,
+        seed: int,
+    ) -> Eagle3Training:
+        """A fresh draft on the device of the verifier's frozen parts, ready to train."""
+        draft = super().build(
+            config, verifier, vocab_map, settings, use_fast_kernels=use_fast_kernels, seed=seed
+        )
+        assert isinstance(draft, PEagleTraining)
+        draft.sampling = DepthSampling.of(settings)
+        return draft
 
     def adapt_config(self, config: PEagleConfig, settings: PEagleSettings) -> PEagleConfig:
         """The config of a trained draft with other TTT steps and windows."""
