@@ -121,7 +121,10 @@ class _Own(NamedTuple):
 
     def arguments(self) -> tuple[Any, ...]:
         """Return the kernels' arguments: pointers, and row strides, equal in all steps."""
-        strides = [{x.stride(0) for x in parts} or {0} for parts in (self.keys, self.values)]
+        # The stride of a single row is not read.
+        strides = [
+            {x.stride(0) for x in parts if len(x) > 1} or {0} for parts in (self.keys, self.values)
+        ]
         (key_stride,), (value_stride,) = strides
         return self.keys, key_stride, self.values, value_stride
 
