@@ -7,7 +7,7 @@ fitted to an H100; docs/how-to/measure-speed.md has their errors.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TypeVar
 
 import numpy as np
@@ -36,7 +36,6 @@ class RowCounts:
 
     num_positions: int  # of documents
     num_active: int  # are scored in some TTT step
-    num_passes: int  # of an active row through a step
     num_needed: int  # are read as some active position's token
     num_targets: int  # supervised
     pairs: tuple[int, ...]  # in each layer, of an active row and a key that it attends to
@@ -51,18 +50,18 @@ class EagleCost(CostModel[EagleConfigT, EagleSettingsT]):
         del settings
         return config.ttt_steps * num_active
 
-    def count_spared_flops(self, config: EagleConfigT, rows: RowCounts) -> float:
-        """Operations of EAGLE-3 that this algorithm does not need."""
-        del config, rows
-        return 0.0
-
-    def count_spared_bytes(self, config: EagleConfigT, num_later: int) -> int:
-        """Bytes of activations of EAGLE-3 that this algorithm does not keep.
+    def count_spared_flops(self, config: EagleConfigT, num_later: int) -> float:
+        """Operations of EAGLE-3 that this algorithm does not need.
 
         Args:
             config: Of the draft.
             num_later: Passes of rows through the steps after the first.
         """
+        del config, num_later
+        return 0.0
+
+    def count_spared_bytes(self, config: EagleConfigT, num_later: int) -> int:
+        """Bytes of activations of EAGLE-3 that this algorithm does not keep; as above."""
         del config, num_later
         return 0
 
@@ -74,9 +73,7 @@ class EagleCost(CostModel[EagleConfigT, EagleSettingsT]):
         lengths: Sequence[int],
     ) -> Work:
         """The work of one packed sequence, from its masks."""
-        rows = count_rows(config, loss_mask, lengths)
-        passes = self.count_passes(config, settings, rows.num_active)
-        return self._make_work(config, settings, replace(rows, num_passes=passes))
+        return self._make_work(config, settings, count_rows(config, loss_mask, lengths))
 
     def expect_work(
         self,
@@ -91,12 +88,10 @@ class EagleCost(CostModel[EagleConfigT, EagleSettingsT]):
         active = np.minimum(targets + config.ttt_steps - 1, sizes) * (targets > 0)
         share = active / np.maximum(sizes, 1)
         all_pairs = [_pairs_of(sizes, window) for window in config.windows]
-        num_active = int(active.sum())
         rows = RowCounts(
             num_positions=int(sizes.sum()),
-            num_active=num_active,
-            num_passes=self.count_passes(config, settings, num_active),
-            num_needed=num_active,
+            num_active=int(active.sum()),
+            num_needed=int(active.sum()),
             num_targets=int(targets.sum()),
             pairs=tuple(int((pairs * share).sum()) for pairs in all_pairs),
             all_pairs=tuple(int(pairs.sum()) for pairs in all_pairs),
@@ -176,8 +171,9 @@ class EagleCost(CostModel[EagleConfigT, EagleSettingsT]):
         return flops / (FLOPS_REACHED * gpu.flops) + moving
 
     def _make_work(self, config: EagleConfigT, settings: EagleSettingsT, rows: RowCounts) -> Work:
-        flops = count_flops(config, rows, train_head=settings.train_head)
-        flops -= self.count_spared_flops(config, rows)
+        passes = self.count_passes(config, settings, rows.num_active)
+        flops = count_flops(config, rows, num_passes=passes, train_head=settings.train_head)
+        flops -= self.count_spared_flops(config, passes - rows.num_active)
         return Work(rows.num_positions, rows.num_targets, rows.num_active, flops)
 
 
@@ -218,7 +214,6 @@ def count_rows(
     return RowCounts(
         num_positions=start,
         num_active=int(active.sum()),
-        num_passes=num_steps * int(active.sum()),
         num_needed=int(needed.sum()),
         num_targets=int((loss_mask & (documents >= 0)).sum()),
         pairs=tuple(int(keys[active].sum()) for keys in seen),
@@ -226,19 +221,24 @@ def count_rows(
     )
 
 
-def count_flops(config: Eagle3Config, rows: RowCounts, *, train_head: bool) -> float:
-    """Floating-point operations of forward and backward over one packed sequence."""
+def count_flops(
+    config: Eagle3Config, rows: RowCounts, *, num_passes: int, train_head: bool
+) -> float:
+    """Floating-point operations of forward and backward over one packed sequence.
+
+    `num_passes` are those of active rows through steps.
+    """
     size, inner = config.hidden_size, config.intermediate_size
     query, kv = config.num_heads * config.head_dim, 2 * config.num_kv_heads * config.head_dim
-    steps = rows.num_passes / max(rows.num_active, 1)  # of an active row, on average
     everything, active = rows.num_positions, rows.num_active
+    steps = num_passes / max(active, 1)  # of an active row, on average
     # Products without a gradient of their input count forward and weight gradient only.
-    products = 2 * everything * size * config.num_aux_layers * config.target_hidden_size
+    products = 2.0 * everything * size * config.num_aux_layers * config.target_hidden_size
     products += 2 * size * (rows.num_needed * query + everything * kv)
     for layer in range(config.num_layers):
         is_last = layer == config.num_layers - 1
         first = active if is_last else everything
-        rest = rows.num_passes - active
+        rest = num_passes - active
         products += 3 * size * kv * (everything + rest)
         products += 3 * (2 * size * query + 3 * size * inner) * (first + rest)
     head = config.draft_vocab_size * size * rows.num_targets

@@ -1,6 +1,6 @@
 """Cost model of a P-EAGLE training step: that of EAGLE-3, with the depths that are drawn."""
 
-from speculators_cli.core.algorithms.eagle3.cost import EagleCost, RowCounts
+from speculators_cli.core.algorithms.eagle3.cost import EagleCost
 from speculators_cli.core.algorithms.peagle.config import PEagleConfig
 from speculators_cli.core.algorithms.peagle.depths import DepthSampling
 from speculators_cli.settings.algorithms.peagle import PEagleSettings
@@ -14,10 +14,9 @@ class PEagleCost(EagleCost[PEagleConfig, PEagleSettings]):
         kept = DepthSampling.of(settings).count_kept(num_active, config.ttt_steps)
         return num_active + sum(kept)
 
-    def count_spared_flops(self, config: PEagleConfig, rows: RowCounts) -> float:
+    def count_spared_flops(self, config: PEagleConfig, num_later: int) -> float:
         """The first layer's queries, keys and values of the later steps."""
-        masks = rows.num_passes - rows.num_active
-        return 2.0 * 3 * config.hidden_size * masks * _projected(config)
+        return 2.0 * 3 * config.hidden_size * num_later * _projected(config)
 
     def count_spared_bytes(self, config: PEagleConfig, num_later: int) -> int:
         """Their inputs, and their keys and values before RoPE."""
