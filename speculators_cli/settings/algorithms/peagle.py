@@ -1,21 +1,21 @@
 """Settings of P-EAGLE."""
 
 from collections.abc import Mapping
-from typing import Annotated, ClassVar
+from typing import Annotated, ClassVar, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from speculators_cli.settings.algorithms.eagle3 import EagleSettings
-from speculators_cli.settings.base import REFUSED_ON_RESUME, WARNED_ON_RESUME, MaskTokenId
+from speculators_cli.settings.algorithms.mask import MaskSettings
+from speculators_cli.settings.base import WARNED_ON_RESUME
 
 
-class PEagleSettings(EagleSettings):
+class PEagleSettings(EagleSettings, MaskSettings):
     """What is special to P-EAGLE, beside the settings that it shares with EAGLE-3."""
 
     # Defaults where no value is given, also of settings in other sections.
     defaults: ClassVar[Mapping[str, object]] = {"num_layers": 4, "ttt_steps": 5}
 
-    mask_token_id: Annotated[MaskTokenId, REFUSED_ON_RESUME] = None
     down_sample_ratio: Annotated[float, WARNED_ON_RESUME] = Field(
         0.7,
         gt=0,
@@ -35,3 +35,12 @@ class PEagleSettings(EagleSettings):
         description="Maximum number of positions per packed sequence that are trained beyond the "
         "first TTT step",
     )
+
+    @model_validator(mode="after")
+    def _smallest_fraction_is_smaller(self) -> Self:
+        if self.down_sample_ratio_min > self.down_sample_ratio:
+            raise ValueError(
+                f"`--down-sample-ratio-min` is `{self.down_sample_ratio_min:g}`, above "
+                f"`--down-sample-ratio`, which is `{self.down_sample_ratio:g}`"
+            )
+        return self
