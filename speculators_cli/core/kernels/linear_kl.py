@@ -47,8 +47,8 @@ class Scores(NamedTuple):
 
 
 def linear_kl(
-    stacked: Tensor,  # [pairs, hidden]: input shared with `steps`, without a gradient
-    steps: Sequence[Tensor],  # of each step, [rows, hidden]: after the final norm
+    stacked: Tensor,  # [pairs, hidden]: input shared with `parts`, without a gradient
+    parts: Sequence[Tensor],  # of each of `pairs.inputs`, [rows, hidden]: after the final norm
     head: SharedWeight,  # [draft_vocab, hidden]
     pairs: Pairs,
     weights: Tensor,  # [steps]: weight of a position of each step in the loss
@@ -58,7 +58,7 @@ def linear_kl(
 
     The gradient is computed in the forward, for a gradient of 1 at `loss`: scale with `weights`.
     """
-    return Scores(*_LinearKL.apply(stacked, head, pairs, weights, targets, head.token, *steps))
+    return Scores(*_LinearKL.apply(stacked, head, pairs, weights, targets, head.token, *parts))
 
 
 class _LinearKL(torch.autograd.Function):
@@ -71,9 +71,9 @@ class _LinearKL(torch.autograd.Function):
         weights: Tensor,
         targets: Targets,
         token: Tensor,
-        *steps: Tensor,
+        *parts: Tensor,
     ) -> tuple[Tensor, ...]:
-        del token
+        del token, parts
         needs_head, needs_rows = ctx.needs_input_grad[5], any(ctx.needs_input_grad[6:])
         weights = weights.index_select(0, pairs.steps)
         losses = torch.empty(len(weights), device=stacked.device)
@@ -81,7 +81,7 @@ class _LinearKL(torch.autograd.Function):
         grads = torch.empty_like(stacked) if needs_rows else None
         verifier_head = targets.head.to(stacked.dtype)
         verifier_bias = None if targets.bias is None else targets.bias.to(stacked.dtype)
-        size = len(steps) * chunk_size(len(steps), len(verifier_head))
+        size = pairs.num_steps * chunk_size(pairs.num_steps, len(verifier_head))
         for here, known in pairs.split(size):
             places = None if pairs.order is None else pairs.order[here]
             rows = head.factor.prepare(

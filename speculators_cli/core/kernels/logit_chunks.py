@@ -37,7 +37,8 @@ class Pairs:
     steps: Tensor  # [pairs], int64
     targets: Tensor  # [pairs], int64: the target that a pair scores, or -1
     order: Tensor | None  # [pairs], int64: where its input is; None: the inputs are in this order
-    inputs: tuple[slice, ...]  # of each step: where the inputs of its rows are
+    inputs: tuple[slice, ...]  # of steps that are computed at once: where their inputs are
+    num_steps: int
     first: NDArray[np.int64]  # [rows + 1], on the host: the first pair of each row
     target_bounds: tuple[NDArray[np.int64], NDArray[np.int64]]  # [rows], on the host
 

@@ -53,6 +53,7 @@ def make_pairs(*, are_by_step: bool) -> Pairs:
         targets=targets,
         order=torch.arange(10).view(2, 5).T.flatten() if are_by_step else None,
         inputs=(slice(5), slice(5, 10)) if are_by_step else (slice(0, None, 2), slice(1, None, 2)),
+        num_steps=2,
         first=np.arange(0, 11, 2),
         target_bounds=(np.array([0, 0, 1, 2, 3]), np.array([1, 2, 3, 4, 5])),
     )

@@ -7,7 +7,6 @@ the host, so no step waits for the device.
 """
 
 from dataclasses import dataclass
-from itertools import pairwise
 
 import numpy as np
 import torch
@@ -34,6 +33,7 @@ class ActiveRows:
 
     rows: Tensor  # [active]: positions that are scored in some TTT step
     counts: tuple[int, ...]  # for each step, how many of the first rows go through it
+    passes: tuple[range, ...]  # steps that are computed at once
     places: Tensor  # [seq_len]: index of each position in `rows`, or -1
     num_inside: tuple[int, ...]  # for each step k, the first rows with row + k < seq_len
     shifted_rows: tuple[Tensor, ...]  # for each step k, row + k, at most the last position
@@ -54,8 +54,17 @@ class ActiveRows:
         return empty.index_copy_(0, self.cells, values).view(shape)
 
 
-def find_active_rows(batch: Batch, num_steps: int) -> ActiveRows:
-    """Plan one packed sequence; enqueues a few small copies to the batch's device."""
+def find_active_rows(
+    batch: Batch, num_steps: int, *, are_later_at_once: bool = False
+) -> ActiveRows:
+    """Plan one packed sequence; enqueues a few small copies to the batch's device.
+
+    Args:
+        batch: On its device.
+        num_steps: TTT steps.
+        are_later_at_once: Whether all steps after the first are computed at once; else, one by one,
+            with all rows in each.
+    """
     seq_len, device = len(batch.host_mask), batch.input_ids.device
     bounds = document_bounds(batch.lengths, seq_len)
 
@@ -74,7 +83,10 @@ def find_active_rows(batch: Batch, num_steps: int) -> ActiveRows:
     is_needed = np.zeros(seq_len, dtype=bool)
     is_needed[shifted] = True
     needed = np.flatnonzero(is_needed)
-    pairs = _pair(rows, counts)
+    passes = [range(step, step + 1) for step in range(num_steps)]
+    if are_later_at_once:
+        passes = [range(1), range(1, num_steps)]
+    pairs = _pair(rows, counts, passes)
     scores = scored[pairs.steps, rows[pairs.rows]]
     found = _places(targets, seq_len)[shifted[pairs.steps, pairs.rows]]
     parts = {
@@ -94,6 +106,7 @@ def find_active_rows(batch: Batch, num_steps: int) -> ActiveRows:
     return ActiveRows(
         rows=moved["rows"],
         counts=tuple(counts),
+        passes=tuple(passes),
         places=moved["places"],
         num_inside=tuple(int((rows + k < seq_len).sum()) for k in range(num_steps)),
         shifted_rows=moved["shifted"].unbind(),
@@ -104,6 +117,7 @@ def find_active_rows(batch: Batch, num_steps: int) -> ActiveRows:
             targets=moved["targets"],
             order=moved["order"] if len(pairs.order) else None,
             inputs=pairs.inputs,
+            num_steps=num_steps,
             first=pairs.first,
             target_bounds=(
                 np.searchsorted(targets, ascending),
@@ -127,10 +141,10 @@ class _HostPairs:
     first: Indices  # [rows + 1]
 
 
-def _pair(rows: Indices, counts: list[int]) -> _HostPairs:
+def _pair(rows: Indices, counts: list[int], passes: list[range]) -> _HostPairs:
     """Pair the first `counts[k]` rows with each step k.
 
-    If all rows go through all steps, the inputs of a row are beside each other; else, those of a
+    If steps are computed one by one, the inputs of a row are beside each other; else, those of a
     step are.
     """
     num_steps, num_rows = len(counts), len(rows)
@@ -139,11 +153,11 @@ def _pair(rows: Indices, counts: list[int]) -> _HostPairs:
     first = np.concatenate(([0], np.cumsum(num_own)))
     own_rows = np.repeat(by_position, num_own)
     steps = np.arange(first[-1]) - np.repeat(first[:-1], num_own)
-    if counts[-1] == num_rows:
+    if len(passes) == num_steps and counts[-1] == num_rows:
         inputs = tuple(slice(step, None, num_steps) for step in range(num_steps))
         return _HostPairs(steps, own_rows, np.zeros(0, dtype=np.int64), inputs, first)
     starts = np.concatenate(([0], np.cumsum(counts)))
-    inputs = tuple(slice(*bounds) for bounds in pairwise(starts.tolist()))
+    inputs = tuple(slice(int(starts[p.start]), int(starts[p.stop])) for p in passes)
     return _HostPairs(steps, own_rows, starts[steps] + own_rows, inputs, first)
 
 

@@ -50,6 +50,11 @@ class EagleCost(CostModel[EagleConfigT, EagleSettingsT]):
         del settings
         return config.ttt_steps * num_active
 
+    def count_last(self, num_active: int, passes: int) -> int:
+        """Of these passes, those through the steps that are computed last: all through one step."""
+        del passes
+        return num_active
+
     def count_spared_flops(self, config: EagleConfigT, num_later: int) -> float:
         """Operations of EAGLE-3 that this algorithm does not need.
 
@@ -115,11 +120,11 @@ class EagleCost(CostModel[EagleConfigT, EagleSettingsT]):
     ) -> Mapping[str, int]:
         """Bytes on a GPU at the peak of a step in bfloat16, by purpose.
 
-        The peak is either in the loss, with the logits of a chunk, or in the first layer of the
-        backward pass, with the gradients of its feed-forward weights: at that point only the LM
-        head has gradients, unless an earlier sequence of the step was accumulated. Gradients of
-        activations replace activations. All sequences of a step and of the next one are on the
-        GPU.
+        The peak is either in the loss, with the logits of a chunk, or after the backward of the
+        steps that were computed last: only their activations are gone, and all layers have
+        gradients. In the loss only the LM head has, unless an earlier sequence of the step was
+        accumulated. Gradients of activations replace activations. All sequences of a step and of
+        the next one are on the GPU.
         """
         num_active = max(part.num_active for part in work)
         num_targets = max(part.num_targets for part in work)
@@ -147,8 +152,10 @@ class EagleCost(CostModel[EagleConfigT, EagleSettingsT]):
         chunk = config.ttt_steps * chunk_size(config.ttt_steps, config.draft_vocab_size)
         pairs = min(passes, chunk) + min(num_targets, chunk * num_active // max(passes, 1))
         gradients = 4 * head if settings.train_head else 0
+        layers = 2 * query + kv + 3 * inner
+        layers = 4 * size * (config.num_layers * layers + query + kv)
         if num_accumulated > 1:
-            gradients = 4 * trained
+            gradients, layers = 4 * trained, 0
         if num_shards > 1:  # the rank's shard of their sum
             gradients += gradients // num_shards
         return {
@@ -160,8 +167,9 @@ class EagleCost(CostModel[EagleConfigT, EagleSettingsT]):
             + 2 * total_seq_len * (3 * size + query + 2 * kv)
             - self.count_spared_bytes(config, passes - num_active),
             "gradients": gradients,
-            "logits_or_feed_forward_gradients": max(
-                2 * pairs * config.draft_vocab_size, 4 * 3 * size * inner
+            "logits_or_layer_gradients": max(
+                2 * pairs * config.draft_vocab_size,
+                layers - self.count_last(num_active, passes) * config.num_layers * row,
             ),
         }
 

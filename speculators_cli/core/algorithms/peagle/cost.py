@@ -14,6 +14,10 @@ class PEagleCost(EagleCost[PEagleConfig, PEagleSettings]):
         kept = DepthSampling.of(settings).count_kept(num_active, config.ttt_steps)
         return num_active + sum(kept)
 
+    def count_last(self, num_active: int, passes: int) -> int:
+        """Of these passes, those through all steps after the first, which are computed at once."""
+        return passes - num_active
+
     def count_spared_flops(self, config: PEagleConfig, num_later: int) -> float:
         """The first layer's queries, keys and values of the later steps."""
         return 2.0 * 3 * config.hidden_size * num_later * _projected(config)
