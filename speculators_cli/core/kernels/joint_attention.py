@@ -29,6 +29,7 @@ def joint_attention(
     spans: Spans,
     *,
     window: int | None = None,
+    into: Tensor | None = None,  # [active, heads, head_dim]: the memory of the result
 ) -> Tensor:
     """Attend from each row; [active, heads, head_dim].
 
@@ -40,7 +41,8 @@ def joint_attention(
     if window is not None:
         window -= len(keys) - 1
         assert window > 0, "a window within the own keys takes the plain path"
-    out: Tensor = _JointAttention.apply(query, spans, window, *keys, *values)
+    # In a list, `into` is no input for autograd.
+    out: Tensor = _JointAttention.apply(query, spans, window, [into], *keys, *values)
     return out
 
 
@@ -51,6 +53,7 @@ class _JointAttention(torch.autograd.Function):
         query: Tensor,
         spans: Spans,
         window: int | None,  # of step 0's keys
+        room: list[Tensor | None],
         *keys_and_values: Tensor,
     ) -> Tensor:
         num_steps = len(keys_and_values) // 2
@@ -59,7 +62,7 @@ class _JointAttention(torch.autograd.Function):
             query, keys_and_values[0], keys_and_values[num_steps], spans, window=window
         )
         own = _Own.of(keys_and_values)
-        out, lse = _merge(query, own, causal.out, causal.lse, spans.places)
+        out, lse = _merge(query, own, causal.out, causal.lse, spans.places, room[0])
         ctx.save_for_backward(query, *keys_and_values, out, lse, *causal.saved)
         ctx.spans, ctx.window, ctx.num_steps = spans, window, num_steps
         return out
@@ -88,6 +91,7 @@ class _JointAttention(torch.autograd.Function):
         )
         return (
             grad_query,
+            None,
             None,
             None,
             grad_key,
@@ -156,11 +160,12 @@ def _merge(
     causal_out: Tensor,  # softmax over step 0 only
     causal_lse: Tensor,  # [heads, queries], float32: its log-sum-exp
     places: Tensor | None,
+    into: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """Return output and log-sum-exp of all keys: [active, heads, head_dim], [active, heads]."""
     num_queries, num_heads, head_dim = query.shape
     num_rows = num_queries if places is None else len(places)
-    out = query.new_empty(num_rows, num_heads, head_dim)
+    out = query.new_empty(num_rows, num_heads, head_dim) if into is None else into
     lse = torch.empty(num_rows, num_heads, dtype=torch.float32, device=query.device)
     _merge_kernel[(num_rows,)](
         query, *own.arguments(), causal_out, causal_lse, causal_lse.stride(0),

@@ -19,7 +19,7 @@ from speculators_cli.core.kernels.joint_attention import joint_attention
 from speculators_cli.core.kernels.linear_kl import Targets, linear_kl
 from speculators_cli.core.kernels.rms_norm import rms_norm
 from speculators_cli.core.kernels.rotary import rotate
-from speculators_cli.core.kernels.shared import Share, SharedRows, SharedWeight, gather
+from speculators_cli.core.kernels.shared import Share, SharedRows, SharedWeight, gather, join
 from speculators_cli.core.kernels.spans import Spans
 from speculators_cli.core.kernels.swiglu import swiglu
 from speculators_cli.core.models.layers import DecoderLayer, RMSNorm
@@ -185,14 +185,10 @@ class FastLayer:
         heads = self.project_query(normed, first)
         if keeps_all:
             attended = self.attend(heads, first, now.own_positions, rows.all_spans)
+        elif len(now.steps) == 1:
+            attended = self.attend(heads, first, now.positions[0], rows.spans[first])
         else:
-            # The same row may be that of all steps.
-            own = [heads] * len(now.steps) if len(heads) == 1 else now.split(heads)
-            each = [
-                self.attend(part, step, positions, rows.spans[step])
-                for part, step, positions in zip(own, now.steps, now.positions, strict=True)
-            ]
-            attended = each[0] if len(each) == 1 else torch.cat(each)
+            attended = self.attend_at_once(heads, now)
         hidden = self.o.linear(attended.flatten(1))
         residual = residual.expand_as(hidden)
         normed, residual = apply_norm(layer.post_attention_layernorm, hidden, add=residual)
@@ -222,11 +218,25 @@ class FastLayer:
         step: int,
         positions: Tensor,  # [rows]
         spans: Spans,
+        into: Tensor | None = None,
     ) -> Tensor:
         """Attend from the queries of a step; [rows, heads, head_dim]."""
         laid_out = rotate(heads.expand(len(positions), -1, -1), self.rope, positions, spans=spans)
         keys, values = self.keys[: step + 1], self.values[: step + 1]
-        return joint_attention(laid_out, keys, values, spans, window=self.window)
+        return joint_attention(laid_out, keys, values, spans, window=self.window, into=into)
+
+    def attend_at_once(self, heads: Tensor, now: Pass) -> Tensor:
+        """Attend from the queries of several steps; [rows, heads, head_dim]."""
+        # One row may stand for all.
+        parts = [heads] * len(now.steps) if len(heads) == 1 else now.split(heads)
+        whole = heads.new_empty(len(now.own_positions), *heads.shape[1:])
+        attended = [
+            self.attend(part, step, positions, self.rows.spans[step], into)
+            for part, step, positions, into in zip(
+                parts, now.steps, now.positions, now.split(whole), strict=True
+            )
+        ]
+        return join(whole, attended)
 
     def read(self, part: "EmbeddedPart | None", step: int) -> Tensor | None:
         """What a step's rows read of the embeddings' part, if the layer has one."""
