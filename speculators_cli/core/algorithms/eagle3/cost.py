@@ -65,6 +65,11 @@ class EagleCost(CostModel[EagleConfigT, EagleSettingsT]):
         del config, num_later
         return 0.0
 
+    def count_other_flops(self, config: EagleConfigT, rows: RowCounts, passes: int) -> float:
+        """Operations that take as long as what the kernels compute beside those that are needed."""
+        del config, rows, passes
+        return 0.0
+
     def count_spared_bytes(self, config: EagleConfigT, num_later: int) -> int:
         """Bytes of activations of EAGLE-3 that this algorithm does not keep; as above."""
         del config, num_later
@@ -182,7 +187,8 @@ class EagleCost(CostModel[EagleConfigT, EagleSettingsT]):
         passes = self.count_passes(config, settings, rows.num_active)
         flops = count_flops(config, rows, num_passes=passes, train_head=settings.train_head)
         flops -= self.count_spared_flops(config, passes - rows.num_active)
-        return Work(rows.num_positions, rows.num_targets, rows.num_active, flops)
+        other = self.count_other_flops(config, rows, passes)
+        return Work(rows.num_positions, rows.num_targets, rows.num_active, flops, other)
 
 
 class Eagle3Cost(EagleCost[Eagle3Config, Eagle3Settings]):
@@ -251,8 +257,13 @@ def count_flops(
         products += 3 * (2 * size * query + 3 * size * inner) * (first + rest)
     head = config.draft_vocab_size * size * rows.num_targets
     products += head + head * steps * (3 if train_head else 2)
-    # Scores and values forward, five products backward.
+    return 2.0 * products + count_attention(config, rows, steps)
+
+
+def count_attention(config: Eagle3Config, rows: RowCounts, steps: float) -> float:
+    """Operations of attention, forward and backward; `steps` of an active row, on average."""
     pairs = steps * sum(rows.pairs)
     # In step 0, all layers but the last attend from every position.
     pairs += sum(rows.all_pairs[:-1]) - sum(rows.pairs[:-1])
-    return 2.0 * (products + 7 * pairs * query)
+    # Scores and values forward, five products backward.
+    return 2.0 * 7 * pairs * config.num_heads * config.head_dim

@@ -1,7 +1,7 @@
 """P-EAGLE (arXiv 2602.01469), as an entry of the table of algorithms."""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor
 
@@ -34,6 +34,10 @@ class PEagle(
     settings_class = PEagleSettings
     cost = PEagleCost()
     title = "P-EAGLE"
+    card_settings: ClassVar = {
+        **EagleAlgorithm.card_settings,
+        "down_sample_ratio": "positions that a TTT step keeps of those of the step before",
+    }
     export_formats = FORMATS
     fixed_names = (*NORMS, "mask_token_id")
     draft_class = PEagleDraft

@@ -1,9 +1,13 @@
 """Cost model of a P-EAGLE training step: that of EAGLE-3, with the depths that are drawn."""
 
-from speculators_cli.core.algorithms.eagle3.cost import EagleCost
+from speculators_cli.core.algorithms.eagle3.cost import EagleCost, RowCounts, count_attention
 from speculators_cli.core.algorithms.peagle.config import PEagleConfig
 from speculators_cli.core.algorithms.peagle.depths import DepthSampling
 from speculators_cli.settings.algorithms.peagle import PEagleSettings
+
+# Time of attention per operation, in that of matrix products: fitted to steps of Llama-3.1-8B's
+# shape on an H200, with 5 and 8 TTT steps.
+ATTENTION_SLOWDOWN = 2.7
 
 
 class PEagleCost(EagleCost[PEagleConfig, PEagleSettings]):
@@ -21,6 +25,13 @@ class PEagleCost(EagleCost[PEagleConfig, PEagleSettings]):
     def count_spared_flops(self, config: PEagleConfig, num_later: int) -> float:
         """The first layer's queries, keys and values of the later steps."""
         return 2.0 * 3 * config.hidden_size * num_later * _projected(config)
+
+    def count_other_flops(self, config: PEagleConfig, rows: RowCounts, passes: int) -> float:
+        """Attention between rows that are kept: it computes all of a document's, and is slower."""
+        pairs = config.ttt_steps * sum(rows.all_pairs)
+        computed = 2.0 * 7 * pairs * config.num_heads * config.head_dim
+        needed = count_attention(config, rows, passes / max(rows.num_active, 1))
+        return ATTENTION_SLOWDOWN * computed - needed
 
     def count_spared_bytes(self, config: PEagleConfig, num_later: int) -> int:
         """Their inputs, and their keys and values before RoPE."""
