@@ -117,7 +117,7 @@ def time_rotate(step: Step) -> tuple[Run, Run]:
     tables = rotary(torch.arange(int(positions.max()) + 1, device=step.device))
     own = positions[step.rows.rows]
     return (
-        backward(lambda: rotate(few, tables, own, spans=step.rows.spans), few),
+        backward(lambda: rotate(few, tables, own, spans=step.rows.spans[-1]), few),
         backward(lambda: layers.rotate(all_rows, rotary(positions)), all_rows),
     )
 
@@ -144,7 +144,7 @@ def time_joint_attention(step: Step) -> tuple[Run, Run]:
     """Attention of the last TTT step."""
     config, seq_len = step.config, len(step.batch.input_ids)
     key_shape = (config.num_kv_heads, config.head_dim)
-    spans, later = step.rows.spans, range(config.ttt_steps - 1)
+    spans, later = step.rows.spans[-1], range(config.ttt_steps - 1)
     query = step.states(spans.query_bounds[-1], config.num_heads, config.head_dim)
     first = [step.states(seq_len, *key_shape) for _ in range(2)]
     own = [[step.states(step.num_active, *key_shape) for _ in later] for _ in range(2)]
@@ -217,7 +217,7 @@ def time_linear_kl(step: Step) -> tuple[Run, Run]:
         [step.states(n, size) for _ in range(config.ttt_steps)] for n in (step.num_active, seq_len)
     )
     weights = torch.full((config.ttt_steps,), 1e-4, device=step.device)
-    stacked = torch.stack([x.detach() for x in few], dim=1)
+    stacked = torch.stack([x.detach() for x in few], dim=1).flatten(0, 1)
     targets = Targets(
         hidden=batch.last_hidden_states,
         head=verifier_head,
@@ -230,9 +230,7 @@ def time_linear_kl(step: Step) -> tuple[Run, Run]:
 
     def fast() -> Tensor:
         shared = SharedWeight([head], step.dtype)
-        return linear_kl(
-            stacked, few, shared, step.rows.targets, step.rows.targets_of, weights, targets
-        ).loss
+        return linear_kl(stacked, few, shared, step.rows.pairs, weights, targets).loss
 
     def plain() -> Tensor:
         logits = F.linear(batch.last_hidden_states, verifier_head).float()

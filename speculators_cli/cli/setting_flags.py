@@ -72,13 +72,17 @@ def is_list(info: FieldInfo) -> bool:
 
 def build_help(info: FieldInfo, name: str) -> str:
     """Help of a flag: its description and its default, with those of some algorithms."""
-    own = [
-        f"{algorithm}: {section.defaults[name]}"
-        for algorithm, section in ALGORITHM_SETTINGS.items()
-        if name in section.defaults
-    ]
-    shown = ", ".join(filter(None, (show_default(info), *own)))
+    shown = ", ".join(filter(None, (show_default(info), *_own_defaults(info, name))))
     return f"{info.description} ({shown})" if shown else str(info.description)
+
+
+def _own_defaults(info: FieldInfo, name: str) -> Iterator[str]:
+    """The defaults of algorithms that differ from that of the flag."""
+    for algorithm, section in ALGORITHM_SETTINGS.items():
+        field = section.model_fields.get(name, info)
+        default = section.defaults.get(name, field.default)
+        if default != info.default:
+            yield f"{algorithm}: {'none' if default is None else default}"
 
 
 def show_default(info: FieldInfo) -> str:

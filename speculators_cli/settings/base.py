@@ -390,14 +390,6 @@ MaxBadSamples = Annotated[
 LayerIdsSetting = Annotated[
     tuple[int, ...] | None, BeforeValidator(_split), AfterValidator(_check_layer_ids)
 ]
-MaskTokenId = Annotated[
-    int | None,
-    Field(
-        ge=0,
-        description="Verifier token that stands for an unknown token; default: one that the "
-        "tokenizer does not use",
-    ),
-]
 
 
 def write_settings(settings: Settings, file: Path) -> None:

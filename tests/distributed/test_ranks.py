@@ -117,12 +117,13 @@ MASKS = [
 
 
 @pytest.mark.parametrize(("kernels", "sharding"), MASKS)
-def test_two_ranks_train_the_mask_of_one(
+def test_two_ranks_train_the_mask_and_the_depths_of_one(
     tiny: TinyInputs, tmp_path: Path, kernels: str, sharding: str
 ) -> None:
     one, two = tmp_path / "one", tmp_path / "two"
     same: dict[str, object] = {"algorithm": "peagle", "num_layers": 2, "ttt_steps": 3}
     same |= {"mask_token_id": 1, "noise_std": 0.0, "max_steps": 4, "total_seq_len": 32}
+    same |= {"down_sample_ratio": 0.6, "num_anchors": 16}
 
     train(tiny, one, num_ranks=1, gradient_accumulation_steps=2, kernels="plain", **same)
     train(tiny, two, num_ranks=2, kernels=kernels, sharding=sharding, **same)

@@ -1,5 +1,6 @@
 """The fast kernels on a GPU, against the plain path in float32."""
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -11,6 +12,8 @@ from torch import Tensor
 from speculators_cli.core.algorithms.eagle3.attention import plain_attention
 from speculators_cli.core.algorithms.eagle3.config import Eagle3Config
 from speculators_cli.core.algorithms.eagle3.training import Eagle3Training
+from speculators_cli.core.algorithms.peagle.depths import DepthSampling
+from speculators_cli.core.algorithms.peagle.training import PEagleTraining
 from speculators_cli.core.data.batch import Batch, drop_non_finite, rows_of
 from speculators_cli.core.data.noise import drop_and_add_noise
 from speculators_cli.core.kernels.causal_attention import can_use_flash
@@ -44,6 +47,12 @@ MASKS: dict[str, dict[str, Any]] = {
     "masks-three-qwen3-layers-five-steps": {"num_layers": 3, "arch": "qwen3", "ttt_steps": 5},
     "masks-residual-before-norm": {"num_layers": 2, "norm_before_residual": False},
     "masks-window": {"num_layers": 2, "sliding_window": 20},
+}
+# Masks at drawn depths.
+DRAWN: dict[str, tuple[dict[str, Any], DepthSampling]] = {
+    "drawn": ({"num_layers": 2, "ttt_steps": 5}, DepthSampling(0.7, 0.2)),
+    "drawn-few-anchors": ({"ttt_steps": 4}, DepthSampling(0.5, 0.1, num_anchors=12)),
+    "drawn-window": ({"num_layers": 3, "sliding_window": 20}, DepthSampling(0.6, 0.2)),
 }
 
 
@@ -114,7 +123,7 @@ def run(draft: Eagle3Training, batch: Batch, *, is_fast: bool) -> tuple[Tensor, 
 
 
 @pytest.mark.parametrize("fraction", [1.0, 0.6, 0.1])
-@pytest.mark.parametrize("variant", [*VARIANTS, *MASKS])
+@pytest.mark.parametrize("variant", [*VARIANTS, *MASKS, *DRAWN])
 def test_fast_equals_plain(variant: str, fraction: float) -> None:
     assert torch.get_float32_matmul_precision() == "highest"
     rng = torch.Generator().manual_seed(0)
@@ -122,15 +131,19 @@ def test_fast_equals_plain(variant: str, fraction: float) -> None:
         "hidden_size": 192, "target_hidden_size": 192, "intermediate_size": 320, "num_heads": 6,
         "num_kv_heads": 2, "head_dim": 64, "vocab_size": 900, "draft_vocab_size": 450,
     }  # fmt: skip
+    changes, sampling = DRAWN.get(variant, (MASKS.get(variant, {}), DepthSampling()))
     config: Eagle3Config = (
         make_config(**(sizes | VARIANTS[variant]))
         if variant in VARIANTS
-        else make_peagle_config(**(sizes | MASKS[variant]))
+        else make_peagle_config(**(sizes | changes))
     )
     draft = moved(filled_draft(config, rng, kept_ids=torch.arange(0, 900, 2)))
+    if isinstance(draft, PEagleTraining):
+        draft.sampling = sampling
     lengths = (60, 2, 131, 90)
     samples = [make_sample(n, config, rng, supervised_fraction=fraction) for n in lengths]
-    batch = pack(*samples, total_seq_len=288).to(CUDA)
+    batch = draft.draw(pack(*samples, total_seq_len=288).to(CUDA), seed=0, epoch=0)
+    assert (batch.depths is not None) == (variant in DRAWN)
 
     exact_sums, exact = run(draft, batch, is_fast=False)
     sums, grads = run(draft, batch, is_fast=True)
@@ -225,20 +238,23 @@ def test_broken_documents_are_taken_out_as_on_the_cpu(value: float) -> None:
 
 
 @pytest.mark.parametrize("in_float8", [False, True])
+@pytest.mark.parametrize("make", [make_config, make_peagle_config])
 def test_nothing_is_compiled_after_the_first_steps(
-    in_float8: bool, monkeypatch: pytest.MonkeyPatch
+    make: Callable[..., Eagle3Config], in_float8: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # Rows, documents, gaps and chunks of the loss differ from batch to batch.
     import triton
 
     monkeypatch.setattr("speculators_cli.core.kernels.logit_chunks.MAX_ROWS", 100)
     rng = torch.Generator().manual_seed(0)
-    config = make_config(
+    config = make(
         hidden_size=192, target_hidden_size=192, intermediate_size=320, num_heads=6,
         head_dim=64, vocab_size=896, draft_vocab_size=448, num_layers=2,
     )  # fmt: skip
     draft = moved(filled_draft(config, rng, kept_ids=torch.arange(0, 896, 2)))
     draft.use_fast_kernels, draft.use_float8 = True, in_float8
+    if isinstance(draft, PEagleTraining):
+        draft.sampling = DepthSampling(0.7, 0.2, num_anchors=100)
     optimizer = Optimizer(draft, OptimizerSettings(), use_fast_kernels=True)
     compiled: list[str] = []
 
@@ -251,7 +267,8 @@ def test_nothing_is_compiled_after_the_first_steps(
             make_sample(n, config, rng, supervised_fraction=fraction) for n in lengths.tolist()
         ]
         batch = pack(*samples, total_seq_len=512).to(CUDA).cast(torch.bfloat16)
-        ready, _ = drop_and_add_noise(batch, 0.05, seed=0, epoch=0)
+        finite, _ = drop_and_add_noise(batch, 0.05, seed=0, epoch=0)
+        ready = draft.draw(finite, seed=0, epoch=0)
         num_scored = draft.count_scored(ready).clamp(min=1)
         draft(ready, torch.tensor(draft.loss_weights, device=CUDA) / num_scored).loss.backward()
         optimizer.step(1e-4)

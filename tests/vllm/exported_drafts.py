@@ -90,7 +90,11 @@ BLOCK_VARIANTS = {
         (*BLOCKS, "1"), rope_theta=1000.0, misread={"rope_parameters": DEFAULT_ROPE}
     ),
 }
-MASKS = ("--algorithm", "peagle", "--ttt-steps", "5", "--epochs", "24", "--num-layers")
+# Of a few samples, all positions.
+MASKS = (
+    "--algorithm", "peagle", "--ttt-steps", "5", "--epochs", "24", "--down-sample-ratio", "1",
+    "--num-layers",
+)  # fmt: skip
 MASK_VARIANTS = {
     "1 layer": Variant((*MASKS, "1"), misread={"mask_token_id": 70}),
     "full vocabulary": Variant((*MASKS, "1", "--full-vocab")),

@@ -24,6 +24,7 @@ class Work:
     num_targets: int  # supervised
     num_active: int  # rows whose activations are needed in the backward pass
     flops: float  # of forward and backward: those that the loss and its gradients need
+    other_flops: float = 0.0  # that take as long as what the kernels compute beside them
 
 
 @dataclass(frozen=True)
@@ -104,7 +105,7 @@ class CostModel(ABC, Generic[ConfigT, SettingsT]):
 
     @abstractmethod
     def estimate_seconds(self, flops: float, num_trained: int, gpu: Gpu) -> float:
-        """Seconds of an optimizer step with this many operations."""
+        """Seconds of an optimizer step with this many operations, the others included."""
 
 
 def count_verifier_bytes(config: DraftConfig, *, has_whole_head: bool) -> int:

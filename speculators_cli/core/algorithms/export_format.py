@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from speculators_cli.core.algorithms.draft_config import DraftConfig
 from speculators_cli.core.models.decoder_config import FULL, SLIDING
 
 LAYER_SIZES = (
@@ -43,6 +44,11 @@ def keep_name(name: str) -> str:
     return name
 
 
+def write_as_checkpoint(config: DraftConfig, dtype: str) -> dict[str, Any]:
+    """The config.json of a checkpoint: the speculators format."""
+    return config.to_json(dtype=dtype)
+
+
 def find_nothing(config: Any, content: Mapping[str, Any]) -> list[str]:  # noqa: ARG001
     """No values that contradict each other."""
     return []
@@ -54,8 +60,9 @@ class ExportFormat:
 
     method: str  # the engine's name of the algorithm
     find_obstacles: Callable[[Any], list[str]]  # why a draft cannot be written this way
-    build_config: Callable[[Any, str], dict[str, Any]]  # config.json, with the name of a dtype
     rules: tuple[Rule, ...]  # of config.json
+    # config.json, with the name of a dtype
+    build_config: Callable[[Any, str], dict[str, Any]] = write_as_checkpoint
     rename: Callable[[str], str] = keep_name  # a tensor, from its name in a checkpoint
     # Values of config.json that are valid but contradict each other.
     find_contradictions: Callable[[Any, Mapping[str, Any]], list[str]] = find_nothing
@@ -98,11 +105,12 @@ def token_rule(key: str) -> Rule:
     return Rule(key, "a token id", lambda value: _is_whole(value) and value >= 0)
 
 
-def find_bad_mask(mask_token_id: int, vocab_size: int) -> list[str]:
-    """Whether a mask token has no embedding."""
-    if mask_token_id < vocab_size:
+def find_bad_mask(config: Any) -> list[str]:
+    """Whether a draft's mask token has no embedding."""
+    mask, vocab_size = config.mask_token_id, config.vocab_size
+    if mask < vocab_size:
         return []
-    return [f"its mask token {mask_token_id:,} is not among the verifier's {vocab_size:,} tokens"]
+    return [f"its mask token {mask:,} is not among the verifier's {vocab_size:,} tokens"]
 
 
 def layer_ids_rule(key: str) -> Rule:

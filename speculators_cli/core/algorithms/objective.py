@@ -5,10 +5,13 @@ in the same document and supervised: TTT step k of EAGLE-3 (arXiv 2503.01840, se
 of a block.
 """
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from speculators_cli.core.algorithms.draft_model import Ratio, StepSums
+from speculators_cli.core.data.batch import Batch
+from speculators_cli.core.kernels.spans import document_bounds
 
 # A chain is a position whose targets 0..k are all supervised and in the document.
 COUNTERS = (
@@ -40,6 +43,8 @@ def scored_positions(
     loss_mask: Tensor,  # [seq_len], bool
     document_ids: Tensor,  # [seq_len], int64, -1 is padding
     num_steps: int,
+    *,
+    depths: Tensor | None = None,  # [seq_len], int64: steps that a position goes through
 ) -> Tensor:
     """Where each TTT step's target is supervised and in the document; [steps, seq_len], bool."""
     seq_len = loss_mask.shape[0]
@@ -48,7 +53,24 @@ def scored_positions(
         stop = seq_len - step
         same_document = document_ids[:stop] == document_ids[step:]
         scored[step, :stop] = loss_mask[step:] & same_document & (document_ids[:stop] >= 0)
+    if depths is not None:
+        scored &= torch.arange(num_steps, device=depths.device)[:, None] < depths
     return scored
+
+
+def scored_on_host(batch: Batch, num_steps: int) -> Tensor:
+    """The same from what the host knows of a batch, before documents are dropped on the device."""
+    bounds = document_bounds(batch.lengths, len(batch.host_mask))
+    documents = torch.from_numpy(np.repeat(np.arange(len(bounds) - 1), np.diff(bounds)))
+    return scored_positions(batch.host_mask, documents, num_steps, depths=batch.depths)
+
+
+def weigh_as_one_mean(
+    loss_weights: Tensor,  # [predictions], float32
+    num_scored: Tensor,  # [predictions], int64
+) -> Tensor:
+    """What a scored prediction weighs if the loss is one weighted mean over all of them."""
+    return loss_weights / (loss_weights * num_scored).sum().clamp(min=1e-12)
 
 
 def sum_steps(

@@ -51,6 +51,7 @@ class Batch:
     verifier_input: VerifierInput | None = None  # hidden states are still to be computed
     float8: Float8States | None = None  # hidden states are still to be scaled
     anchors: Tensor | None = None  # [anchors], int64, ascending: drawn positions, on the CPU
+    depths: Tensor | None = None  # [seq_len], int64: drawn numbers of predictions, on the CPU
 
     def to(self, device: torch.device) -> Self:
         """Copy to a device, except for the host mask; asynchronous from pinned memory."""

@@ -1,10 +1,12 @@
-"""Noise on aux hidden states, a function of seed, epoch and sample only."""
+"""Random numbers of positions and states, a function of seed, epoch and sample only."""
 
 from dataclasses import replace
 from hashlib import sha256
 from importlib.util import find_spec
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from speculators_cli.core.data.batch import Batch, drop_non_finite, rows_of
@@ -54,6 +56,16 @@ def add_noise(batch: Batch, std: float, *, seed: int, epoch: int) -> Batch:
         noise[start : start + length].uniform_(-std, std, generator=generator)
         start += length
     return replace(batch, aux_hidden_states=aux + noise)
+
+
+def draw_numbers(batch: Batch, *, seed: int, epoch: int, purpose: str) -> NDArray[np.float64]:
+    """A number in [0, 1) for each position of the documents of a batch, in order."""
+    keys = (document_key(seed, epoch, sample_id, purpose=purpose) for sample_id in batch.sample_ids)
+    numbers = [
+        np.random.default_rng(key).random(length)
+        for key, length in zip(keys, batch.lengths, strict=True)
+    ]
+    return np.concatenate(numbers) if numbers else np.zeros(0)
 
 
 def document_key(seed: int, epoch: int, sample_id: int, *, purpose: str = "") -> int:

@@ -24,13 +24,16 @@ from speculators_cli.core.kernels.spans import Spans
 
 def joint_attention(
     query: Tensor,  # [queries, heads, head_dim], laid out by `spans`, zeros in the gaps
-    keys: Sequence[Tensor],  # step 0: [seq_len, kv_heads, head_dim]; later: [active, ...]
+    keys: Sequence[Tensor],  # step 0: [seq_len, kv_heads, head_dim]; later: [active or more, ...]
     values: Sequence[Tensor],  # as the keys
     spans: Spans,
     *,
     window: int | None = None,
+    into: Tensor | None = None,  # [active, heads, head_dim]: the memory of the result
 ) -> Tensor:
     """Attend from each row; [active, heads, head_dim].
+
+    Later steps may have keys of more rows, after those of the ones that attend.
 
     With a window, a row's query of TTT step k sees its k own keys and the `window - k` newest of
     step 0; the window must exceed k.
@@ -38,7 +41,8 @@ def joint_attention(
     if window is not None:
         window -= len(keys) - 1
         assert window > 0, "a window within the own keys takes the plain path"
-    out: Tensor = _JointAttention.apply(query, spans, window, *keys, *values)
+    # In a list, `into` is no input for autograd.
+    out: Tensor = _JointAttention.apply(query, spans, window, [into], *keys, *values)
     return out
 
 
@@ -49,6 +53,7 @@ class _JointAttention(torch.autograd.Function):
         query: Tensor,
         spans: Spans,
         window: int | None,  # of step 0's keys
+        room: list[Tensor | None],
         *keys_and_values: Tensor,
     ) -> Tensor:
         num_steps = len(keys_and_values) // 2
@@ -57,7 +62,7 @@ class _JointAttention(torch.autograd.Function):
             query, keys_and_values[0], keys_and_values[num_steps], spans, window=window
         )
         own = _Own.of(keys_and_values)
-        out, lse = _merge(query, own, causal.out, causal.lse, spans.places)
+        out, lse = _merge(query, own, causal.out, causal.lse, spans.places, room[0])
         ctx.save_for_backward(query, *keys_and_values, out, lse, *causal.saved)
         ctx.spans, ctx.window, ctx.num_steps = spans, window, num_steps
         return out
@@ -88,6 +93,7 @@ class _JointAttention(torch.autograd.Function):
             grad_query,
             None,
             None,
+            None,
             grad_key,
             *grad_own_keys,
             grad_value,
@@ -104,7 +110,7 @@ def _laid_out(
 
 
 class _Own(NamedTuple):
-    """Keys and values of later steps, each [active, kv_heads, head_dim], each row contiguous."""
+    """Keys and values of later steps, each [rows, kv_heads, head_dim], each row contiguous."""
 
     keys: tuple[Tensor, ...]
     values: tuple[Tensor, ...]
@@ -119,7 +125,10 @@ class _Own(NamedTuple):
 
     def arguments(self) -> tuple[Any, ...]:
         """Return the kernels' arguments: pointers, and row strides, equal in all steps."""
-        strides = [{x.stride(0) for x in parts} or {0} for parts in (self.keys, self.values)]
+        # The stride of a single row is not read.
+        strides = [
+            {x.stride(0) for x in parts if len(x) > 1} or {0} for parts in (self.keys, self.values)
+        ]
         (key_stride,), (value_stride,) = strides
         return self.keys, key_stride, self.values, value_stride
 
@@ -151,11 +160,12 @@ def _merge(
     causal_out: Tensor,  # softmax over step 0 only
     causal_lse: Tensor,  # [heads, queries], float32: its log-sum-exp
     places: Tensor | None,
+    into: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """Return output and log-sum-exp of all keys: [active, heads, head_dim], [active, heads]."""
     num_queries, num_heads, head_dim = query.shape
     num_rows = num_queries if places is None else len(places)
-    out = query.new_empty(num_rows, num_heads, head_dim)
+    out = query.new_empty(num_rows, num_heads, head_dim) if into is None else into
     lse = torch.empty(num_rows, num_heads, dtype=torch.float32, device=query.device)
     _merge_kernel[(num_rows,)](
         query, *own.arguments(), causal_out, causal_lse, causal_lse.stride(0),
@@ -181,6 +191,9 @@ def _merge_backward(
         [torch.empty_like(x, memory_format=torch.contiguous_format) for x in parts]
         for parts in (own.keys, own.values)
     )
+    for grad in (*grad_keys, *grad_values):
+        if len(grad) > num_rows:
+            grad[num_rows:].zero_()
     _merge_backward_kernel[(num_rows,)](
         query, *own.arguments(),
         out, lse, grad_out, grad_causal, query if places is None else places,

@@ -4,13 +4,12 @@ For a target with verifier logits :math:`t`, and the draft's logits :math:`d` of
 :math:`p = softmax(t)`, :math:`q = softmax(d)`, the loss is
 :math:`KL(p || q) = (E_p[t] - lse(t)) - (E_p[d] - lse(d))` and its gradient with respect to
 :math:`d` is :math:`q - p`. No logits outlive their chunk: gradients are computed in the forward,
-where they overwrite the draft's logits. The steps of a row are adjacent, so a chunk is one matrix
-product, and the steps that score a target share its verifier logits, computed once per chunk.
+where they overwrite the draft's logits. The steps of a row are scored together: a chunk is one
+matrix product, and steps that score a target share its verifier logits, computed once per chunk.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -20,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from speculators_cli.core.kernels.logit_chunks import chunk_size
+from speculators_cli.core.kernels.logit_chunks import Pairs, chunk_size
 from speculators_cli.core.kernels.shared import SharedWeight
 
 
@@ -39,30 +38,27 @@ class Targets:
 
 
 class Scores(NamedTuple):
-    """The scores of each TTT step."""
+    """The scores of each pair of a row and a step."""
 
     loss: Tensor  # float32 scalar: weighted sum; carries the gradient
-    losses: Tensor  # [rows, steps], float32, in nats; 0 where nothing is scored
-    agreed: Tensor  # the draft's token equals the verifier's
-    scored: Tensor  # [rows, steps], bool
+    losses: Tensor  # [pairs], float32, in nats; 0 where nothing is scored
+    agreed: Tensor  # [pairs], bool: the draft's token equals the verifier's
+    scored: Tensor  # [pairs], bool
 
 
 def linear_kl(
-    stacked: Tensor,  # input shared with `steps`, without a gradient
-    steps: Sequence[Tensor],  # of each step, [rows, hidden]: after the final norm
+    stacked: Tensor,  # [pairs, hidden]: input shared with `parts`, without a gradient
+    parts: Sequence[Tensor],  # of each of `pairs.inputs`, [rows, hidden]: after the final norm
     head: SharedWeight,  # [draft_vocab, hidden]
-    indices: Tensor,  # [rows, steps], int64: the target that a row's step scores, or -1
-    bounds: Callable[[int, int], tuple[int, int]],  # of rows -> of all targets they score
-    weights: Tensor,  # weight of a position of each step in the loss
+    pairs: Pairs,
+    weights: Tensor,  # [steps]: weight of a position of each step in the loss
     targets: Targets,
 ) -> Scores:
     """Score all targets.
 
     The gradient is computed in the forward, for a gradient of 1 at `loss`: scale with `weights`.
     """
-    return Scores(
-        *_LinearKL.apply(stacked, head, indices, bounds, weights, targets, head.token, *steps)
-    )
+    return Scores(*_LinearKL.apply(stacked, head, pairs, weights, targets, head.token, *parts))
 
 
 class _LinearKL(torch.autograd.Function):
@@ -71,65 +67,63 @@ class _LinearKL(torch.autograd.Function):
         ctx: Any,
         stacked: Tensor,
         head: SharedWeight,
-        indices: Tensor,
-        bounds: Callable[[int, int], tuple[int, int]],
+        pairs: Pairs,
         weights: Tensor,
         targets: Targets,
         token: Tensor,
-        *steps: Tensor,
+        *parts: Tensor,
     ) -> tuple[Tensor, ...]:
-        del token, steps
-        num_rows, num_steps, size = stacked.shape
-        needs_head, needs_rows = ctx.needs_input_grad[6], any(ctx.needs_input_grad[7:])
-        losses = torch.empty(num_rows, num_steps, device=stacked.device)
-        flags = torch.empty(2, num_rows, num_steps, dtype=torch.bool, device=stacked.device)
+        del token, parts
+        needs_head, needs_rows = ctx.needs_input_grad[5], any(ctx.needs_input_grad[6:])
+        weights = weights.index_select(0, pairs.steps)
+        losses = torch.empty(len(weights), device=stacked.device)
+        flags = torch.empty(2, len(weights), dtype=torch.bool, device=stacked.device)
         grads = torch.empty_like(stacked) if needs_rows else None
         verifier_head = targets.head.to(stacked.dtype)
         verifier_bias = None if targets.bias is None else targets.bias.to(stacked.dtype)
-        for start, stop in split_rows(num_rows, chunk_size(num_steps, len(verifier_head))):
-            rows = head.factor.prepare(stacked[start:stop].view(-1, size))
+        size = pairs.num_steps * chunk_size(pairs.num_steps, len(verifier_head))
+        for here, known in pairs.split(size):
+            places = None if pairs.order is None else pairs.order[here]
+            rows = head.factor.prepare(
+                stacked[here] if places is None else stacked.index_select(0, places)
+            )
             logits = head.factor.multiply(rows)
-            first, last = bounds(start, stop)
-            here = slice(first, last)
-            target_logits = F.linear(targets.hidden[here], verifier_head, verifier_bias)
+            target_logits = F.linear(targets.hidden[known], verifier_head, verifier_bias)
             _kl(
                 logits,
                 target_logits,
-                target_stats(target_logits, targets, here),
-                indices[start:stop],
-                first,
-                weights,
+                target_stats(target_logits, targets, known),
+                pairs.targets[here],
+                known.start,
+                weights[here],
                 targets,
-                (losses[start:stop], flags[0, start:stop], flags[1, start:stop]),
+                (losses[here], flags[0, here], flags[1, here]),
             )
             if needs_rows or needs_head:
                 grad_rows = head.factor.prepare(logits)
                 if needs_head:
                     head.factor.add_gradient(grad_rows, rows)
                 if grads is not None:
-                    into = grads[start:stop].view(-1, size)
-                    head.factor.multiply_back(grad_rows, into=into)
+                    into = grads[here] if places is None else None
+                    own = head.factor.multiply_back(grad_rows, into=into)
+                    if places is not None:
+                        grads.index_copy_(0, places, own)
+                    del own
                 del grad_rows
             # Before the next chunk's are computed, or both would be in memory at once.
-            del logits, target_logits
+            del rows, logits, target_logits
         ctx.save_for_backward(grads)
+        ctx.inputs = pairs.inputs
         agreed, scored = flags.unbind()
         ctx.mark_non_differentiable(losses, agreed, scored)
-        return (losses.sum(0) * weights).sum(), losses, agreed, scored
+        return (losses * weights).sum(), losses, agreed, scored
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        (step_grads,) = ctx.saved_tensors
+        (input_grads,) = ctx.saved_tensors
         torch._assert_async(grads[0] == 1.0)  # noqa: SLF001
-        return (*(None,) * 7, *step_grads.unbind(1))
-
-
-def split_rows(num_rows: int, size: int) -> list[tuple[int, int]]:
-    """Split rows into ranges of at most `size`, of nearly equal lengths."""
-    num_chunks = -(-num_rows // size)
-    bounds = [num_rows * i // max(num_chunks, 1) for i in range(num_chunks + 1)]
-    return list(pairwise(bounds))
+        return (*(None,) * 6, *(input_grads[rows] for rows in ctx.inputs))
 
 
 def logit_options(targets: Targets) -> dict[str, Any]:
@@ -163,21 +157,21 @@ def target_stats(
 
 
 def _kl(
-    logits: Tensor,  # [rows*steps, draft_vocab]: of the draft; becomes the weighted gradient
+    logits: Tensor,  # [pairs, draft_vocab]: of the draft; becomes the weighted gradient
     target_logits: Tensor,  # [some, draft_vocab]
     known: tuple[Tensor, Tensor],  # of these targets, by `target_stats`
-    indices: Tensor,  # [rows, steps], int64
+    indices: Tensor,  # [pairs], int64
     first: int,  # the first of these targets
-    weights: Tensor,  # [steps]
+    weights: Tensor,  # [pairs]
     targets: Targets,
-    results: tuple[Tensor, Tensor, Tensor],  # losses, agreed and scored, each [rows, steps]
+    results: tuple[Tensor, Tensor, Tensor],  # losses, agreed and scored, each [pairs]
 ) -> None:
     """Write the losses and gradients of a chunk."""
     num_pairs, vocab_size = logits.shape
     _kl_kernel[(num_pairs,)](
         logits, target_logits, *known, indices, first, targets.is_kept, targets.kept_ids, weights,
         *results, vocab_size,
-        NUM_STEPS=indices.shape[1], **logit_options(targets), **vocab_blocks(vocab_size),
+        **logit_options(targets), **vocab_blocks(vocab_size),
     )  # fmt: skip
 
 
@@ -225,13 +219,12 @@ def _target_stats_kernel(
 
 @triton.jit(
     do_not_specialize=["first", "logit_scale", "softcap"],
-    do_not_specialize_on_alignment=["tokens", "indices", "losses", "agreed", "scored"],
+    do_not_specialize_on_alignment=["tokens", "indices", "weights", "losses", "agreed", "scored"],
 )
 def _kl_kernel(
     logits, target_logits, stats, tokens, indices, first, is_kept, kept_ids, weights,
     losses, agreed, scored, vocab_size, logit_scale, softcap,
     HAS_SOFTCAP: tl.constexpr,
-    NUM_STEPS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Process one row and step: one pass for the loss, one that writes the gradient."""
@@ -273,7 +266,7 @@ def _kl_kernel(
         tl.store(losses + pair, (target_mean - target_lse) - (mean - lse))
         token = tl.load(kept_ids + tl.maximum(best, 0))
         tl.store(agreed + pair, token == tl.load(tokens + target))
-        scale = tl.load(weights + pair % NUM_STEPS)
+        scale = tl.load(weights + pair)
         for start in range(0, vocab_size, BLOCK):
             i = start + tl.arange(0, BLOCK)
             inside = i < vocab_size

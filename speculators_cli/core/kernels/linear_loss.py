@@ -29,12 +29,11 @@ from torch.autograd.function import once_differentiable
 from speculators_cli.core.kernels.linear_kl import (
     Targets,
     logit_options,
-    split_rows,
     target_stats,
     verifier_logits,
     vocab_blocks,
 )
-from speculators_cli.core.kernels.logit_chunks import block_chunk_size
+from speculators_cli.core.kernels.logit_chunks import block_chunk_size, split_rows
 from speculators_cli.core.kernels.shared import SharedWeight
 
 

@@ -217,3 +217,24 @@ def gather(
     """Gather these rows, [active, ...]; the backward gathers by their places."""
     out: Tensor = _Gather.apply(x, rows, places)
     return out
+
+
+class _Join(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, whole: Tensor, *parts: Tensor) -> Tensor:
+        ctx.sizes = [len(part) for part in parts]
+        return whole.view_as(whole)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        return None, *grads[0].split(ctx.sizes)
+
+
+def join(
+    whole: Tensor,  # [rows, ...]: the memory that the parts share, one after another
+    parts: Sequence[Tensor],  # each [some, ...]
+) -> Tensor:
+    """Concatenate parts that were written into one tensor, without a copy; [rows, ...]."""
+    out: Tensor = _Join.apply(whole, *parts)
+    return out

@@ -38,16 +38,17 @@ class Spans:
     def of_rows(
         cls, bounds: Sequence[int], rows: NDArray[np.int64], device: torch.device
     ) -> "Spans":
-        """Build spans in which only these rows are queries; ascending positions."""
+        """Build spans in which only these positions are queries, in any order."""
         query_bounds, places = [0], []
+        ascending = np.sort(rows)
         for start, stop in pairwise(bounds):
-            own = rows[np.searchsorted(rows, start) : np.searchsorted(rows, stop)]
+            own = ascending[np.searchsorted(ascending, start) : np.searchsorted(ascending, stop)]
             length = stop - int(own[0]) if len(own) else 0
             places.append(own - (stop - length) + query_bounds[-1])
             query_bounds.append(query_bounds[-1] + length)
-        placed = np.concatenate(places)
+        placed = np.concatenate(places)[np.searchsorted(ascending, rows)]
         offsets = _offsets(query_bounds, device), _offsets(bounds, device)
-        if len(placed) == query_bounds[-1]:
+        if np.array_equal(placed, np.arange(query_bounds[-1])):
             return cls(tuple(query_bounds), tuple(bounds), *offsets, None, None)
         sources = np.full(query_bounds[-1], -1)
         sources[placed] = np.arange(len(placed))

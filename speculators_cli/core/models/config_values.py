@@ -41,6 +41,14 @@ class Values:
             raise self.error(key, f"a whole number from 1 to {MAX_SIZE:,}")
         return number
 
+    def token(self, key: str) -> int | None:
+        """Return a token id, which may be 0."""
+        value = self.content.get(key)
+        number = _whole(value)
+        if value is not None and (number is None or not 0 <= number <= MAX_SIZE):
+            raise self.error(key, "a token id")
+        return number
+
     def number(self, key: str) -> float | None:
         """Return a positive number."""
         value = self.content.get(key)

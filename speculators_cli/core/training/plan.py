@@ -115,15 +115,19 @@ def _estimate(
         cost.expect_work(config, settings.algorithm_settings, lengths[ids], targets[ids])
         for ids in map(list, packed.sequences)
     ]
-    flops = sum(part.flops for part in work)
-    flops_per_step = flops / max(packed.num_steps, 1) / ranks.num_ranks
+    num_steps = max(packed.num_steps, 1) * ranks.num_ranks  # of all ranks
+    flops_per_step = sum(part.flops for part in work) / num_steps
+    other_flops = sum(part.other_flops for part in work) / num_steps
     parameters = config.count_parameters()
     trained = cost.count_trained(config, settings.algorithm_settings)
     is_cuda = ranks.device.type == "cuda"
     device = torch.cuda.get_device_name() if is_cuda else "cpu"
     is_modelled = _runs_fast_in_bfloat16(settings, config, ranks.device)
     gpu = find_gpu(device) if is_modelled else None
-    seconds = total_steps * cost.estimate_seconds(flops_per_step, trained, gpu) if gpu else None
+    seconds = None
+    if gpu is not None:
+        all_flops = flops_per_step + other_flops
+        seconds = total_steps * cost.estimate_seconds(all_flops, trained, gpu)
     capture = None
     if inputs.is_live:
         capture = plan_capture(settings, inputs, ranks, packed, total_steps, seconds, gpu)

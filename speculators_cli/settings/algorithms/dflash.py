@@ -5,15 +5,11 @@ from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
-from speculators_cli.settings.base import (
-    REFUSED_ON_RESUME,
-    WARNED_ON_RESUME,
-    MaskTokenId,
-    Settings,
-)
+from speculators_cli.settings.algorithms.mask import MaskSettings
+from speculators_cli.settings.base import REFUSED_ON_RESUME, WARNED_ON_RESUME
 
 
-class BlockSettings(Settings):
+class BlockSettings(MaskSettings):
     """What drafts of blocks have in common."""
 
     # Defaults of settings in other sections, where no value is given.
@@ -29,12 +25,14 @@ class BlockSettings(Settings):
         description="Number of tokens in a block; DFlash proposes one fewer, DSpark all",
     )
     num_anchors: Annotated[int, WARNED_ON_RESUME] = Field(
-        512, ge=1, description="Maximum number of blocks trained per packed sequence"
+        512,
+        ge=1,
+        description="Maximum number of anchors per packed sequence: positions after which a block "
+        "is trained; of P-EAGLE, positions that are trained beyond the first TTT step",
     )
     block_loss_gamma: Annotated[float, WARNED_ON_RESUME] = Field(
         4.0, gt=0, description="Fixed decay: draft token k is weighted by exp(-k/gamma), k from 0"
     )
-    mask_token_id: Annotated[MaskTokenId, REFUSED_ON_RESUME] = None
     draft_window: Annotated[int | None, REFUSED_ON_RESUME] = Field(
         None,
         ge=1,

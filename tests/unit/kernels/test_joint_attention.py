@@ -8,7 +8,7 @@ from speculators_cli.core.algorithms.eagle3.attention import plain_attention
 from speculators_cli.core.kernels.joint_attention import joint_attention
 from speculators_cli.core.kernels.spans import Spans
 from tests.gradients import assert_same
-from tests.tiny_drafts import attend_from
+from tests.tiny_drafts import attend_from, lay_out
 
 CPU = torch.device("cpu")
 
@@ -67,3 +67,21 @@ def test_joint_attention_of_all_rows_equals_the_plain_one(rng: torch.Generator) 
         return plain_attention(query, bounds, *parts)
 
     assert_same(fast, plain, torch.randn(13, 4, 8, generator=rng), *parts)
+
+
+def test_own_keys_of_rows_that_do_not_attend_are_not_read(rng: torch.Generator) -> None:
+    bounds, rows = (0, 5, 6, 13), torch.tensor([2, 4, 9])
+    spans = Spans.of_rows(bounds, rows.numpy(), CPU)
+    query = torch.randn(3, 4, 8, generator=rng)
+    first_key, first_value = torch.randn(2, 13, 2, 8, generator=rng)
+    # Keys of two steps, then values; two rows too many.
+    own = torch.randn(4, 5, 2, 8, generator=rng)
+
+    def attend(query: Tensor, *own: Tensor) -> Tensor:
+        keys, values = (first_key, *own[:2]), (first_value, *own[2:])
+        return joint_attention(lay_out(query, spans), keys, values, spans)
+
+    def attend_with_these(query: Tensor, *own: Tensor) -> Tensor:
+        return attend(query, *(x[:3] for x in own))
+
+    assert_same(attend, attend_with_these, query, *own)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from speculators_cli.core.kernels.factors import Float8Factor, PlainFactor
-from speculators_cli.core.kernels.shared import SharedRows, SharedWeight, gather
+from speculators_cli.core.kernels.shared import SharedRows, SharedWeight, gather, join
 from tests.gradients import assert_same, gradients
 
 
@@ -168,3 +168,19 @@ def test_gathered_rows_give_their_gradient_back(rng: torch.Generator) -> None:
         return gather(x, rows, places)
 
     assert_same(fast, lambda x: x[rows], torch.randn(6, 2, 3, generator=rng))
+
+
+def test_parts_of_one_tensor_are_joined_without_a_copy(rng: torch.Generator) -> None:
+    whole = torch.empty(5, 3)
+    first, second = (torch.randn(n, 3, generator=rng, requires_grad=True) for n in (2, 3))
+    whole[:2], whole[2:] = first.detach(), second.detach()
+
+    joined = join(whole, [first, second])
+    (joined * torch.arange(5.0)[:, None]).sum().backward()
+
+    assert torch.equal(joined, torch.cat([first, second]))
+    assert joined.data_ptr() == whole.data_ptr()
+    assert first.grad is not None
+    assert second.grad is not None
+    assert first.grad[:, 0].tolist() == [0, 1]
+    assert second.grad[:, 0].tolist() == [2, 3, 4]

@@ -6,16 +6,14 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from speculators_cli.core.algorithms.algorithm import Algorithm
 from speculators_cli.core.algorithms.dflash.config import DFlashConfig
+from speculators_cli.core.algorithms.draft_config_reader import find_assumed
 from speculators_cli.core.algorithms.drafter import Verified
-from speculators_cli.core.algorithms.layers_reader import find_assumed
+from speculators_cli.core.algorithms.mask_algorithm import MaskAlgorithm
 from speculators_cli.core.data.alignment import NEXT_TOKEN
 from speculators_cli.core.data.source import SampleSource, spread_evenly
 from speculators_cli.core.errors import DataError, SettingsError
 from speculators_cli.core.kernels.anchor_spans import can_attend
-from speculators_cli.core.models.mask_token import choose_mask_token
-from speculators_cli.core.models.verifier_files import VerifierFiles
 from speculators_cli.settings.algorithms.dflash import BlockSettings
 
 NUM_PROBE_TOKENS = 32
@@ -25,7 +23,7 @@ BlockConfigT = TypeVar("BlockConfigT", bound=DFlashConfig)
 BlockSettingsT = TypeVar("BlockSettingsT", bound=BlockSettings)
 
 
-class BlockAlgorithm(Algorithm[BlockConfigT, BlockSettingsT]):
+class BlockAlgorithm(MaskAlgorithm[BlockConfigT, BlockSettingsT]):
     """An algorithm whose drafts fill in a block of mask tokens."""
 
     alignment = NEXT_TOKEN
@@ -50,20 +48,6 @@ class BlockAlgorithm(Algorithm[BlockConfigT, BlockSettingsT]):
     def find_unread(self, config: BlockConfigT) -> frozenset[str]:
         """The verifier's LM head, saved with a draft of the full vocabulary."""
         return frozenset() if config.owns_head else frozenset({"lm_head.weight"})
-
-    def choose_values(
-        self,
-        settings: BlockSettingsT,
-        files: VerifierFiles,
-        vocab_size: int,
-        *,
-        trust_remote_code: bool,
-    ) -> Mapping[str, Any]:
-        """The mask token."""
-        token = choose_mask_token(
-            settings.mask_token_id, files, vocab_size, trust_remote_code=trust_remote_code
-        )
-        return {"mask_token_id": token}
 
     def check_samples(self, config: BlockConfigT, samples: SampleSource) -> None:
         """Refuse answers shorter than a block, and samples that have the mask token.
@@ -121,7 +105,7 @@ class BlockAlgorithm(Algorithm[BlockConfigT, BlockSettingsT]):
                 f"`--draft-arch` is `{shape['arch']}`, but {self.title} drafts have `qwen3` layers",
                 hint="Pass `--draft-arch qwen3`, or leave it out",
             )
-        return {"mask_token_id": shape["vocab_size"] - 1, **shape}
+        return self.with_mask(shape)
 
 
 def draw_probe(config: DFlashConfig) -> Iterator[Verified]:

@@ -11,9 +11,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from speculators_cli.core.algorithms.dflash.attention import BlockSpans
-from speculators_cli.core.algorithms.objective import scored_positions
+from speculators_cli.core.algorithms.objective import scored_on_host
 from speculators_cli.core.data.batch import Batch
-from speculators_cli.core.data.noise import document_key
+from speculators_cli.core.data.noise import draw_numbers
 from speculators_cli.core.kernels.device import move
 from speculators_cli.core.kernels.spans import document_bounds
 
@@ -45,14 +45,7 @@ def draw_anchors(batch: Batch, num_anchors: int, *, seed: int, epoch: int) -> Ba
     """
     candidates = np.flatnonzero(batch.host_mask.numpy())
     if len(candidates) > num_anchors:
-        numbers = np.concatenate(
-            [
-                np.random.default_rng(
-                    document_key(seed, epoch, sample_id, purpose="anchors/")
-                ).random(length)
-                for sample_id, length in zip(batch.sample_ids, batch.lengths, strict=True)
-            ]
-        )
+        numbers = draw_numbers(batch, seed=seed, epoch=epoch, purpose="anchors/")
         chosen = np.argpartition(numbers[candidates], num_anchors - 1)[:num_anchors]
         candidates = np.sort(candidates[chosen])
     return replace(batch, anchors=torch.from_numpy(candidates))
@@ -70,8 +63,7 @@ def find_blocks(batch: Batch, num_predictions: int) -> Blocks:
         anchors = np.zeros(1, dtype=np.int64)
     seq_len = len(batch.host_mask)
     bounds = document_bounds(batch.lengths, seq_len)
-    documents = torch.from_numpy(np.repeat(np.arange(len(bounds) - 1), np.diff(bounds)))
-    scored = scored_positions(batch.host_mask, documents, num_predictions)[:, anchors]
+    scored = scored_on_host(batch, num_predictions)[:, anchors]
     is_scored = scored.int().cumprod(0).bool().numpy()  # [predictions, anchors]
     supervised = np.flatnonzero(batch.host_mask.numpy())
     first = np.searchsorted(supervised, anchors)

@@ -6,11 +6,11 @@ from typing import Any
 from transformers import AutoConfig
 
 from speculators_cli.core.algorithms.dflash.config import DFlashConfig
-from speculators_cli.core.algorithms.draft_config import LAYER_IDS_ASSUMED, is_speculators
-from speculators_cli.core.algorithms.layers_reader import (
+from speculators_cli.core.algorithms.draft_config import is_speculators
+from speculators_cli.core.algorithms.draft_config_reader import (
     CONVERT_HINT,
-    read_layers_rope,
-    read_sizes,
+    read_num_tokens,
+    read_shared,
     refuse_other_layers,
 )
 from speculators_cli.core.algorithms.overrides import Overrides
@@ -66,9 +66,7 @@ def read_block_config(values: Values, overrides: Overrides, *, first_slot: int) 
         CheckpointError: This package does not compute it, or a value is missing.
     """
     layers = values.part("transformer_layer_config")
-    speculators = values.part("speculators_config")
-    verifier = speculators.part("verifier")
-    num_tokens = speculators.first_part("proposal_methods").size("speculative_tokens")
+    num_tokens = read_num_tokens(values)
     causal = layers.switch("is_causal")
     if causal is None:
         # Absent, blocks are bidirectional, with any kind of layer.
@@ -78,10 +76,9 @@ def read_block_config(values: Values, overrides: Overrides, *, first_slot: int) 
         layers,
         overrides,
         block_size=values.size("block_size") or (num_tokens and num_tokens + first_slot),
-        mask=_read_id(values, "mask_token_id"),
+        mask=values.token("mask_token_id"),
         layer_ids=values.layer_ids(DFlashConfig.layer_ids_key),
         causal=causal,
-        verifier=(verifier.text("name_or_path"), verifier.texts("architectures")),
     )
 
 
@@ -98,11 +95,10 @@ def _from_plain(values: Values, overrides: Overrides) -> DFlashConfig:
         values,
         overrides,
         block_size=values.size("block_size") or own.size("block_size"),
-        mask=_read_id(own, "mask_token_id"),
+        mask=own.token("mask_token_id"),
         # This format counts the layer whose output is taken, not the layers passed.
         layer_ids=tuple(k + 1 for k in own.layer_ids("target_layer_ids")),
         causal=causal,
-        verifier=(None, ()),
     )
 
 
@@ -115,64 +111,23 @@ def _build(
     mask: int | None,
     layer_ids: tuple[int, ...],
     causal: bool,
-    verifier: tuple[str | None, tuple[str, ...]],
 ) -> DFlashConfig:
-    name = values.name
     refuse_other_layers(values, layers, checks_windows=False)
     if layers.text("model_type") != "qwen3":
         raise layers.error("model_type", "`qwen3`")
-    ids = overrides.target_layer_ids or layer_ids
-    verifier_name = overrides.verifier_name_or_path or verifier[0]
-    required = {
-        "block_size": block_size,
-        "mask_token_id": mask,
-        "layer ids of the verifier": ids or None,
-        "verifier": verifier_name,
-    }
-    for key, value in required.items():
-        if value is None:
-            raise CheckpointError(
-                f"The config.json of `{name}` has no {key}", hint=_HINTS.get(key, CONVERT_HINT)
-            )
-    assert block_size is not None
-    assert mask is not None
-    assert verifier_name is not None
-    family = AutoConfig.for_model("qwen3")
-    sizes = read_sizes(layers, "qwen3", family)
+    if block_size is None or mask is None:
+        key = "block_size" if block_size is None else "mask_token_id"
+        raise CheckpointError(f"The config.json of `{values.name}` has no {key}", hint=CONVERT_HINT)
     if block_size < 2:
         raise values.error("block_size", "at least 2")
-    architectures = overrides.verifier_architectures or verifier[1]
-    if not architectures:
-        assert overrides.read_verifier is not None, "configs without verifier values need a reader"
-        architectures = overrides.read_verifier(verifier_name).architectures
-    if list(ids) != sorted(set(ids)):
-        raise CheckpointError(
-            f"`{name}` has the verifier layers {list(ids)}: they are not strictly ascending",
-            hint="Pass `--target-layer-ids` with the layers it was trained on",
-        )
+    family = AutoConfig.for_model("qwen3")
     return DFlashConfig(
-        arch="qwen3",
-        target_hidden_size=values.size("target_hidden_size") or sizes["hidden_size"],
-        rms_norm_eps=layers.number("rms_norm_eps") or family.rms_norm_eps,
-        rope_parameters=read_layers_rope(values, layers, sizes),
-        draft_vocab_size=values.size("draft_vocab_size") or sizes["vocab_size"],
-        target_layer_ids=ids,
-        are_layer_ids_assumed=overrides.target_layer_ids is None
-        and values.content.get(LAYER_IDS_ASSUMED) is True,
-        verifier_name_or_path=verifier_name,
-        verifier_architectures=architectures,
+        **read_shared(values, layers, overrides, arch="qwen3", family=family, layer_ids=layer_ids),
         block_size=block_size,
         mask_token_id=mask,
         draft_window=_read_window(layers),
         causal_block=causal,
-        **sizes,
     )
-
-
-_HINTS = {
-    "verifier": "Pass `--verifier-name-or-path`",
-    "layer ids of the verifier": "Pass `--target-layer-ids` with the layers it was trained on",
-}
 
 
 def _read_window(layers: Values) -> int | None:
@@ -190,11 +145,3 @@ def _read_window(layers: Values) -> int | None:
     if window is None:
         raise layers.error("sliding_window", "a number of tokens")
     return window
-
-
-def _read_id(values: Values, key: str) -> int | None:
-    """A token id, which may be 0."""
-    found = values.content.get(key)
-    if found is not None and (not isinstance(found, int) or isinstance(found, bool) or found < 0):
-        raise values.error(key, "a token id")
-    return found

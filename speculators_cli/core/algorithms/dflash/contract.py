@@ -67,12 +67,8 @@ PLAIN_RULES = (
 NEEDS = (Need(lambda _: True, "0.32.0", "were not tested with DFlash drafts of this package"),)
 
 
-def _find_obstacles(config: DFlashConfig) -> list[str]:
-    return find_bad_mask(config.mask_token_id, config.vocab_size)
-
-
 def _find_plain_obstacles(config: DFlashConfig) -> list[str]:
-    found = find_bad_mask(config.mask_token_id, config.vocab_size)
+    found = find_bad_mask(config)
     if config.owns_head:
         found.append(
             f"it has {config.draft_vocab_size:,} of {config.vocab_size:,} tokens, and the engine "
@@ -81,10 +77,6 @@ def _find_plain_obstacles(config: DFlashConfig) -> list[str]:
     if 0 in config.target_layer_ids:
         found.append("it reads the verifier's embedding output, which the engine does not provide")
     return found
-
-
-def _speculators_config(config: DFlashConfig, dtype: str) -> dict[str, Any]:
-    return config.to_json(dtype=dtype)
 
 
 def _plain_config(config: DFlashConfig, dtype: str) -> dict[str, Any]:
@@ -107,7 +99,7 @@ def _plain_config(config: DFlashConfig, dtype: str) -> dict[str, Any]:
 
 def find_contradictions(config: DFlashConfig, content: Mapping[str, Any]) -> list[str]:
     """Values of config.json that are valid but contradict each other."""
-    found = find_bad_mask(config.mask_token_id, config.vocab_size)
+    found = find_bad_mask(config)
     layers = content.get("transformer_layer_config", {})
     if len(layers.get("layer_types", [])) not in (0, config.num_layers):
         found.append("`layer_types` has another number of layers than `num_hidden_layers`")
@@ -127,8 +119,7 @@ def find_contradictions(config: DFlashConfig, content: Mapping[str, Any]) -> lis
 FORMATS: Mapping[str, ExportFormat] = {
     "vllm": ExportFormat(
         method="dflash",
-        find_obstacles=_find_obstacles,
-        build_config=_speculators_config,
+        find_obstacles=find_bad_mask,
         rules=SPECULATORS_RULES,
         find_contradictions=find_contradictions,
         needs=NEEDS,

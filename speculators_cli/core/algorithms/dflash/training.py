@@ -12,7 +12,12 @@ from speculators_cli.core.algorithms.dflash.config import DFlashConfig
 from speculators_cli.core.algorithms.dflash.draft import DFlashDraft
 from speculators_cli.core.algorithms.dflash.loss_weights import LossWeights, weigh_by_acceptance
 from speculators_cli.core.algorithms.draft_model import DraftModel, Ratio, StepSums
-from speculators_cli.core.algorithms.objective import COUNTERS, RATIOS, sum_steps
+from speculators_cli.core.algorithms.objective import (
+    COUNTERS,
+    RATIOS,
+    sum_steps,
+    weigh_as_one_mean,
+)
 from speculators_cli.core.data.batch import Batch
 from speculators_cli.core.data.vocab_map import VocabMap
 from speculators_cli.core.errors import SettingsError
@@ -104,7 +109,7 @@ class DFlashTraining(DFlashDraft, DraftModel):
 
     def normalise(self, loss_weights: Tensor, num_scored: Tensor) -> Tensor:
         """What a scored prediction weighs: the loss is one weighted mean over all of them."""
-        return loss_weights / (loss_weights * num_scored).sum().clamp(min=1e-12)
+        return weigh_as_one_mean(loss_weights, num_scored)
 
     def count_scored(self, batch: Batch) -> Tensor:
         """Anchors at which each prediction will be scored; [predictions], int64."""

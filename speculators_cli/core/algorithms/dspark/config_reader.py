@@ -5,8 +5,8 @@ from dataclasses import fields
 from typing import Any
 
 from speculators_cli.core.algorithms.dflash.config_reader import read_block_config
+from speculators_cli.core.algorithms.draft_config_reader import CONVERT_HINT
 from speculators_cli.core.algorithms.dspark.config import DSparkConfig
-from speculators_cli.core.algorithms.layers_reader import CONVERT_HINT
 from speculators_cli.core.algorithms.overrides import Overrides
 from speculators_cli.core.errors import CheckpointError
 from speculators_cli.core.models.config_values import Values

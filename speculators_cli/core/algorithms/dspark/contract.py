@@ -32,14 +32,10 @@ NEEDS = (Need(lambda _: True, "0.32.0", "were not tested with DSpark drafts of t
 
 
 def _find_obstacles(config: DSparkConfig) -> list[str]:
-    found = find_bad_mask(config.mask_token_id, config.vocab_size)
+    found = find_bad_mask(config)
     if config.markov_head_type != "vanilla":
         found.append(f"its Markov head is `{config.markov_head_type}`, vLLM computes `vanilla`")
     return found
-
-
-def _build_config(config: DSparkConfig, dtype: str) -> dict[str, Any]:
-    return config.to_json(dtype=dtype)
 
 
 def _find_contradictions(config: DSparkConfig, content: Mapping[str, Any]) -> list[str]:
@@ -53,7 +49,6 @@ FORMATS: Mapping[str, ExportFormat] = {
     "vllm": ExportFormat(
         method="dspark",
         find_obstacles=_find_obstacles,
-        build_config=_build_config,
         rules=RULES,
         find_contradictions=_find_contradictions,
         needs=NEEDS,

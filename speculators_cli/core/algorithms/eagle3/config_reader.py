@@ -5,18 +5,15 @@ from typing import Any
 
 from transformers import AutoConfig
 
-from speculators_cli.core.algorithms.draft_config import (
-    LAYER_IDS_ASSUMED,
-    is_speculators,
-)
-from speculators_cli.core.algorithms.eagle3.config import SWITCHES, Eagle3Config
-from speculators_cli.core.algorithms.layers_reader import (
+from speculators_cli.core.algorithms.draft_config import is_speculators
+from speculators_cli.core.algorithms.draft_config_reader import (
     layers_of,
-    read_layers_rope,
-    read_sizes,
+    read_num_tokens,
+    read_shared,
     read_windows,
     refuse_other_layers,
 )
+from speculators_cli.core.algorithms.eagle3.config import SWITCHES, Eagle3Config
 from speculators_cli.core.algorithms.overrides import Overrides
 from speculators_cli.core.data.data_config import default_layer_ids
 from speculators_cli.core.errors import CheckpointError
@@ -106,9 +103,6 @@ def _from_speculators(
             raise CheckpointError(
                 f"The config.json of `{values.name}` lacks `{key}`", hint="Download it again"
             )
-    speculators = values.part("speculators_config")
-    verifier = speculators.part("verifier")
-    method = speculators.first_part("proposal_methods")
     flags = {key: values.switch(key) or False for key in SWITCHES}
     if "norm_before_residual" not in values.content:
         flags["norm_before_residual"] = residual_after_norm
@@ -117,9 +111,7 @@ def _from_speculators(
         values.part("transformer_layer_config"),
         overrides,
         flags=flags,
-        num_tokens=method.size("speculative_tokens"),
         layer_ids=values.layer_ids(_IDS),
-        verifier=(verifier.text("name_or_path"), verifier.texts("architectures")),
     )
 
 
@@ -139,9 +131,7 @@ def _from_plain(values: Values, overrides: Overrides) -> Eagle3Config:
         values,
         overrides,
         flags={key: _read_flag(values, eagle, key) for key in SWITCHES},
-        num_tokens=None,
         layer_ids=layer_ids,
-        verifier=(None, ()),
     )
 
 
@@ -163,49 +153,24 @@ def _build(
     overrides: Overrides,
     *,
     flags: Mapping[str, Any],
-    num_tokens: int | None,
     layer_ids: tuple[int, ...],
-    verifier: tuple[str | None, tuple[str, ...]],
 ) -> Eagle3Config:
-    name = values.name
-    verifier_name = overrides.verifier_name_or_path or verifier[0]
     refuse_other_layers(values, layers)
     arch, family = _find_family(layers)
-    sizes = read_sizes(layers, arch, family)
-    if not verifier_name:
-        raise CheckpointError(
-            f"The config.json of `{name}` has no verifier",
-            hint="Pass `--verifier-name-or-path`",
-        )
-    ids = overrides.target_layer_ids or layer_ids
-    are_ids_assumed = values.content.get(LAYER_IDS_ASSUMED) is True
-    is_assumed = overrides.target_layer_ids is None and (are_ids_assumed or not ids)
-    architectures = overrides.verifier_architectures or verifier[1]
-    if not ids or not architectures:
-        assert overrides.read_verifier is not None, "configs without verifier values need a reader"
-        shape = overrides.read_verifier(verifier_name)
-        ids = ids or default_layer_ids(shape.num_layers)
-        architectures = architectures or shape.architectures
-    if list(ids) != sorted(set(ids)) or ids[0] < 0:
-        raise CheckpointError(
-            f"`{name}` has the verifier layers {list(ids)}, which engines sort: they are not "
-            "strictly ascending",
-            hint="Pass `--target-layer-ids` with the layers it was trained on",
-        )
-    return Eagle3Config(
+    shared = read_shared(
+        values,
+        layers,
+        overrides,
         arch=arch,
-        target_hidden_size=values.size("target_hidden_size") or sizes["hidden_size"],
-        rms_norm_eps=layers.number("rms_norm_eps") or family.rms_norm_eps,
-        rope_parameters=read_layers_rope(values, layers, sizes),
-        draft_vocab_size=values.size("draft_vocab_size") or sizes["vocab_size"],
-        target_layer_ids=ids,
-        are_layer_ids_assumed=is_assumed,
-        ttt_steps=num_tokens or DEFAULT_NUM_TOKENS,
-        verifier_name_or_path=verifier_name,
-        verifier_architectures=architectures,
-        **read_windows(layers, sizes["num_layers"]),
-        **sizes,
+        family=family,
+        layer_ids=layer_ids,
+        choose_layer_ids=default_layer_ids,
+    )
+    return Eagle3Config(
+        **shared,
+        **read_windows(layers, shared["num_layers"]),
         **flags,
+        ttt_steps=read_num_tokens(values) or DEFAULT_NUM_TOKENS,
     )
 
 

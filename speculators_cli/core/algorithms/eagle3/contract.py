@@ -95,10 +95,6 @@ def _find_sglang_obstacles(config: Eagle3Config) -> list[str]:
     return found
 
 
-def _speculators_config(config: Eagle3Config, dtype: str) -> dict[str, Any]:
-    return config.to_json(dtype=dtype)
-
-
 def _plain_config(config: Eagle3Config, dtype: str) -> dict[str, Any]:
     whole = config.to_json()
     content = {
@@ -145,7 +141,6 @@ FORMATS: Mapping[str, ExportFormat] = {
     "vllm": ExportFormat(
         method="eagle3",
         find_obstacles=find_obstacles,
-        build_config=_speculators_config,
         rules=SPECULATORS_RULES,
         find_contradictions=find_contradictions,
         needs=NEEDS,

@@ -45,14 +45,34 @@ class RowCounts:
 class EagleCost(CostModel[EagleConfigT, EagleSettingsT]):
     """The cost of a step that computes active rows only."""
 
-    def count_spared_flops(self, config: EagleConfigT, rows: RowCounts) -> float:
-        """Operations of EAGLE-3 that this algorithm does not need."""
-        del config, rows
+    def count_passes(self, config: EagleConfigT, settings: EagleSettingsT, num_active: int) -> int:
+        """Passes of active rows through TTT steps: all rows go through all steps."""
+        del settings
+        return config.ttt_steps * num_active
+
+    def count_last(self, num_active: int, passes: int) -> int:
+        """Of these passes, those through the steps that are computed last: all through one step."""
+        del passes
+        return num_active
+
+    def count_spared_flops(self, config: EagleConfigT, num_later: int) -> float:
+        """Operations of EAGLE-3 that this algorithm does not need.
+
+        Args:
+            config: Of the draft.
+            num_later: Passes of rows through the steps after the first.
+        """
+        del config, num_later
         return 0.0
 
-    def count_spared_bytes(self, config: EagleConfigT, num_active: int) -> int:
-        """Bytes of activations of EAGLE-3 that this algorithm does not keep."""
-        del config, num_active
+    def count_other_flops(self, config: EagleConfigT, rows: RowCounts, passes: int) -> float:
+        """Operations that take as long as what the kernels compute beside those that are needed."""
+        del config, rows, passes
+        return 0.0
+
+    def count_spared_bytes(self, config: EagleConfigT, num_later: int) -> int:
+        """Bytes of activations of EAGLE-3 that this algorithm does not keep; as above."""
+        del config, num_later
         return 0
 
     def count_work(
@@ -107,16 +127,17 @@ class EagleCost(CostModel[EagleConfigT, EagleSettingsT]):
     ) -> Mapping[str, int]:
         """Bytes on a GPU at the peak of a step, by purpose; in float8 they are about the same.
 
-        The peak is either in the loss, with the logits of a chunk, or in the first layer of the
-        backward pass, with the gradients of its feed-forward weights: at that point only the LM
-        head has gradients, unless an earlier sequence of the step was accumulated. Gradients of
-        activations replace activations. All sequences of a step and of the next one are on the
-        GPU.
+        The peak is either in the loss, with the logits of a chunk, or after the backward of the
+        steps that were computed last: only their activations are gone, and all layers have
+        gradients. In the loss only the LM head has, unless an earlier sequence of the step was
+        accumulated. Gradients of activations replace activations. All sequences of a step and of
+        the next one are on the GPU.
         """
         del in_float8
         num_active = max(part.num_active for part in work)
         num_targets = max(part.num_targets for part in work)
-        size, inner, steps = config.hidden_size, config.intermediate_size, config.ttt_steps
+        passes = self.count_passes(config, settings, num_active)
+        size, inner = config.hidden_size, config.intermediate_size
         query, kv = config.num_heads * config.head_dim, 2 * config.num_kv_heads * config.head_dim
         head = config.draft_vocab_size * size
         parameters, trained = config.count_parameters(), self.count_trained(config, settings)
@@ -133,24 +154,28 @@ class EagleCost(CostModel[EagleConfigT, EagleSettingsT]):
         rows = total_seq_len * config.num_aux_layers + num_targets
         # Per layer: inputs of its products and norms, tensors saved by attention and the gate.
         row = 2 * (3 * size + 2 * query + kv + kv // 2 + 2 * inner)
-        chunk = chunk_size(steps, config.draft_vocab_size)
-        pairs = steps * min(num_active, chunk) + min(num_targets, chunk)
+        # A chunk's targets are as many as its rows.
+        chunk = config.ttt_steps * chunk_size(config.ttt_steps, config.draft_vocab_size)
+        pairs = min(passes, chunk) + min(num_targets, chunk * num_active // max(passes, 1))
         gradients = 4 * head if settings.train_head else 0
+        layers = 2 * query + kv + 3 * inner
+        layers = 4 * size * (config.num_layers * layers + query + kv)
         if num_accumulated > 1:
-            gradients = 4 * trained
+            gradients, layers = 4 * trained, 0
         if num_shards > 1:  # the rank's shard of their sum
             gradients += gradients // num_shards
         return {
             "weights_and_optimizer": states,
             "verifier": verifier,
             "batches": 2 * num_accumulated * 2 * rows * config.target_hidden_size,
-            "activations": steps * num_active * (config.num_layers * row + 2 * 3 * size)
+            "activations": passes * (config.num_layers * row + 2 * 3 * size)
             + (config.num_layers - 1) * (total_seq_len - num_active) * row
             + 2 * total_seq_len * (3 * size + query + 2 * kv)
-            - self.count_spared_bytes(config, num_active),
+            - self.count_spared_bytes(config, passes - num_active),
             "gradients": gradients,
-            "logits_or_feed_forward_gradients": max(
-                2 * pairs * config.draft_vocab_size, 4 * 3 * size * inner
+            "logits_or_layer_gradients": max(
+                2 * pairs * config.draft_vocab_size,
+                layers - self.count_last(num_active, passes) * config.num_layers * row,
             ),
         }
 
@@ -160,9 +185,11 @@ class EagleCost(CostModel[EagleConfigT, EagleSettingsT]):
         return flops / (FLOPS_REACHED * gpu.flops) + moving
 
     def _make_work(self, config: EagleConfigT, settings: EagleSettingsT, rows: RowCounts) -> Work:
-        flops = count_flops(config, rows, train_head=settings.train_head)
-        flops -= self.count_spared_flops(config, rows)
-        return Work(rows.num_positions, rows.num_targets, rows.num_active, flops)
+        passes = self.count_passes(config, settings, rows.num_active)
+        flops = count_flops(config, rows, num_passes=passes, train_head=settings.train_head)
+        flops -= self.count_spared_flops(config, passes - rows.num_active)
+        other = self.count_other_flops(config, rows, passes)
+        return Work(rows.num_positions, rows.num_targets, rows.num_active, flops, other)
 
 
 class Eagle3Cost(EagleCost[Eagle3Config, Eagle3Settings]):
@@ -209,24 +236,35 @@ def count_rows(
     )
 
 
-def count_flops(config: Eagle3Config, rows: RowCounts, *, train_head: bool) -> float:
-    """Floating-point operations of forward and backward over one packed sequence."""
-    size, inner, steps = config.hidden_size, config.intermediate_size, config.ttt_steps
+def count_flops(
+    config: Eagle3Config, rows: RowCounts, *, num_passes: int, train_head: bool
+) -> float:
+    """Floating-point operations of forward and backward over one packed sequence.
+
+    `num_passes` are those of active rows through steps.
+    """
+    size, inner = config.hidden_size, config.intermediate_size
     query, kv = config.num_heads * config.head_dim, 2 * config.num_kv_heads * config.head_dim
     everything, active = rows.num_positions, rows.num_active
+    steps = num_passes / max(active, 1)  # of an active row, on average
     # Products without a gradient of their input count forward and weight gradient only.
-    products = 2 * everything * size * config.num_aux_layers * config.target_hidden_size
+    products = 2.0 * everything * size * config.num_aux_layers * config.target_hidden_size
     products += 2 * size * (rows.num_needed * query + everything * kv)
     for layer in range(config.num_layers):
         is_last = layer == config.num_layers - 1
         first = active if is_last else everything
-        rest = (steps - 1) * active
+        rest = num_passes - active
         products += 3 * size * kv * (everything + rest)
         products += 3 * (2 * size * query + 3 * size * inner) * (first + rest)
     head = config.draft_vocab_size * size * rows.num_targets
     products += head + head * steps * (3 if train_head else 2)
-    # Scores and values forward, five products backward.
+    return 2.0 * products + count_attention(config, rows, steps)
+
+
+def count_attention(config: Eagle3Config, rows: RowCounts, steps: float) -> float:
+    """Operations of attention, forward and backward; `steps` of an active row, on average."""
     pairs = steps * sum(rows.pairs)
     # In step 0, all layers but the last attend from every position.
     pairs += sum(rows.all_pairs[:-1]) - sum(rows.pairs[:-1])
-    return 2.0 * (products + 7 * pairs * query)
+    # Scores and values forward, five products backward.
+    return 2.0 * 7 * pairs * config.num_heads * config.head_dim

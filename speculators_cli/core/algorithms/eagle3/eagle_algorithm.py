@@ -8,13 +8,13 @@ import torch
 from torch import Tensor
 
 from speculators_cli.core.algorithms.algorithm import Algorithm
+from speculators_cli.core.algorithms.draft_config_reader import find_assumed
 from speculators_cli.core.algorithms.eagle3.attention import is_joinable
 from speculators_cli.core.algorithms.eagle3.config import SWITCHES, Eagle3Config
 from speculators_cli.core.algorithms.eagle3.config_reader import has_plain_layers, ties_head
 from speculators_cli.core.algorithms.eagle3.draft import Eagle3Draft
 from speculators_cli.core.algorithms.eagle3.drafter import Eagle3Drafter
 from speculators_cli.core.algorithms.eagle3.training import Eagle3Training
-from speculators_cli.core.algorithms.layers_reader import find_assumed
 from speculators_cli.core.data.alignment import NEXT_TOKEN
 from speculators_cli.core.data.vocab_map import VocabMap
 from speculators_cli.core.errors import SettingsError

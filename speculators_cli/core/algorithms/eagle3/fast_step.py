@@ -1,7 +1,9 @@
 """The training step over active rows: the same function as the plain forward."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
+from typing import Self
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +19,7 @@ from speculators_cli.core.kernels.joint_attention import joint_attention
 from speculators_cli.core.kernels.linear_kl import Targets, linear_kl
 from speculators_cli.core.kernels.rms_norm import rms_norm
 from speculators_cli.core.kernels.rotary import rotate
-from speculators_cli.core.kernels.shared import Share, SharedRows, SharedWeight, gather
+from speculators_cli.core.kernels.shared import Share, SharedRows, SharedWeight, gather, join
 from speculators_cli.core.kernels.spans import Spans
 from speculators_cli.core.kernels.swiglu import gated_linear
 from speculators_cli.core.models.layers import DecoderLayer, RMSNorm
@@ -36,27 +38,27 @@ def unroll(draft: Eagle3Training, batch: Batch, targets: Targets, weights: Tenso
     """
     config, dtype = draft.config, batch.aux_hidden_states.dtype
     share = partial(SharedWeight, dtype=dtype, in_float8=draft.multiplies_in_float8)
-    rows = find_active_rows(batch, config.ttt_steps)
+    mask = draft.embed_mask(dtype)
+    # Masks do not depend on what the step before computed: all of them are computed at once.
+    rows = find_active_rows(batch, config.ttt_steps, are_later_at_once=mask is not None)
     fc = share([draft.fc.weight])
     hidden = fc.linear(draft.normed_aux(batch.aux_hidden_states))
-    mask = draft.embed_mask(dtype)
     layers = build_layers(draft, batch, rows, share, None if mask is None else mask[0])
     # One row stands for all of them.
     masked = None if mask is None else fc.linear(draft.normed_aux(mask[1]))
-    active_positions = batch.position_ids[rows.rows]
-    # A row's steps beside each other, as the loss wants them.
-    stacked = hidden.new_empty(len(rows.rows), config.ttt_steps, config.hidden_size)
-    normed_steps = []
-    for step in range(config.ttt_steps):
-        positions = batch.position_ids if step == 0 else active_positions + step
+    # Where the loss reads them.
+    stacked = hidden.new_empty(len(rows.cells), config.hidden_size)
+    scored = []
+    for steps, place in zip(rows.passes, rows.pairs.inputs, strict=True):
+        now = Pass.of(steps, rows, batch)
         residual = None
         for layer in layers:
-            hidden, residual = layer(hidden, residual, positions, active_positions + step)
-        normed, hidden = apply_norm(draft.norm, hidden, add=residual, into=stacked[:, step])
-        normed_steps.append(normed)
+            hidden, residual = layer(hidden, residual, now)
+        normed, hidden = apply_norm(draft.norm, hidden, add=residual, into=stacked[place])
+        scored.append(normed)
         hidden = draft.choose_fed_back(hidden, normed) if masked is None else masked
     head = share([draft.lm_head.weight])
-    return score(head, rows, stacked, normed_steps, targets, weights)
+    return score(head, rows, stacked, scored, targets, weights)
 
 
 def apply_norm(
@@ -64,6 +66,34 @@ def apply_norm(
 ) -> tuple[Tensor, Tensor]:
     """`x + add` normalised, and `x + add` to go on with."""
     return rms_norm(x, norm.weight, norm.eps, add=add, into=into)
+
+
+@dataclass(frozen=True)
+class Pass:
+    """TTT steps that are computed at once, the rows of a step after those of the one before."""
+
+    steps: range
+    positions: tuple[Tensor, ...]  # of each step: of its active rows, the step's shift added
+    own_positions: Tensor  # of all rows that have keys: in step 0, every position
+
+    @classmethod
+    def of(cls, steps: range, rows: ActiveRows, batch: Batch) -> Self:
+        """The pass of some steps."""
+        active = batch.position_ids[rows.rows]
+        positions = tuple(active[: rows.counts[step]] + step for step in steps)
+        if steps.start == 0:
+            return cls(steps, positions, batch.position_ids)
+        return cls(steps, positions, torch.cat(positions))
+
+    def split(
+        self,
+        x: Tensor,  # [rows, ...]
+    ) -> tuple[Tensor, ...]:
+        """The rows of each step."""
+        if len(self.steps) == 1:
+            return (x,)
+        parts: tuple[Tensor, ...] = x.split([len(positions) for positions in self.positions])
+        return parts
 
 
 class FastLayer:
@@ -94,7 +124,6 @@ class FastLayer:
     ) -> None:
         self.layer, self.rows, self.rope, self.is_last = layer, rows, rope, is_last
         self.window = window
-        self.step = 0
         self.keys: list[Tensor] = []
         self.values: list[Tensor] = []
         attention, mlp = layer.self_attn, layer.mlp
@@ -125,67 +154,92 @@ class FastLayer:
         self,
         hidden: Tensor,
         residual: Tensor | None,
-        positions: Tensor,
-        active_positions: Tensor,
+        now: Pass,
     ) -> tuple[Tensor, Tensor]:
-        """One TTT step.
+        """Compute some TTT steps at once.
 
         Args:
-            hidden: [seq_len, hidden] in step 0, [active, hidden] later; [1, hidden] if it is the
-                same for all rows.
+            hidden: [seq_len, hidden] in step 0; later, of the active rows that go through each
+                step; [1, hidden] if it is the same for all rows.
             residual: As `hidden`: what the next norm is to add to it; None in a first layer.
-            positions: Of the rows of `hidden` in their documents, this step's shift added.
-            active_positions: The same of the active rows.
+            now: The steps.
 
         Returns:
             Rows of `hidden`, active rows only in the last layer; what is to be added to them.
         """
-        layer, rows = self.layer, self.rows
-        narrows = self.step == 0 and self.is_last
-        keeps_all = self.step == 0 and not self.is_last
+        layer, rows, first = self.layer, self.rows, now.steps.start
+        narrows = first == 0 and self.is_last
+        keeps_all = first == 0 and not self.is_last
         if isinstance(layer, FirstLayer):
             normed, residual = apply_norm(layer.hidden_norm, hidden)
             residual = normed if layer.norm_before_residual else residual
         else:
             normed, residual = apply_norm(layer.input_layernorm, hidden, add=residual)
-        key, value = self.project_kv(normed, positions)
-        self.keys.append(key)
-        self.values.append(value)
+        key, value = self.project_kv(normed, now)
+        self.keys += now.split(key)
+        self.values += now.split(value)
         if narrows:
             is_shared = residual is normed
             normed = gather(normed, rows.rows, rows.places)
             residual = normed if is_shared else gather(residual, rows.rows, rows.places)
-        spans = rows.all_spans if keeps_all else rows.spans
-        query = self.project_query(normed, positions if keeps_all else active_positions, spans)
-        attended = joint_attention(query, self.keys, self.values, spans, window=self.window)
+        heads = self.project_query(normed, first)
+        if keeps_all:
+            attended = self.attend(heads, first, now.own_positions, rows.all_spans)
+        elif len(now.steps) == 1:
+            attended = self.attend(heads, first, now.positions[0], rows.spans[first])
+        else:
+            attended = self.attend_at_once(heads, now)
         hidden = self.o.linear(attended.flatten(1))
         residual = residual.expand_as(hidden)
         normed, residual = apply_norm(layer.post_attention_layernorm, hidden, add=residual)
-        hidden = gated_linear(self.gate_up.linear(normed), self.down)
-        self.step += 1
-        return hidden, residual
+        return gated_linear(self.gate_up.linear(normed), self.down), residual
 
-    def project_kv(self, normed: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values at these positions, each [rows, kv_heads, head_dim]."""
-        attention = self.layer.self_attn
-        projected = self.kv.linear(normed, add=self.read(self.kv_part))
+    def project_kv(self, normed: Tensor, now: Pass) -> tuple[Tensor, Tensor]:
+        """Keys and values of all rows of a pass, each [rows, kv_heads, head_dim]."""
+        attention, positions = self.layer.self_attn, now.own_positions
+        projected = self.kv.linear(normed, add=self.read(self.kv_part, now.steps.start))
         key, value = (
             x.view(len(normed), -1, attention.head_dim) for x in projected.chunk(2, dim=1)
         )
         key, value = (x.expand(len(positions), -1, -1) for x in (attention.k_norm(key), value))
         return rotate(key, self.rope, positions), value
 
-    def project_query(self, normed: Tensor, positions: Tensor, spans: Spans) -> Tensor:
-        """Queries at these positions, laid out by `spans`: [queries, heads, head_dim]."""
+    def project_query(self, normed: Tensor, step: int) -> Tensor:
+        """Queries before RoPE, [rows, heads, head_dim]; `step` is the first of their pass."""
         attention = self.layer.self_attn
-        projected = self.q.linear(normed, add=self.read(self.query_part))
-        heads = projected.view(len(normed), -1, attention.head_dim)
-        query = attention.q_norm(heads).expand(len(positions), -1, -1)
-        return rotate(query, self.rope, positions, spans=spans)
+        projected = self.q.linear(normed, add=self.read(self.query_part, step))
+        heads: Tensor = attention.q_norm(projected.view(len(normed), -1, attention.head_dim))
+        return heads
 
-    def read(self, part: "EmbeddedPart | None") -> Tensor | None:
-        """What this step's rows read of the embeddings' part, if the layer has one."""
-        return None if part is None else part.read(self.step, self.rows.num_inside)
+    def attend(
+        self,
+        heads: Tensor,  # [rows, heads, head_dim]; [1, ...] if it is the same for all rows
+        step: int,
+        positions: Tensor,  # [rows]
+        spans: Spans,
+        into: Tensor | None = None,
+    ) -> Tensor:
+        """Attend from the queries of a step; [rows, heads, head_dim]."""
+        laid_out = rotate(heads.expand(len(positions), -1, -1), self.rope, positions, spans=spans)
+        keys, values = self.keys[: step + 1], self.values[: step + 1]
+        return joint_attention(laid_out, keys, values, spans, window=self.window, into=into)
+
+    def attend_at_once(self, heads: Tensor, now: Pass) -> Tensor:
+        """Attend from the queries of several steps; [rows, heads, head_dim]."""
+        # One row may stand for all.
+        parts = [heads] * len(now.steps) if len(heads) == 1 else now.split(heads)
+        whole = heads.new_empty(len(now.own_positions), *heads.shape[1:])
+        attended = [
+            self.attend(part, step, positions, self.rows.spans[step], into)
+            for part, step, positions, into in zip(
+                parts, now.steps, now.positions, now.split(whole), strict=True
+            )
+        ]
+        return join(whole, attended)
+
+    def read(self, part: "EmbeddedPart | None", step: int) -> Tensor | None:
+        """What a step's rows read of the embeddings' part, if the layer has one."""
+        return None if part is None else part.read(step, self.rows.num_inside)
 
 
 class EmbeddedPart:
@@ -250,20 +304,13 @@ def build_layers(
 def score(
     head: SharedWeight,
     rows: ActiveRows,
-    stacked: Tensor,  # [active, steps, hidden]: after the final norm, what the next argument shares
-    normed_steps: Sequence[Tensor],  # of each step, [active, hidden]
+    stacked: Tensor,  # [pairs, hidden]: after the final norm, what the next argument shares
+    parts: Sequence[Tensor],  # of each pass, [rows, hidden]
     targets: Targets,
     weights: Tensor,  # [steps]
 ) -> StepSums:
     """Losses and agreement of all steps at once."""
-    scores = linear_kl(
-        stacked,
-        normed_steps,
-        head,
-        rows.targets,
-        rows.targets_of,
-        weights,
-        targets,
-    )
+    scores = linear_kl(stacked, parts, head, rows.pairs, weights, targets)
     # What no step scores adds nothing, so the active rows stand for all positions.
-    return sum_steps(scores.losses.T, scores.agreed.T, scores.scored.T)._replace(loss=scores.loss)
+    losses, agreed, scored = map(rows.by_step, (scores.losses, scores.agreed, scores.scored))
+    return sum_steps(losses, agreed, scored)._replace(loss=scores.loss)

@@ -18,6 +18,7 @@ from speculators_cli.core.algorithms.objective import (
 )
 from speculators_cli.core.data.batch import Batch
 from speculators_cli.core.data.vocab_map import VocabMap
+from speculators_cli.core.kernels.device import move
 from speculators_cli.core.models.losses import Loss
 from speculators_cli.core.models.verifier import FrozenVerifier
 
@@ -94,7 +95,10 @@ class Eagle3Training(Eagle3Draft, DraftModel):
         return self._scored(batch).sum(-1)
 
     def _scored(self, batch: Batch) -> Tensor:
-        return scored_positions(batch.loss_mask, batch.document_ids, self.config.ttt_steps)
+        depths = None if batch.depths is None else move(batch.depths, batch.loss_mask.device)
+        return scored_positions(
+            batch.loss_mask, batch.document_ids, self.config.ttt_steps, depths=depths
+        )
 
     def forward(self, batch: Batch, weights: Tensor | None = None) -> StepSums:
         """Run the TTT steps, and score the tokens that they predict."""

@@ -33,14 +33,11 @@ def read_draft_config(
         CheckpointError: This package does not support it, or a value is missing.
     """
     values = Values(content, name)
-    key = next((key for key in MASK_KEYS if content.get(key) is not None), None)
-    if key is None:
+    mask = next((values.token(key) for key in MASK_KEYS if values.has(key)), None)
+    if mask is None:
         raise CheckpointError(
             f"The config.json of `{name}` lacks `mask_token_id`", hint="Download it again"
         )
-    mask = content[key]
-    if not isinstance(mask, int) or isinstance(mask, bool) or mask < 0:
-        raise values.error(key, "a token id")
     # Without the value, engines take the residual of these drafts before the norm.
     eagle = read_eagle_config(values, overrides, residual_after_norm=False)
     shared = {field.name: getattr(eagle, field.name) for field in fields(eagle)}

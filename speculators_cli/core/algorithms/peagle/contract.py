@@ -30,14 +30,14 @@ def _find_obstacles(config: PEagleConfig) -> list[str]:
     found = eagle3.find_obstacles(config)
     if config.fc_norm:
         found.append("its `fc_norm` is on, which the engine does not read for P-EAGLE drafts")
-    return found + find_bad_mask(config.mask_token_id, config.vocab_size)
+    return found + find_bad_mask(config)
 
 
 def _find_contradictions(config: PEagleConfig, content: Mapping[str, Any]) -> list[str]:
     layers = content["transformer_layer_config"]
     return [
         *eagle3.find_contradictions(config, content),
-        *find_bad_mask(config.mask_token_id, config.vocab_size),
+        *find_bad_mask(config),
         *(
             f"`{key}` is in `transformer_layer_config`, where it overrides `mask_token_id`"
             for key in OTHER_MASKS
@@ -46,15 +46,10 @@ def _find_contradictions(config: PEagleConfig, content: Mapping[str, Any]) -> li
     ]
 
 
-def _build_config(config: PEagleConfig, dtype: str) -> dict[str, Any]:
-    return config.to_json(dtype=dtype)
-
-
 FORMATS: Mapping[str, ExportFormat] = {
     "vllm": ExportFormat(
         method="eagle3",
         find_obstacles=_find_obstacles,
-        build_config=_build_config,
         rules=RULES,
         find_contradictions=_find_contradictions,
         needs=NEEDS,

@@ -201,7 +201,7 @@ def test_operations_of_a_draft_of_ones_are_those_counted_by_hand() -> None:
         num_positions=10, num_active=4, num_needed=5, num_targets=3, pairs=(20,), all_pairs=(55,)
     )
 
-    flops = count_flops(config, rows, train_head=True)
+    flops = count_flops(config, rows, num_passes=2 * 4, train_head=True)
 
     fc = 2 * 10
     embedding = 2 * (5 + 10 * 2)

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from pydantic import ValidationError
 
 from speculators_cli.core.algorithms.eagle3.cost import Eagle3Cost
 from speculators_cli.core.algorithms.peagle.config import PEagleConfig
@@ -98,13 +99,36 @@ def test_a_bench_counts_its_work(tiny: TinyInputs) -> None:
 def test_its_work_is_that_of_eagle_3_without_the_projections_of_masks() -> None:
     changes = {"num_layers": 2, "ttt_steps": 4}
     mask, lengths = torch.ones(30).bool(), (18, 12)
+    every = PEagleSettings.model_validate({"down_sample_ratio": 1.0})
 
     eagle = Eagle3Cost().count_work(make_config(**changes), Eagle3Settings(), mask, lengths)
-    own = PEagleCost().count_work(make_peagle_config(**changes), PEagleSettings(), mask, lengths)
+    own = PEagleCost().count_work(make_peagle_config(**changes), every, mask, lengths)
 
     # Queries, keys and values of three steps at 30 positions: forward, and back twice.
     assert own.num_active == eagle.num_active == 30
     assert eagle.flops - own.flops == 2 * 3 * (3 * 30) * 24 * (6 + 2 * 2) * 8
+
+
+def test_validation_draws_the_same_depths_after_each_epoch(tiny: TinyInputs) -> None:
+    run(tiny, run={"epochs": 3}, optimizer={"lr": 1e-9}, peagle={"num_anchors": 8})
+
+    losses = [line["loss"] for line in read_metrics(tiny.save_path, "val")]
+    # Other depths would differ in the second digit.
+    assert losses == pytest.approx([losses[0]] * 3, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"down_sample_ratio": 0.0}, "greater than 0"),
+        ({"down_sample_ratio": 1.5}, "less than or equal to 1"),
+        ({"down_sample_ratio": 0.1}, "`--down-sample-ratio-min` is `0.2`, above"),
+        ({"num_anchors": 0}, "greater than or equal to 1"),
+    ],
+)
+def test_fractions_that_make_no_sense_are_refused(given: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValidationError, match=message):
+        PEagleSettings.model_validate(given)
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ from torch import Tensor
 from speculators_cli.core.algorithms.eagle3.training import Eagle3Training
 from speculators_cli.core.algorithms.peagle.config import PEagleConfig
 from speculators_cli.core.algorithms.peagle.cost import PEagleCost
+from speculators_cli.core.algorithms.peagle.depths import DepthSampling
 from speculators_cli.core.algorithms.peagle.training import PEagleTraining
 from speculators_cli.core.data.batch import Batch
 from speculators_cli.core.data.sample import Sample
@@ -34,6 +35,12 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "norm-before-fc": {"norm_before_fc": True},
     "residual-before-norm-two-layers": {"norm_before_residual": False, "num_layers": 2},
     "window": {"sliding_window": 4, "num_layers": 2},
+    "drawn-depths": {"num_layers": 2, "ttt_steps": 4},
+    "drawn-depths-few-anchors-window": {"num_layers": 3, "sliding_window": 4},
+}
+SAMPLINGS = {
+    "drawn-depths": DepthSampling(0.6, 0.3),
+    "drawn-depths-few-anchors-window": DepthSampling(0.6, 0.2, num_anchors=5),
 }
 
 
@@ -85,8 +92,13 @@ class Reference:
         mixed: Tensor = gate * gate.sigmoid() * up
         return h + mixed @ self.w[f"{name}.mlp.down_proj.weight"].T
 
-    def losses(self, sample: Sample, draft: PEagleTraining) -> tuple[Tensor, Tensor]:
-        """Summed KL of each step, and how many positions it scores; each [steps]."""
+    def losses(
+        self, sample: Sample, draft: PEagleTraining, depths: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Summed KL of each step, and how many positions it scores; each [steps].
+
+        `depths`, [positions], are the steps that each position goes through.
+        """
         num_steps, verifier = self.config.ttt_steps, draft.verifier
         ids, mask = sample.input_ids[1:], sample.loss_mask[1:]
         aux = torch.cat([layer[:-1].double() for layer in sample.aux_hidden_states], dim=-1)
@@ -100,7 +112,7 @@ class Reference:
             states = torch.cat([aux[: row + 1], masked.expand(num_steps - 1, -1)])
             embedded = verifier.embedding[tokens].double()
             log_q = self.logits(embedded, states)[row:].log_softmax(-1)
-            for step in range(min(num_steps, len(ids) - row)):
+            for step in range(min(int(depths[row]), len(ids) - row)):
                 if mask[row + step]:
                     log_p = targets[row + step]
                     losses[step] = losses[step] + (log_p.exp() * (log_p - log_q[step])).sum()
@@ -117,19 +129,29 @@ def test_losses_and_gradients_equal_the_definition_on_packed_documents(
     config = make_peagle_config(**VARIANTS[variant])
     draft = filled_peagle(config, rng)
     draft.use_fast_kernels = kernels == "fast"
+    draft.sampling = SAMPLINGS.get(variant, DepthSampling())
     samples = [make_sample(n, config, rng) for n in (6, 2, 8)]
+    batch = draft.draw(pack(*samples, total_seq_len=15), seed=0, epoch=0)
+    assert (batch.depths is not None) == (variant in SAMPLINGS)
+    depths = torch.full((15,), config.ttt_steps) if batch.depths is None else batch.depths
     w = {name: p.detach().double().requires_grad_() for name, p in draft.named_parameters()}
-    alone = [Reference(config, w).losses(sample, draft) for sample in samples]
+    own_depths = depths.split([*batch.lengths, 2])
+    alone = [
+        Reference(config, w).losses(sample, draft, own)
+        for sample, own in zip(samples, own_depths, strict=False)
+    ]
     losses = torch.stack([doc_losses for doc_losses, _ in alone]).sum(0)
     counts = torch.stack([doc_counts for _, doc_counts in alone]).sum(0)
     decays = torch.tensor([DECAY**step for step in range(config.ttt_steps)]).double()
-    (losses * decays / counts.clamp(min=1)).sum().backward()
+    # One weighted mean over all positions and their depths.
+    ((losses * decays).sum() / (counts * decays).sum()).backward()
 
-    batch = pack(*samples, total_seq_len=15)
-    sums = draft(batch, torch.tensor(draft.loss_weights) / counts.clamp(min=1))
+    num_scored = draft.count_scored(batch)
+    sums = draft(batch, draft.normalise(torch.tensor(draft.loss_weights), num_scored))
     sums.loss.backward()
 
     assert counts.min() > 0
+    assert torch.equal(num_scored, counts)
     assert torch.equal(sums.counters["num_scored"], counts)
     torch.testing.assert_close(sums.counters["losses"].double(), losses, rtol=1e-5, atol=1e-5)
     assert {name for name, _ in draft.named_parameters()} == set(config.tensor_shapes())
@@ -197,9 +219,20 @@ def test_a_fast_step_keeps_as_much_less_than_eagle_3_as_its_cost_model_spares(
     own = count_saved(filled_peagle(config, rng), batch)
 
     # The model counts bfloat16, the step computes float32; it keeps some rows of the mask itself.
-    spared = 2 * PEagleCost().count_spared_bytes(config, 14)
+    spared = 2 * PEagleCost().count_spared_bytes(config, 2 * 14)
     assert spared == 4 * 2 * 14 * (24 + 2 * 2 * 8)
     assert 0 <= spared - (eagle - own) <= 4 * 10 * 24
+
+
+@pytest.mark.skipif(find_spec("triton") is None, reason="needs Triton")
+def test_a_fast_step_keeps_less_at_drawn_depths(rng: torch.Generator) -> None:
+    config = make_peagle_config(num_layers=2, ttt_steps=4)
+    draft = filled_peagle(config, rng)
+    batch = pack(make_sample(21, config, rng, supervised_fraction=1.0), total_seq_len=20)
+    drawn = DepthSampling(0.5, 0.1).draw(batch, 4, seed=0, epoch=0)
+
+    # 20 positions at depth 0, and 10, 5 and 2 at the others.
+    assert count_saved(draft, drawn) < 0.65 * count_saved(draft, batch)
 
 
 def test_a_fresh_mask_is_drawn_and_repeats(rng: torch.Generator) -> None:

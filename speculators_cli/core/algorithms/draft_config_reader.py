@@ -1,11 +1,17 @@
-"""The decoder layers in the config.json of a trained draft of any tool."""
+"""What the config.json of trained drafts has in common, whatever the algorithm and the tool."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from transformers import PreTrainedConfig
 
-from speculators_cli.core.algorithms.draft_config import PRODUCER, DraftConfig, is_speculators
+from speculators_cli.core.algorithms.draft_config import (
+    LAYER_IDS_ASSUMED,
+    PRODUCER,
+    DraftConfig,
+    is_speculators,
+)
+from speculators_cli.core.algorithms.overrides import Overrides
 from speculators_cli.core.errors import CheckpointError
 from speculators_cli.core.models.config_values import Values
 from speculators_cli.core.models.decoder_config import FULL, SLIDING
@@ -14,6 +20,7 @@ from speculators_cli.core.models.rope import RopeError, read_rope
 CONVERT_HINT = "Train it again with `speculators train`"
 # Values that no tensor determines, and for which engines have a default.
 _UNSEEN = ("rms_norm_eps", "max_position_embeddings")
+_IDS_HINT = "Pass `--target-layer-ids` with the layers it was trained on"
 _THETA_KEYS = ("rope_theta", "rotary_emb_base")
 
 
@@ -30,6 +37,76 @@ def find_assumed(content: Mapping[str, Any], config: DraftConfig) -> dict[str, A
 def layers_of(content: Mapping[str, Any]) -> Any:
     """The part of a config.json that describes the decoder layers."""
     return content["transformer_layer_config"] if is_speculators(content) else content
+
+
+def read_shared(
+    values: Values,
+    layers: Values,
+    overrides: Overrides,
+    *,
+    arch: str,
+    family: PreTrainedConfig,
+    layer_ids: tuple[int, ...],
+    choose_layer_ids: Callable[[int], tuple[int, ...]] | None = None,
+) -> dict[str, Any]:
+    """The fields that every `DraftConfig` has.
+
+    Args:
+        values: Of config.json.
+        layers: Its part that describes the layers.
+        overrides: Values that replace those of config.json.
+        arch: Of the layers.
+        family: Config of their family, with its defaults.
+        layer_ids: Layers of the verifier in config.json; empty if it has none.
+        choose_layer_ids: Those of a draft without, by the verifier's number of layers; None: they
+            are required.
+
+    Raises:
+        CheckpointError: A value is missing, or this package does not support it.
+    """
+    name, sizes = values.name, read_sizes(layers, arch, family)
+    verifier = values.part("speculators_config").part("verifier")
+    verifier_name = overrides.verifier_name_or_path or verifier.text("name_or_path")
+    if not verifier_name:
+        raise CheckpointError(
+            f"The config.json of `{name}` has no verifier", hint="Pass `--verifier-name-or-path`"
+        )
+    ids = overrides.target_layer_ids or layer_ids
+    if not ids and choose_layer_ids is None:
+        raise CheckpointError(
+            f"The config.json of `{name}` has no layer ids of the verifier", hint=_IDS_HINT
+        )
+    are_ids_assumed = not ids or values.content.get(LAYER_IDS_ASSUMED) is True
+    architectures = overrides.verifier_architectures or verifier.texts("architectures")
+    if not ids or not architectures:
+        assert overrides.read_verifier is not None, "configs without verifier values need a reader"
+        shape = overrides.read_verifier(verifier_name)
+        architectures = architectures or shape.architectures
+        if not ids and choose_layer_ids is not None:
+            ids = choose_layer_ids(shape.num_layers)
+    if list(ids) != sorted(set(ids)) or ids[0] < 0:
+        raise CheckpointError(
+            f"`{name}` has the verifier layers {list(ids)}, which are not strictly ascending",
+            hint=_IDS_HINT,
+        )
+    return {
+        "arch": arch,
+        "target_hidden_size": values.size("target_hidden_size") or sizes["hidden_size"],
+        "rms_norm_eps": layers.number("rms_norm_eps") or family.rms_norm_eps,
+        "rope_parameters": read_layers_rope(values, layers, sizes),
+        "draft_vocab_size": values.size("draft_vocab_size") or sizes["vocab_size"],
+        "target_layer_ids": ids,
+        "are_layer_ids_assumed": overrides.target_layer_ids is None and are_ids_assumed,
+        "verifier_name_or_path": verifier_name,
+        "verifier_architectures": architectures,
+        **sizes,
+    }
+
+
+def read_num_tokens(values: Values) -> int | None:
+    """Draft tokens per verifier pass in the speculators format; None if there is no number."""
+    methods = values.part("speculators_config").first_part("proposal_methods")
+    return methods.size("speculative_tokens")
 
 
 def read_sizes(layers: Values, arch: str, family: PreTrainedConfig) -> dict[str, Any]:
