@@ -4,6 +4,8 @@ import os
 import signal
 import sys
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from types import FrameType
 
@@ -19,6 +21,7 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 from speculators_cli.core.signals import StopSignals
+from tests.fork_server import ForkServer
 from tests.tiny_run import TinyInputs, write_inputs
 
 ONE_AT_A_TIME = {"gpu", "multi_gpu", "vllm", "sglang", "demo"}  # each takes the machine for itself
@@ -71,6 +74,13 @@ def _signals_from_outside_end_the_suite(monkeypatch: pytest.MonkeyPatch) -> None
 
     monkeypatch.setattr(os, "kill", counting_kill)
     monkeypatch.setattr(StopSignals, "_receive", receive_own)
+
+
+@pytest.fixture(scope="session")
+def fork_server() -> Iterator[ForkServer]:
+    """Runs programs in processes of their own, which start at once."""
+    with closing(ForkServer()) as server:
+        yield server
 
 
 @pytest.fixture(scope="session")
