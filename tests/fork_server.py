@@ -19,6 +19,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from tests.ranks import Environment, choose_port, torchrun
+from tests.triton_interpreter import speed_up
 
 IMPORTED = (  # before the forks
     "speculators_cli.core.bench.bench",
@@ -82,6 +83,7 @@ def serve() -> None:
     """Run what is asked for on stdin, until it ends."""
     for name in IMPORTED:
         importlib.import_module(name)
+    speed_up()
     gc.collect()
     gc.freeze()  # pages of old objects stay shared with the forks
     for line in sys.stdin:
