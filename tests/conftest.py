@@ -22,6 +22,7 @@ if not torch.cuda.is_available():
 
 from speculators_cli.core.signals import StopSignals
 from tests.fork_server import ForkServer
+from tests.run_files import tree
 from tests.tiny_run import TinyInputs, write_inputs
 from tests.triton_interpreter import speed_up
 
@@ -86,9 +87,12 @@ def fork_server() -> Iterator[ForkServer]:
 
 
 @pytest.fixture(scope="session")
-def shared_inputs(tmp_path_factory: pytest.TempPathFactory) -> TinyInputs:
-    """Verifier, samples and maps, written once; nothing may be written into them."""
-    return write_inputs(tmp_path_factory.mktemp("tiny"))
+def shared_inputs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TinyInputs]:
+    """Verifier, samples and maps, written once; a test that writes into them fails the last one."""
+    inputs = write_inputs(tmp_path_factory.mktemp("tiny"))
+    written = tree(inputs.folder)
+    yield inputs
+    assert tree(inputs.folder) == written
 
 
 @pytest.fixture

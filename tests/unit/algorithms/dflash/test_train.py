@@ -250,7 +250,7 @@ def test_a_draft_of_more_aux_layers_than_the_samples_have_is_refused(
 ) -> None:
     config = make_block_config(target_layer_ids=(1, 2, 3, 4, 5), mask_token_id=1)
     folder = write_draft(tmp_path / "five", config)
-    maps = {name: tmp_path / f"{name}.npy" for name in ("d2t", "t2d")}
+    maps = {name: folder / f"{name}.npy" for name in ("d2t", "t2d")}  # beside are shared ones
     for name, file in maps.items():
         np.save(file, read_folder(folder)[1][name].numpy())
 
