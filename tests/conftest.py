@@ -4,6 +4,8 @@ import os
 import signal
 import sys
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from types import FrameType
 
@@ -19,7 +21,10 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 from speculators_cli.core.signals import StopSignals
+from tests.fork_server import ForkServer
+from tests.run_files import tree
 from tests.tiny_run import TinyInputs, write_inputs
+from tests.triton_interpreter import speed_up
 
 ONE_AT_A_TIME = {"gpu", "multi_gpu", "vllm", "sglang", "demo"}  # each takes the machine for itself
 MAX_WORKERS = 8
@@ -35,8 +40,9 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
 
 
 def pytest_configure() -> None:
-    """Let a connection to another machine fail the test that opens it."""
+    """Let a connection to another machine fail the test that opens it; run kernels faster."""
     sys.addaudithook(refuse_network)
+    speed_up()
 
 
 def refuse_network(event: str, arguments: tuple[object, ...]) -> None:
@@ -74,9 +80,19 @@ def _signals_from_outside_end_the_suite(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 @pytest.fixture(scope="session")
-def shared_inputs(tmp_path_factory: pytest.TempPathFactory) -> TinyInputs:
-    """Verifier, samples and maps, written once; nothing may be written into them."""
-    return write_inputs(tmp_path_factory.mktemp("tiny"))
+def fork_server() -> Iterator[ForkServer]:
+    """Runs programs in processes of their own, which start at once."""
+    with closing(ForkServer()) as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def shared_inputs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TinyInputs]:
+    """Verifier, samples and maps, written once; a test that writes into them fails the last one."""
+    inputs = write_inputs(tmp_path_factory.mktemp("tiny"))
+    written = tree(inputs.folder)
+    yield inputs
+    assert tree(inputs.folder) == written
 
 
 @pytest.fixture

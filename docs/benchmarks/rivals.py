@@ -89,7 +89,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         write_verifier(Path(folder), verifier, vocab_size, is_tied=False, device=CUDA)
         if options.dynamic:
-            torch.compile = partial(torch.compile, dynamic=True)  # type: ignore[assignment]
+            torch.compile = partial(torch.compile, dynamic=True)
         step = build(config, Path(folder), options)
     for num_anchors in options.num_anchors:
         torch.cuda.empty_cache()

@@ -17,6 +17,8 @@ from torch import Tensor
 from speculators_cli.cli.app import run
 from speculators_cli.core.export.contract import find_problems
 from speculators_cli.core.export.weights import cast_tensors
+from tests.cli.killed_export import STAGES
+from tests.fork_server import ForkServer
 from tests.tiny_drafts import read_folder, write_folder
 from tests.tiny_run import TinyInputs
 
@@ -537,36 +539,18 @@ def test_bad_input_writes_nothing(
     assert not Path("out").exists()
 
 
-@pytest.mark.parametrize("stop_at", range(6))
-def test_a_killed_export_leaves_no_folder(checkpoints: Path, tmp_path: Path, stop_at: int) -> None:
+@pytest.mark.parametrize("killed_after", STAGES)
+def test_a_killed_export_leaves_no_folder(
+    fork_server: ForkServer, checkpoints: Path, tmp_path: Path, killed_after: str
+) -> None:
     out = tmp_path / "served"
 
-    done = subprocess.run(
-        [sys.executable, "-c", KILL, str(stop_at), str(checkpoints), str(out)], check=False
-    )
+    done = fork_server.run("tests.cli.killed_export", killed_after, checkpoints, out)
 
     assert done.returncode == -9
     assert not out.exists()
     assert export(checkpoints, "--output-dir", out) == 0
     assert [path.name for path in tmp_path.iterdir()] == ["served"]
-
-
-KILL = """
-import os, signal, sys
-from speculators_cli.core.export import export as module
-names = ["write_weights", "write_json", "verify", "serve_command", "build_card", "sync"]
-name = names[int(sys.argv[1])]
-from speculators_cli.core import scratch
-owner = {"sync": scratch, "serve_command": module.TARGETS["vllm"]}.get(name, module)
-real = getattr(owner, name)
-def dying(*args, **options):
-    real(*args, **options)
-    os.kill(os.getpid(), signal.SIGKILL)
-setattr(owner, name, dying)
-module.export  # the functions above are looked up when it runs
-from speculators_cli.cli.app import run
-run(["export", sys.argv[2], "--output-dir", sys.argv[3]])
-"""
 
 
 def test_two_exports_into_one_folder_do_not_mix(

@@ -1,8 +1,6 @@
 """`speculators generate-data` as the user types it, with the embedded verifier."""
 
 import json
-import subprocess
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,6 +18,7 @@ from speculators_cli.core.data.supervised_rows import SupervisedRows
 from speculators_cli.core.data.token_shards import read_shard
 from speculators_cli.core.demo.demo import read_prompts
 from tests.chat_verifier import write_chat_verifier, write_rows
+from tests.fork_server import ForkServer
 from tests.generated_samples import sample_files
 from tests.run_files import tree
 
@@ -304,17 +303,15 @@ def test_answers_do_not_depend_on_the_shard(
 
 
 def test_two_ranks_write_what_one_does(
-    tmp_path: Path, verifier: Path, prompts: Path, generate: Callable[..., Any]
-) -> None:
+    fork_server: ForkServer, tmp_path: Path, verifier: Path, prompts: Path,
+    generate: Callable[..., Any],
+) -> None:  # fmt: skip
     flags = (*ANSWERING, "--shard-size", 2)
     one = generate(prompts, *flags, out="one")
-    command = [sys.executable, "-m", "speculators_cli", "generate-data", prompts, *flags, "--json"]
-    command += ["--verifier-name-or-path", verifier, "--output-dir", tmp_path / "two"]
-    command += ["--device", "cpu", "--nproc-per-node", "2"]
+    command = ["generate-data", prompts, *flags, "--verifier-name-or-path", verifier]
+    command += ["--output-dir", tmp_path / "two", "--device", "cpu", "--json"]
 
-    done = subprocess.run(
-        [str(part) for part in command], check=False, capture_output=True, text=True
-    )
+    done = fork_server.run("speculators_cli", *command, num_ranks=2)
 
     assert done.returncode == 0, done.stderr
     two = json.loads(done.stdout)

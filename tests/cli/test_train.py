@@ -3,8 +3,6 @@
 import json
 import os
 import shutil
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -16,6 +14,7 @@ from speculators_cli.core.data.folder import SampleFolder
 from speculators_cli.core.data.formats import FORMATS, v1
 from speculators_cli.core.data.sample import Sample
 from tests.chat_verifier import write_rows, write_word_verifier
+from tests.fork_server import ForkServer
 from tests.generated_samples import sample_files
 from tests.tiny_run import TinyInputs, write_as_specforge
 
@@ -337,12 +336,10 @@ def test_foreign_checkpoints_in_the_save_path_are_left_alone(
     assert (foreign / "config.json").read_text() == "{}"
 
 
-def test_two_ranks_train_and_resume(tiny: TinyInputs) -> None:
-    command = [sys.executable, "-m", "speculators_cli", "train", *tiny.flags(epochs=1, json=True)]
+def test_two_ranks_train(fork_server: ForkServer, tiny: TinyInputs) -> None:
+    flags = tiny.flags(epochs=1, json=True, nproc_per_node=2)
 
-    done = subprocess.run(
-        [*command, "--nproc-per-node", "2"], check=False, capture_output=True, text=True
-    )
+    done = fork_server.run("speculators_cli", "train", *flags)
 
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["total_steps"] > 0
@@ -350,11 +347,12 @@ def test_two_ranks_train_and_resume(tiny: TinyInputs) -> None:
     assert (state["num_ranks"], state["global_batch"]) == (2, 2)
 
 
-def test_more_ranks_than_packed_sequences_are_refused(tiny: TinyInputs) -> None:
-    flags = tiny.flags(total_seq_len=4096)
-    command = [sys.executable, "-m", "speculators_cli", "train", *flags, "--nproc-per-node", "2"]
+def test_more_ranks_than_packed_sequences_are_refused(
+    fork_server: ForkServer, tiny: TinyInputs
+) -> None:
+    flags = tiny.flags(total_seq_len=4096, nproc_per_node=2)
 
-    done = subprocess.run(command, check=False, capture_output=True, text=True)
+    done = fork_server.run("speculators_cli", "train", *flags)
 
     assert done.returncode == 3, done.stderr
     assert "2 ranks need as many packed sequences" in done.stderr

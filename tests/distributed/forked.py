@@ -20,10 +20,10 @@ import transformers
 import speculators_cli.core.training.run  # noqa: F401 - before the forks
 from speculators_cli.cli.app import run as run_command
 from speculators_cli.core.training.trainer import Trainer
+from tests.ranks import Environment, choose_port, torchrun
 from tests.tiny_run import TinyInputs
 
 TIMEOUT_SECONDS = 4
-Environment = Mapping[str, str]
 LOADED = transformers.LlamaForCausalLM  # before the forks, too
 
 
@@ -73,13 +73,6 @@ def send(number: int) -> Callable[[], None]:
 
 def fail() -> None:
     raise ValueError("a bug of rank 1")
-
-
-def torchrun(rank: int, num_ranks: int, port: int) -> Environment:
-    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-    return dict(
-        zip(names, map(str, (rank, num_ranks, rank, num_ranks, "127.0.0.1", port)), strict=True)
-    )
 
 
 def srun(rank: int, num_ranks: int, port: int) -> Environment:
@@ -151,13 +144,6 @@ def start_launcher(name: str, port: int, tiny: TinyInputs) -> int:
     while not (metrics_file.exists() and metrics_file.stat().st_size):
         time.sleep(0.1)
     os._exit(0)
-
-
-def choose_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        port: int = found.getsockname()[1]
-        return port
 
 
 def wait(pids: list[int], seconds: float) -> list[int | None]:

@@ -1,4 +1,4 @@
-"""Two ranks shard a verifier and capture with it: a program for torchrun; prints one line each."""
+"""Two ranks shard a verifier and capture with it, and print a line each: run by the test."""
 
 import json
 import sys

@@ -1,4 +1,4 @@
-"""Ranks that share the weights of a tiny draft: a program for torchrun."""
+"""Ranks that share the weights of a tiny draft: a program for several ranks."""
 
 import json
 import sys

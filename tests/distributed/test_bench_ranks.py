@@ -1,11 +1,10 @@
 """`speculators bench` on two ranks."""
 
 import json
-import subprocess
-import sys
 
 import pytest
 
+from tests.fork_server import ForkServer
 from tests.tiny_run import TinyInputs
 
 SMALL = ("--total-seq-len", "64", "--steps", "3", "--warmup-steps", "1", "--draft-vocab-size", "30")
@@ -13,15 +12,13 @@ SMALL = ("--total-seq-len", "64", "--steps", "3", "--warmup-steps", "1", "--draf
 
 @pytest.mark.parametrize(("sharding", "num_shards"), [("shard", 2), ("auto", 1)])
 def test_two_ranks_are_compared_with_each_alone(
-    tiny: TinyInputs, sharding: str, num_shards: int
+    fork_server: ForkServer, tiny: TinyInputs, sharding: str, num_shards: int
 ) -> None:
     flags = ["--verifier-name-or-path", str(tiny.verifier_dir), "--device", "cpu", *SMALL]
-    flags += ["--nproc-per-node", "2", "--sharding", sharding, "--json"]
 
-    done = subprocess.run(
-        [sys.executable, "-m", "speculators_cli", "bench", *flags],
-        check=False, capture_output=True, text=True,
-    )  # fmt: skip
+    done = fork_server.run(
+        "speculators_cli", "bench", *flags, "--sharding", sharding, "--json", num_ranks=2
+    )
 
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout)

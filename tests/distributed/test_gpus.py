@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from speculators_cli.core.drafts.checkpoint_reader import find_checkpoints
-from tests.distributed.forked import choose_port, torchrun
+from tests.ranks import choose_port, torchrun
 from tests.run_files import read_metrics
 from tests.tiny_run import TinyInputs, write_inputs
 

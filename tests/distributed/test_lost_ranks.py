@@ -1,8 +1,6 @@
 """What the other ranks do when something happens to one, and all when their launcher is gone."""
 
 import json
-import subprocess
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +9,7 @@ import pytest
 
 from speculators_cli.core.drafts.checkpoint_reader import find_checkpoints
 from tests.distributed.forked import TIMEOUT_SECONDS
+from tests.fork_server import ForkServer
 from tests.tiny_run import TinyInputs, write_inputs
 
 
@@ -30,15 +29,9 @@ class Runs:
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
+def runs(fork_server: ForkServer, tmp_path_factory: pytest.TempPathFactory) -> Runs:
     tiny: TinyInputs = write_inputs(tmp_path_factory.mktemp("ranks"))
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.distributed.forked", str(tiny.folder)],
-        capture_output=True,
-        text=True,
-        check=False,
-        cwd=Path(__file__).parents[2],
-    )
+    done = fork_server.run("tests.distributed.forked", tiny.folder)
     assert done.returncode == 0, done.stderr
     return Runs(tiny.folder, json.loads(done.stdout.splitlines()[-1]))
 

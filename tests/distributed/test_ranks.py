@@ -7,26 +7,35 @@ import subprocess
 import sys
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Protocol
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from tests.chat_verifier import write_rows, write_word_verifier
+from tests.fork_server import ForkServer
 from tests.run_files import read_metrics
 from tests.tiny_run import TinyInputs
 from tests.token_files import make_rows, write_tokens
 
 
-def train(tiny: TinyInputs, save_path: Path, *, num_ranks: int, **changes: object) -> str:
-    given = {"noise_std": 0.05, "scheduler": "none", "sharding": "shard"} | changes
-    flags = tiny.flags(save_path=save_path, **given)
-    command = [sys.executable, "-m", "speculators_cli", "train", *flags]
-    if num_ranks > 1:
-        command += ["--nproc-per-node", str(num_ranks)]
-    done = subprocess.run(command, check=False, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return done.stderr
+class Train(Protocol):
+    """Trains in processes of their own; returns what they print on stderr."""
+
+    def __call__(self, save_path: Path, *, num_ranks: int, **changes: object) -> str: ...
+
+
+@pytest.fixture
+def train(fork_server: ForkServer, tiny: TinyInputs) -> Train:
+    def run(save_path: Path, *, num_ranks: int, **changes: object) -> str:
+        given = {"noise_std": 0.05, "scheduler": "none", "sharding": "shard"} | changes
+        flags = tiny.flags(save_path=save_path, **given)
+        done = fork_server.run("speculators_cli", "train", *flags, num_ranks=num_ranks)
+        assert done.returncode == 0, done.stderr
+        return done.stderr
+
+    return run
 
 
 def largest_difference(one: Path, other: Path) -> float:
@@ -45,13 +54,13 @@ def gradient_norms(save_path: Path) -> list[float]:
 @pytest.mark.parametrize("sharding", ["shard", "replicate"])
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.multi_gpu)])
 def test_two_ranks_equal_one_that_accumulates(
-    tiny: TinyInputs, tmp_path: Path, device: str, sharding: str
+    train: Train, tmp_path: Path, device: str, sharding: str
 ) -> None:
     one, two = tmp_path / "one", tmp_path / "two"
     same = {"device": device, "compute_dtype": "float32"}
 
-    train(tiny, one, num_ranks=1, gradient_accumulation_steps=2, **same)
-    train(tiny, two, num_ranks=2, sharding=sharding, **same)
+    train(one, num_ranks=1, gradient_accumulation_steps=2, **same)
+    train(two, num_ranks=2, sharding=sharding, **same)
 
     # AdamW does not see a gradient's scale: only its norm tells a sum from a mean.
     assert gradient_norms(two) == pytest.approx(gradient_norms(one), rel=1e-3)
@@ -65,14 +74,14 @@ def test_two_ranks_equal_one_that_accumulates(
 @pytest.mark.skipif(find_spec("triton") is None, reason="needs Triton")
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.multi_gpu)])
 def test_two_ranks_with_fast_kernels_equal_one_with_plain_ones(
-    tiny: TinyInputs, tmp_path: Path, device: str
+    train: Train, tmp_path: Path, device: str
 ) -> None:
     one, two = tmp_path / "one", tmp_path / "two"
     same = {"device": device, "compute_dtype": "float32", "max_steps": 2, "total_seq_len": 16}
     same["noise_std"] = 0  # devices and kernels draw different numbers
 
-    train(tiny, one, num_ranks=1, kernels="plain", gradient_accumulation_steps=2, **same)
-    train(tiny, two, num_ranks=2, kernels="fast", **same)
+    train(one, num_ranks=1, kernels="plain", gradient_accumulation_steps=2, **same)
+    train(two, num_ranks=2, kernels="fast", **same)
 
     assert gradient_norms(two) == pytest.approx(gradient_norms(one), rel=1e-3)
     # As above, after two steps.
@@ -86,7 +95,7 @@ FAST = pytest.param(
 
 @pytest.mark.parametrize(("algorithm", "kernels"), [("dflash", "plain"), FAST, ("dspark", "plain")])
 def test_two_ranks_draw_the_anchors_of_one(
-    tiny: TinyInputs, tmp_path: Path, algorithm: str, kernels: str
+    train: Train, tmp_path: Path, algorithm: str, kernels: str
 ) -> None:
     one, two = tmp_path / "one", tmp_path / "two"
     same: dict[str, object] = {"algorithm": algorithm, "num_layers": 2, "num_anchors": 12}
@@ -94,8 +103,8 @@ def test_two_ranks_draw_the_anchors_of_one(
     # In an interpreter, a step takes seconds.
     same |= {"max_steps": 4, "total_seq_len": 32, "checkpoint_every_steps": 1}
 
-    train(tiny, one, num_ranks=1, gradient_accumulation_steps=2, kernels="plain", **same)
-    train(tiny, two, num_ranks=2, kernels=kernels, **same)
+    train(one, num_ranks=1, gradient_accumulation_steps=2, kernels="plain", **same)
+    train(two, num_ranks=2, kernels=kernels, **same)
 
     assert gradient_norms(two) == pytest.approx(gradient_norms(one), rel=1e-3)
     start = load_file(one / "step-1" / "model.safetensors")["fc.weight"]
@@ -118,15 +127,15 @@ MASKS = [
 
 @pytest.mark.parametrize(("kernels", "sharding"), MASKS)
 def test_two_ranks_train_the_mask_and_the_depths_of_one(
-    tiny: TinyInputs, tmp_path: Path, kernels: str, sharding: str
+    train: Train, tmp_path: Path, kernels: str, sharding: str
 ) -> None:
     one, two = tmp_path / "one", tmp_path / "two"
     same: dict[str, object] = {"algorithm": "peagle", "num_layers": 2, "ttt_steps": 3}
     same |= {"mask_token_id": 1, "noise_std": 0.0, "max_steps": 4, "total_seq_len": 32}
     same |= {"down_sample_ratio": 0.6, "num_anchors": 16}
 
-    train(tiny, one, num_ranks=1, gradient_accumulation_steps=2, kernels="plain", **same)
-    train(tiny, two, num_ranks=2, kernels=kernels, sharding=sharding, **same)
+    train(one, num_ranks=1, gradient_accumulation_steps=2, kernels="plain", **same)
+    train(two, num_ranks=2, kernels=kernels, sharding=sharding, **same)
 
     assert gradient_norms(two) == pytest.approx(gradient_norms(one), rel=1e-3)
     # One rank has the whole mask, which has one row.
@@ -137,13 +146,13 @@ def test_two_ranks_train_the_mask_and_the_depths_of_one(
     assert largest_difference(one / "step-4", two / "step-4") < 2e-4
 
 
-def test_two_ranks_that_capture_equal_one(tiny: TinyInputs, tmp_path: Path) -> None:
+def test_two_ranks_that_capture_equal_one(train: Train, tmp_path: Path) -> None:
     one, two = tmp_path / "one", tmp_path / "two"
     rows = make_rows(24, longest=60)
     same = {"data_path": write_tokens(tmp_path / "tokens", rows), "target_layer_ids": "3,5,7"}
 
-    train(tiny, one, num_ranks=1, gradient_accumulation_steps=2, **same)
-    train(tiny, two, num_ranks=2, **same)
+    train(one, num_ranks=1, gradient_accumulation_steps=2, **same)
+    train(two, num_ranks=2, **same)
 
     assert gradient_norms(two) == pytest.approx(gradient_norms(one), rel=1e-3)
     start = load_file(one / "0" / "model.safetensors")["fc.weight"]
@@ -154,15 +163,15 @@ def test_two_ranks_that_capture_equal_one(tiny: TinyInputs, tmp_path: Path) -> N
 
 
 def test_two_ranks_that_share_a_verifier_equal_one_that_holds_it(
-    tiny: TinyInputs, tmp_path: Path
+    train: Train, tmp_path: Path
 ) -> None:
     one, two = tmp_path / "one", tmp_path / "two"
     rows = make_rows(24, longest=60)
     same = {"data_path": write_tokens(tmp_path / "tokens", rows), "target_layer_ids": "3,5,7"}
     cache = {"cache_dir": tmp_path / "cache", "cache_size": "100KB"}
 
-    train(tiny, one, num_ranks=1, gradient_accumulation_steps=2, **same)
-    train(tiny, two, num_ranks=2, shard_verifier=True, **same, **cache)
+    train(one, num_ranks=1, gradient_accumulation_steps=2, **same)
+    train(two, num_ranks=2, shard_verifier=True, **same, **cache)
 
     assert gradient_norms(two) == pytest.approx(gradient_norms(one), rel=1e-3)
     start = load_file(one / "0" / "model.safetensors")["fc.weight"]
@@ -174,15 +183,12 @@ def test_two_ranks_that_share_a_verifier_equal_one_that_holds_it(
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.multi_gpu)])
-def test_a_sharded_verifier_has_the_states_of_a_whole_one(tiny: TinyInputs, device: str) -> None:
-    program = Path(__file__).with_name("sharded_capture.py")
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+def test_a_sharded_verifier_has_the_states_of_a_whole_one(
+    fork_server: ForkServer, tiny: TinyInputs, device: str
+) -> None:
+    program = "tests.distributed.sharded_capture"
 
-    done = subprocess.run(
-        [*command, program, tiny.verifier_dir, device],
-        check=False, capture_output=True, text=True, env=environment,
-    )  # fmt: skip
+    done = fork_server.run(program, tiny.verifier_dir, device, num_ranks=2)
 
     assert done.returncode == 0, done.stderr
     lines = [json.loads(x) for x in done.stdout.splitlines() if x.startswith("{")]
@@ -199,7 +205,7 @@ def test_a_sharded_verifier_has_the_states_of_a_whole_one(tiny: TinyInputs, devi
             assert found["own_bytes"] == pytest.approx(expected, rel=0.03)
 
 
-def test_two_ranks_evaluate_the_prompts_of_one(tiny: TinyInputs, tmp_path: Path) -> None:
+def test_two_ranks_evaluate_the_prompts_of_one(train: Train, tmp_path: Path) -> None:
     verifier = write_word_verifier(tmp_path / "worded")
     rows = [{"prompt": " ".join(f"w{5 + (i + k) % 30}" for k in range(3 + i))} for i in range(5)]
     given = {
@@ -210,8 +216,8 @@ def test_two_ranks_evaluate_the_prompts_of_one(tiny: TinyInputs, tmp_path: Path)
     }
     one, two = tmp_path / "one", tmp_path / "two"
 
-    train(tiny, one, num_ranks=1, gradient_accumulation_steps=2, **given)
-    train(tiny, two, num_ranks=2, **given)
+    train(one, num_ranks=1, gradient_accumulation_steps=2, **given)
+    train(two, num_ranks=2, **given)
 
     (expected,), (found,) = read_metrics(one, "val"), read_metrics(two, "val")
     keys = [key for key in expected if key.startswith("evaluated")]
@@ -220,13 +226,13 @@ def test_two_ranks_evaluate_the_prompts_of_one(tiny: TinyInputs, tmp_path: Path)
     assert found["evaluated_passes"] > 10
 
 
-def test_a_run_goes_on_with_another_number_of_ranks(tiny: TinyInputs, tmp_path: Path) -> None:
+def test_a_run_goes_on_with_another_number_of_ranks(train: Train, tmp_path: Path) -> None:
     whole, parts = tmp_path / "whole", tmp_path / "parts"
 
-    train(tiny, whole, num_ranks=2)
-    train(tiny, parts, num_ranks=2, max_steps=1)
-    train(tiny, parts, num_ranks=2, max_steps=2, sharding="replicate")
-    messages = train(tiny, parts, num_ranks=1)
+    train(whole, num_ranks=2)
+    train(parts, num_ranks=2, max_steps=1)
+    train(parts, num_ranks=2, max_steps=2, sharding="replicate")
+    messages = train(parts, num_ranks=1)
 
     assert "Each rank accumulates 2 packed sequences" in messages
     assert largest_difference(whole / "1", parts / "1") < 2e-4
@@ -235,14 +241,14 @@ def test_a_run_goes_on_with_another_number_of_ranks(tiny: TinyInputs, tmp_path: 
 
 
 @pytest.mark.slow
-def test_a_run_goes_on_with_four_ranks_and_two(tiny: TinyInputs, tmp_path: Path) -> None:
+def test_a_run_goes_on_with_four_ranks_and_two(train: Train, tmp_path: Path) -> None:
     whole, parts = tmp_path / "whole", tmp_path / "parts"
 
-    train(tiny, whole, num_ranks=4)
-    train(tiny, parts, num_ranks=1, gradient_accumulation_steps=4, max_steps=1)
-    train(tiny, parts, num_ranks=4, max_steps=2)
-    train(tiny, parts, num_ranks=2, max_steps=3)
-    train(tiny, parts, num_ranks=1)
+    train(whole, num_ranks=4)
+    train(parts, num_ranks=1, gradient_accumulation_steps=4, max_steps=1)
+    train(parts, num_ranks=4, max_steps=2)
+    train(parts, num_ranks=2, max_steps=3)
+    train(parts, num_ranks=1)
 
     assert largest_difference(whole / "1", parts / "1") < 2e-4
 

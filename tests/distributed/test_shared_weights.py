@@ -2,8 +2,6 @@
 
 import json
 import os
-import subprocess
-import sys
 from importlib.util import find_spec
 from math import prod
 from pathlib import Path
@@ -12,35 +10,29 @@ from typing import Any
 import pytest
 
 from speculators_cli.core.algorithms.draft_config import DraftConfig
+from tests.fork_server import ForkServer
 from tests.tiny_dflash import make_block_config
 from tests.tiny_drafts import make_config
 
 Line = dict[str, Any]
 FOLDED = ("q_proj.weight", "k_proj.weight", "v_proj.weight")  # with a norm weight, in float32
 
-pytestmark = pytest.mark.skipif(find_spec("triton") is None, reason="needs Triton")
+pytestmark = pytest.mark.skipif(
+    find_spec("triton") is None or os.environ.get("TRITON_INTERPRET") != "1",
+    reason="needs Triton's interpreter",
+)
 
 
-def run(folder: Path, num_ranks: int) -> list[list[Line]]:
+def run(fork_server: ForkServer, folder: Path, num_ranks: int) -> list[list[Line]]:
     """Of each rank, what `shared_weights.py` found."""
-    program = Path(__file__).with_name("shared_weights.py")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    environment = os.environ | {
-        "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[2]), *sys.path]),
-        "TRITON_INTERPRET": "1",
-        "CUDA_VISIBLE_DEVICES": "",
-    }
-    done = subprocess.run(
-        [*command, "--nproc-per-node", str(num_ranks), program, folder],
-        check=False, capture_output=True, text=True, env=environment,
-    )  # fmt: skip
+    done = fork_server.run("tests.distributed.shared_weights", folder, num_ranks=num_ranks)
     assert done.returncode == 0, done.stderr
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(num_ranks)]
 
 
 @pytest.fixture(scope="module")
-def pair(tmp_path_factory: pytest.TempPathFactory) -> list[list[Line]]:
-    return run(tmp_path_factory.mktemp("pair"), 2)
+def pair(fork_server: ForkServer, tmp_path_factory: pytest.TempPathFactory) -> list[list[Line]]:
+    return run(fork_server, tmp_path_factory.mktemp("pair"), 2)
 
 
 def matrices_of(line: Line) -> dict[str, tuple[int, ...]]:
@@ -108,8 +100,8 @@ def test_ranks_sum_in_one_order_whatever_their_backward_does(pair: list[list[Lin
         assert {name: sums[name] for name in names} == expected
 
 
-def test_two_machines_shard_within_and_sum_across(tmp_path: Path) -> None:
-    for (line,) in run(tmp_path, 4):
+def test_two_machines_shard_within_and_sum_across(fork_server: ForkServer, tmp_path: Path) -> None:
+    for (line,) in run(fork_server, tmp_path, 4):
         padded = sum(count_padded(shape, 2) for shape in matrices_of(line).values())
         assert line["num_shards"] == 2
         assert line["is_loss_equal"]

@@ -1,27 +1,20 @@
 """kill -9 at any change on disk: what was saved is whole, and a resumed run ends the same."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from tests.fork_server import ForkServer
 from tests.tiny_run import TinyInputs
 
 Report = dict[str, Any]
 
 
-def try_kill_points(folder: Path, *arguments: object, script: str = "kill_points") -> Report:
-    done = subprocess.run(
-        [sys.executable, "-m", f"tests.faults.{script}", str(folder), *map(str, arguments)],
-        cwd=Path(__file__).parents[2],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+def try_kill_points(fork_server: ForkServer, program: str, *arguments: object) -> Report:
+    done = fork_server.run(f"tests.faults.{program}", *arguments)
     assert done.returncode == 0, done.stderr
     report: Report = json.loads(done.stdout.splitlines()[-1])
     return report
@@ -35,10 +28,12 @@ AHEAD = {"train": 0.3, "behind": 0.3, "over": 0.3, "export": 0.0, "ranks": 0.1}
 
 
 @pytest.mark.parametrize("job", FEW)
-def test_a_killed_job_ends_as_if_nothing_had_happened(tiny: TinyInputs, job: str) -> None:
+def test_a_killed_job_ends_as_if_nothing_had_happened(
+    fork_server: ForkServer, tiny: TinyInputs, job: str
+) -> None:
     every, fewest = FEW[job]
 
-    report = try_kill_points(tiny.folder, job, every)
+    report = try_kill_points(fork_server, "kill_points", tiny.folder, job, every)
 
     assert report["failures"] == []
     assert report["tried"] >= fewest
@@ -47,8 +42,8 @@ def test_a_killed_job_ends_as_if_nothing_had_happened(tiny: TinyInputs, job: str
 
 @pytest.mark.slow
 @pytest.mark.parametrize("job", ALL)
-def test_every_kill_point_is_survived(tiny: TinyInputs, job: str) -> None:
-    report = try_kill_points(tiny.folder, job, 1)
+def test_every_kill_point_is_survived(fork_server: ForkServer, tiny: TinyInputs, job: str) -> None:
+    report = try_kill_points(fork_server, "kill_points", tiny.folder, job, 1)
 
     assert report["failures"] == []
     assert report["tried"] == report["num_points"] >= ALL[job]
@@ -69,10 +64,12 @@ def write_v0(folder: Path, num_samples: int) -> Path:
     return folder
 
 
-def test_a_killed_conversion_leaves_whole_files_and_goes_on(tmp_path: Path) -> None:
+def test_a_killed_conversion_leaves_whole_files_and_goes_on(
+    fork_server: ForkServer, tmp_path: Path
+) -> None:
     v0_dir = write_v0(tmp_path / "v0", num_samples=8)
 
-    report = try_kill_points(v0_dir, 2, script="convert_kill_points")
+    report = try_kill_points(fork_server, "convert_kill_points", v0_dir, 2)
 
     assert report["failures"] == []
     assert report["tried"] >= 20
@@ -80,10 +77,12 @@ def test_a_killed_conversion_leaves_whole_files_and_goes_on(tmp_path: Path) -> N
 
 
 @pytest.mark.slow
-def test_every_kill_point_of_a_conversion_is_survived(tmp_path: Path) -> None:
+def test_every_kill_point_of_a_conversion_is_survived(
+    fork_server: ForkServer, tmp_path: Path
+) -> None:
     v0_dir = write_v0(tmp_path / "v0", num_samples=25)
 
-    report = try_kill_points(v0_dir, 1, script="convert_kill_points")
+    report = try_kill_points(fork_server, "convert_kill_points", v0_dir, 1)
 
     assert report["failures"] == []
     assert report["tried"] >= 100
@@ -92,8 +91,10 @@ def test_every_kill_point_of_a_conversion_is_survived(tmp_path: Path) -> None:
 
 # Of two jobs every third point: more than sixty.
 @pytest.mark.parametrize("job", ["answers", "float8"])
-def test_a_killed_generation_leaves_whole_files_and_goes_on(tmp_path: Path, job: str) -> None:
-    report = try_kill_points(tmp_path, job, 3, script="generate_kill_points")
+def test_a_killed_generation_leaves_whole_files_and_goes_on(
+    fork_server: ForkServer, tmp_path: Path, job: str
+) -> None:
+    report = try_kill_points(fork_server, "generate_kill_points", tmp_path, job, 3)
 
     assert report["failures"] == []
     assert report["tried"] >= 32
@@ -102,8 +103,10 @@ def test_a_killed_generation_leaves_whole_files_and_goes_on(tmp_path: Path, job:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("job", ["answers", "float8"])
-def test_every_kill_point_of_a_generation_is_survived(tmp_path: Path, job: str) -> None:
-    report = try_kill_points(tmp_path, job, 1, script="generate_kill_points")
+def test_every_kill_point_of_a_generation_is_survived(
+    fork_server: ForkServer, tmp_path: Path, job: str
+) -> None:
+    report = try_kill_points(fork_server, "generate_kill_points", tmp_path, job, 1)
 
     assert report["failures"] == []
     assert report["tried"] == report["num_points"] >= 100

@@ -32,9 +32,8 @@ from speculators_cli.core.evaluation.verifier import LoadedVerifier, load_verifi
 from speculators_cli.core.models.verifier import read_verifier_config
 from speculators_cli.core.models.verifier_files import VerifierFiles
 from speculators_cli.core.progress import SilentProgress
-from speculators_cli.core.training.run import train
 from speculators_cli.settings.evaluate import EvaluateSettings
-from speculators_cli.settings.train import TrainSettings
+from tests.embedded_draft import train_draft
 from tests.generated_samples import generate_samples, sample_files
 from tests.recorded_progress import RecordedProgress
 from tests.spread_verifier import write_spread_verifier
@@ -43,23 +42,11 @@ QUIET = SilentProgress()
 LAYER_IDS = (2, 5, 8)  # the last one is that of the final norm
 LAYERS = tuple(range(1, 9))
 NUM_DRAFT_TOKENS = 3
+TEXTS = read_prompts()[:12]
 
 
 def load(folder: Path = VERIFIER_DIR) -> LoadedVerifier:
     return load_verifier(VerifierFiles(str(folder)), LAYERS, dtype=torch.float32)
-
-
-def train_draft(folder: Path, verifier: Path) -> TrainedDraft:
-    """A draft that has learned the verifier's answers by heart."""
-    settings: dict[str, Any] = {
-        "draft": {"verifier_name_or_path": str(verifier), "full_vocab": True},
-        "data": {"data_path": (folder / "data",), "total_seq_len": 512, "train_data_ratio": 1.0},
-        "run": {"save_path": folder / "checkpoints", "epochs": 12},
-        "optimizer": {"lr": 3e-3},
-        "distributed": {"device": "cpu"},
-    }
-    report = train(TrainSettings.model_validate(settings), progress=QUIET)
-    return read_draft(str(report.checkpoint))
 
 
 @pytest.fixture(scope="module")
@@ -68,11 +55,10 @@ def drafts(tmp_path_factory: pytest.TempPathFactory) -> tuple[TrainedDraft, Trai
     folders = [tmp_path_factory.mktemp(name) for name in ("plain", "normed")]
     (folders[1] / "verifier").mkdir()
     verifiers = (VERIFIER_DIR, write_spread_verifier(folders[1] / "verifier"))
-    texts = read_prompts()[:24]
     for folder, verifier in zip(folders, verifiers, strict=True):
         copy_tokenizer(verifier)
         generate_samples(
-            folder / "data", texts, max_new_tokens=24, layer_ids=LAYER_IDS, verifier=verifier
+            folder / "data", TEXTS, max_new_tokens=24, layer_ids=LAYER_IDS, verifier=verifier
         )
     model: Any = load(folder=verifiers[1]).rows
     norm = model._model.parts.norm
@@ -81,7 +67,11 @@ def drafts(tmp_path_factory: pytest.TempPathFactory) -> tuple[TrainedDraft, Trai
         with torch.no_grad():
             sample["hidden_states"][2] = norm(sample["hidden_states"][2])
         torch.save(sample, file)
-    plain, normed = map(train_draft, folders, verifiers)
+    names = [{"verifier_name_or_path": str(verifier)} for verifier in verifiers]
+    plain, normed = (
+        read_draft(str(train_draft(folder, epochs=10, draft={**of, "full_vocab": True})))
+        for folder, of in zip(folders, names, strict=True)
+    )
     return plain, normed
 
 
@@ -95,7 +85,7 @@ def copy_tokenizer(folder: Path) -> None:
 def answer(folder: Path) -> tuple[LoadedVerifier, list[tuple[Sequence[int], Answer]]]:
     """A verifier, and its answers to the prompts that drafts were trained on."""
     verifier = load(folder=folder)
-    prompts = [Prompt(verifier.encode(text), 0) for text in read_prompts()[:24]]
+    prompts = [Prompt(verifier.encode(text), 0) for text in TEXTS]
     answers = answer_alone(verifier, Work(prompts, Sampling(24), 24), QUIET).answers
     return verifier, [(prompt.ids, x) for prompt, x in zip(prompts, answers, strict=True)]
 
@@ -111,19 +101,21 @@ def diagnose(source: TrainedDraft) -> Diagnosis:
     return found
 
 
+@pytest.fixture(scope="module")
+def right(drafts: tuple[TrainedDraft, TrainedDraft]) -> Diagnosis:
+    """Of the draft as it was trained."""
+    return diagnose(drafts[0])
+
+
 def test_layers_beside_those_of_a_draft_are_hooked() -> None:
     assert neighbours((2, 5, 8), 8) == {1, 2, 3, 4, 5, 6, 7, 8}
     assert neighbours((0, 4), 8) == {0, 1, 3, 4, 5}
 
 
-def test_nothing_is_found_where_nothing_is_wrong(
-    drafts: tuple[TrainedDraft, TrainedDraft],
-) -> None:
-    found = diagnose(drafts[0])
-
-    assert found.found == ()
-    assert {cause.name for cause in found.causes} >= {"layer ids", "final norm", "norm_output"}
-    assert found.acceptance_length > 1.8
+def test_nothing_is_found_where_nothing_is_wrong(right: Diagnosis) -> None:
+    assert right.found == ()
+    assert {cause.name for cause in right.causes} >= {"layer ids", "final norm", "norm_output"}
+    assert right.acceptance_length > 1.8
 
 
 @pytest.mark.parametrize(
@@ -135,7 +127,10 @@ def test_nothing_is_found_where_nothing_is_wrong(
     ],
 )
 def test_a_planted_value_of_the_config_is_named_first(
-    drafts: tuple[TrainedDraft, TrainedDraft], name: str, changes: dict[str, Any]
+    drafts: tuple[TrainedDraft, TrainedDraft],
+    right: Diagnosis,
+    name: str,
+    changes: dict[str, Any],
 ) -> None:
     source = replace(drafts[0], config=replace(drafts[0].config, **changes))
 
@@ -144,9 +139,8 @@ def test_a_planted_value_of_the_config_is_named_first(
     assert found.causes[0].name == name
     assert found.causes[0].is_real
     # The change takes back what was planted.
-    right = diagnose(drafts[0]).acceptance_length
-    assert found.causes[0].acceptance_length == pytest.approx(right, abs=1e-6)
-    assert found.acceptance_length < right
+    assert found.causes[0].acceptance_length == pytest.approx(right.acceptance_length, abs=1e-6)
+    assert found.acceptance_length < right.acceptance_length
 
 
 def test_the_embedding_of_another_verifier_is_named_first(
@@ -213,9 +207,8 @@ def test_a_chat_template_unlike_training_is_named(
     verifier.tokens.tokenizer.chat_template = (
         "{% for m in messages %}class X: {{ m.content.upper() }} # end{% endfor %}"
     )
-    texts = read_prompts()[:12]
-    ids = [verifier.encode(f"class X: {text.upper()} # end") for text in texts]
-    questions = [Question(i, tuple(x), None, RawPrompt(i, texts[i])) for i, x in enumerate(ids)]
+    ids = [verifier.encode(f"class X: {text.upper()} # end") for text in TEXTS]
+    questions = [Question(i, tuple(x), None, RawPrompt(i, TEXTS[i])) for i, x in enumerate(ids)]
     work = Work([Prompt(x, 0) for x in ids], Sampling(24), 12)
     drafter = drafts[0].build_drafter(verifier.embedding, num_draft_tokens=NUM_DRAFT_TOKENS)
     own = answer_alone(verifier, work, QUIET).answers
@@ -268,7 +261,7 @@ def evaluate_with(
     draft: TrainedDraft, verifier: Path, folder: Path, progress: RecordedProgress
 ) -> Diagnosis:
     prompts = folder / "prompts.jsonl"
-    rows = [json.dumps({"prompt": text}) for text in read_prompts()[:24]]
+    rows = [json.dumps({"prompt": text}) for text in TEXTS]
     prompts.write_text("\n".join(rows), "utf-8")
     settings: dict[str, Any] = {
         "source": {"checkpoint": draft.name, "verifier_name_or_path": str(verifier)},

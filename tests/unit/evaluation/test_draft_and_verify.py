@@ -16,20 +16,18 @@ from speculators_cli.core.evaluation.verifier import LoadedVerifier, load_verifi
 from speculators_cli.core.models.verifier import load_embedding
 from speculators_cli.core.models.verifier_files import VerifierFiles
 from speculators_cli.core.progress import SilentProgress
-from speculators_cli.core.training.run import train
-from speculators_cli.settings.train import TrainSettings
 from tests.cache_free_draft_and_verify import CacheFreeDraft, draft_and_verify, load_plain
-from tests.embedded_verifier_map import write_vocab_map
+from tests.embedded_draft import train_draft
 from tests.generated_samples import generate_samples
 
 MAX_NEW_TOKENS = 24
 VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
-    "default": {"draft": {"full_vocab": False}},
+    "default": {},
     "all-switches": {
-        "draft": {"num_layers": 2, "draft_arch": "qwen3"},
+        "draft": {"num_layers": 2, "draft_arch": "qwen3", "full_vocab": True},
         "eagle3": {"norm_before_residual": False, "fc_norm": True, "norm_output": True},
     },
-    "norm-before-fc": {"eagle3": {"norm_before_fc": True}},
+    "norm-before-fc": {"draft": {"full_vocab": True}, "eagle3": {"norm_before_fc": True}},
 }
 
 
@@ -40,38 +38,15 @@ def verifier() -> LoadedVerifier:
 
 @pytest.fixture(scope="module")
 def prompts(verifier: LoadedVerifier) -> list[list[int]]:
-    return [verifier.encode(text) for text in read_prompts()[:40]]
+    return [verifier.encode(text) for text in read_prompts()[:8]]
 
 
 @pytest.fixture(scope="module")
-def data_dir(
-    tmp_path_factory: pytest.TempPathFactory,
-) -> Path:
-    folder = tmp_path_factory.mktemp("captured")
-    write_vocab_map(folder)
-    generate_samples(folder / "data", read_prompts()[:40], max_new_tokens=MAX_NEW_TOKENS)
+def data_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Samples of the very prompts that are drafted afterwards."""
+    folder = tmp_path_factory.mktemp("captured") / "data"
+    generate_samples(folder, read_prompts()[:8], max_new_tokens=MAX_NEW_TOKENS)
     return folder
-
-
-def train_draft(data_dir: Path, save_path: Path, variant: str) -> Path:
-    """The checkpoint of a short run on the very prompts that are drafted afterwards."""
-    sections: dict[str, dict[str, Any]] = {
-        "draft": {
-            "verifier_name_or_path": str(VERIFIER_DIR),
-            "full_vocab": True,
-            "d2t_path": data_dir / "d2t.npy",
-            "t2d_path": data_dir / "t2d.npy",
-        },
-        "data": {"data_path": (data_dir,), "total_seq_len": 512},
-        "run": {"save_path": save_path, "epochs": 6},
-        "optimizer": {"lr": 3e-3},
-        "distributed": {"device": "cpu"},
-    }
-    for section, fields in VARIANTS[variant].items():
-        sections[section] = sections.get(section, {}) | fields
-    report = train(TrainSettings.model_validate(sections), progress=SilentProgress())
-    assert report.checkpoint is not None
-    return report.checkpoint
 
 
 def load(checkpoint_dir: Path) -> Drafter:
@@ -89,17 +64,18 @@ def test_counts_are_those_of_a_loop_without_caches(
     tmp_path: Path,
     variant: str,
 ) -> None:
-    checkpoint_dir = train_draft(data_dir, tmp_path, variant)
+    (tmp_path / "data").symlink_to(data_dir)
+    checkpoint_dir = train_draft(tmp_path, epochs=8, **VARIANTS[variant])
 
     # Fewer rows than prompts: rows of unequal lengths go to the next prompt, or are dropped.
-    work = Work([Prompt(ids, 0) for ids in prompts[:8]], Sampling(MAX_NEW_TOKENS), 3)
+    work = Work([Prompt(ids, 0) for ids in prompts], Sampling(MAX_NEW_TOKENS), 3)
     own = answer_alone(verifier, work, SilentProgress()).answers
     report = measure(verifier, load(checkpoint_dir), work, own, progress=SilentProgress())
 
     plain, draft = load_plain(VERIFIER_DIR), CacheFreeDraft(checkpoint_dir)
     expected = [
         draft_and_verify(plain, draft, prompt, num_draft_tokens=3, max_new_tokens=MAX_NEW_TOKENS)
-        for prompt in prompts[:8]
+        for prompt in prompts
     ]
     assert [answer.num_accepted for answer in report.answers] == [x.num_accepted for x in expected]
     assert [answer.tokens for answer in report.answers] == [x.tokens for x in expected]

@@ -1,8 +1,6 @@
 """Training with a vLLM that captures in a process of its own; here a fake one."""
 
 import os
-import subprocess
-import sys
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
 from pathlib import Path
@@ -30,6 +28,7 @@ from speculators_cli.core.training.live_capture import MAX_CHECKED_SAMPLES
 from speculators_cli.core.training.report import TrainReport
 from speculators_cli.core.training.run import train
 from speculators_cli.settings.capture import CaptureSettings
+from tests.fork_server import ForkServer
 from tests.run_files import read_metrics
 from tests.tiny_run import HIDDEN, LAYER_IDS, NUM_LAYERS, TinyInputs
 from tests.token_files import make_rows, write_tokens
@@ -189,7 +188,7 @@ def test_states_that_cannot_be_right_end_the_run_before_its_first_step(
 
 
 def test_two_ranks_share_one_process_and_equal_one(
-    vllm: FakeVLLM, tiny: TinyInputs, tokens: Path, tmp_path: Path
+    vllm: FakeVLLM, fork_server: ForkServer, tiny: TinyInputs, tokens: Path, tmp_path: Path
 ) -> None:
     common = {
         "data_path": tokens,
@@ -202,10 +201,7 @@ def test_two_ranks_share_one_process_and_equal_one(
     two = tiny.flags(save_path=tmp_path / "two", **common)
 
     assert run_command(["train", *one]) == 0
-    done = subprocess.run(
-        [sys.executable, "-m", "speculators_cli", "train", *two, "--nproc-per-node", "2"],
-        check=False, capture_output=True, text=True,
-    )  # fmt: skip
+    done = fork_server.run("speculators_cli", "train", *two, num_ranks=2)
 
     assert done.returncode == 0, done.stderr
     assert len(vllm.pids()) == 2

@@ -25,7 +25,7 @@ from speculators_cli.core.training.report import TrainReport
 from speculators_cli.core.training.run import train
 from speculators_cli.settings.bench import BenchSettings
 from speculators_cli.settings.train import TrainSettings
-from tests.embedded_verifier_map import write_vocab_map
+from tests.embedded_draft import train_draft
 from tests.generated_samples import generate_samples
 from tests.run_files import assert_cuts_change_nothing, read_metrics
 from tests.tiny_dflash import make_block_config
@@ -123,31 +123,13 @@ def test_a_checkpoint_is_read_back_trained_further_and_drafts(
 
 @pytest.mark.parametrize("is_full", [False, True])
 def test_drafting_keeps_the_verifiers_answers(tmp_path: Path, is_full: bool) -> None:
-    texts, name = read_prompts()[:8], str(VERIFIER_DIR)
+    texts = read_prompts()[:5]
     generate_samples(tmp_path / "data", texts, max_new_tokens=24, layer_ids=(1, 2, 4, 5))
-    write_vocab_map(tmp_path)
-    settings = TrainSettings.model_validate(
-        {
-            "draft": {
-                "verifier_name_or_path": name,
-                "algorithm": "dflash",
-                "num_layers": 1,
-                "full_vocab": is_full,
-                "d2t_path": tmp_path / "d2t.npy",
-                "t2d_path": tmp_path / "t2d.npy",
-            },
-            "dflash": {"block_size": 5},
-            "data": {"data_path": (tmp_path / "data",), "total_seq_len": 512},
-            "run": {"save_path": tmp_path / "checkpoints", "epochs": 40},
-            "checkpoints": {"keep_checkpoints": 1},
-            "optimizer": {"lr": 3e-3},
-            "distributed": {"device": "cpu"},
-        }
-    )
-    report = train(settings, progress=QUIET)
-    draft = read_draft(str(report.checkpoint), Overrides(), flag="CHECKPOINT")
+    algorithm = {"algorithm": "dflash", "num_layers": 1, "full_vocab": is_full}
+    checkpoint = train_draft(tmp_path, epochs=25, draft=algorithm, dflash={"block_size": 5})
+    draft = read_draft(str(checkpoint), Overrides(), flag="CHECKPOINT")
     verifier = load_verifier(
-        VerifierFiles(name), draft.config.target_layer_ids, dtype=torch.float32
+        VerifierFiles(str(VERIFIER_DIR)), draft.config.target_layer_ids, dtype=torch.float32
     )
 
     drafter = draft.build_drafter(verifier.embedding, num_draft_tokens=4, head=verifier.head)
@@ -250,7 +232,7 @@ def test_a_draft_of_more_aux_layers_than_the_samples_have_is_refused(
 ) -> None:
     config = make_block_config(target_layer_ids=(1, 2, 3, 4, 5), mask_token_id=1)
     folder = write_draft(tmp_path / "five", config)
-    maps = {name: tmp_path / f"{name}.npy" for name in ("d2t", "t2d")}
+    maps = {name: folder / f"{name}.npy" for name in ("d2t", "t2d")}  # beside are shared ones
     for name, file in maps.items():
         np.save(file, read_folder(folder)[1][name].numpy())
 

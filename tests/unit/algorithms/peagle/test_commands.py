@@ -31,7 +31,7 @@ from speculators_cli.settings.algorithms.peagle import PEagleSettings
 from speculators_cli.settings.bench import BenchSettings
 from speculators_cli.settings.export import ExportSettings
 from speculators_cli.settings.train import TrainSettings
-from tests.embedded_verifier_map import write_vocab_map
+from tests.embedded_draft import train_draft
 from tests.generated_samples import generate_samples
 from tests.run_files import assert_cuts_change_nothing, read_metrics
 from tests.tiny_drafts import make_config, read_folder, write_draft, write_folder
@@ -181,30 +181,13 @@ def test_it_starts_from_another_of_its_kind(tiny: TinyInputs, tmp_path: Path) ->
 
 
 def test_a_trained_draft_drafts_what_the_verifier_accepts(tmp_path: Path) -> None:
-    texts, name = read_prompts()[:24], str(VERIFIER_DIR)
+    texts = read_prompts()[:8]
     generate_samples(tmp_path / "data", texts, max_new_tokens=24)
-    write_vocab_map(tmp_path)
-    settings = TrainSettings.model_validate(
-        {
-            "draft": {
-                "verifier_name_or_path": name,
-                "algorithm": "peagle",
-                "num_layers": 2,
-                "d2t_path": tmp_path / "d2t.npy",
-                "t2d_path": tmp_path / "t2d.npy",
-            },
-            "peagle": {"ttt_steps": 3},
-            "data": {"data_path": (tmp_path / "data",), "total_seq_len": 512},
-            "run": {"save_path": tmp_path / "checkpoints", "epochs": 40},
-            "checkpoints": {"keep_checkpoints": 1},
-            "optimizer": {"lr": 3e-3},
-            "distributed": {"device": "cpu"},
-        }
-    )
-    report = train(settings, progress=QUIET)
-    draft = read_draft(str(report.checkpoint))
+    algorithm = {"algorithm": "peagle", "num_layers": 2}
+    checkpoint = train_draft(tmp_path, epochs=20, draft=algorithm, peagle={"ttt_steps": 3})
+    draft = read_draft(str(checkpoint))
     verifier = load_verifier(
-        VerifierFiles(name), draft.config.target_layer_ids, dtype=torch.float32
+        VerifierFiles(str(VERIFIER_DIR)), draft.config.target_layer_ids, dtype=torch.float32
     )
 
     drafter = draft.build_drafter(verifier.embedding, num_draft_tokens=3)
