@@ -93,6 +93,7 @@ class Scenario:
     epochs: int = 50
     environment: Callable[[int, int, int], Environment] = torchrun
     launcher_ends: bool = False
+    timeout_seconds: int = TIMEOUT_SECONDS
 
 
 NEVER_END = ("stopped", "asleep")  # rank 1 of these
@@ -104,9 +105,10 @@ SCENARIOS = {
     "host_killed": Scenario(3, {0: lambda: at_step(2, send(signal.SIGKILL))}),
     "failed": Scenario(3, {1: lambda: at_step(2, fail)}),
     "absent": Scenario(3, {1: lambda: os._exit(0)}),
-    "validating": Scenario(2, {1: lambda: in_validation(send(signal.SIGTERM))}),
-    "slurm": Scenario(2, {}, epochs=1, environment=srun),
-    "orphans": Scenario(2, {}, launcher_ends=True),
+    # No rank is lost: a busy machine has all the time that it needs.
+    "validating": Scenario(2, {1: lambda: in_validation(send(signal.SIGTERM))}, timeout_seconds=60),
+    "slurm": Scenario(2, {}, epochs=1, environment=srun, timeout_seconds=60),
+    "orphans": Scenario(2, {}, launcher_ends=True, timeout_seconds=60),
 }
 
 
@@ -123,7 +125,7 @@ def start_rank(name: str, rank: int, port: int, tiny: TinyInputs) -> int:
     scenario.prepare.get(rank, lambda: None)()
     flags = tiny.flags(
         save_path=tiny.folder / name,
-        timeout_seconds=TIMEOUT_SECONDS,
+        timeout_seconds=scenario.timeout_seconds,
         epochs=scenario.epochs,
         sharding="shard",
     )
