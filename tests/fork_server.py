@@ -37,15 +37,20 @@ class ForkServer:
     def __init__(self) -> None:
         self._process: Popen[str] | None = None
 
-    def run(self, module: str, *arguments: object, num_ranks: int = 1) -> CompletedProcess[str]:
-        """Run a module as `python -m` does, on several ranks as torchrun does.
+    def run(self, program: str, *arguments: object, num_ranks: int = 1) -> CompletedProcess[str]:
+        """Run a program on one rank, or on several as torchrun does.
+
+        Args:
+            program: A module, as after `python -m`, or the path of a file.
+            arguments: Its command line.
+            num_ranks: Processes.
 
         Returns:
             The first exit code other than 0, and the output of all ranks.
         """
         port = choose_port()
         ranks = range(num_ranks) if num_ranks > 1 else ()
-        argv = [module, *map(str, arguments)]
+        argv = [program, *map(str, arguments)]
         with TemporaryDirectory() as folder:
             out, err = Path(folder, "out"), Path(folder, "err")
             codes = self._request(
@@ -94,7 +99,7 @@ def serve() -> None:
 
 
 def start(argv: Sequence[str], environment: Environment, outputs: Sequence[str]) -> int:
-    """Fork a process that runs a module; returns its id."""
+    """Fork a process that runs a program; returns its id."""
     pid = os.fork()
     if pid:
         return pid
@@ -107,7 +112,11 @@ def start(argv: Sequence[str], environment: Environment, outputs: Sequence[str])
     sys.argv = [*argv]
     code: object = 1
     try:
-        runpy.run_module(argv[0], run_name="__main__", alter_sys=True)
+        if argv[0].endswith(".py"):
+            sys.path.insert(0, str(Path(argv[0]).parent))
+            runpy.run_path(argv[0], run_name="__main__")
+        else:
+            runpy.run_module(argv[0], run_name="__main__", alter_sys=True)
         code = 0
     except SystemExit as end:
         code = end.code
