@@ -42,7 +42,7 @@ QUIET = SilentProgress()
 LAYER_IDS = (2, 5, 8)  # the last one is that of the final norm
 LAYERS = tuple(range(1, 9))
 NUM_DRAFT_TOKENS = 3
-TEXTS = read_prompts()[:12]
+TEXTS = read_prompts()[:24]
 
 
 def load(folder: Path = VERIFIER_DIR) -> LoadedVerifier:

@@ -9,7 +9,7 @@ from speculators_cli.core.training.run import train
 from speculators_cli.core.training.trainer import Trainer
 from tests.tiny_run import TinyInputs
 
-STEPS_PER_EPOCH = 8
+STEPS_PER_EPOCH = 9
 
 
 def start_over(tiny: TinyInputs, *, epochs: int = 2) -> TrainReport:

@@ -60,7 +60,7 @@ def test_a_disk_that_is_full_at_the_start_is_a_named_error(
     assert " free)" in error.value.message
     left = names(tiny.save_path) if tiny.save_path.exists() else set()
     assert left <= {"run.lock", "data_index.json", "settings.json", "result.json"}
-    assert train(tiny.settings(run={"epochs": 1}), progress=SilentProgress()).step == 8
+    assert train(tiny.settings(run={"epochs": 1}), progress=SilentProgress()).step == 9
 
 
 def test_a_full_disk_has_no_room_for_a_lock_or_a_record(tmp_path: Path) -> None:

@@ -209,5 +209,5 @@ def test_a_killed_new_run_is_resumed_although_its_clock_was_set_back(
     report = train(trained.settings(run={"epochs": 1}), progress=SilentProgress())
 
     assert report.is_resumed
-    assert report.step == 8
+    assert report.step == 9
     assert not (trained.save_path / "1").exists()

@@ -29,7 +29,7 @@ PATIENCE = 20.0  # seconds
 
 
 def every(tiny: TinyInputs, steps: int, **run: object) -> TrainSettings:
-    """Settings of a run of one epoch of eight steps, with a checkpoint every few."""
+    """Settings of a run of one epoch of nine steps, with a checkpoint every few."""
     return tiny.settings(run={"epochs": 1, **run}, checkpoints={"checkpoint_every_steps": steps})
 
 
@@ -75,12 +75,12 @@ def test_steps_go_on_while_a_checkpoint_is_written_and_are_not_in_it(
     report = train(every(tiny, 3), progress=progress)
 
     assert progress.is_reached.is_set()
-    assert report.step == 8
+    assert report.step == 9
     found = {c.folder.name: c for c in find_checkpoints(tiny.save_path)}
     assert [(name, c.state.step) for name, c in found.items()] == [
         ("step-3", 3),
         ("step-6", 6),
-        ("0", 8),
+        ("0", 9),
     ]
     for name, checkpoint in found.items():
         checkpoint.verify()
@@ -98,13 +98,13 @@ def test_one_checkpoint_is_written_at_a_time_and_the_log_says_how_long(
     report = train(every(tiny, 1), progress=progress)
 
     lines = [line for line in progress.infos if line.startswith("Saved ")]
-    names = [*(f"step-{step}" for step in range(1, 8)), "0"]
+    names = [*(f"step-{step}" for step in range(1, 9)), "0"]
     assert [line.split("`")[1] for line in lines] == names
     # The first finds nothing being written; the others wait for the one before.
     assert "training waited 0.0" in lines[0]
     assert all("training waited 0.0" not in line for line in lines[1:])
-    assert 8 * 0.2 < report.save_wait_seconds < report.duration_seconds
-    assert len(find_checkpoints(tiny.save_path)) == 8
+    assert 9 * 0.2 < report.save_wait_seconds < report.duration_seconds
+    assert len(find_checkpoints(tiny.save_path)) == 9
 
 
 def test_an_error_of_a_write_ends_the_run_at_the_next_step(
