@@ -36,6 +36,7 @@ class ForkServer:
 
     def __init__(self) -> None:
         self._process: Popen[str] | None = None
+        self._environment = {**os.environ}  # not as a test has changed it
 
     def run(self, program: str, *arguments: object, num_ranks: int = 1) -> CompletedProcess[str]:
         """Run a program on one rank, or on several as torchrun does.
@@ -72,7 +73,9 @@ class ForkServer:
         if self._process is None:
             command = [sys.executable, "-m", "tests.fork_server"]
             root = Path(__file__).parents[1]
-            self._process = Popen(command, stdin=PIPE, stdout=PIPE, text=True, cwd=root)
+            self._process = Popen(
+                command, stdin=PIPE, stdout=PIPE, text=True, cwd=root, env=self._environment
+            )
         process = self._process
         assert process.stdin is not None
         assert process.stdout is not None
