@@ -180,3 +180,5 @@ for name in (
     "distributed.kv_transfer.kv_connector.v1",
 ):
     sys.modules[f"vllm.{name}"] = own
+# The connector only names a type of it, and it takes a second to import.
+sys.modules.setdefault("torch", SimpleNamespace(Tensor=object))  # type: ignore[arg-type]
