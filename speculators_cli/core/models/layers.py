@@ -1,7 +1,7 @@
 """Layers of a draft model: each computes in the dtype of its input.
 
 Weights are float32 master weights. A layer casts them to the dtype of its input, so the
-activations decide the precision, on one device and under FSDP alike, and gradients accumulate in
+activations decide the precision, on one device and on several alike, and gradients accumulate in
 float32.
 """
 
