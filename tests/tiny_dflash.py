@@ -10,7 +10,7 @@ from speculators_cli.core.algorithms.dflash.loss_weights import LossWeights
 from speculators_cli.core.algorithms.dflash.training import DFlashTraining
 from speculators_cli.core.data.vocab_map import VocabMap
 from speculators_cli.core.models.losses import LOSSES
-from tests.tiny_drafts import filled_draft, make_config
+from tests.tiny_drafts import fill_weights, filled_draft, make_config
 
 KEPT_IDS = torch.arange(0, 37, 2)
 MASK = 35  # no draft token, and none that samples of `make_text` have
@@ -52,8 +52,5 @@ def filled_blocks(
         weights=weights,
         num_anchors=num_anchors,
     )
-    with torch.no_grad():
-        for parameter in draft.parameters():
-            mean, std = (1.0, 0.3) if parameter.dim() == 1 else (0.0, 0.15)
-            parameter.normal_(mean, std, generator=rng)
+    fill_weights(draft, rng)
     return draft

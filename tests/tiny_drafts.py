@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from speculators_cli.core.algorithms.dflash.config import DFlashConfig
 from speculators_cli.core.algorithms.draft_config import DraftConfig
@@ -30,6 +30,12 @@ KERNELS = [
     ),
 ]
 
+
+# Multiples of 16, as the products in float8 need them.
+WIDE: dict[str, Any] = {
+    "hidden_size": 48, "target_hidden_size": 48, "intermediate_size": 80, "num_heads": 6,
+    "num_kv_heads": 2, "head_dim": 8, "draft_vocab_size": 32, "vocab_size": 64,
+}  # fmt: skip
 
 EAGLES: dict[str, type[Eagle3Training]] = {"eagle3": Eagle3Training, "peagle": PEagleTraining}
 
@@ -148,12 +154,16 @@ def filled_draft(
         kept_ids=kept_ids,
         loss_decay=loss_decay,
     )
+    fill_weights(draft, rng, std=0.15 * (24 / config.hidden_size) ** 0.5)
+    return draft
+
+
+def fill_weights(draft: nn.Module, rng: torch.Generator, *, std: float = 0.15) -> None:
+    """Make norm weights random around one, and matrices around zero."""
     with torch.no_grad():
         for parameter in draft.parameters():
-            mean, std = (1.0, 0.3) if parameter.dim() == 1 else (0.0, 0.15)
-            scale = 1.0 if parameter.dim() == 1 else (24 / config.hidden_size) ** 0.5
-            parameter.normal_(mean, std * scale, generator=rng)
-    return draft
+            own = (1.0, 0.3) if parameter.dim() == 1 else (0.0, std)
+            parameter.normal_(*own, generator=rng)
 
 
 def make_sample(

@@ -11,8 +11,9 @@ from speculators_cli.core.algorithms.dspark.config import DSparkConfig
 from speculators_cli.core.algorithms.dspark.training import DSparkTraining, LossParts
 from speculators_cli.core.data.batch import Batch
 from speculators_cli.core.data.vocab_map import VocabMap
+from tests.gradients import assert_float8_is_near, assert_float8_is_off
 from tests.tiny_dflash import DECAY, filled_blocks, make_block_config
-from tests.tiny_drafts import filled_draft, make_config, make_sample, pack
+from tests.tiny_drafts import WIDE, fill_weights, filled_draft, make_config, make_sample, pack
 
 pytestmark = pytest.mark.skipif(find_spec("triton") is None, reason="needs Triton")
 
@@ -51,13 +52,6 @@ def test_a_layer_keeps_what_is_dear_to_compute_again(rng: torch.Generator) -> No
     assert added == 4 * (rows * row + context)
 
 
-# Multiples of 16, as the products in float8 need them.
-WIDE = {
-    "hidden_size": 48, "target_hidden_size": 48, "intermediate_size": 80, "num_heads": 6,
-    "num_kv_heads": 2, "head_dim": 8, "draft_vocab_size": 32, "vocab_size": 64,
-}  # fmt: skip
-
-
 def wide_draft(rng: torch.Generator) -> DSparkTraining:
     kept = torch.arange(0, 64, 2)
     block = make_block_config(**WIDE, mask_token_id=63, num_layers=1, block_size=3)
@@ -71,10 +65,7 @@ def wide_draft(rng: torch.Generator) -> DSparkTraining:
         num_anchors=100,
         use_fast_kernels=True,
     )
-    with torch.no_grad():
-        for parameter in draft.parameters():
-            mean, std = (1.0, 0.3) if parameter.dim() == 1 else (0.0, 0.15)
-            parameter.normal_(mean, std, generator=rng)
+    fill_weights(draft, rng)
     return draft
 
 
@@ -82,31 +73,12 @@ def test_a_step_in_float8_has_nearly_the_same_loss_and_gradients(rng: torch.Gene
     draft = wide_draft(rng)
     batch = pack(*(make_sample(n, draft.config, rng) for n in (6, 8)), total_seq_len=16)
     batch = draft.draw(batch, seed=0, epoch=0)
-    found = []
-    for in_float8 in (True, False):
-        draft.use_float8 = in_float8
-        draft.zero_grad()
-        sums = draft(batch)
-        sums.loss.backward()
-        found.append((sums.loss.item(), {n: p.grad for n, p in draft.named_parameters()}))
 
-    (loss, own), (exact_loss, exact) = found
-    assert 0 < abs(loss - exact_loss) < 0.05 * exact_loss
-    for name, wanted in exact.items():
-        assert wanted is not None
-        grad = own[name]
-        assert grad is not None, name
-        # A product's error is about 3 %, and a gradient has passed through a dozen of them.
-        assert 1e-3 < (grad - wanted).norm() / wanted.norm() < 0.25, name
+    assert_float8_is_near(draft, batch)
 
 
 def test_validation_is_not_in_float8(rng: torch.Generator) -> None:
     draft = wide_draft(rng).eval()
     batch = draft.draw(pack(make_sample(6, draft.config, rng)), seed=0, epoch=0)
 
-    with torch.no_grad():
-        plain = draft(batch)
-        draft.use_float8 = True
-        found = draft(batch)
-
-    assert torch.equal(found.stacked(), plain.stacked())
+    assert_float8_is_off(draft, batch)

@@ -29,7 +29,7 @@ from speculators_cli.settings.export import ExportSettings
 from speculators_cli.settings.train import TrainSettings
 from tests.run_files import assert_cuts_change_nothing, read_metrics
 from tests.tiny_dflash import DECAY, filled_blocks, make_block_config
-from tests.tiny_drafts import KERNELS, make_sample, pack, read_folder, write_folder
+from tests.tiny_drafts import KERNELS, fill_weights, make_sample, pack, read_folder, write_folder
 from tests.tiny_run import TinyInputs
 from tests.unit.algorithms.dflash.test_draft import Reference, rms
 from tests.unit.export.test_contract import change, put
@@ -58,10 +58,7 @@ def filled_spark(config: DSparkConfig, rng: torch.Generator) -> DSparkTraining:
     draft = DSparkTraining(
         config, block.verifier, block.vocab_map, parts=PARTS, weights=DECAY, num_anchors=100
     )
-    with torch.no_grad():
-        for parameter in draft.parameters():
-            mean, std = (1.0, 0.3) if parameter.dim() == 1 else (0.0, 0.15)
-            parameter.normal_(mean, std, generator=rng)
+    fill_weights(draft, rng)
     return draft
 
 

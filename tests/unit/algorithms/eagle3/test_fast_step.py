@@ -9,8 +9,8 @@ import torch.nn.functional as F
 
 from speculators_cli.core.algorithms.eagle3.training import Eagle3Training
 from speculators_cli.core.data.batch import collate
-from tests.gradients import ATOL, RTOL
-from tests.tiny_drafts import filled_draft, make_config, make_sample, pack
+from tests.gradients import ATOL, RTOL, assert_float8_is_near, assert_float8_is_off
+from tests.tiny_drafts import WIDE, filled_draft, make_config, make_sample, pack
 
 LENGTHS = (5, 7, 3)  # two documents, and padding
 POSITIONS = torch.arange(sum(LENGTHS))
@@ -138,12 +138,6 @@ def test_validation_counts_as_the_plain_path(rng: torch.Generator) -> None:
     torch.testing.assert_close(fast.stacked(), plain.stacked(), rtol=RTOL, atol=ATOL)
 
 
-WIDE = {
-    "hidden_size": 48, "target_hidden_size": 48, "intermediate_size": 80, "num_heads": 6,
-    "num_kv_heads": 2, "head_dim": 8, "draft_vocab_size": 32, "vocab_size": 64,
-}  # fmt: skip
-
-
 def wide_draft(rng: torch.Generator, **changes: Any) -> Eagle3Training:
     """A draft whose sizes are multiples of 16, as the products in float8 need them."""
     draft = filled_draft(make_config(**WIDE, **changes), rng, kept_ids=torch.arange(0, 64, 2))
@@ -157,34 +151,15 @@ def test_a_step_in_float8_has_nearly_the_same_loss_and_gradients(
 ) -> None:
     draft = wide_draft(rng, num_layers=num_layers)
     batch = pack(*(make_sample(n, draft.config, rng) for n in (9, 12)), total_seq_len=24)
-    found = []
-    for in_float8 in (True, False):
-        draft.use_float8 = in_float8
-        draft.zero_grad()
-        sums = draft(batch)
-        sums.loss.backward()
-        found.append((sums.loss.item(), {n: p.grad for n, p in draft.named_parameters()}))
 
-    (loss, own), (exact_loss, exact) = found
-    assert 0 < abs(loss - exact_loss) < 0.05 * exact_loss
-    for name, wanted in exact.items():
-        assert wanted is not None
-        grad = own[name]
-        assert grad is not None, name
-        # A product's error is about 3 %, and a gradient has passed through a dozen of them.
-        assert 1e-3 < (grad - wanted).norm() / wanted.norm() < 0.25, name
+    assert_float8_is_near(draft, batch)
 
 
 def test_validation_is_not_in_float8(rng: torch.Generator) -> None:
     draft = wide_draft(rng).eval()
     batch = pack(make_sample(20, draft.config, rng))
 
-    with torch.no_grad():
-        plain = draft(batch)
-        draft.use_float8 = True
-        found = draft(batch)
-
-    assert torch.equal(found.stacked(), plain.stacked())
+    assert_float8_is_off(draft, batch)
 
 
 def test_a_batch_without_documents_gives_zeros_in_float8(rng: torch.Generator) -> None:
