@@ -52,7 +52,7 @@ class BlockAlgorithm(MaskAlgorithm[BlockConfigT, BlockSettingsT]):
     def check_samples(self, config: BlockConfigT, samples: SampleSource) -> None:
         """Refuse answers shorter than a block, and samples that have the mask token.
 
-        Of stored samples, a few are read.
+        A few samples are read.
 
         Raises:
             DataError: The last tokens of a block would never be trained, or a known token would

@@ -46,11 +46,12 @@ def unroll(draft: Eagle3Training, batch: Batch, targets: Targets, weights: Tenso
     layers = build_layers(draft, batch, rows, share, None if mask is None else mask[0])
     # One row stands for all of them.
     masked = None if mask is None else fc.linear(draft.normed_aux(mask[1]))
+    active_positions = batch.position_ids[rows.rows]
     # Where the loss reads them.
     stacked = hidden.new_empty(len(rows.cells), config.hidden_size)
     scored = []
     for steps, place in zip(rows.passes, rows.pairs.inputs, strict=True):
-        now = Pass.of(steps, rows, batch)
+        now = Pass.of(steps, rows, batch.position_ids, active_positions)
         residual = None
         for layer in layers:
             hidden, residual = layer(hidden, residual, now)
@@ -77,12 +78,17 @@ class Pass:
     own_positions: Tensor  # of all rows that have keys: in step 0, every position
 
     @classmethod
-    def of(cls, steps: range, rows: ActiveRows, batch: Batch) -> Self:
+    def of(
+        cls,
+        steps: range,
+        rows: ActiveRows,
+        all_positions: Tensor,  # [seq_len]: in their documents
+        active_positions: Tensor,  # [active]
+    ) -> Self:
         """The pass of some steps."""
-        active = batch.position_ids[rows.rows]
-        positions = tuple(active[: rows.counts[step]] + step for step in steps)
+        positions = tuple(active_positions[: rows.counts[step]] + step for step in steps)
         if steps.start == 0:
-            return cls(steps, positions, batch.position_ids)
+            return cls(steps, positions, all_positions)
         return cls(steps, positions, torch.cat(positions))
 
     def split(
