@@ -35,9 +35,9 @@ def main() -> None:
     options = parser.parse_args()
     first = Job(settings_of(options.drafts[0], options), SILENT)
     own = answer_alone(first.verifier, first.work, SILENT).answers
-    found = []
+    found: list[Measurement] = []
     for draft in options.drafts:
-        job = Job(settings_of(draft, options), SILENT)
+        job = Job(settings_of(draft, options), SILENT) if found else first
         drafter = job.build_drafter(job.source)
         found.append(measure(job.verifier, drafter, first.work, own, progress=SILENT))
         print(json.dumps(describe(draft, found[-1], found[0], seed=options.seed)), flush=True)
