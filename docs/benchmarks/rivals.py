@@ -4,12 +4,15 @@
     python docs/benchmarks/rivals.py speculators --algorithm dspark --num-anchors 512 --num-layers 5
     python docs/benchmarks/rivals.py speculators --algorithm dspark --num-anchors 512 1024 --dynamic
     python docs/benchmarks/rivals.py specforge
+    torchrun --standalone --nproc_per_node=4 docs/benchmarks/rivals.py speculators --wrap fsdp
 
 The tool must be installed, `pip install speculators==0.9.0` or `specforge==0.2.0`, with a torch
 that both packages support. Timed are the copy of a batch from pinned memory, forward, backward,
 gradient clipping and optimizer, as in the tool's own trainer. Neither tool adds noise or checks for
-non-finite states. Prints one line of JSON per number of anchors. Upstream compiles its drafts of
-blocks for minutes, anew for each number of anchors unless `--dynamic` makes sizes variables.
+non-finite states. Prints one line of JSON per number of anchors. Of several ranks, each has a batch
+of its own, and upstream averages their gradients by DDP or shards the draft. Upstream compiles its
+drafts of blocks for minutes, anew for each number of anchors unless `--dynamic` makes sizes
+variables.
 """
 
 import argparse
@@ -27,8 +30,10 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from random_verifier import write_verifier
 from rival_blocks import build_blocks
+from torch.nn.parallel import DistributedDataParallel
 
 from speculators_cli.core.algorithms import ALGORITHMS
 from speculators_cli.core.algorithms.draft_config import DraftConfig
@@ -68,7 +73,11 @@ def main() -> None:
     parser.add_argument("--full-vocab", action="store_true")
     parser.add_argument("--freeze-head", action="store_true")
     parser.add_argument("--steps", type=int, default=10)
+    parser.add_argument("--wrap", choices=["ddp", "fsdp"], default="ddp", help="of several ranks")
     options = parser.parse_args()
+    if "LOCAL_RANK" in os.environ:
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        dist.init_process_group("nccl")
     verifier, vocab_size = SHAPES[options.shape]
     config = draft_config(options, verifier, vocab_size)
     loader = SyntheticLoader(
@@ -94,9 +103,12 @@ def main() -> None:
     for num_anchors in options.num_anchors:
         torch.cuda.empty_cache()
         result = time_steps(partial(step, num_anchors), loader, options.steps)
-        own = {**vars(options), "num_anchors": num_anchors}
-        line = {**own, "device": torch.cuda.get_device_name(), **result}
-        print(json.dumps(line), flush=True)
+        if not dist.is_initialized() or dist.get_rank() == 0:
+            own = {**vars(options), "num_anchors": num_anchors, "num_ranks": num_ranks()}
+            line = {**own, "device": torch.cuda.get_device_name(), **result}
+            print(json.dumps(line), flush=True)
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def build(config: DraftConfig, folder: Path, options: argparse.Namespace) -> Step:
@@ -106,7 +118,12 @@ def build(config: DraftConfig, folder: Path, options: argparse.Namespace) -> Ste
         return tools[options.tool](config, folder, options)
     assert options.tool == "speculators", "SpecForge's blocks are not timed"
     model, arguments = build_blocks(config, folder, layer_config(config), vocab_maps(config), CUDA)
-    return train_upstream(model, arguments, "max_anchors")
+    return train_upstream(model, arguments, options.wrap, "max_anchors")
+
+
+def num_ranks() -> int:
+    """Number of processes that torchrun started."""
+    return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def time_steps(step: OwnStep, loader: SyntheticLoader, num_steps: int) -> dict[str, float]:
@@ -132,7 +149,7 @@ def time_steps(step: OwnStep, loader: SyntheticLoader, num_steps: int) -> dict[s
         "first_step_seconds": first_step_seconds,
         "step_ms": median,
         "step_ms_min": min(times),
-        "tokens_per_second": loader.batches[0].input_ids.shape[0] / median * 1e3,
+        "tokens_per_second": num_ranks() * loader.batches[0].input_ids.shape[0] / median * 1e3,
         "peak_gib": torch.cuda.max_memory_allocated() / 2**30,
         "loss": float(loss),
     }
@@ -240,20 +257,28 @@ def build_speculators(config: Eagle3Config, folder: Path, options: argparse.Name
         "ttt_step_loss_decay": 1.0,
         "loss_config": resolve_loss_config("kl_div", "eager"),
     }
-    return train_upstream(model, arguments)
+    return train_upstream(model, arguments, options.wrap)
 
 
-def train_upstream(model: Any, arguments: dict[str, Any], anchors: str | None = None) -> Step:
+def train_upstream(
+    model: Any, arguments: dict[str, Any], wrap: str, anchors: str | None = None
+) -> Step:
     """The step of upstream's trainer.
 
     Args:
         model: Its draft.
         arguments: Of the draft's forward.
+        wrap: Of several ranks, `fsdp` is its `--fsdp-shard`.
         anchors: Name of one more, the number of anchors.
     """
+    from speculators.train.distributed import apply_fully_sharded
     from speculators.train.optimizers import build_optimizers
 
     model.to(CUDA).train()
+    if dist.is_initialized() and wrap == "fsdp":
+        apply_fully_sharded(model, param_dtype=torch.bfloat16)
+    elif dist.is_initialized():
+        model = DistributedDataParallel(model)
     settings = argparse.Namespace(
         optimizer="adamw", lr=1e-4, weight_decay=0.01, muon_lr=1e-3, muon_momentum=0.95,
         muon_weight_decay=0.1, muon_ns_steps=5, muon_adjust_lr_fn="match_rms_adamw",
@@ -287,7 +312,6 @@ def train_upstream(model: Any, arguments: dict[str, Any], anchors: str | None = 
 
 def build_specforge(config: Eagle3Config, folder: Path, options: argparse.Namespace) -> Step:
     """SpecForge 0.2: bfloat16 weights, flex attention; no packing, so one document."""
-    import torch.distributed as dist
     from specforge.algorithms.eagle3.model import OnlineEagle3Model
     from specforge.modeling.draft.llama3_eagle import LlamaForCausalLMEagle3
     from specforge.modeling.target.target_head import TargetHead
