@@ -91,15 +91,19 @@ def train(
 
 
 def write_tokens(settings: TrainSettings, output: Output) -> TrainSettings:
-    """Write the tokens of conversations, once the save path is known to be free."""
+    """Write tokens and vocabulary of conversations, once the save path is known to be free."""
     from speculators_cli.core.capture.training_tokens import write_training_tokens
+    from speculators_cli.core.preparation.training_vocabulary import write_training_vocabulary
     from speculators_cli.core.progress import SILENT
     from speculators_cli.core.training.run import check_place
 
-    if not is_first_rank():
-        return write_training_tokens(settings, progress=SILENT)
-    check_place(settings)
-    return write_training_tokens(settings, progress=output)
+    progress = output if is_first_rank() else SILENT
+    if is_first_rank():
+        check_place(settings)
+    settings = write_training_tokens(settings, progress=progress)
+    if settings.draft.draft_vocab_size is None:
+        return settings
+    return write_training_vocabulary(settings, progress=progress)
 
 
 def _rows(report: Any) -> list[tuple[str, str]]:

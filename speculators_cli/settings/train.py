@@ -208,6 +208,12 @@ class DraftSettings(Settings):
     full_vocab: Annotated[bool, REFUSED_ON_RESUME] = Field(
         False, description="Use the verifier's full vocabulary; d2t and t2d are not read"
     )
+    draft_vocab_size: int | None = Field(
+        None,
+        ge=1,
+        description="Size of the draft vocabulary of a run that is given conversations: their most "
+        "frequent supervised tokens; default: d2t and t2d are read",
+    )
     d2t_path: Path = Field(
         Path("d2t.npy"),
         validate_default=True,
@@ -230,7 +236,8 @@ class DraftSettings(Settings):
     @field_validator("d2t_path", "t2d_path")
     @classmethod
     def _map_exists(cls, value: Path, info: ValidationInfo) -> Path:
-        if info.data.get("full_vocab") or info.data.get("from_checkpoint") is not None:
+        others = ("full_vocab", "from_checkpoint", "draft_vocab_size")
+        if any(info.data.get(name) for name in others):
             return value
         if value.is_dir():
             inside = value / ("d2t.npy" if info.field_name == "d2t_path" else "t2d.npy")
@@ -239,7 +246,8 @@ class DraftSettings(Settings):
             raise path_error(
                 value,
                 "does not exist",
-                hint="Make both maps with `speculators build-vocab-map`, or pass `--full-vocab`",
+                hint="Make both maps with `speculators build-vocab-map`, or pass `--full-vocab`, "
+                "or `--draft-vocab-size` with conversations",
             )
         return value
 
@@ -352,6 +360,21 @@ class TrainSettings(Settings):
         if self.data.conversations is not None and self.capture.capture == "stored":
             raise ValueError(
                 "`--capture stored` needs samples: a file of conversations has no hidden states"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _vocabulary_has_one_source(self) -> Self:
+        draft = self.draft
+        if draft.draft_vocab_size is None:
+            return self
+        if draft.full_vocab or draft.from_checkpoint is not None:
+            flag = "--full-vocab" if draft.full_vocab else "--from-checkpoint"
+            raise ValueError(f"`--draft-vocab-size` and `{flag}` cannot both be given")
+        if self.data.conversations is None:
+            raise ValueError(
+                "`--draft-vocab-size` needs a file of conversations as data path: for samples or "
+                "tokens, make both maps with `speculators build-vocab-map`"
             )
         return self
 

@@ -10,6 +10,8 @@ from tests.run_files import tree
 from tests.tiny_run import TinyInputs
 from tests.tiny_tokenizer import add_tokenizer
 
+NO_MAPS: dict[str, object] = {"d2t_path": None, "t2d_path": None}
+
 
 @pytest.fixture
 def verifier(tiny: TinyInputs) -> Path:
@@ -27,25 +29,50 @@ def write_chats(file: Path, *, count: int = 24, first: int = 0) -> Path:
     return file
 
 
-def test_one_command_from_conversations_equals_two(
+def test_one_command_from_conversations_equals_three(
+    verifier: Path, tiny: TinyInputs, capsys: pytest.CaptureFixture[str]
+) -> None:
+    chats, made = write_chats(tiny.folder / "chats.jsonl"), tiny.folder / "made"
+    common = {"verifier_name_or_path": verifier, "epochs": 1, "scheduler": "none"}
+    maps = {"d2t_path": made / "d2t.npy", "t2d_path": made / "t2d.npy"}
+    of_verifier = ["--verifier-name-or-path", str(verifier)]
+    generate = ["generate-data", str(chats), *of_verifier, "--output-dir", str(made)]
+    generate += ["--tokens-only", "--device", "cpu", "--total-seq-len", "64"]
+    build = ["build-vocab-map", *of_verifier, "--data-path", str(made), "--output-dir", str(made)]
+    build += ["--draft-vocab-size", "20"]
+
+    one = run(["train", *tiny.flags(data_path=chats, save_path=tiny.folder / "one",
+                                    draft_vocab_size=20, **NO_MAPS, **common)])  # fmt: skip
+    output = capsys.readouterr()
+    two = run(generate), run(build)
+    three = run(["train", *tiny.flags(data_path=made, save_path=tiny.folder / "three",
+                                      capture="online", **maps, **common)])  # fmt: skip
+
+    assert (one, two, three) == (0, (0, 0), 0)
+    assert "capture" in output.out
+    assert "The draft vocabulary keeps 20 of " in output.err
+    ends = [(tiny.folder / x / "0" / "model.safetensors").read_bytes() for x in ("one", "three")]
+    assert ends[0] == ends[1]
+    assert (
+        json.loads((tiny.folder / "one" / "0" / "config.json").read_text())["draft_vocab_size"]
+        == 20
+    )
+
+
+def test_the_vocabulary_of_a_run_stays_when_another_size_is_refused(
     verifier: Path, tiny: TinyInputs, capsys: pytest.CaptureFixture[str]
 ) -> None:
     chats = write_chats(tiny.folder / "chats.jsonl")
-    common = {"verifier_name_or_path": verifier, "epochs": 1, "scheduler": "none"}
-    generate = ["generate-data", str(chats), "--verifier-name-or-path", str(verifier)]
-    generate += ["--output-dir", str(tiny.folder / "made"), "--tokens-only", "--device", "cpu"]
-    generate += ["--total-seq-len", "64"]
+    flags = ["train", *tiny.flags(data_path=chats, verifier_name_or_path=verifier, **NO_MAPS)]
+    flags += ["--epochs", "1"]
 
-    one = run(["train", *tiny.flags(data_path=chats, save_path=tiny.folder / "one", **common)])
-    made = run(generate)
-    two = run(["train", *tiny.flags(data_path=tiny.folder / "made", save_path=tiny.folder / "two",
-                                    capture="online", **common)])  # fmt: skip
+    codes = [
+        run([*flags, "--draft-vocab-size", size, "--max-steps", steps])
+        for size, steps in (("20", "1"), ("25", "2"), ("20", "2"))
+    ]
 
-    out = capsys.readouterr().out
-    assert (one, made, two) == (0, 0, 0)
-    assert "capture" in out
-    ends = [(tiny.folder / x / "0" / "model.safetensors").read_bytes() for x in ("one", "two")]
-    assert ends[0] == ends[1]
+    assert codes == [0, 4, 0]
+    assert "trained with another draft vocabulary" in capsys.readouterr().err
 
 
 def test_a_run_from_conversations_is_resumed_by_the_same_command(
@@ -84,6 +111,7 @@ def test_other_conversations_do_not_mix_with_those_of_the_save_path(
     ("more", "problem"),
     [
         (["--capture", "stored"], "has no hidden states"),
+        (["--draft-vocab-size", "20", "--full-vocab"], "cannot both be given"),
         (["--dry-run"], "has conversations, which are not tokens yet"),
         (["--plan"], "has conversations, which are not tokens yet"),
     ],
@@ -101,4 +129,14 @@ def test_conversations_are_refused_where_nothing_may_be_written(
 
     assert code == 2
     assert problem in " ".join(capsys.readouterr().err.split())
+    assert not tiny.save_path.exists()
+
+
+def test_a_vocabulary_is_counted_in_conversations_only(
+    tiny: TinyInputs, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code = run(["train", *tiny.flags(draft_vocab_size=20)])
+
+    assert code == 2
+    assert "needs a file of conversations" in capsys.readouterr().err
     assert not tiny.save_path.exists()
