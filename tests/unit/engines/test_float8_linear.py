@@ -1,14 +1,23 @@
 """Float8 linear layers against the float64 product of what they round to."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
+from transformers import LlamaConfig
+from transformers.models.llama.modeling_llama import LlamaMLP
 
 from speculators_cli.core.engines.comparison import MAX_ERROR
 from speculators_cli.core.engines.engine import Packed
-from speculators_cli.core.engines.float8_linear import Float8Linear, replace_linears
+from speculators_cli.core.engines.float8_linear import (
+    Float8Gated,
+    Float8Linear,
+    is_gated,
+    replace_linears,
+)
 from speculators_cli.core.engines.transformers_engine import TransformersEngine
-from tests.tiny_families import END_ID, VOCAB, build_model
+from tests.tiny_families import END_ID, SIZES, VOCAB, build_model
 
 
 def rounded(rows: torch.Tensor) -> torch.Tensor:
@@ -51,6 +60,32 @@ def test_layers_of_other_widths_keep_their_precision() -> None:
     assert number == 1
     kinds = [type(x).__name__ for x in module.modules() if not isinstance(x, nn.Sequential)]
     assert kinds == ["Float8Linear", "Linear"]
+
+
+def make_gated(**changes: Any) -> Any:
+    config = LlamaConfig(**SIZES | {"hidden_size": 48, "intermediate_size": 64} | changes)
+    return LlamaMLP(config).bfloat16()
+
+
+def test_a_gated_layer_computes_what_its_linear_layers_do(rng: torch.Generator) -> None:
+    module, other = nn.ModuleList([make_gated(mlp_bias=True)]), make_gated(mlp_bias=True)
+    other.load_state_dict(module[0].state_dict())
+    inputs = torch.randn(3, 5, 48, generator=rng).bfloat16()
+
+    numbers = replace_linears(module), replace_linears(other)
+
+    assert numbers == (3, 3)
+    assert isinstance(module[0], Float8Gated)
+    assert torch.equal(module[0](inputs), other(inputs))
+
+
+def test_layers_with_another_gate_keep_their_formula() -> None:
+    limited = make_gated()
+    limited.act_fn = nn.Sequential(nn.Hardtanh(-100.0, 7.0), nn.SiLU())
+    others = [make_gated(hidden_act="gelu"), make_gated(intermediate_size=40), limited]
+
+    assert is_gated(make_gated())
+    assert not any(map(is_gated, others))
 
 
 def test_states_differ_by_rounding_and_the_fingerprint_says_so() -> None:
