@@ -1,4 +1,4 @@
-"""FlashAttention over packed documents, and the plain path, against the definition."""
+"""FlashAttention and tiles over packed documents, and the plain path, against the definition."""
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ from tests.attention_by_definition import attend_by_definition
 
 pytestmark = pytest.mark.gpu
 CUDA = torch.device("cuda")
-LENGTHS = (1, 100, 27, 130, 62)
+LENGTHS = (1, 100, 27, 300, 62)
 # Weighted means of values of size 4, of scores of size 5 that are sums of up to 128 products.
 # In bfloat16 weights and outputs are rounded to 8 bits; FlashAttention keeps scores in float32.
 ATOL = {torch.float32: 4 * 5 * 128 * 6e-8, torch.bfloat16: 4 * 2 * 2**-9}

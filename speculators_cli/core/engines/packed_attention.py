@@ -7,6 +7,7 @@ pass on to their attention, and a compiled layer must not depend on it.
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import cache
 from itertools import accumulate, pairwise
 from typing import Any
 
@@ -17,8 +18,10 @@ from transformers import AttentionInterface
 
 from speculators_cli.core.kernels.causal_attention import can_use_flash
 from speculators_cli.core.kernels.device import move
+from speculators_cli.core.kernels.support import why_not_fast
 
 NAME = "speculators_packed"
+TILED_HEAD_DIMS = (64, 128)  # for which Triton's attention was measured
 QUERIES_AT_ONCE = 1024  # of the plain formula, which stores scores
 
 _flash_forward = torch.ops.aten._flash_attention_forward  # noqa: SLF001
@@ -39,6 +42,7 @@ class Packing:
         self.longest = max(2, *lengths)
         self.num_calls = 0  # of the attention
         self.has_window = False  # whether a call had a sliding window
+        self.tiles: Tensor | None = None  # of queries, for attention that takes tiles
 
 
 _current: Packing | None = None
@@ -95,6 +99,8 @@ def _packed_attention(
     documents.has_window |= window is not None
     is_plain_head = query.shape[-1] == value.shape[-1] and softcap is None
     if is_plain_head and can_use_flash(query.device, query.dtype, query.shape[-1]):
+        if window is None and sinks is None and _are_tiles_faster(query.device, query.shape[-1]):
+            return _attend_in_tiles(query, key, value, scale, documents)
         return _flash(query, key, value, scale, window, sinks, documents)
     parts = [
         _attend(query[a:b], key[a:b], value[a:b], scale, window, softcap, sinks)
@@ -114,6 +120,24 @@ def _(
     sinks: Tensor | None,  # noqa: ARG001
 ) -> Tensor:
     return query.new_empty(*query.shape[:2], value.shape[-1])
+
+
+@cache
+def _are_tiles_faster(device: torch.device, head_dim: int) -> bool:
+    """Whether Triton's attention is faster than FlashAttention 2, which was made for older GPUs."""
+    is_hopper = torch.cuda.get_device_capability(device)[0] == 9
+    return is_hopper and head_dim in TILED_HEAD_DIMS and why_not_fast(device) is None
+
+
+def _attend_in_tiles(
+    query: Tensor, key: Tensor, value: Tensor, scale: float, documents: Packing
+) -> Tensor:
+    """Triton's attention; all layers share the tiles."""
+    from speculators_cli.core.kernels.document_attention import document_attention, find_tiles
+
+    if documents.tiles is None:
+        documents.tiles = find_tiles(documents.bounds, query.device)
+    return document_attention(query, key, value, documents.tiles.to(query.device), scale)
 
 
 def _flash(
