@@ -8,8 +8,10 @@
 with a hard link per step, so samples are read from page cache. `run` starts `speculators train`
 for one epoch with a checkpoint every `--every` steps and prints one line of JSON, in seconds: the
 whole command, the parts of its start (`start_up_seconds` of the report), its saves, and the median
-step before the first checkpoint and while it is written. `--cold` clears Triton's cache and takes
-the verifier's files out of page cache first. Arguments after `--` are passed to the command.
+step before the first checkpoint and while it is written. `exit` is what no part of the command's
+own times covers. `--cold` clears Triton's cache and takes the verifier's files out of page cache
+first. `--stacks` writes the stacks of all threads to a file, 20 times a second. Arguments after
+`--` are passed to the command.
 """
 
 import argparse
@@ -34,6 +36,21 @@ from speculators_cli.core.data.vocab_map import VocabMap
 
 SUPERVISED = 0.6  # of the tokens of a sample
 DRAFT_VOCAB = 32000
+WITH_STACKS = """
+import runpy, sys, threading, time, traceback
+stacks = open(sys.argv.pop(1), "w")
+def sample():
+    while True:
+        began_at = time.perf_counter()
+        for thread, frame in sys._current_frames().items():
+            if thread != threading.get_ident():
+                calls = [f"{f.f_code.co_filename}:{n}:{f.f_code.co_name}"
+                         for f, n in traceback.walk_stack(frame)]
+                print(f"{began_at:.2f}", thread, *calls, file=stacks, flush=True)
+        time.sleep(0.05)
+threading.Thread(target=sample, daemon=True).start()
+runpy.run_module("speculators_cli", run_name="__main__", alter_sys=True)
+"""
 
 
 def main() -> None:
@@ -48,6 +65,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--every", type=int, default=30, help="steps per checkpoint")
     parser.add_argument("--cold", action="store_true", help="clear Triton's cache first")
+    parser.add_argument("--stacks", type=Path, help="file of what the threads do")
     words = sys.argv[1:]
     end = words.index("--") if "--" in words else len(words)
     options = parser.parse_args(words[:end])
@@ -96,8 +114,11 @@ def run(options: argparse.Namespace) -> None:
         shutil.rmtree(cache, ignore_errors=True)
         drop_from_page_cache(folder / "verifier" / "model.safetensors")
     is_cold = not cache.exists()
+    start = ["-m", "speculators_cli"]
+    if options.stacks is not None:
+        start = ["-c", WITH_STACKS, str(options.stacks)]
     command = [
-        *(sys.executable, "-m", "speculators_cli", "train", "--json"),
+        *(sys.executable, *start, "train", "--json"),
         *("--verifier-name-or-path", str(folder / "verifier")),
         *("--data-path", str(folder / "data"), "--train-data-ratio", "1.0"),
         *("--d2t-path", str(folder / "d2t.npy"), "--t2d-path", str(folder / "t2d.npy")),
@@ -118,6 +139,7 @@ def run(options: argparse.Namespace) -> None:
     lines = map(json.loads, (save_path / "metrics.jsonl").read_text().splitlines())
     step_ms = [options.total_seq_len / line["tokens_per_second"] * 1e3 for line in lines]
     keys = ("start_up_seconds", "step", "save_wait_seconds", "duration_seconds")
+    imports = report["start_up_seconds"]["imports"]
     print(
         json.dumps(
             {
@@ -126,6 +148,7 @@ def run(options: argparse.Namespace) -> None:
                 "total": total,
                 "start_up": sum(report["start_up_seconds"].values()),
                 **{key: report[key] for key in keys},
+                "exit": total - imports - report["duration_seconds"],
                 "step_ms": statistics.median(step_ms[options.every // 2 : options.every]),
                 "step_ms_while_writing": statistics.median(step_ms[options.every :]),
                 "saves": [x for x in done.stderr.splitlines() if x.startswith("Saved ")],
