@@ -16,8 +16,10 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
 )
 
-from speculators_cli.core.models.family import Family, read_family
-from speculators_cli.core.models.readout import Readout, UnsupportedReadoutError, measure_readout
+from speculators_cli.core.models.family import Family
+from speculators_cli.core.models.family_code import read_family
+from speculators_cli.core.models.readout import Readout
+from speculators_cli.core.models.readout_measurement import UnsupportedReadoutError, measure_readout
 
 PAGE = Path(__file__).parent / "reference" / "verifiers.md"
 HEAD = """# Verifiers

@@ -50,5 +50,6 @@ def write_verifier(
         "rope_theta": verifier.rope_parameters["rope_theta"],
         "max_position_embeddings": verifier.max_position_embeddings,
         "tie_word_embeddings": is_tied,
+        "eos_token_id": 2,
     }
     (folder / "config.json").write_text(json.dumps(config))

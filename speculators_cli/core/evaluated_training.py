@@ -7,7 +7,6 @@ import torch
 
 from speculators_cli.core.drafts.trained_draft import TrainedDraft
 from speculators_cli.core.errors import DataError, MachineError
-from speculators_cli.core.evaluation.repeated import Share, open_repeated
 from speculators_cli.core.files import format_bytes
 from speculators_cli.core.progress import SILENT, Progress
 from speculators_cli.core.training import run
@@ -64,6 +63,9 @@ def open_evaluation(
     settings: TrainSettings, inputs: Inputs, ranks: Ranks, progress: Progress
 ) -> EvaluateDraft:
     """Load the verifier on this rank's device, and read this rank's prompts."""
+    # Importing what runs the whole verifier takes seconds, and most runs do without.
+    from speculators_cli.core.evaluation.repeated import Share, open_repeated
+
     given, config = settings.evaluation, inputs.draft_config(settings)
     verifier = f"verifier `{inputs.verifier_files.name_or_path}`"
     with memory_explained(ranks.device, f"Loading {verifier}"):

@@ -3,8 +3,6 @@
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from transformers import PreTrainedConfig
-
 from speculators_cli.core.algorithms.draft_config import (
     LAYER_IDS_ASSUMED,
     PRODUCER,
@@ -45,7 +43,7 @@ def read_shared(
     overrides: Overrides,
     *,
     arch: str,
-    family: PreTrainedConfig,
+    family: Any,
     layer_ids: tuple[int, ...],
     choose_layer_ids: Callable[[int], tuple[int, ...]] | None = None,
 ) -> dict[str, Any]:
@@ -109,7 +107,15 @@ def read_num_tokens(values: Values) -> int | None:
     return methods.size("speculative_tokens")
 
 
-def read_sizes(layers: Values, arch: str, family: PreTrainedConfig) -> dict[str, Any]:
+def read_defaults(model_type: str) -> Any:
+    """The config of a family in transformers, with its defaults."""
+    # It takes seconds to import, and a draft that is trained from scratch does not need it.
+    from transformers import AutoConfig
+
+    return AutoConfig.for_model(model_type)
+
+
+def read_sizes(layers: Values, arch: str, family: Any) -> dict[str, Any]:
     """Sizes under the names of `Eagle3Config`; missing ones have the family's default."""
     keys = {
         "hidden_size": "hidden_size",

@@ -34,7 +34,7 @@ from speculators_cli.core.engines.packed_attention import Packing, packing
 from speculators_cli.core.engines.sampling import SamplingProcessor
 from speculators_cli.core.engines.verifier_layers import VerifierLayers, find_layers
 from speculators_cli.core.errors import MachineError, SettingsError
-from speculators_cli.core.models.family import quietly
+from speculators_cli.core.models.family_code import quietly
 from speculators_cli.core.reading import first_line
 
 ROUND_TOKENS = 256  # packed sequences are padded to a multiple of it: few shapes to compile

@@ -1,48 +1,12 @@
-"""A verifier's model family: its config, and a small model without layers for measurements."""
+"""A verifier's model family: its config.json, and what its class in transformers makes of it."""
 
-import copy
-import re
-from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from types import SimpleNamespace
 from typing import Any
-
-import torch
-import transformers
-from huggingface_hub.errors import StrictDataclassError
-from transformers import (
-    CONFIG_MAPPING,
-    MODEL_FOR_CAUSAL_LM_MAPPING,
-    MODEL_FOR_MULTIMODAL_LM_MAPPING,
-    AutoConfig,
-    AutoModelForCausalLM,
-    PreTrainedConfig,
-)
-from transformers.initialization import no_init_weights
-from transformers.utils import logging
 
 from speculators_cli.core.errors import SettingsError
 from speculators_cli.core.models.rope import gather_rope
 
-# Keys that require packages, kernels or dtypes that are not needed to read three tensors.
-UNUSED_KEYS = (
-    "quantization_config",
-    "compression_config",
-    "dtype",
-    "torch_dtype",
-    "attn_implementation",
-    "_attn_implementation",
-    "_attn_implementation_internal",
-    "experts_implementation",
-)
-# Keys that may affect the final norm or the logits: never dropped, even if the class rejects them.
-_READ_KEYS = re.compile(
-    r"(^|_)(eps|epsilon|logits?|lm_head|norm|bias|scale|scaling|scales|multiplier|mup|tie|softcap\w*"
-    r"|hidden_size|dim_model_base|d_model|n_embd|vocab_size)(_|$)"
-)
-# A class rejects widths that its default number of heads does not divide.
-_KEPT_KEYS = {"model_type", "architectures", "num_attention_heads"}
 TEXT_KEYS = (
     "text_config",
     "llm_config",
@@ -75,10 +39,6 @@ WIDTH_KEYS = (
 )
 MAX_WIDTH = 1_000_000  # no draft of a wider verifier fits on a device
 MAX_LAYERS = 10_000  # more mean a damaged config: some classes build a list of them
-PLAIN_ROPE = {"rope_type": "default", "rope_theta": 10000.0}
-SMALL_VOCAB = 64  # rows of embedding and LM head of the small model
-_MAX_REPAIRS = 32
-_SILENT = 100  # above every level of logging
 
 
 @dataclass(frozen=True)
@@ -88,7 +48,9 @@ class Family:
     Args:
         name: Name of the verifier, for error messages.
         content: The content of config.json.
-        config: The config built by the class of its `model_type`; None if there is no such class.
+        configs: The config built by the class of its `model_type`, and its nested parts down to the
+            text model's, which is last; empty if there is no such class, or it was not needed.
+        is_supported: Whether transformers supports its `model_type`.
         problem: Why there is no config; completes a sentence about the verifier.
         left_out: Keys that the class rejects and that affect neither final norm nor logits.
         trust_remote_code: Whether custom code from the verifier's repository may run.
@@ -96,15 +58,17 @@ class Family:
 
     name: str
     content: Mapping[str, Any]
-    config: PreTrainedConfig | None
-    problem: str | None
-    left_out: frozenset[str]
-    trust_remote_code: bool
+    configs: Sequence[Any]
+    is_supported: bool
+    problem: str | None = None
+    left_out: frozenset[str] = frozenset()
+    trust_remote_code: bool = False
+    is_plain: bool = False  # one of `plain_family.py`
 
     @property
-    def is_supported(self) -> bool:
-        """Whether transformers supports its `model_type`."""
-        return str(self.content.get("model_type")) in CONFIG_MAPPING
+    def config(self) -> Any:
+        """Return the config of the class of its `model_type`, or None."""
+        return next(iter(self.configs), None)
 
     @property
     def text_content(self) -> Mapping[str, Any]:
@@ -115,22 +79,11 @@ class Family:
         return content
 
     @property
-    def configs(self) -> list[PreTrainedConfig]:
-        """Return the config and its nested parts down to the text model's, which is last."""
-        configs: list[PreTrainedConfig] = []
-        part = self.config
-        while part is not None:
-            configs.append(part)
-            inner = (vars(part).get(key) for key in TEXT_KEYS)
-            part = next((value for value in inner if isinstance(value, PreTrainedConfig)), None)
-        return configs
-
-    @property
-    def rope_config(self) -> Any:
-        """Return the config or mapping with the text model's `rope_parameters`."""
+    def rope(self) -> Any:
+        """Return the text model's RoPE parameters, of any form."""
         if self.config is not None and not self.left_out:
-            return self.configs[-1]
-        return SimpleNamespace(rope_parameters=gather_rope(self.text_content))
+            return getattr(self.configs[-1], "rope_parameters", None)
+        return gather_rope(self.text_content)
 
     def value(self, *keys: str) -> Any:
         """Return the text model's value of the first of these keys that has one, or None."""
@@ -143,43 +96,21 @@ class Family:
         return None
 
 
-def _attribute(config: PreTrainedConfig | None, key: str, default: Any) -> Any:
+def _attribute(config: Any, key: str, default: Any) -> Any:
     try:
         return getattr(config, key, None)
     except RuntimeError:  # transformers has a value per layer, and raises for all of them
         return default
 
 
-def read_family(name: str, content: Mapping[str, Any], *, trust_remote_code: bool) -> Family:
-    """Build a config from the content of config.json, without unused keys.
+def check_sizes(name: str, content: Mapping[str, Any]) -> None:
+    """Refuse sizes that no verifier has.
 
     Raises:
-        SettingsError: The content does not describe a model.
+        SettingsError: There are some.
     """
-    _check_sizes(name, content)
-    kept = _without(content, UNUSED_KEYS)
-    kind = str(kept.get("model_type"))
-    left_out: frozenset[str] = frozenset()
-    config, problem = None, None
-    try:
-        if trust_remote_code and "auto_map" in kept:
-            config = AutoConfig.from_pretrained(name, trust_remote_code=True)
-        elif kind in CONFIG_MAPPING:
-            with quietly():
-                config, left_out = _repair(CONFIG_MAPPING[kind], kept)
-        elif "auto_map" in kept:
-            problem = "requires custom code"
-        else:
-            version = transformers.__version__
-            problem = f"is of a type that transformers {version} does not support"
-    except Exception as error:  # noqa: BLE001 - third-party code, on any content
-        problem = f"has an invalid config: {_first_line(error)}"
-    return Family(name, content, config, problem, left_out, trust_remote_code)
-
-
-def _check_sizes(name: str, content: Mapping[str, Any]) -> None:
     limits = dict.fromkeys(LAYER_KEYS, MAX_LAYERS) | dict.fromkeys(WIDTH_KEYS, MAX_WIDTH)
-    for part in _parts(content):
+    for part in parts_of(content):
         for key, limit in limits.items():
             value = part.get(key)
             if isinstance(value, int) and not 0 <= value <= limit:
@@ -190,147 +121,9 @@ def _check_sizes(name: str, content: Mapping[str, Any]) -> None:
                 )
 
 
-def _parts(content: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
+def parts_of(content: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
+    """Yield the content of a config.json and every object in it."""
     yield content
     for value in content.values():
         if isinstance(value, dict):
-            yield from _parts(value)
-
-
-def _repair(config_class: Any, content: dict[str, Any]) -> tuple[PreTrainedConfig, frozenset[str]]:
-    """Build the config, without keys that its class rejects and that are not needed."""
-    left_out: set[str] = set()
-    for _ in range(_MAX_REPAIRS):
-        try:
-            config: PreTrainedConfig = config_class.from_dict(copy.deepcopy(content))
-        except StrictDataclassError as error:
-            refused = _find_refused(str(error), content) - left_out
-            if not refused:
-                raise
-            left_out |= refused
-            content = _without(content, refused)
-        else:
-            return config, frozenset(left_out)
-    raise ValueError("too many keys that cannot be used")
-
-
-def _find_refused(message: str, content: Mapping[str, Any]) -> set[str]:
-    """Find the keys to drop: those in the message, else lists, else all that set no width."""
-    values = {k: v for p in _parts(content) for k, v in p.items() if not isinstance(v, dict)}
-    unread = {key for key in values if not _READ_KEYS.search(key)} - _KEPT_KEYS
-    named = set(re.findall(r"[Ff]ield '(\w+)'", message))
-    return (named & unread if named else {k for k in unread if isinstance(values[k], list)}) or (
-        set() if named else unread
-    )
-
-
-def _without(content: Mapping[str, Any], keys: Collection[str]) -> dict[str, Any]:
-    return {
-        key: _without(value, keys) if isinstance(value, dict) else value
-        for key, value in content.items()
-        if key not in keys
-    }
-
-
-def model_classes(family: Family) -> Iterator[tuple[Any, PreTrainedConfig]]:
-    """Yield classes of the family's own model with the config of each, best match first."""
-    config = family.config
-    assert config is not None, "callers check for a config"
-    if family.trust_remote_code and "auto_map" in family.content:
-        yield AutoModelForCausalLM, config
-        return
-    configs = family.configs
-    of_class: dict[Any, PreTrainedConfig] = {type(part): part for part in reversed(configs)}
-    found: dict[Any, PreTrainedConfig] = {}
-    for name in family.content.get("architectures") or ():
-        model_class: Any = getattr(transformers, str(name), None)
-        part = of_class.get(getattr(model_class, "config_class", None))
-        if part is not None:
-            found[model_class] = part
-    for mapping in (MODEL_FOR_MULTIMODAL_LM_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING):
-        for part in configs:
-            if type(part) in mapping:
-                model_class = mapping[type(part)]
-                # A class that is registered for a whole config may still take its text part.
-                found.setdefault(model_class, of_class.get(model_class.config_class, part))
-    yield from found.items()
-
-
-def build_small(
-    model_class: Any,
-    config: PreTrainedConfig,
-    *,
-    num_layers: int,
-    device: str = "cpu",
-    keep_rope: bool = True,
-) -> Any:
-    """Build the family's model with few layers and a small vocabulary, not initialized.
-
-    Args:
-        model_class: The class of the model.
-        config: Its config.
-        num_layers: Number of decoder layers.
-        device: Device of the weights.
-        keep_rope: Use the RoPE of the config, which may be of an unknown type; else default RoPE.
-    """
-    small = copy.deepcopy(config)
-    _shrink(small, num_layers)
-    if not keep_rope:
-        _make_rope_plain(small)
-    options = {"dtype": torch.float32, "attn_implementation": "eager"}
-    with no_init_weights(), torch.device(device), quietly():
-        if model_class is AutoModelForCausalLM:
-            model: Any = model_class.from_config(small, trust_remote_code=True, **options)
-        else:
-            model = model_class._from_config(small, **options)  # noqa: SLF001
-    model.tie_weights()
-    return model.eval()
-
-
-def _shrink(config: PreTrainedConfig, num_layers: int) -> None:
-    for value in list(vars(config).values()):
-        if isinstance(value, PreTrainedConfig):
-            _shrink(value, num_layers)
-    given = getattr(config, "num_hidden_layers", None)
-    for key, value in list(vars(config).items()):
-        if isinstance(value, list) and value and len(value) == given and key != "hidden_sizes":
-            setattr(config, key, value[:num_layers])
-        elif key in LAYER_KEYS and isinstance(value, int):
-            setattr(config, key, num_layers)
-        elif key.endswith("vocab_size") and isinstance(value, int):
-            setattr(config, key, min(value, SMALL_VOCAB))
-        elif key.endswith(("token_id", "token_index")):
-            setattr(config, key, _small_ids(value))
-
-
-def _make_rope_plain(config: PreTrainedConfig) -> None:
-    for value in list(vars(config).values()):
-        if isinstance(value, PreTrainedConfig):
-            _make_rope_plain(value)
-    found, plain = getattr(config, "rope_parameters", None), dict(PLAIN_ROPE)
-    kinds = found if isinstance(found, dict) else {}
-    if kinds and all(isinstance(rope, dict) for rope in kinds.values()):
-        plain = {kind: dict(PLAIN_ROPE) for kind in kinds}
-    if found is not None:
-        config.rope_parameters = plain
-
-
-def _small_ids(ids: Any) -> Any:
-    if isinstance(ids, list):
-        return [_small_ids(i) for i in ids]
-    return min(ids, SMALL_VOCAB - 1) if isinstance(ids, int) else ids
-
-
-@contextmanager
-def quietly() -> Iterator[None]:
-    """Silence the logging of transformers for a config that is only measured."""
-    level = logging.get_verbosity()
-    logging.set_verbosity(_SILENT)
-    try:
-        yield
-    finally:
-        logging.set_verbosity(level)
-
-
-def _first_line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:200] or type(error).__name__
+            yield from parts_of(value)

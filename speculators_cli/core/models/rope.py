@@ -7,8 +7,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import LlamaConfig, PreTrainedConfig
-from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from speculators_cli.core.models.decoder_config import DecoderConfig
 
@@ -62,15 +60,17 @@ class ChosenRope:
     left_out: str | None  # what the draft layer does not adopt of the verifier's RoPE
 
 
-def choose_rope(
-    text: PreTrainedConfig, *, head_dim: int, max_position_embeddings: int
-) -> ChosenRope:
+def choose_rope(found: Any, *, head_dim: int, max_position_embeddings: int) -> ChosenRope:
     """Choose the RoPE of the verifier's full-attention layers, as in the llama layer of an engine.
 
     A draft may have another RoPE, as long as it is the same in training and serving. So where a
     layer does not support the verifier's, it has plain RoPE with the verifier's theta.
+
+    Args:
+        found: The `rope_parameters` of the verifier's text model, of any form.
+        head_dim: Of the draft.
+        max_position_embeddings: Of the verifier.
     """
-    found = getattr(text, "rope_parameters", None) or {}
     given = _full_attention(found) if isinstance(found, Mapping) else {}
     theta, left_out = DEFAULT_THETA, None
     try:
@@ -269,9 +269,35 @@ def find_frequencies(config: DecoderConfig) -> tuple[Tensor, float]:
     """Return radians per position for each pair, and the factor of cosine and sine."""
     rope = dict(config.rope_parameters)
     kind = rope["rope_type"]
+    if kind in ("yarn", "dynamic", "longrope"):
+        return _ask_transformers(config)
+    pairs = torch.arange(0, config.head_dim, 2).float() / config.head_dim
     if kind == "default":
-        pairs = torch.arange(0, config.head_dim, 2).float()
-        return rope["rope_theta"] ** -(pairs / config.head_dim), 1.0
+        return rope["rope_theta"] ** -pairs, 1.0
+    frequencies = 1.0 / (rope["rope_theta"] ** pairs)
+    if kind == "linear":
+        return frequencies / rope["factor"], 1.0
+    return _stretch_slow_pairs(frequencies, rope), 1.0
+
+
+def _stretch_slow_pairs(frequencies: Tensor, rope: Mapping[str, Any]) -> Tensor:
+    """Type `llama3`: slow pairs are slower by a factor, fast ones as before, others in between."""
+    factor, low, high = rope["factor"], rope["low_freq_factor"], rope["high_freq_factor"]
+    length, wavelengths = rope[_LENGTH], 2 * math.pi / frequencies
+    share = (length / wavelengths - low) / (high - low)
+    between = (1 - share) * frequencies / factor + share * frequencies
+    is_slow, is_fast = wavelengths > length / low, wavelengths < length / high
+    stretched = torch.where(is_slow, frequencies / factor, frequencies)
+    return torch.where(is_slow | is_fast, stretched, between)
+
+
+def _ask_transformers(config: DecoderConfig) -> tuple[Tensor, float]:
+    """Compute the types that few verifiers have; takes seconds to import."""
+    from transformers import LlamaConfig
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    rope = dict(config.rope_parameters)
+    kind = rope["rope_type"]
     given = (
         rope.get(_chosen_mscale(rope, config.max_position_embeddings))
         if kind == "longrope"

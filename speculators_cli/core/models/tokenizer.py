@@ -3,9 +3,6 @@
 import re
 from typing import Any
 
-from transformers import AutoTokenizer
-from transformers.utils import logging
-
 from speculators_cli.core.errors import SpeculatorsError
 from speculators_cli.core.models.repo_files import RepoFiles
 from speculators_cli.core.reading import first_line, read_json_object, refusing
@@ -23,6 +20,10 @@ def load_tokenizer(files: RepoFiles, *, trust_remote_code: bool) -> Any:
         SpeculatorsError: There is none, or it cannot be read; the class is `files.error`.
         MachineError: The download fails.
     """
+    # It takes seconds to import, and most training runs read no text.
+    from transformers import AutoTokenizer
+    from transformers.utils import logging
+
     files.find(CONFIG_NAME)  # Raises for an invalid name or an unreachable hub.
     if files.is_local:
         _check_local(files)

@@ -11,12 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from speculators_cli.core.errors import SettingsError
-from speculators_cli.core.models.readout import (
-    UnsupportedReadoutError,
-    apply_logit_options,
-    apply_norm,
-    measure_readout,
-)
+from speculators_cli.core.models.family import Family
+from speculators_cli.core.models.plain_family import plain_readout
+from speculators_cli.core.models.readout import Readout, apply_logit_options, apply_norm
 from speculators_cli.core.models.verifier_files import PartNames, VerifierFiles
 from speculators_cli.core.models.verifier_shape import (
     VerifierShape,
@@ -55,13 +52,7 @@ def read_verifier_config(files: VerifierFiles, *, trust_remote_code: bool) -> Ve
     """
     family = open_family(files, trust_remote_code=trust_remote_code)
     sizes = read_sizes(family)
-    try:
-        readout = measure_readout(family)
-    except UnsupportedReadoutError as error:
-        kind = family.content.get("model_type")
-        raise SettingsError(
-            f"Verifier `{files.name_or_path}` (`{kind}`) {error}", hint=hint_of(family)
-        ) from None
+    readout = plain_readout(family) if family.is_plain else _measure(family)
     modules = PartNames(readout.embedding, readout.norm, readout.head)
     given = given_tie(family)
     is_tied = readout.is_tied and given is not False
@@ -80,6 +71,22 @@ def read_verifier_config(files: VerifierFiles, *, trust_remote_code: bool) -> Ve
         is_norm_centred=readout.is_centred,
         modules=modules,
     )
+
+
+def _measure(family: Family) -> Readout:
+    # It takes seconds to import.
+    from speculators_cli.core.models.readout_measurement import (
+        UnsupportedReadoutError,
+        measure_readout,
+    )
+
+    try:
+        return measure_readout(family)
+    except UnsupportedReadoutError as error:
+        kind = family.content.get("model_type")
+        raise SettingsError(
+            f"Verifier `{family.name}` (`{kind}`) {error}", hint=hint_of(family)
+        ) from None
 
 
 def _sum_bits(tensor: Tensor) -> int:

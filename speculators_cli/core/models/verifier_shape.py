@@ -5,7 +5,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from speculators_cli.core.errors import SettingsError
-from speculators_cli.core.models.family import Family, read_family
+from speculators_cli.core.models.family import Family, check_sizes
+from speculators_cli.core.models.plain_family import find_plain
 from speculators_cli.core.models.repo_files import CONFIG_NAME, RepoFiles
 from speculators_cli.core.models.rope import choose_rope
 from speculators_cli.core.models.verifier_files import VerifierFiles
@@ -59,10 +60,17 @@ def open_family(files: RepoFiles, *, trust_remote_code: bool) -> Family:
     """Read config.json.
 
     Raises:
-        SettingsError: It is missing, or cannot be read.
+        SettingsError: It is missing, cannot be read, or does not describe a model.
         MachineError: The hub is unreachable or denies access.
     """
     content = files.read_json(CONFIG_NAME)
+    check_sizes(files.name_or_path, content)
+    plain = find_plain(files.name_or_path, content)
+    if plain is not None:
+        return plain
+    # It takes seconds to import.
+    from speculators_cli.core.models.family_code import read_family
+
     return read_family(files.name_or_path, content, trust_remote_code=trust_remote_code)
 
 
@@ -120,7 +128,7 @@ def read_sizes(family: Family) -> dict[str, Any]:
         even = max(head_dim - 1, 2)
         odd = f"has an odd `head_dim`, {head_dim}, and the heads of the draft have {even}"
         head_dim = even
-    rope = choose_rope(family.rope_config, head_dim=head_dim, max_position_embeddings=positions)
+    rope = choose_rope(family.rope, head_dim=head_dim, max_position_embeddings=positions)
     eps = family.value("rms_norm_eps", "norm_eps", "layer_norm_epsilon", "layer_norm_eps")
     is_tied = given_tie(family)
     return {

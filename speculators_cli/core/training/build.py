@@ -3,7 +3,7 @@
 import os
 from contextlib import ExitStack
 from functools import partial
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
@@ -19,7 +19,6 @@ from speculators_cli.core.signals import StopSignals
 from speculators_cli.core.training.checkpoint_checks import check_progress
 from speculators_cli.core.training.distributed import Ranks
 from speculators_cli.core.training.inputs import Inputs
-from speculators_cli.core.training.live_capture import LiveVerifier, load_live_verifier
 from speculators_cli.core.training.loggers import SafeLogger
 from speculators_cli.core.training.optimizer import Optimizer, learning_rate
 from speculators_cli.core.training.optimizer_step import OptimizerStep
@@ -35,6 +34,9 @@ from speculators_cli.core.training.trainer import Trainer
 from speculators_cli.core.training.weights import share_weights
 from speculators_cli.settings.base import Settings
 from speculators_cli.settings.train import TrainSettings
+
+if TYPE_CHECKING:
+    from speculators_cli.core.training.live_capture import LiveVerifier
 
 
 def build_trainer(
@@ -53,6 +55,9 @@ def build_trainer(
     live = None
     with ExitStack() as on_error:
         if inputs.is_live:
+            # Importing what runs the whole verifier takes seconds.
+            from speculators_cli.core.training.live_capture import load_live_verifier
+
             live = load_live_verifier(settings, inputs, frozen, ranks)
             on_error.callback(live.engine.close)
         verifier = live.frozen if live is not None else frozen.to(ranks.device)
@@ -139,7 +144,7 @@ def build_trainer(
 
 
 def read_ahead(
-    loader: BatchSource, samples: SampleSource, live: LiveVerifier | None
+    loader: BatchSource, samples: SampleSource, live: "LiveVerifier | None"
 ) -> BatchSource:
     """The loader, or one that requests hidden states of live samples ahead."""
     return live.read_ahead(loader, samples) if live is not None and samples.is_live else loader
@@ -149,7 +154,7 @@ def check_all_samples(
     settings: TrainSettings,
     inputs: Inputs,
     verifier: FrozenVerifier,
-    live: LiveVerifier | None,
+    live: "LiveVerifier | None",
     progress: Progress,
 ) -> None:
     """Check samples to train on, and those of a folder for validation.

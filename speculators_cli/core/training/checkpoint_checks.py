@@ -14,7 +14,7 @@ from speculators_cli.core.errors import CheckpointError
 from speculators_cli.core.models.repo_files import WEIGHTS_NAME
 from speculators_cli.core.models.train_state import TrainState
 from speculators_cli.core.reading import open_safetensors, refusing
-from speculators_cli.core.training.snapshot import MOMENTS, STEP
+from speculators_cli.core.training.adamw import MOMENTS, STEP
 
 MOST_MORE = 64  # times as many packed sequences per step as the flags set
 START_OVER = "Choose another checkpoint, or start over with `--no-resume-from-checkpoint`"

@@ -10,7 +10,6 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from speculators_cli.core.errors import MachineError, SpeculatorsError
 from speculators_cli.core.place import adopt_slurm, read_place
@@ -232,12 +231,3 @@ def count_shards(ranks: Ranks, sharding: str, num_trained: int) -> int:
     if sharding == "replicate" or num_trained < MIN_SHARDED_WEIGHTS:
         return 1
     return ranks.num_local_ranks
-
-
-def make_mesh(ranks: Ranks, num_shards: int) -> DeviceMesh:
-    """The ranks as a mesh of copies of shards; all ranks must call."""
-    copies = ranks.num_ranks // num_shards
-    kind = ranks.device.type
-    if copies == 1:
-        return init_device_mesh(kind, (num_shards,), mesh_dim_names=("shard",))
-    return init_device_mesh(kind, (copies, num_shards), mesh_dim_names=("copy", "shard"))

@@ -6,8 +6,9 @@ from collections.abc import Sequence
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
+from speculators_cli.core.kernels.shards import is_shard
+from speculators_cli.core.training.adamw import AdamW, Gates, Group
 from speculators_cli.core.training.snapshot import Weights
 from speculators_cli.settings.train import OptimizerSettings, ScheduleSettings
 
@@ -47,13 +48,9 @@ class Optimizer:
         self.parameters = [p for _, p in weights.named_parameters() if p.requires_grad]
         norm_weights = [p for p in self.parameters if p.dim() == 1]
         matrices = [p for p in self.parameters if p.dim() > 1]
-        self.adamw = _adamw_class(use_fast_kernels)(
-            [
-                {"params": matrices, "weight_decay": settings.weight_decay},
-                {"params": norm_weights, "weight_decay": 0.0},
-            ],
-            lr=settings.lr,
-            fused=True,
+        self.adamw = AdamW(
+            [Group(matrices, settings.weight_decay), Group(norm_weights, 0.0)],
+            use_fast_kernels=use_fast_kernels,
         )
         device = self.parameters[0].device
         self.num_skipped = torch.zeros((), dtype=torch.int64, device=device)  # in total
@@ -70,13 +67,8 @@ class Optimizer:
         assert gradients, "a backward has reached the parameters"
         norm = total_norm(gradients)
         is_broken = ~norm.isfinite()
-        for group in self.adamw.param_groups:
-            group["lr"] = lr
         scale = (norm / self.max_grad_norm).clamp(min=1.0)
-        self.adamw.grad_scale = torch.where(is_broken, 1.0, scale)  # type: ignore[attr-defined]
-        self.adamw.found_inf = is_broken.float()  # type: ignore[attr-defined]
-        self.adamw.step()
-        self.adamw.zero_grad()
+        self.adamw.step(lr, Gates(torch.where(is_broken, 1.0, scale), is_broken.float()))
         self.num_skipped += is_broken
         self.num_skipped_in_a_row = (self.num_skipped_in_a_row + 1) * is_broken
         self.most_skipped_in_a_row = torch.maximum(
@@ -87,8 +79,8 @@ class Optimizer:
 
 def total_norm(gradients: Sequence[Tensor]) -> Tensor:
     """The norm of all gradients, sharded or not: float32 scalar. All ranks must call."""
-    whole = [x for x in gradients if not isinstance(x, DTensor)]
-    shards = [x for x in gradients if isinstance(x, DTensor)]
+    whole = [x for x in gradients if not is_shard(x)]
+    shards = [x for x in gradients if is_shard(x)]
     if not shards:
         return torch.nn.utils.get_total_norm(whole, foreach=True)
     local = torch.nn.utils.get_total_norm([x.to_local() for x in shards], foreach=True)
@@ -97,12 +89,3 @@ def total_norm(gradients: Sequence[Tensor]) -> Tensor:
     if whole:
         square += torch.nn.utils.get_total_norm(whole, foreach=True).square()
     return square.sqrt()
-
-
-def _adamw_class(use_fast_kernels: bool) -> type[torch.optim.AdamW]:
-    if not use_fast_kernels:
-        return torch.optim.AdamW
-    # Triton is only available with a GPU.
-    from speculators_cli.core.kernels.adamw import OnePassAdamW
-
-    return OnePassAdamW

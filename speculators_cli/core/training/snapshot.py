@@ -7,14 +7,11 @@ from typing import Any, Protocol
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, distribute_tensor
-from torch.optim import Optimizer
 
 from speculators_cli.core.algorithms.draft_model import DraftModel
+from speculators_cli.core.kernels.shards import is_shard
 from speculators_cli.core.models.train_state import TrainState
-
-MOMENTS = ("exp_avg", "exp_avg_sq")  # shaped as the parameter
-STEP = "step"  # a scalar
+from speculators_cli.core.training.adamw import MOMENTS, STEP, AdamW
 
 
 class Weights(Protocol):
@@ -44,7 +41,7 @@ def full_weights(weights: Weights) -> Iterator[tuple[str, Tensor]]:
         yield name, _full(parameter)
 
 
-def full_moments(weights: Weights, optimizer: Optimizer) -> Iterator[tuple[str, Tensor]]:
+def full_moments(weights: Weights, optimizer: AdamW) -> Iterator[tuple[str, Tensor]]:
     """Full optimizer state as `{parameter}.{kind}`; otherwise like `full_weights`."""
     for name, parameter in weights.named_parameters():
         if parameter.requires_grad:
@@ -55,7 +52,7 @@ def full_moments(weights: Weights, optimizer: Optimizer) -> Iterator[tuple[str, 
 @torch.no_grad()
 def restore(
     parameters: Weights,
-    optimizer: Optimizer,
+    optimizer: AdamW,
     *,
     weights: Mapping[str, Tensor],
     moments: Mapping[str, Tensor],
@@ -85,7 +82,7 @@ def list_large_tensors(draft: DraftModel, weights: Weights) -> list[tuple[str, T
 
 
 def _full(tensor: Tensor) -> Tensor:
-    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach()
+    return (tensor.full_tensor() if is_shard(tensor) else tensor).detach()
 
 
 def _spread(whole: Tensor | None, *, like: Tensor) -> Tensor:
@@ -93,7 +90,9 @@ def _spread(whole: Tensor | None, *, like: Tensor) -> Tensor:
     if whole is None:
         whole = torch.empty(like.shape)
     on_device = whole.to(like.device, like.dtype)
-    if isinstance(like, DTensor):
+    if is_shard(like):
+        from torch.distributed.tensor import distribute_tensor
+
         return distribute_tensor(on_device, like.device_mesh, like.placements)
     if dist.is_initialized():
         dist.broadcast(on_device, 0)

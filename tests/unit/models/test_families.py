@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 
 from speculators_cli.core.errors import SpeculatorsError
-from speculators_cli.core.models.family import Family, build_small, model_classes
-from speculators_cli.core.models.readout import (
+from speculators_cli.core.models.family import Family
+from speculators_cli.core.models.family_code import build_small, model_classes
+from speculators_cli.core.models.readout import Readout
+from speculators_cli.core.models.readout_measurement import (
     NUM_ROWS,
-    Readout,
     UnsupportedReadoutError,
     measure_readout,
 )

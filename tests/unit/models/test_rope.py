@@ -68,7 +68,9 @@ def frequencies_of(rope: dict[str, Any]) -> tuple[list[float], float]:
 def test_a_draft_turns_by_the_frequencies_of_its_verifier(rope: dict[str, Any]) -> None:
     verifier = llama({"rope_theta": 50000.0} | rope)
 
-    chosen = choose_rope(verifier, head_dim=HEAD_DIM, max_position_embeddings=LONGEST)
+    chosen = choose_rope(
+        verifier.rope_parameters, head_dim=HEAD_DIM, max_position_embeddings=LONGEST
+    )
 
     found, scale = frequencies_of(dict(chosen.parameters))
     if rope["rope_type"] == "default":
@@ -143,7 +145,9 @@ def test_the_alpha_of_hunyuan_is_part_of_theta() -> None:
     rope = {"type": "dynamic", "alpha": 1000.0, "beta_fast": 32, "beta_slow": 1, "factor": 1.0}
     verifier = build(HunYuanDenseV1Config, head_dim=HEAD_DIM, rope_scaling=rope, rope_theta=10000.0)
 
-    chosen = choose_rope(verifier, head_dim=HEAD_DIM, max_position_embeddings=LONGEST)
+    chosen = choose_rope(
+        verifier.rope_parameters, head_dim=HEAD_DIM, max_position_embeddings=LONGEST
+    )
 
     theta = 10000.0 * 1000.0 ** (16 / 14)
     assert chosen.parameters == {"rope_type": "default", "rope_theta": pytest.approx(theta)}
@@ -159,7 +163,9 @@ def test_a_draft_of_phi3_turns_by_its_long_factors() -> None:
         pad_token_id=0, **LENGTH,
     )  # fmt: skip
 
-    chosen = choose_rope(verifier, head_dim=HEAD_DIM, max_position_embeddings=LONGEST)
+    chosen = choose_rope(
+        verifier.rope_parameters, head_dim=HEAD_DIM, max_position_embeddings=LONGEST
+    )
 
     theirs = Phi3RotaryEmbedding(verifier)
     positions = torch.arange(LONGEST)
@@ -202,7 +208,7 @@ def test_rope_is_read_from_a_config_that_transformers_cannot_build(
     text = PreTrainedConfig()
     text.rope_parameters = gather_rope(content)
 
-    chosen = choose_rope(text, head_dim=HEAD_DIM, max_position_embeddings=LONGEST)
+    chosen = choose_rope(text.rope_parameters, head_dim=HEAD_DIM, max_position_embeddings=LONGEST)
 
     assert (chosen.parameters, chosen.left_out) == (expected, None)
 
@@ -221,7 +227,7 @@ def test_what_a_config_has_in_place_of_numbers_is_left_out_and_named(
     text = PreTrainedConfig()
     text.rope_parameters = gather_rope(content)
 
-    chosen = choose_rope(text, head_dim=HEAD_DIM, max_position_embeddings=LONGEST)
+    chosen = choose_rope(text.rope_parameters, head_dim=HEAD_DIM, max_position_embeddings=LONGEST)
 
     assert chosen.parameters == {"rope_type": "default", "rope_theta": 10000.0}
     assert chosen.left_out is not None
@@ -280,7 +286,7 @@ def test_what_a_draft_cannot_have_of_its_verifier_is_left_out_and_named(case: st
     text = PreTrainedConfig()
     text.rope_parameters = rope | {"rope_theta": 70000.0}
 
-    chosen = choose_rope(text, head_dim=HEAD_DIM, max_position_embeddings=LONGEST)
+    chosen = choose_rope(text.rope_parameters, head_dim=HEAD_DIM, max_position_embeddings=LONGEST)
 
     assert chosen.parameters == expected
     assert chosen.left_out is not None
@@ -304,7 +310,7 @@ def test_only_what_is_computed_is_kept(
     text = PreTrainedConfig()
     text.rope_parameters = rope
 
-    chosen = choose_rope(text, head_dim=HEAD_DIM, max_position_embeddings=LONGEST)
+    chosen = choose_rope(text.rope_parameters, head_dim=HEAD_DIM, max_position_embeddings=LONGEST)
 
     assert (chosen.parameters, chosen.left_out) == (expected, None)
 
@@ -382,7 +388,7 @@ def test_the_rope_of_full_attention_layers_stays_as_it_is() -> None:
     text = PreTrainedConfig()
     text.rope_parameters = {"sliding_attention": PLAIN, "full_attention": rope}
 
-    chosen = choose_rope(text, head_dim=HEAD_DIM, max_position_embeddings=LONGEST)
+    chosen = choose_rope(text.rope_parameters, head_dim=HEAD_DIM, max_position_embeddings=LONGEST)
 
     assert list(chosen.parameters.items()) == list(rope.items())
 

@@ -81,15 +81,15 @@ def test_a_gradient_that_is_not_finite_changes_nothing(value: float, kernels: st
     module(torch.randn(2, 5)).sum().backward()
     optimizer.step(0.1)
     weights = copy.deepcopy(module.state_dict())
-    moments = copy.deepcopy(optimizer.adamw.state_dict()["state"])
+    moments = {p: copy.deepcopy(state) for p, state in optimizer.adamw.state.items()}
 
     for _ in range(2):
         module(torch.full((2, 5), value)).sum().backward()
         optimizer.step(0.1)
 
     assert all(torch.equal(a, weights[name]) for name, a in module.state_dict().items())
-    for index, state in optimizer.adamw.state_dict()["state"].items():
-        assert all(torch.equal(state[key], moments[index][key]) for key in state)
+    for parameter, state in optimizer.adamw.state.items():
+        assert all(torch.equal(state[key], moments[parameter][key]) for key in state)
     assert int(optimizer.num_skipped) == 2
     assert int(optimizer.num_skipped_in_a_row) == 2
 

@@ -118,3 +118,27 @@ def test_a_finished_run_has_no_first_step(trained: TinyInputs) -> None:
     assert report.was_already_finished
     assert "first step" not in report.start_up_seconds
     assert not [line for line in progress.infos if line.startswith("Start-up")]
+
+
+# Each takes a second or more; PyTorch imports its compiler when an optimizer of its own is used.
+HEAVY = {"transformers", "torch._dynamo", "torch._inductor", "torch.distributed.tensor", "sympy"}
+
+
+def test_training_on_one_rank_imports_no_more_than_it_needs() -> None:
+    code = f"""
+import sys
+import torch
+from speculators_cli.core import evaluated_training
+from speculators_cli.core.training.optimizer import Optimizer
+from speculators_cli.settings.train import OptimizerSettings
+
+module = torch.nn.Linear(3, 2)
+optimizer = Optimizer(module, OptimizerSettings())
+module(torch.ones(1, 3)).sum().backward()
+optimizer.step(0.1)
+print(sorted({HEAVY} & sys.modules.keys()))
+"""
+
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+
+    assert done.stdout.strip() == "[]"

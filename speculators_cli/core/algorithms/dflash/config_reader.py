@@ -3,12 +3,11 @@
 from collections.abc import Mapping
 from typing import Any
 
-from transformers import AutoConfig
-
 from speculators_cli.core.algorithms.dflash.config import DFlashConfig
 from speculators_cli.core.algorithms.draft_config import is_speculators
 from speculators_cli.core.algorithms.draft_config_reader import (
     CONVERT_HINT,
+    read_defaults,
     read_num_tokens,
     read_shared,
     refuse_other_layers,
@@ -120,7 +119,7 @@ def _build(
         raise CheckpointError(f"The config.json of `{values.name}` has no {key}", hint=CONVERT_HINT)
     if block_size < 2:
         raise values.error("block_size", "at least 2")
-    family = AutoConfig.for_model("qwen3")
+    family = read_defaults("qwen3")
     return DFlashConfig(
         **read_shared(values, layers, overrides, arch="qwen3", family=family, layer_ids=layer_ids),
         block_size=block_size,

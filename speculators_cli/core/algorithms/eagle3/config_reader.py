@@ -3,11 +3,10 @@
 from collections.abc import Mapping
 from typing import Any
 
-from transformers import AutoConfig
-
 from speculators_cli.core.algorithms.draft_config import is_speculators
 from speculators_cli.core.algorithms.draft_config_reader import (
     layers_of,
+    read_defaults,
     read_num_tokens,
     read_shared,
     read_windows,
@@ -178,12 +177,12 @@ def _find_family(layers: Values) -> tuple[str, Any]:
     """The architecture of the decoder layers, and a config with the family's defaults."""
     model_type = layers.text("model_type") or "llama"
     if model_type == "qwen3":
-        return "qwen3", AutoConfig.for_model(model_type)
+        return "qwen3", read_defaults(model_type)
     if model_type in LLAMA_LAYERS:
-        return "llama", AutoConfig.for_model(model_type)
+        return "llama", read_defaults(model_type)
     if has_plain_layers(layers.content):
         # The layers have the class of llama; the type is the verifier's.
-        return "llama", AutoConfig.for_model("llama")
+        return "llama", read_defaults("llama")
     expected = ", ".join(f"`{kind}`" for kind in (*LLAMA_LAYERS, "qwen3"))
     raise CheckpointError(
         f"`{layers.name}` has decoder layers of type `{model_type}`, expected one of {expected}",
