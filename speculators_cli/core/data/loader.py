@@ -123,6 +123,14 @@ class BatchLoader:
             first = step * self._per_step
             yield tuple(self._take((epoch, first + i)) for i in range(self._per_step))
 
+    def read_ahead_from(self, epoch: int, step: int) -> None:
+        """Start reading the batches from a step on, before they are requested."""
+        if self._pool is None or epoch >= self.num_epochs or step >= self.steps_in(epoch):
+            return
+        place = (epoch, step * self._per_step)
+        if place < self._end:
+            self._schedule(place)
+
     @property
     def pending(self) -> tuple[Future[Batch], ...]:
         """Batches that are read ahead, whether they are ready or not."""
@@ -138,6 +146,12 @@ class BatchLoader:
         """Return the batch of a place, after scheduling reads of the next ones."""
         if self._pool is None:
             return self._collate(self._sequence(place))
+        self._schedule(place)
+        return self._ahead.popleft().batch.result()
+
+    def _schedule(self, place: Place) -> None:
+        """Read the batch of a place, and the next ones."""
+        assert self._pool is not None, "without threads nothing is read ahead"
         if not self._ahead or self._ahead[0].place != place:
             self._drop_ahead()
             self._coming = self._places_from(place)
@@ -146,7 +160,6 @@ class BatchLoader:
         for coming in islice(self._coming, 1 + self._num_ahead - len(self._ahead)):
             batch = self._pool.submit(self._collate, self._sequence(coming))
             self._ahead.append(Pending(coming, batch))
-        return self._ahead.popleft().batch.result()
 
     def _drop_ahead(self) -> None:
         for pending in self._ahead:

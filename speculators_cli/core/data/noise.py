@@ -10,12 +10,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from speculators_cli.core.data.batch import Batch, drop_non_finite, rows_of
-from speculators_cli.core.kernels.device import move
+from speculators_cli.core.kernels.device import has_kernels, move
 
 
 def drop_and_add_noise(batch: Batch, std: float, *, seed: int, epoch: int) -> tuple[Batch, Tensor]:
     """`drop_non_finite`, then `add_noise`; in place for a batch on a GPU."""
-    if not (batch.aux_hidden_states.is_cuda and find_spec("triton")):
+    if not (has_kernels(batch.aux_hidden_states) and find_spec("triton")):
         kept, is_broken = drop_non_finite(batch)
         return add_noise(kept, std, seed=seed, epoch=epoch), is_broken
     from speculators_cli.core.kernels.noise import mark_broken, perturb, zero_broken

@@ -8,6 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from speculators_cli.core.kernels.launch import launch
 from speculators_cli.core.kernels.shards import local_rows
 
 BLOCK = 4096
@@ -33,7 +34,7 @@ def update(
     if not num_values:
         return
     values, gradient, mean, square = own
-    _adamw_kernel[(triton.cdiv(num_values, BLOCK),)](
+    launch(_adamw_kernel, (triton.cdiv(num_values, BLOCK),))(
         values, gradient.contiguous(), mean, square, grad_scale, found_inf, corrections, num_values,
         lr, *betas, eps, 1.0 - lr * weight_decay, BLOCK=BLOCK, num_warps=8,
     )  # fmt: skip

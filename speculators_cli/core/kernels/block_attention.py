@@ -23,6 +23,7 @@ from speculators_cli.core.kernels.block_kernels import (
     blocks_forward_kernel,
 )
 from speculators_cli.core.kernels.head_norm import Rope, turn, turn_back
+from speculators_cli.core.kernels.launch import launch
 
 
 class HeadNorms(NamedTuple):
@@ -73,7 +74,7 @@ class _BlockAttention(torch.autograd.Function):
         out = torch.empty_like(query)
         lse = torch.empty(query.shape[:2], dtype=torch.float32, device=query.device)
         options = _options(query, key, spans)
-        blocks_forward_kernel[_grid(query, key, spans, options)](
+        launch(blocks_forward_kernel, _grid(query, key, spans, options))(
             query, *_with_strides(context_key, context_value, key, value),
             spans.first, spans.limit, len(spans.first), out, lse,
             **options,
@@ -101,14 +102,14 @@ class _BlockAttention(torch.autograd.Function):
         delta = torch.empty_like(lse)
         grad_query, grad_key = torch.empty_like(query), torch.empty_like(key)
         options = _options(query, key, spans)
-        blocks_backward_kernel[_grid(query, key, spans, options)](
+        launch(blocks_backward_kernel, _grid(query, key, spans, options))(
             query, *_with_strides(*context, key, value), spans.first, spans.limit,
             len(spans.first), out, lse, grad_out, delta, grad_query,
             *_with_strides(grad_key, grad_value),
             **options,
         )  # fmt: skip
         grad_context = [query.new_empty(part.shape) for part in context]
-        blocks_context_kernel[(len(spans.readers), key.shape[1])](
+        launch(blocks_context_kernel, (len(spans.readers), key.shape[1]))(
             query, *_with_strides(*context), spans.first, spans.limit, spans.readers,
             spans.num_rows, lse, grad_out, delta, *grad_context,
             **{name: value for name, value in options.items() if name not in OWN_OPTIONS},

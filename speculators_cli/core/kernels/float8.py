@@ -16,6 +16,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from speculators_cli.core.kernels.device import has_kernels
+from speculators_cli.core.kernels.launch import launch
+
 FLOAT8 = torch.float8_e4m3fn
 MAX_FLOAT8 = 448.0
 # The smallest scale: what is smaller by far than 2^-60 becomes zero. The product of two scales is a
@@ -61,12 +64,12 @@ def round_rows(
 
     Products of a row with NaN or Inf are NaN.
     """
-    if not x.is_cuda:
+    if not has_kernels(x):
         scales = power_of_two(x.abs().amax(-1).float())
         return Rounded(_to_float8(x.float() / scales[:, None]), scales)
     num_rows, size = x.shape
     rounded = Rounded.empty(num_rows, size, x.device)
-    _round_rows_kernel[(num_rows,)](
+    launch(_round_rows_kernel, (num_rows,))(
         x, x.stride(0), *rounded,
         SIZE=size,
         BLOCK=min(BLOCK, triton.next_power_of_2(size)),
@@ -93,8 +96,8 @@ def round_weight(
     start = 0
     for part in parts:
         here = by_output[start : start + len(part)]
-        if part.is_cuda:
-            _round_weight_kernel[(len(part),)](
+        if has_kernels(part):
+            launch(_round_weight_kernel, (len(part),))(
                 part, part.stride(0), part if norm_weight is None else norm_weight, scale, here,
                 HAS_NORM=norm_weight is not None,
                 SIZE=size,
@@ -124,10 +127,10 @@ def multiply(
     """
     if into is None:
         into = rows.values.new_empty(len(rows.values), len(others.values), dtype=dtype)
-    if not into.is_cuda:
+    if not has_kernels(into):
         factors = [part.values.float() * part.scales[:, None] for part in (rows, others)]
         return into.copy_(factors[0] @ factors[1].T)
-    if rows.values.numel() == 0:
+    if rows.values.numel() == 0 or into.is_meta:  # torch has no such product of meta tensors
         return into.zero_()
     torch._scaled_mm(  # noqa: SLF001 - public only since torch 2.12
         rows.values, others.values.T, rows.scales.view(-1, 1), others.scales.view(1, -1),
@@ -185,12 +188,12 @@ def transpose(
 ) -> None:
     """Transpose `values * factors`."""
     num_rows, size = values.shape
-    if not values.is_cuda:
+    if not has_kernels(values):
         product = values if factors is None else _to_float8(values.float() * factors[:, None])
         into[:, :num_rows], into[:, num_rows:] = product.T, 0
         return
     grid = (triton.cdiv(into.shape[1], TILE), triton.cdiv(size, TILE))
-    _transpose_kernel[grid](
+    launch(_transpose_kernel, grid)(
         values, values if factors is None else factors, into, into.stride(0),
         num_rows, into.shape[1],
         HAS_FACTORS=factors is not None,

@@ -8,6 +8,8 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from speculators_cli.core.kernels.launch import launch
+
 # Programs of a backward: each sums the weights' gradient over its rows; few partial sums remain.
 NUM_PROGRAMS = 1024
 
@@ -53,7 +55,7 @@ def turn(x: Tensor, weight: Tensor, eps: float, rope: Rope, positions: Tensor) -
     """Do what `norm_and_rotate` does, without autograd."""
     num_rows, num_heads, head_dim = x.shape
     out = x.new_empty(x.shape)
-    _head_norm_forward_kernel[(num_rows,)](
+    launch(_head_norm_forward_kernel, (num_rows,))(
         x, x.stride(0), weight, eps, *rope, positions, out, **_sizes(num_heads, head_dim)
     )
     return out
@@ -73,7 +75,7 @@ def turn_back(
     num_rows, num_heads, head_dim = x.shape
     num_programs = min(num_rows, NUM_PROGRAMS)
     parts = torch.empty(num_programs, head_dim, dtype=torch.float32, device=x.device)
-    _head_norm_backward_kernel[(num_programs,)](
+    launch(_head_norm_backward_kernel, (num_programs,))(
         x, x.stride(0), weight, eps, *rope, positions, grad, into, into.stride(0), parts, num_rows,
         **_sizes(num_heads, head_dim),
     )  # fmt: skip

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from speculators_cli.core.kernels import causal_attention
+from speculators_cli.core.kernels.launch import launch
 from speculators_cli.core.kernels.rows import pick_rows
 from speculators_cli.core.kernels.spans import Spans
 
@@ -167,7 +168,7 @@ def _merge(
     num_rows = num_queries if places is None else len(places)
     out = query.new_empty(num_rows, num_heads, head_dim) if into is None else into
     lse = torch.empty(num_rows, num_heads, dtype=torch.float32, device=query.device)
-    _merge_kernel[(num_rows,)](
+    launch(_merge_kernel, (num_rows,))(
         query, *own.arguments(), causal_out, causal_lse, causal_lse.stride(0),
         query if places is None else places, out, lse, head_dim**-0.5,
         HAS_PLACES=places is not None, **own.sizes(query),
@@ -194,7 +195,7 @@ def _merge_backward(
     for grad in (*grad_keys, *grad_values):
         if len(grad) > num_rows:
             grad[num_rows:].zero_()
-    _merge_backward_kernel[(num_rows,)](
+    launch(_merge_backward_kernel, (num_rows,))(
         query, *own.arguments(),
         out, lse, grad_out, grad_causal, query if places is None else places,
         grad_query, tuple(grad_keys), tuple(grad_values), head_dim**-0.5,

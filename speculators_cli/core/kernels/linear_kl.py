@@ -19,6 +19,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from speculators_cli.core.kernels.launch import launch
 from speculators_cli.core.kernels.logit_chunks import Pairs, chunk_size
 from speculators_cli.core.kernels.shared import SharedWeight
 
@@ -149,7 +150,7 @@ def target_stats(
     num_targets, vocab_size = logits.shape
     stats = torch.empty(num_targets, 2, dtype=torch.float32, device=logits.device)
     best = torch.empty(num_targets, dtype=torch.int64, device=logits.device)
-    _target_stats_kernel[(num_targets,)](
+    launch(_target_stats_kernel, (num_targets,))(
         logits, stats, best, targets.kept_ids, vocab_size,
         **logit_options(targets), **vocab_blocks(vocab_size),
     )  # fmt: skip
@@ -168,7 +169,7 @@ def _kl(
 ) -> None:
     """Write the losses and gradients of a chunk."""
     num_pairs, vocab_size = logits.shape
-    _kl_kernel[(num_pairs,)](
+    launch(_kl_kernel, (num_pairs,))(
         logits, target_logits, *known, indices, first, targets.is_kept, targets.kept_ids, weights,
         *results, vocab_size,
         **logit_options(targets), **vocab_blocks(vocab_size),

@@ -26,6 +26,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from speculators_cli.core.kernels.launch import launch
 from speculators_cli.core.kernels.linear_kl import (
     Targets,
     logit_options,
@@ -186,7 +187,7 @@ class _Chunk:
         """Write what is known of each pair; each [blocks, predictions]."""
         own, targets = self.targets.tokens, self.targets
         tokens = targets.kept_ids[self.best] if own is None else own[self.here]
-        _score_kernel[(len(self.logits),)](
+        launch(_score_kernel, (len(self.logits),))(
             self.logits, self.target_logits, self.stats, self.best, tokens, self.indices,
             self.here.start, targets.is_kept, targets.kept_ids, *self.mix,
             losses, distances, agreed, scored, self.known, self.logits.shape[1], **self.options,
@@ -198,7 +199,7 @@ class _Chunk:
         scored: Tensor,
     ) -> None:
         """Replace the logits by the gradient."""
-        _gradient_kernel[(len(self.logits),)](
+        launch(_gradient_kernel, (len(self.logits),))(
             self.logits, self.target_logits, self.stats, self.best, self.indices,
             self.here.start, *self.mix, weights, scored, self.known, self.logits.shape[1],
             HAS_KL=self.mix.kl != 0, HAS_CE=self.mix.ce != 0, HAS_TV=self.mix.tv != 0,

@@ -4,6 +4,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from speculators_cli.core.kernels.launch import launch
+
 BLOCK = 1024
 
 
@@ -14,7 +16,7 @@ def mark_broken(
 ) -> None:
     """Find NaN and Inf."""
     rows, width = states.shape
-    _mark_kernel[(rows,)](
+    launch(_mark_kernel, (rows,))(
         states, document_ids, is_broken, WIDTH=width,
         BLOCK=min(4 * BLOCK, triton.next_power_of_2(width)), num_warps=4,
     )  # fmt: skip
@@ -27,7 +29,7 @@ def zero_broken(
 ) -> None:
     """Zero the rows of documents with non-finite values."""
     rows, width = states.shape
-    _zero_kernel[(rows, triton.cdiv(width, BLOCK))](
+    launch(_zero_kernel, (rows, triton.cdiv(width, BLOCK)))(
         states, document_ids, is_broken, WIDTH=width, BLOCK=BLOCK, num_warps=4
     )
 
@@ -46,7 +48,7 @@ def perturb(
     """
     seq_len, width = states.shape
     quarter = triton.cdiv(width, 4)
-    _perturb_kernel[(seq_len, triton.cdiv(quarter, BLOCK))](
+    launch(_perturb_kernel, (seq_len, triton.cdiv(quarter, BLOCK)))(
         states, document_ids, position_ids, is_broken, keys, std,
         WIDTH=width, QUARTER=quarter, BLOCK=BLOCK, num_warps=4,
     )  # fmt: skip

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from speculators_cli.core.kernels.factors import Factor
+from speculators_cli.core.kernels.launch import launch
 from speculators_cli.core.kernels.shared import SharedWeight, release
 
 # Programs of a backward: each sums the weights' gradient over its rows; few partial sums remain.
@@ -122,7 +123,7 @@ def _normalise(
     summed = x.view_as(x) if add is None else torch.empty_like(x)
     out = torch.empty_like(x) if out is None else out
     scale = torch.empty(num_rows, dtype=torch.float32, device=x.device)
-    _forward_kernel[(num_rows,)](
+    launch(_forward_kernel, (num_rows,))(
         x, x if add is None else add.contiguous(), weight, eps,
         summed, out, out.stride(0), scale,
         HAS_ADD=add is not None,
@@ -147,7 +148,7 @@ def _differentiate(
     grad_x = torch.empty_like(summed)
     num_programs = min(num_rows, NUM_PROGRAMS)
     parts = torch.empty(num_programs, size, dtype=torch.float32, device=summed.device)
-    _backward_kernel[(num_programs,)](
+    launch(_backward_kernel, (num_programs,))(
         summed, weight, scale, grad, grad.stride(0),
         grad if residual_grad is None else residual_grad.contiguous(),
         grad_x, parts, num_rows,

@@ -8,6 +8,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from speculators_cli.core.kernels.launch import launch
 from speculators_cli.core.kernels.spans import Spans
 
 
@@ -62,7 +63,7 @@ def _turn(
     if sources is not None:
         num_rows = len(sources)
     out = x.new_empty(num_rows, num_heads, head_dim)
-    _rotate_kernel[(num_rows,)](
+    launch(_rotate_kernel, (num_rows,))(
         x, x.stride(0), cos, sin, positions, positions if sources is None else sources, out,
         HAS_SOURCES=sources is not None,
         IS_BACK=is_back,

@@ -4,6 +4,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from speculators_cli.core.kernels.launch import launch
+
 BLOCK = 2048
 
 
@@ -16,7 +18,7 @@ def pick_rows(
     size = x[0].numel()
     out = x.new_empty(len(sources), *x.shape[1:])
     grid = (len(sources), triton.cdiv(size, BLOCK))
-    _pick_kernel[grid](x, sources, out, SIZE=size, BLOCK=BLOCK, num_warps=4)
+    launch(_pick_kernel, grid)(x, sources, out, SIZE=size, BLOCK=BLOCK, num_warps=4)
     return out
 
 
@@ -29,7 +31,7 @@ def add_rows(
     x = x.contiguous()
     size = into[0].numel()
     grid = (len(places), triton.cdiv(size, BLOCK))
-    _add_kernel[grid](x, places, into, SIZE=size, BLOCK=BLOCK, num_warps=4)
+    launch(_add_kernel, grid)(x, places, into, SIZE=size, BLOCK=BLOCK, num_warps=4)
 
 
 @triton.jit(do_not_specialize_on_alignment=["sources"])

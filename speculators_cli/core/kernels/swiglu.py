@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from speculators_cli.core.kernels.factors import Factor
+from speculators_cli.core.kernels.launch import launch
 from speculators_cli.core.kernels.shared import SharedWeight, release
 
 BLOCK = 2048
@@ -35,7 +36,7 @@ class _GatedLinear(torch.autograd.Function):
         ctx.save_for_backward(gate_up)
         ctx.factor = factor
         activated = gate_up.new_empty(len(gate_up), gate_up.shape[1] // 2)
-        _forward_kernel[_grid(activated)](
+        launch(_forward_kernel, _grid(activated))(
             gate_up, activated, SIZE=activated.shape[1], BLOCK=BLOCK, num_warps=8
         )
         return factor.multiply(factor.prepare(activated))
@@ -46,7 +47,9 @@ class _GatedLinear(torch.autograd.Function):
         (gate_up,), factor = ctx.saved_tensors, release(ctx)
         rows = factor.prepare(grads[0].contiguous())
         grad = factor.multiply_back(rows)
-        _backward_kernel[_grid(grad)](gate_up, grad, SIZE=grad.shape[1], BLOCK=BLOCK, num_warps=8)
+        launch(_backward_kernel, _grid(grad))(
+            gate_up, grad, SIZE=grad.shape[1], BLOCK=BLOCK, num_warps=8
+        )
         grad_gate_up, activated = gate_up, grad
         if ctx.needs_input_grad[1]:
             factor.add_gradient(rows, factor.prepare(activated))

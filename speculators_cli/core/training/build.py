@@ -69,6 +69,9 @@ def build_trainer(
         start = with_verifier(start, verifier.fingerprint, settings, progress)
         if live is not None:
             inputs = live.open_cache(settings, inputs)
+        loader = build_loader(settings, inputs.samples, ranks, start.state.global_batch)
+        on_error.callback(loader.close)
+        loader.read_ahead_from(start.state.epoch, start.state.step_in_epoch)
         draft = build_draft(settings, inputs, verifier)
         is_shared = inputs.is_live and not settings.capture.is_apart  # with the whole verifier
         if not (is_shared or inputs.vocab_map.is_full):
@@ -86,7 +89,6 @@ def build_trainer(
             )
             weights.publish()
             optimizer.num_skipped.fill_(start.state.num_skipped_steps)
-        loader = build_loader(settings, inputs.samples, ranks, start.state.global_batch)
         validation_loader = None
         if len(inputs.validation_samples):
             validation_loader = build_loader(

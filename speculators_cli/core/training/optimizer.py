@@ -82,10 +82,10 @@ def total_norm(gradients: Sequence[Tensor]) -> Tensor:
     whole = [x for x in gradients if not is_shard(x)]
     shards = [x for x in gradients if is_shard(x)]
     if not shards:
-        return torch.nn.utils.get_total_norm(whole, foreach=True)
-    local = torch.nn.utils.get_total_norm([x.to_local() for x in shards], foreach=True)
+        return torch.nn.utils.get_total_norm(whole)
+    local = torch.nn.utils.get_total_norm([x.to_local() for x in shards])
     square = local.square()
     dist.all_reduce(square, group=shards[0].device_mesh.get_group("shard"))
     if whole:
-        square += torch.nn.utils.get_total_norm(whole, foreach=True).square()
+        square += torch.nn.utils.get_total_norm(whole).square()
     return square.sqrt()

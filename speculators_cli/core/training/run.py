@@ -24,6 +24,7 @@ from speculators_cli.core.training.prompt_evaluation import (
     check_patience,
     keeping_random_state,
 )
+from speculators_cli.core.training.rehearsal import Rehearsal
 from speculators_cli.core.training.report import TrainReport
 from speculators_cli.core.training.resume import Start, find_start
 from speculators_cli.core.training.run_end import RunEnd, recording_end
@@ -112,6 +113,7 @@ def train(
             ),
         )
         check_patience(settings, inputs)
+        rehearsal = Rehearsal(settings, inputs, ranks)
         start_up.end("samples")
         with open_folder(settings, ranks, end, dry_run=dry_run) as folder:
             start = find_start(settings, inputs, ranks, folder, progress)
@@ -135,6 +137,8 @@ def train(
                         evaluate, trainer.optimizer_step.weights, inputs.vocab_map, ranks
                     )
                 announce(settings, inputs, trainer, start, progress)
+                rehearsal.wait(progress)
+                start_up.end("kernels")
                 with ranks.ending_when_stuck():
                     if dry_run:
                         trainer.train_step(next(trainer.feed.steps(trainer.loader.epoch(0))))

@@ -96,7 +96,7 @@ def test_a_run_logs_its_start_once_and_reports_it(
     out, err = capsys.readouterr()
     seconds = json.loads(out)["start_up_seconds"]
     parts = ["imports", "device", "samples", "save path", "verifier", "sample check", "draft"]
-    assert list(seconds) == [*parts, "first step"]
+    assert list(seconds) == [*parts, "kernels", "first step"]
     assert all(value >= 0 for value in seconds.values())
     assert err.count("Start-up took ") == 1
     # After the line of the first step, which it includes.

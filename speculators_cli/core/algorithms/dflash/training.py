@@ -21,6 +21,7 @@ from speculators_cli.core.algorithms.objective import (
 from speculators_cli.core.data.batch import Batch
 from speculators_cli.core.data.vocab_map import VocabMap
 from speculators_cli.core.errors import SettingsError
+from speculators_cli.core.kernels.device import make_generator
 from speculators_cli.core.models.losses import Loss
 from speculators_cli.core.models.verifier import FrozenVerifier
 
@@ -78,7 +79,7 @@ class DFlashTraining(DFlashDraft, DraftModel):
 
     def initialise(self, seed: int) -> None:
         """Initialize norm weights to one, matrices normally, lm_head from the verifier."""
-        generator = torch.Generator(self.fc.weight.device).manual_seed(seed)
+        generator = make_generator(self.fc.weight.device, seed)
         own_head = None if self.lm_head is None else self.lm_head.weight
         with torch.no_grad():
             for parameter in self.parameters():

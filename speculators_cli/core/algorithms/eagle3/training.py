@@ -18,7 +18,7 @@ from speculators_cli.core.algorithms.objective import (
 )
 from speculators_cli.core.data.batch import Batch
 from speculators_cli.core.data.vocab_map import VocabMap
-from speculators_cli.core.kernels.device import move
+from speculators_cli.core.kernels.device import make_generator, move
 from speculators_cli.core.models.losses import Loss
 from speculators_cli.core.models.verifier import FrozenVerifier
 
@@ -66,7 +66,7 @@ class Eagle3Training(Eagle3Draft, DraftModel):
 
     def initialise(self, seed: int) -> None:
         """Initialize norm weights to one, others normally, lm_head from the verifier."""
-        generator = torch.Generator(self.fc.weight.device).manual_seed(seed)
+        generator = make_generator(self.fc.weight.device, seed)
         with torch.no_grad():
             for parameter in self.parameters():
                 if parameter.dim() == 1:
