@@ -6,7 +6,6 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from speculators_cli.core.kernels.device import has_kernels
 from speculators_cli.core.kernels.float8 import (
     MULTIPLE,
     Rounded,
@@ -29,7 +28,7 @@ class GradientSum:
         x: Tensor,  # [rows, in]
     ) -> None:
         """Add `grad.T @ x`, [out, in], in float32: the GEMM itself accumulates."""
-        if grad.dtype != torch.float32 and not has_kernels(grad):
+        if grad.dtype != torch.float32 and not grad.is_cuda:
             grad, x = grad.float(), x.float()
         if grad.dtype == torch.float32:
             if self.total is None:
