@@ -152,6 +152,7 @@ def run(options: argparse.Namespace) -> None:
                 "step_ms": statistics.median(step_ms[options.every // 2 : options.every]),
                 "step_ms_while_writing": statistics.median(step_ms[options.every :]),
                 "saves": [x for x in done.stderr.splitlines() if x.startswith("Saved ")],
+                "warnings": [x for x in done.stderr.splitlines() if x.startswith("warning: ")],
             }
         )
     )
