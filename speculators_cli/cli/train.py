@@ -6,7 +6,6 @@ from typing import Any
 import typer
 
 from speculators_cli.cli.flags import NPROC_PER_NODE, Flag
-from speculators_cli.cli.gpu import start_gpu
 from speculators_cli.cli.imports import importing
 from speculators_cli.cli.launch import launch
 from speculators_cli.cli.options import with_settings
@@ -56,7 +55,6 @@ def train(
         return
     # Read when torch is imported: where a rank is lost, the others' messages are those that count.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
-    start_gpu(settings.distributed.device)
     with importing():
         import torch
 

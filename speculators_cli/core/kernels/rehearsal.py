@@ -25,8 +25,12 @@ def rehearsing(num_threads: int, *, prepare_thread: Callable[[], None]) -> Itera
 
         def rehearse(kernel: Any, grid: tuple[int, ...], *args: object, **options: object) -> None:
             key = (id(kernel), *map(describe, args), *sorted(options.items()))
-            if key not in found:
-                found[key] = threads.submit(_load, kernel, grid, args, options)
+            if key in found:
+                return
+            is_first = not found
+            found[key] = threads.submit(_load, kernel, grid, args, options)
+            if is_first:
+                found[key].result()  # alone: it sets up what all of them share
 
         with in_place_of_launches(rehearse):
             yield

@@ -31,7 +31,7 @@ from speculators_cli.core.training.snapshot import restore
 from speculators_cli.core.training.start_up import StartUp
 from speculators_cli.core.training.states import StoredStates
 from speculators_cli.core.training.trainer import Trainer
-from speculators_cli.core.training.weights import share_weights
+from speculators_cli.core.training.weights import DraftWeights, share_weights
 from speculators_cli.settings.base import Settings
 from speculators_cli.settings.train import TrainSettings
 
@@ -51,10 +51,15 @@ def build_trainer(
     start_up: StartUp,
 ) -> Trainer:
     """Load the verifier's frozen parts, build and shard the draft, restore its state."""
-    frozen = load_frozen_verifier(inputs.verifier_files, inputs.verifier_config, progress=progress)
     live = None
     with ExitStack() as on_error:
-        if inputs.is_live:
+        # Live samples are only known once the verifier is.
+        is_live = inputs.is_live
+        loader = None if is_live else start_reading(settings, inputs, ranks, start, on_error)
+        frozen = load_frozen_verifier(
+            inputs.verifier_files, inputs.verifier_config, progress=progress
+        )
+        if is_live:
             # Importing what runs the whole verifier takes seconds.
             from speculators_cli.core.training.live_capture import load_live_verifier
 
@@ -69,26 +74,16 @@ def build_trainer(
         start = with_verifier(start, verifier.fingerprint, settings, progress)
         if live is not None:
             inputs = live.open_cache(settings, inputs)
-        loader = build_loader(settings, inputs.samples, ranks, start.state.global_batch)
-        on_error.callback(loader.close)
-        loader.read_ahead_from(start.state.epoch, start.state.step_in_epoch)
+        loader = loader or start_reading(settings, inputs, ranks, start, on_error)
         draft = build_draft(settings, inputs, verifier)
-        is_shared = inputs.is_live and not settings.capture.is_apart  # with the whole verifier
+        is_shared = is_live and not settings.capture.is_apart  # with the whole verifier
         if not (is_shared or inputs.vocab_map.is_full):
             verifier.rest_head()
         compute_dtype = choose_compute_dtype(settings.distributed.compute_dtype, ranks.device)
         weights = share_weights(draft, ranks, settings.distributed.sharding, compute_dtype)
         optimizer = Optimizer(weights, settings.optimizer, use_fast_kernels=draft.use_fast_kernels)
         if start.is_resumed:
-            checkpoint = start.checkpoint
-            restore(
-                weights,
-                optimizer.adamw,
-                weights=checkpoint.read_tensors() if checkpoint else {},
-                moments=checkpoint.read_trainer_tensors() if checkpoint else {},
-            )
-            weights.publish()
-            optimizer.num_skipped.fill_(start.state.num_skipped_steps)
+            restore_state(start, weights, optimizer)
         validation_loader = None
         if len(inputs.validation_samples):
             validation_loader = build_loader(
@@ -143,6 +138,29 @@ def build_trainer(
         )
         on_error.pop_all()  # from here on, the loaders of the trainer end it
         return trainer
+
+
+def start_reading(
+    settings: TrainSettings, inputs: Inputs, ranks: Ranks, start: Start, on_error: ExitStack
+) -> BatchLoader:
+    """The loader, which reads the first batches while the run is still being built."""
+    loader = build_loader(settings, inputs.samples, ranks, start.state.global_batch)
+    on_error.callback(loader.close)
+    loader.read_ahead_from(start.state.epoch, start.state.step_in_epoch)
+    return loader
+
+
+def restore_state(start: Start, weights: DraftWeights, optimizer: Optimizer) -> None:
+    """Restore weights and optimizer from the checkpoint, which rank 0 has; all ranks must call."""
+    checkpoint = start.checkpoint
+    restore(
+        weights,
+        optimizer.adamw,
+        weights=checkpoint.read_tensors() if checkpoint else {},
+        moments=checkpoint.read_trainer_tensors() if checkpoint else {},
+    )
+    weights.publish()
+    optimizer.num_skipped.fill_(start.state.num_skipped_steps)
 
 
 def read_ahead(

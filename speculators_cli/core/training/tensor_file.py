@@ -7,6 +7,7 @@ checksum releases it.
 
 import json
 import os
+import threading
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from hashlib import sha256
@@ -18,6 +19,7 @@ from torch import Tensor
 from speculators_cli.core.drafts.checkpoint_reader import FileRecord
 
 BLOCK_BYTES = 2**24  # hashed and written at once
+FLUSH_SECONDS = 0.1  # between flushes of a file that is being written
 ALIGNMENT = 8  # of the header's length
 # Names of the format, in its order: the widest types first.
 DTYPES = {
@@ -51,17 +53,32 @@ def write_tensors(
         OSError: The disk is full or fails.
     """
     header, views = _header(tensors, metadata), _views(tensors)
+    is_written = threading.Event()
     # The disk and the checksum take about as long as each other.
-    with ThreadPoolExecutor(1) as thread:
-        digest = thread.submit(_hash, header, views)
+    with ThreadPoolExecutor(2) as threads:
+        digest = threads.submit(_hash, header, views)
         with file.open("xb", buffering=0) as stream:
-            for block in _blocks(header, views):
-                part = block
-                while len(part):
-                    part = part[stream.write(part) :]
+            flushed = threads.submit(_flush, stream.fileno(), is_written)
+            try:
+                for block in _blocks(header, views):
+                    part = block
+                    while len(part):
+                        part = part[stream.write(part) :]
+            finally:
+                is_written.set()
+                flushed.result()
             os.fsync(stream.fileno())
         num_bytes = len(header) + sum(map(len, views))
         return FileRecord(num_bytes=num_bytes, sha256=digest.result())
+
+
+def _flush(file: int, is_written: threading.Event) -> None:
+    """Flush a file again and again while it is written: the system would start at its end.
+
+    An error of the disk is reported to one flush only, so it must not be lost here.
+    """
+    while not is_written.wait(FLUSH_SECONDS):
+        os.fsync(file)
 
 
 def _hash(header: bytes, views: list[memoryview]) -> str:

@@ -316,3 +316,31 @@ def test_closing_begins_no_read_and_waits_for_none(opened: list[BatchLoader]) ->
     assert any(are_reading)
     assert not any(reader.is_alive() for reader in readers)
     assert sorted(samples.reads) == sorted(order[:5])
+
+
+def test_reading_may_start_before_a_batch_is_requested(opened: list[BatchLoader]) -> None:
+    samples = make_long_samples(9)
+    loader = make_loader(opened, samples, num_epochs=1, num_workers=2)
+
+    loader.read_ahead_from(0, 4)
+    settle(loader)
+    read = list(samples.reads)
+    batches = list(loader.epoch(0, 4))
+
+    assert sorted(read) == sorted(order_of(loader, 0)[4 : 4 + len(read)])
+    assert len(read) >= 2
+    assert [batch.sample_ids[0] for (batch,) in batches] == order_of(loader, 0)[4:]
+    assert Counter(samples.reads) == Counter(order_of(loader, 0)[4:])
+
+
+@pytest.mark.parametrize(("epoch", "step"), [(0, 9), (1, 0), (0, 5)])
+def test_nothing_is_read_ahead_of_a_run_that_is_over(
+    epoch: int, step: int, opened: list[BatchLoader]
+) -> None:
+    samples = make_long_samples(9)
+    loader = make_loader(opened, samples, num_epochs=1, num_workers=2, max_steps=5)
+
+    loader.read_ahead_from(epoch, step)
+
+    assert loader.pending == ()
+    assert samples.reads == []

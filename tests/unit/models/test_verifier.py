@@ -475,3 +475,15 @@ def test_a_resting_head_is_with_the_embedding_only_while_it_is_needed() -> None:
         assert untied.head.device.type == "meta"
     assert untied.head is head
     assert same.head is same.embedding
+
+
+def test_a_resting_head_is_not_read_back_from_the_device() -> None:
+    config = Mock(spec=VerifierConfig)
+    read = FrozenVerifier(torch.zeros(7, 4), torch.ones(4), torch.randn(7, 4), config)
+
+    verifier = read.to(torch.device("meta"))
+    verifier.rest_head()
+
+    # The device has no values to read.
+    assert torch.equal(verifier.head, read.head)
+    assert verifier.head.data_ptr() != read.head.data_ptr()  # whose file may be mapped

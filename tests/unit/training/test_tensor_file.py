@@ -1,5 +1,7 @@
 """Files of tensors: byte by byte those of the safetensors library, with their checksums."""
 
+import os
+import threading
 from pathlib import Path
 
 import pytest
@@ -52,3 +54,50 @@ def test_a_file_that_is_there_is_not_written_over(tmp_path: Path) -> None:
         write_tensors({"a": torch.zeros(3)}, tmp_path / "file")
 
     assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_a_file_is_flushed_while_it_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes = []
+    is_flushed = threading.Event()
+
+    def flush(file: int) -> None:
+        sizes.append(os.fstat(file).st_size)
+        is_flushed.set()
+
+    def blocks(*_: object) -> object:
+        yield memoryview(b"first")
+        assert is_flushed.wait(20)
+        yield memoryview(b"second")
+
+    monkeypatch.setattr(os, "fsync", flush)
+    monkeypatch.setattr(tensor_file, "_blocks", blocks)
+
+    write_tensors({"a": torch.zeros(3)}, tmp_path / "file")
+
+    assert sizes[0] in (0, 5)
+    assert sizes[-1] == 11
+
+
+def test_an_error_of_the_disk_that_only_an_early_flush_is_told_is_not_lost(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Trap: the system reports it once, and the flush at the end would succeed.
+    was_told = threading.Event()
+
+    def flush(_: int) -> None:
+        if not was_told.is_set():
+            was_told.set()
+            raise OSError(5, "Input/output error")
+
+    def blocks(*_: object) -> object:
+        assert was_told.wait(20)
+        yield memoryview(b"content")
+
+    monkeypatch.setattr(os, "fsync", flush)
+    monkeypatch.setattr(tensor_file, "_blocks", blocks)
+    monkeypatch.setattr(tensor_file, "_hash", lambda *_: "")
+
+    with pytest.raises(OSError, match="Input/output error"):
+        write_tensors({"a": torch.zeros(3)}, tmp_path / "file")
