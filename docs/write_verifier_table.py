@@ -26,9 +26,10 @@ HEAD = """# Verifiers
 
 Training needs three parts of a verifier: its embedding, its final norm and its LM head. How they
 make logits is measured each time on the family's own code in transformers, so scale, soft cap, eps,
-biases and the kind of norm are those of the family, whatever its config calls them. A verifier with
-code of its own is measured the same way with `--trust-remote-code`. What cannot be reproduced is
-refused with the reason.
+biases and the kind of norm are those of the family, whatever its config calls them. Only `llama`,
+`mistral`, `qwen2` and `qwen3` are read from a config.json that says all of it, which saves
+importing transformers; a test compares them. A verifier with code of its own is measured the same
+way with `--trust-remote-code`. What cannot be reproduced is refused with the reason.
 
 | Embedding and LM head stored as | Read |
 | --- | --- |
