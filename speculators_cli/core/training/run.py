@@ -129,21 +129,16 @@ def train(
                 ) as trainer,
             ):
                 is_finished = trainer.is_finished
-                if open_evaluation is not None and not is_finished:
-                    with keeping_random_state(ranks.device):
-                        evaluate = open_evaluation(settings, inputs, ranks, progress)
-                    start_up.end("evaluation")
-                    trainer.evaluation = PromptEvaluation(
-                        evaluate, trainer.optimizer_step.weights, inputs.vocab_map, ranks
+                if not is_finished:
+                    trainer.evaluation = load_evaluation(
+                        settings, inputs, trainer, open_evaluation, progress, start_up
                     )
                 announce(settings, inputs, trainer, start, progress)
-                rehearsal.wait(progress)
-                start_up.end("kernels")
+                if not is_finished:
+                    rehearsal.wait(progress)
+                    start_up.end("kernels")
                 with ranks.ending_when_stuck():
-                    if dry_run:
-                        trainer.train_step(next(trainer.feed.steps(trainer.loader.epoch(0))))
-                    elif not is_finished:
-                        trainer.fit()
+                    run_steps(trainer, dry_run=dry_run)
             report = make_report(
                 settings,
                 trainer,
@@ -156,6 +151,32 @@ def train(
             if folder is not None:
                 folder.write_result({**report.to_json(), "exit_code": 0})
             return report
+
+
+def run_steps(trainer: Trainer, *, dry_run: bool) -> None:
+    """Train to the end, or for one step."""
+    if dry_run:
+        trainer.train_step(next(trainer.feed.steps(trainer.loader.epoch(0))))
+    elif not trainer.is_finished:
+        trainer.fit()
+
+
+def load_evaluation(
+    settings: TrainSettings,
+    inputs: Inputs,
+    trainer: Trainer,
+    open_evaluation: OpenEvaluation | None,
+    progress: Progress,
+    start_up: StartUp,
+) -> PromptEvaluation | None:
+    """What evaluates the draft on prompts after each epoch, if so set."""
+    if open_evaluation is None:
+        return None
+    ranks = trainer.ranks
+    with keeping_random_state(ranks.device):
+        evaluate = open_evaluation(settings, inputs, ranks, progress)
+    start_up.end("evaluation")
+    return PromptEvaluation(evaluate, trainer.optimizer_step.weights, inputs.vocab_map, ranks)
 
 
 def forget(_error: SpeculatorsError) -> None:
