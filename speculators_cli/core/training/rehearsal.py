@@ -69,7 +69,6 @@ class Rehearsal:
         # Triton is only available with a GPU.
         from speculators_cli.core.kernels.rehearsal import rehearsing
 
-        self._start_products()
         settings = self.settings
         dtype = choose_compute_dtype(settings.distributed.compute_dtype, self.ranks.device)
         step = build_step(config, settings, self.inputs, dtype, in_float8=kernels.in_float8)
@@ -81,12 +80,6 @@ class Rehearsal:
     def _start_device(self) -> None:
         """Make the run's GPU that of this thread."""
         torch.cuda.set_device(self.ranks.device)
-
-    def _start_products(self) -> None:
-        """Load the library of matrix products."""
-        self._start_device()
-        ones = torch.ones(16, 16, dtype=torch.bfloat16, device=self.ranks.device)
-        torch.mm(ones, ones)
 
 
 def build_step(
