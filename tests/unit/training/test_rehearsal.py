@@ -22,6 +22,7 @@ pytestmark = pytest.mark.skipif(find_spec("triton") is None, reason="needs Trito
 
 # Where the noise is drawn without a kernel: on the CPU.
 ONLY_ON_A_GPU = {"_mark_kernel", "_zero_kernel", "_perturb_kernel"}
+BLOCKS = {"mask_token_id": 36, "num_anchors": 3, "block_size": 3}
 RUNS: dict[str, dict[str, dict[str, Any]]] = {
     "eagle3": {},
     "two layers, norms, frozen head": {
@@ -29,8 +30,8 @@ RUNS: dict[str, dict[str, dict[str, Any]]] = {
         "eagle3": {"train_head": False, "sliding_window": 8},
     },
     "peagle": {"draft": {"algorithm": "peagle"}, "peagle": {"mask_token_id": 36}},
-    "dflash": {"draft": {"algorithm": "dflash"}, "dflash": {"mask_token_id": 36}},
-    "dspark": {"draft": {"algorithm": "dspark"}, "dspark": {"mask_token_id": 36}},
+    "dflash": {"draft": {"algorithm": "dflash", "num_layers": 1}, "dflash": BLOCKS},
+    "dspark": {"draft": {"algorithm": "dspark", "num_layers": 1}, "dspark": BLOCKS},
 }
 
 
@@ -55,7 +56,7 @@ def test_a_rehearsal_finds_the_kernels_of_a_step(
 ) -> None:
     settings = tiny.settings(
         **changes,
-        data={"check_samples": False},
+        data={"check_samples": False, "total_seq_len": 40},
         distributed={"device": "cpu", "kernels": "fast"},
     )
 
