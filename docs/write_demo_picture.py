@@ -42,9 +42,17 @@ FORMAT = """\
 """
 
 
+class PictureOutput(Output):
+    """Output without the path of the working folder, which is a temporary one."""
+
+    def info(self, message: str) -> None:
+        """Print a line of progress."""
+        super().info(message.replace(f"{Path.cwd()}/", ""))
+
+
 def main() -> None:
     """Run the demo in a temporary folder and write the picture."""
-    output = Output()
+    output = PictureOutput()
     console = Console(
         record=True, width=124, file=io.StringIO(), highlight=False, markup=False, soft_wrap=True
     )
