@@ -82,6 +82,11 @@ class Steps(SilentProgress):
     def __init__(self) -> None:
         self.done = self.written = 0
 
+    @property
+    def is_writer(self) -> bool:
+        """Whether this thread writes checkpoints while another trains."""
+        return self.written > 0 and threading.current_thread() is not threading.main_thread()
+
     def trained(self, report: StepReport) -> None:
         """Count a step."""
         self.done = report.step
@@ -142,8 +147,7 @@ def fork(
         if log is not None:
             changes.append(change)
         if point is not None and number == point.change:
-            is_behind = threading.current_thread() is not threading.main_thread()
-            if is_behind and STEPS.wait_for_one():
+            if STEPS.is_writer and STEPS.wait_for_one():
                 mark_of(folder).touch()
             kill(point, other)
 
