@@ -23,8 +23,8 @@ if not torch.cuda.is_available():
 from speculators_cli.core.signals import StopSignals
 from tests.fork_server import ForkServer
 from tests.run_files import tree
+from tests.speed import speed_up
 from tests.tiny_run import TinyInputs, write_inputs
-from tests.triton_interpreter import speed_up
 
 ONE_AT_A_TIME = {"gpu", "multi_gpu", "vllm", "sglang", "demo"}  # each takes the machine for itself
 MAX_WORKERS = 8
@@ -40,7 +40,7 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
 
 
 def pytest_configure() -> None:
-    """Let a connection to another machine fail the test that opens it; run kernels faster."""
+    """Let a connection to another machine fail the test that opens it; wait for nothing else."""
     sys.addaudithook(refuse_network)
     speed_up()
 

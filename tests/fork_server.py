@@ -19,7 +19,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from tests.ranks import Environment, choose_port, torchrun
-from tests.triton_interpreter import speed_up
+from tests.speed import speed_up
 
 IMPORTED = (  # before the forks
     "speculators_cli.core.bench.bench",

@@ -1,4 +1,4 @@
-"""Triton's interpreter, which runs the kernels without a GPU, in half of its time."""
+"""What no test needs to wait for."""
 
 import os
 from collections.abc import Callable
@@ -10,7 +10,17 @@ from typing import Any
 
 
 def speed_up() -> None:
-    """Leave out what the interpreter repeats, where it is the one that runs kernels."""
+    """Write without waiting for the disk, and interpret kernels in half of the time."""
+    os.fsync = _leave_to_the_system  # type: ignore[assignment]
+    _speed_up_interpreter()
+
+
+def _leave_to_the_system(_: object) -> None:
+    """No test cuts the power."""
+
+
+def _speed_up_interpreter() -> None:
+    """Leave out what Triton's interpreter repeats, where it is the one that runs kernels."""
     if os.environ.get("TRITON_INTERPRET") != "1" or find_spec("triton") is None:
         return
     from triton.runtime import interpreter
