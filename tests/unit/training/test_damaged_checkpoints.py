@@ -106,7 +106,8 @@ def test_a_run_does_not_start_over_because_all_its_checkpoints_are_damaged(
     assert "--no-resume-from-checkpoint" in str(error.value.hint)
     result = json.loads((trained.save_path / "result.json").read_text())
     assert result["exit_code"] == 4
-    train(trained.settings(run={"resume_from_checkpoint": False}), progress=SilentProgress())
+    over = trained.settings(run={"resume_from_checkpoint": False, "max_steps": 1})
+    train(over, progress=SilentProgress())
     assert find_checkpoints(trained.save_path)[-1].find_damage() is None
 
 
