@@ -141,8 +141,8 @@ def test_losses_and_gradients_equal_the_definition_on_packed_documents(
     config = make_block_config(**VARIANTS[variant])
     draft = filled_blocks(config, rng)
     draft.use_fast_kernels = kernels == "fast"
-    samples = [make_sample(n, config, rng) for n in (6, 2, 9, 1)]
-    samples.append(replace(make_sample(5, config, rng), is_normed=True))
+    samples = [make_sample(n, config, rng) for n in (4, 2, 7, 1)]
+    samples.append(replace(make_sample(4, config, rng), is_normed=True))
     weights = {
         name: parameter.detach().double().requires_grad_()
         for name, parameter in draft.named_parameters()
@@ -166,11 +166,11 @@ def test_losses_and_gradients_equal_the_definition_on_packed_documents(
     expected = (losses * decays).sum() / (decays * counts).sum()
     expected.backward()
 
-    batch = draw(draft, pack(*samples, total_seq_len=24))
+    batch = draw(draft, pack(*samples, total_seq_len=17))
     sums = draft(batch, draft.normalise(torch.tensor(draft.loss_weights), counts))
     sums.loss.backward()
 
-    assert counts[0] == len(scored) > 8
+    assert counts[0] == len(scored) > 4
     assert torch.equal(sums.counters["num_scored"], counts)
     assert torch.equal(draft.count_scored(batch), counts)
     torch.testing.assert_close(sums.loss.double(), expected.detach(), rtol=1e-5, atol=1e-6)

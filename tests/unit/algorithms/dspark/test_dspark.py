@@ -123,7 +123,7 @@ def test_losses_and_gradients_equal_the_definition_on_packed_documents(
     config = make_spark_config(**VARIANTS[variant])
     draft = filled_spark(config, rng)
     draft.use_fast_kernels = kernels == "fast"
-    samples = [make_sample(n, config, rng) for n in (6, 2, 9)]
+    samples = [make_sample(n, config, rng) for n in (5, 2, 7)]
     w = {name: p.detach().double().requires_grad_() for name, p in draft.named_parameters()}
     reference = Reference(config, w)
     scored = [
@@ -139,11 +139,11 @@ def test_losses_and_gradients_equal_the_definition_on_packed_documents(
     ).sum() / sum(d * int(n) for d, n in zip(decays, counts, strict=True))
     expected.backward()
 
-    batch = draft.draw(pack(*samples, total_seq_len=20), seed=3, epoch=0)
+    batch = draft.draw(pack(*samples, total_seq_len=14), seed=3, epoch=0)
     sums = draft(batch, draft.normalise(torch.tensor(draft.loss_weights), counts))
     sums.loss.backward()
 
-    assert counts[0] == len(scored) > 6
+    assert counts[0] == len(scored) > 4
     assert torch.equal(sums.counters["num_scored"], counts)
     torch.testing.assert_close(sums.loss.double(), expected.detach(), rtol=1e-5, atol=1e-6)
     assert {name for name, _ in draft.named_parameters()} == set(config.tensor_shapes())
