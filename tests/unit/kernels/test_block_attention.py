@@ -22,11 +22,20 @@ BOUNDS = (0, 9, 10, 40, 44)  # the last four rows are padding
 ANCHORS = (2, 3, 8, 11, 20, 21, 22, 39)  # none in the second document
 
 
-@pytest.mark.parametrize(
-    ("size", "window", "is_causal"),
-    [(4, None, False), (3, None, True), (4, 6, False), (4, 2, True), (5, 2, False), (3, 25, True)],
-)
-@pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), [(4, 2, 8), (6, 2, 12), (3, 3, 8)])
+# Heads change no mask: each mask has some, and the first one all.
+CASES = [
+    (4, None, False, 4, 2, 8),
+    (4, None, False, 6, 2, 12),
+    (4, None, False, 3, 3, 8),
+    (3, None, True, 6, 2, 12),
+    (4, 6, False, 3, 3, 8),
+    (4, 2, True, 4, 2, 8),
+    (5, 2, False, 6, 2, 12),
+    (3, 25, True, 3, 3, 8),
+]
+
+
+@pytest.mark.parametrize(("size", "window", "is_causal", "heads", "kv_heads", "head_dim"), CASES)
 def test_block_attention_equals_the_plain_one(
     size: int,
     window: int | None,
