@@ -1,10 +1,8 @@
 """EndpointAnswerer against a server of this machine."""
 
-import json
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler
 from typing import Any
 
 import pytest
@@ -12,12 +10,11 @@ import pytest
 from speculators_cli.core.engines.endpoint import EndpointAnswerer
 from speculators_cli.core.engines.engine import Prompt, Sampling
 from speculators_cli.core.errors import MachineError, SettingsError
-from tests.unit.engines.local_server import QuietHandler, serving
+from tests.unit.engines.local_server import HANG_UP, Body, serving
 
 MODEL = "org/verifier"
 PROMPTS = [Prompt([10 + i, 20 + i], seed=i) for i in range(7)]
 SAMPLING = Sampling(max_new_tokens=8, temperature=0.7, top_p=0.9)
-Body = Mapping[str, Any]
 
 
 def complete(body: Body) -> Body:
@@ -39,7 +36,7 @@ class FakeServer:
 
     models: list[Body] = field(default_factory=lambda: [{"id": MODEL, "root": MODEL}])
     complete: Callable[[Body], Body] = complete
-    failures: list[int] = field(default_factory=list)  # status of the next requests; 0: hang up
+    failures: list[int] = field(default_factory=list)  # status of the next requests
     bodies: list[Body] = field(default_factory=list)
     headers: list[Mapping[str, str]] = field(default_factory=list)
     num_requests: int = 0
@@ -51,36 +48,26 @@ class FakeServer:
     ) -> EndpointAnswerer:
         return EndpointAnswerer(self.url, model, concurrency, backoff_seconds=0.001, **options)
 
+    def reply(self, body: Body, headers: Mapping[str, str]) -> tuple[int, Body]:
+        self.num_requests += 1
+        self.bodies.append(body)
+        self.headers.append(headers)
+        if self.gate is not None:
+            self.gate.wait(timeout=20)
+        status = self.failures.pop(0) if self.failures else 200
+        if status == 200:
+            return status, self.complete(body)
+        return status, {"error": {"message": "no room", "code": status}}
+
 
 @pytest.fixture
 def server() -> Iterator[FakeServer]:
     fake = FakeServer()
-
-    class Handler(QuietHandler, BaseHTTPRequestHandler):
-        def do_GET(self) -> None:
-            found: dict[str, Body] = {
-                "/v1/models": {"data": fake.models},
-                "/version": {"version": "0.33.0"},
-            }
-            self.reply(200, json.dumps(found[self.path]))
-
-        def do_POST(self) -> None:
-            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-            fake.num_requests += 1
-            fake.bodies.append(body)
-            fake.headers.append(dict(self.headers))
-            if fake.gate is not None:
-                fake.gate.wait(timeout=20)
-            status = fake.failures.pop(0) if fake.failures else 200
-            if status == 0:
-                self.close_connection = True
-            elif status == 200:
-                self.reply(200, json.dumps(fake.complete(body)))
-            else:
-                error = {"message": "no room", "code": status}
-                self.reply(status, json.dumps({"error": error}))
-
-    with serving(Handler) as fake.url:
+    pages: Mapping[str, Callable[[], Body]] = {
+        "/v1/models": lambda: {"data": fake.models},
+        "/version": lambda: {"version": "0.33.0"},
+    }
+    with serving(pages, fake.reply) as fake.url:
         yield fake
 
 
@@ -129,7 +116,7 @@ def test_requests_are_in_flight_together(server: FakeServer) -> None:
     assert len(found) == 6
 
 
-@pytest.mark.parametrize("failures", [[500, 503, 429], [0], [0, 502]])
+@pytest.mark.parametrize("failures", [[500, 503, 429], [HANG_UP], [HANG_UP, 502]])
 def test_a_busy_server_is_asked_again(server: FakeServer, failures: list[int]) -> None:
     server.failures = [*failures]
 

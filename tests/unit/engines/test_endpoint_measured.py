@@ -1,11 +1,8 @@
 """MeasuredEndpoint against a server of this machine."""
 
-import json
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler
-from typing import Any
 
 import pytest
 
@@ -13,7 +10,7 @@ from speculators_cli.core.engines.endpoint_measured import MeasuredEndpoint, rea
 from speculators_cli.core.engines.engine import Prompt, Sampling
 from speculators_cli.core.errors import MachineError
 from tests.recorded_progress import RecordedProgress
-from tests.unit.engines.local_server import QuietHandler, serving
+from tests.unit.engines.local_server import Body, serving
 
 MODEL = "org/verifier"
 PROMPTS = [Prompt([10 + i, 20 + i], seed=i) for i in range(5)]
@@ -31,11 +28,11 @@ class DraftingServer:
     lock: threading.Lock = field(default_factory=threading.Lock)
     url: str = ""
 
-    def complete(self, prompt: list[int]) -> dict[str, Any]:
+    def complete(self, body: Body, _: Mapping[str, str]) -> tuple[int, Body]:
         with self.lock:
             self.num_answers += 1 + self.num_others
-        choice = {"token_ids": [*prompt, 1], "finish_reason": "stop"}
-        return {"choices": [choice]}
+        choice = {"token_ids": [*body["prompt"], 1], "finish_reason": "stop"}
+        return 200, {"choices": [choice]}
 
     def metrics(self) -> str:
         """Half of it by each of two engines."""
@@ -58,21 +55,12 @@ class DraftingServer:
 @pytest.fixture
 def server() -> Iterator[DraftingServer]:
     fake = DraftingServer()
-
-    class Handler(QuietHandler, BaseHTTPRequestHandler):
-        def do_GET(self) -> None:
-            found = {
-                "/v1/models": json.dumps({"data": [{"id": MODEL, "root": MODEL}]}),
-                "/version": json.dumps({"version": "0.33.0"}),
-                "/metrics": fake.metrics(),
-            }
-            self.reply(200, found[self.path])
-
-        def do_POST(self) -> None:
-            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-            self.reply(200, json.dumps(fake.complete(body["prompt"])))
-
-    with serving(Handler) as fake.url:
+    pages: Mapping[str, Callable[[], Body | str]] = {
+        "/v1/models": lambda: {"data": [{"id": MODEL, "root": MODEL}]},
+        "/version": lambda: {"version": "0.33.0"},
+        "/metrics": fake.metrics,
+    }
+    with serving(pages, fake.complete) as fake.url:
         yield fake
 
 
