@@ -98,6 +98,11 @@ ALONE: Mapping[str, Callable[[], Any]] = {
         hidden_size=HIDDEN, n_layer=NUM_LAYERS, n_head=6, vocab_size=VOCAB, pad_token_id=0
     ),
 }  # fmt: skip
+# Of each kind of attention one family, and one without a cache by position.
+SERVED = (
+    *("llama", "qwen3", "qwen3-moe", "gemma2", "gemma3", "mistral", "phi", "gpt-oss"),
+    "bamba",
+)
 CLASSES = {
     "gemma3-with-images": t.Gemma3ForConditionalGeneration,
     "qwen2.5-vl": t.Qwen2_5_VLForConditionalGeneration,

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from speculators_cli.core.engines.row_verifier import CachedRows, WholeRows, open_rows
-from tests.tiny_verifiers import FAMILIES, VOCAB, make_verifier
+from tests.tiny_families import ALONE, SERVED, VOCAB, build_model
 
 LAYER_IDS = (1, 2, 4)
 
@@ -36,9 +36,9 @@ def compute_alone(model: Any, tokens: list[int]) -> tuple[Tensor, Tensor]:
     return out.logits[0], torch.cat([states[k][0] for k in LAYER_IDS], dim=-1)
 
 
-@pytest.mark.parametrize("family", [x for x in FAMILIES if x != "lfm2"])
+@pytest.mark.parametrize("family", [x for x in SERVED if x not in ALONE])
 def test_rows_have_the_logits_and_states_of_each_sequence_alone(family: str) -> None:
-    plain, rows = make_verifier(family), open_rows(make_verifier(family), LAYER_IDS, name=family)
+    plain, rows = build_model(family), open_rows(build_model(family), LAYER_IDS, name=family)
     sequences = [random_tokens(n, seed=n) for n in (30, 21, 45)]
 
     rows.start(3, 64)
@@ -66,7 +66,7 @@ def test_rows_have_the_logits_and_states_of_each_sequence_alone(family: str) -> 
 
 
 def test_a_family_that_carries_other_state_is_computed_whole() -> None:
-    plain, rows = make_verifier("lfm2"), open_rows(make_verifier("lfm2"), LAYER_IDS, name="lfm2")
+    plain, rows = build_model("bamba"), open_rows(build_model("bamba"), LAYER_IDS, name="bamba")
     tokens = random_tokens(30, seed=0)
 
     rows.start(1, 64)

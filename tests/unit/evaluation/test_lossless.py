@@ -14,7 +14,7 @@ from speculators_cli.core.engines.hooked_model import RowOutput
 from speculators_cli.core.engines.row_verifier import open_rows
 from speculators_cli.core.evaluation.draft_and_verify import draft_and_verify
 from speculators_cli.core.progress import SILENT
-from tests.tiny_verifiers import FAMILIES, VOCAB, make_verifier
+from tests.tiny_families import SERVED, VOCAB, build_model
 
 NO_END: frozenset[int] = frozenset()
 
@@ -59,9 +59,9 @@ class Reciter:
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.8])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", SERVED)
 def test_answers_do_not_depend_on_the_draft_or_the_batch(family: str, temperature: float) -> None:
-    rows = open_rows(make_verifier(family), (1, 2, 4), name=family)
+    rows = open_rows(build_model(family), (1, 2, 4), name=family)
     lengths = (30, 3, 17, 1, 22, 9)
     generator = torch.Generator().manual_seed(0)
     prompts = [
