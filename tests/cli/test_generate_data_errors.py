@@ -438,6 +438,7 @@ def test_states_that_cannot_be_right_stop_the_run(
 
     assert code == 5
     assert named in err
+    assert "hint: Try the other `--engine`" in err
     assert not list(out.rglob("0*.pt"))
 
 

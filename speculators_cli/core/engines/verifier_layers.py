@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from speculators_cli.core.errors import SettingsError
 
+ENGINE_FLAG = "--engine"  # of most commands
 CACHE_SHARE = 0.5  # of the free memory of a GPU, for the keys and values of a batch
 # Attention that a mask of its own limits, or that carries state from token to token.
 PACKABLE_LAYERS = {"full_attention", "sliding_attention", "attention"}
@@ -95,8 +96,13 @@ class VerifierLayers:
         self.norm.register_forward_pre_hook(lambda _, given: on_last(given[0]))
 
 
-def find_layers(model: Any, name: str) -> VerifierLayers:
+def find_layers(model: Any, name: str, *, engine_flag: str = ENGINE_FLAG) -> VerifierLayers:
     """Find the decoder layers and the final norm of a causal language model.
+
+    Args:
+        model: Of transformers.
+        name: Of the verifier, for error messages.
+        engine_flag: Of the command, which chooses another engine.
 
     Raises:
         SettingsError: The model has no such layout.
@@ -114,7 +120,7 @@ def find_layers(model: Any, name: str) -> VerifierLayers:
         raise SettingsError(
             f"Hidden states of verifier `{name}` (`{type(model).__name__}`) cannot be taken: its "
             "decoder is not one list of layers and one final norm",
-            hint="Pass `--engine vllm`",
+            hint=f"Pass `{engine_flag} vllm`",
         )
     return VerifierLayers(decoder, list(lists[0]), norms[0])
 

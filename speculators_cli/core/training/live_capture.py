@@ -27,7 +27,7 @@ from speculators_cli.core.training.cache_choice import choose_cache
 from speculators_cli.core.training.cache_writer import CacheWriter
 from speculators_cli.core.training.distributed import Ranks
 from speculators_cli.core.training.inputs import Inputs
-from speculators_cli.core.training.remote_vllm import open_vllm
+from speculators_cli.core.training.remote_vllm import ENGINE_FLAG, open_vllm
 from speculators_cli.core.training.sample_check import check_captured
 from speculators_cli.core.training.sharded_verifier import count_own_bytes, shard_verifier
 from speculators_cli.core.training.states import LiveStates
@@ -110,9 +110,10 @@ class LiveVerifier:
         if packed is None:
             return
         states = self.engine.capture(packed)
-        check_layers(states, self.engine.layer_ids)
+        check_layers(states, self.engine.layer_ids, engine_flag=ENGINE_FLAG)
         if isinstance(self.engine, TransformersEngine):
-            check_head(packed, states, self.frozen, self.engine.logits)
+            logits_of = self.engine.logits
+            check_head(packed, states, self.frozen, logits_of, engine_flag=ENGINE_FLAG)
         else:
             check_captured(packed, states, self.frozen, progress)
 
@@ -152,6 +153,7 @@ def load_live_verifier(
         trust_remote_code=settings.draft.trust_remote_code,
         memory_hint="Shard it across GPUs with `--shard-verifier`, or store the hidden states with "
         "`speculators generate-data`",
+        engine_flag=ENGINE_FLAG,
     )
     model.requires_grad_(False)
     if is_sharded:
@@ -163,6 +165,7 @@ def load_live_verifier(
         name=name,
         packs_documents=True if is_sharded else None,  # as many passes on each rank
         is_float8=settings.capture.capture_compute_dtype == "float8",
+        engine_flag=ENGINE_FLAG,
     )
     if is_sharded and not engine.is_packed:
         raise SettingsError(

@@ -1,6 +1,7 @@
 """Online capture: the verifier computes hidden states in the step, and nothing else changes."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -194,10 +195,25 @@ def test_wrong_states_end_the_run_before_its_first_step(
 ) -> None:
     change_states(monkeypatch, change)
 
-    with pytest.raises(MachineError, match=problem):
+    with pytest.raises(MachineError, match=problem) as raised:
         run(tiny, generated, tmp_path / "run")
 
+    assert "`--capture-engine`" in str(raised.value.hint)
     assert not list((tmp_path / "run").glob("step-*"))
+
+
+def test_a_verifier_whose_states_cannot_be_taken_needs_the_other_engine(
+    generated: Path, tiny: TinyInputs, tmp_path: Path
+) -> None:
+    verifier = tmp_path / "several-states"
+    shutil.copytree(tiny.verifier_dir, verifier)
+    config = json.loads((verifier / "config.json").read_text())
+    (verifier / "config.json").write_text(json.dumps(config | {"altup_num_inputs": 2}))
+
+    with pytest.raises(SettingsError, match="cannot be taken") as raised:
+        run(tiny, generated, tmp_path / "run", draft={"verifier_name_or_path": str(verifier)})
+
+    assert raised.value.hint == "Pass `--capture-engine vllm`"
 
 
 def test_a_document_with_states_that_are_not_finite_is_left_out_and_counted(
