@@ -30,10 +30,19 @@ def make_rows(
     return rows
 
 
+def make_shard(rows: Sequence[TokenRow]) -> TokenShard:
+    """A shard with the counts that its samples need."""
+    counts = {
+        "num_tokens": sum(len(row.input_ids) for row in rows),
+        "num_supervised_tokens": sum(int(row.loss_mask.sum()) for row in rows),
+    }
+    return TokenShard(tuple(rows), {"rendered": counts})
+
+
 def write_tokens(folder: Path, *shards: Sequence[TokenRow], verifier: str | None = None) -> Path:
     """Write shards and their manifest."""
     folder.mkdir(parents=True)
     for number, rows in enumerate(shards):
-        write_shard(TokenShard(tuple(rows), {}), folder / shard_name(number))
+        write_shard(make_shard(rows), folder / shard_name(number))
     write_json({"verifier": verifier}, folder / MANIFEST_NAME)
     return folder

@@ -12,7 +12,7 @@ import torch
 
 from speculators_cli.core.capture.generate import count_rows
 from speculators_cli.core.capture.job import Job, open_job
-from speculators_cli.core.capture.state_stage import storage_of
+from speculators_cli.core.capture.state_stage import count_bytes
 from speculators_cli.core.capture.token_stage import RowMaker
 from speculators_cli.core.conversations.bad_rows import BadRows
 from speculators_cli.core.conversations.prompt_files import open_prompts, read_prompts
@@ -84,7 +84,7 @@ def estimate(settings: GenerateDataSettings, *, num_ranks: int = 1) -> Estimate:
     scale = num_conversations / max(len(sources), 1)
     num_tokens = sum(len(row.input_ids) for row in rows)
     num_supervised = sum(int(row.loss_mask.sum()) for row in rows)
-    bytes_per_token = _bytes_per_token(job, num_supervised / max(num_tokens, 1))
+    bytes_per_token = count_bytes(num_tokens, num_supervised, job) / max(num_tokens, 1)
     is_stored = not settings.tokens.tokens_only
     per_token = TOKEN_BYTES + (bytes_per_token if is_stored else 0)
     is_local = settings.engine.engine == "transformers" and is_stored
@@ -126,13 +126,6 @@ class AssumedAnswers:
 
     def close(self) -> None:
         """There is nothing to release."""
-
-
-def _bytes_per_token(job: Job, supervised_share: float) -> float:
-    """Return the size of the stored states of a token, on average."""
-    storage = storage_of(job)
-    num_layers = len(job.layer_ids) + (1 if storage.has_all_last_states else supervised_share)
-    return num_layers * job.config.hidden_size * storage.item_bytes(job.dtype)
 
 
 def _count_memory(job: Job) -> int:

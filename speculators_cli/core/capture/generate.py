@@ -21,7 +21,7 @@ from speculators_cli.core.capture.job import Job, open_job
 from speculators_cli.core.capture.rendered import RenderCounts, check_left_out
 from speculators_cli.core.capture.report import GenerationReport, StageTime
 from speculators_cli.core.capture.show_masks import MarkedRow, mark_row
-from speculators_cli.core.capture.state_stage import StateStage, count_bytes, sum_up_states
+from speculators_cli.core.capture.state_stage import StateStage, count_shard_bytes, sum_up_states
 from speculators_cli.core.capture.token_stage import RowMaker, make_tokens, sum_up_tokens
 from speculators_cli.core.conversations.bad_rows import BadRows
 from speculators_cli.core.conversations.prompt_files import Prompts, open_prompts, read_prompts
@@ -198,14 +198,9 @@ class _Run:
 
     def _check_disk(self, shards: Sequence[int]) -> None:
         """Check that the samples of shards fit, before the first one is captured."""
-        job = self._job
-        counts = [read_counts(job.folder.shard(n))["rendered"] for n in shards]
-        num_tokens = sum(x["num_tokens"] for x in counts)
-        num_supervised = sum(x["num_supervised_tokens"] for x in counts)
-        num_bytes = count_bytes(num_tokens, num_supervised, job)
         check_free_space(
-            job.folder.folder,
-            num_bytes,
+            self._job.folder.folder,
+            count_shard_bytes(shards, self._job),
             what="the set of samples",
             hint="Pass another `--output-dir`, `--storage-dtype float8`, or `--tokens-only` to "
             "train without stored hidden states",

@@ -19,7 +19,7 @@ from speculators_cli.core.capture.states import (
     plan_sequences,
     sample_file,
 )
-from speculators_cli.core.data.token_shards import read_shard
+from speculators_cli.core.data.token_shards import read_counts, read_shard
 from speculators_cli.core.engines.engine import CapturedStates, Packed
 from speculators_cli.core.engines.host_states import Storage
 from speculators_cli.core.engines.state_checks import check_head, check_layers
@@ -46,6 +46,13 @@ def count_bytes(num_tokens: int, num_supervised_tokens: int, job: Job) -> int:
     num_last = num_tokens if storage.has_all_last_states else num_supervised_tokens
     width = job.config.hidden_size * storage.item_bytes(job.dtype)
     return (num_tokens * len(job.layer_ids) + num_last) * width
+
+
+def count_shard_bytes(shards: Sequence[int], job: Job) -> int:
+    """Return the size of the hidden states of shards of tokens."""
+    counts = [read_counts(job.folder.shard(number))["rendered"] for number in shards]
+    num_tokens = sum(x["num_tokens"] for x in counts)
+    return count_bytes(num_tokens, sum(x["num_supervised_tokens"] for x in counts), job)
 
 
 @dataclass
@@ -89,11 +96,7 @@ class StateStage:
             folder.mkdir(parents=True, exist_ok=True)
         check_free_space(
             folder,
-            count_bytes(
-                sum(len(row.input_ids) for row in shard.rows),
-                sum(int(row.loss_mask.sum()) for row in shard.rows),
-                self.job,
-            ),
+            count_shard_bytes([number], self.job),
             what=f"the next shard of {len(shard.rows):,} samples",
             hint="Free disk space, then rerun the same command to continue, or pass "
             "`--storage-dtype float8`",

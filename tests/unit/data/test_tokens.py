@@ -10,14 +10,14 @@ from speculators_cli.core.data.alignment import NEXT_TOKEN
 from speculators_cli.core.data.batch import Batch, collate
 from speculators_cli.core.data.sample import ChangedSampleError, Sample
 from speculators_cli.core.data.sources import Request, choose_capture, open_samples
-from speculators_cli.core.data.token_shards import TokenRow, TokenShard, shard_name, write_shard
+from speculators_cli.core.data.token_shards import TokenRow, shard_name, write_shard
 from speculators_cli.core.data.tokens import StatesShape, TokenFolder, read_tokens
 from speculators_cli.core.errors import DataError
 from speculators_cli.core.preparation.vocabulary import build_vocab_map
 from speculators_cli.core.progress import SilentProgress
 from speculators_cli.settings.build_vocab_map import BuildVocabMapSettings
 from tests.tiny_run import VOCAB
-from tests.token_files import make_rows, write_tokens
+from tests.token_files import make_rows, make_shard, write_tokens
 
 SHAPE = StatesShape(hidden_size=5, layer_ids=(2, 4))
 
@@ -129,12 +129,12 @@ def test_a_shard_that_changes_is_refused_when_its_row_is_read(tmp_path: Path) ->
     rows = make_rows(3)
     rows[1].input_ids[4] += 1
 
-    write_shard(TokenShard(tuple(rows), {}), folder / shard_name(0))
+    write_shard(make_shard(rows), folder / shard_name(0))
 
     assert found.read_row(0).name == "000000"
     with pytest.raises(ChangedSampleError, match="different contents"):
         found.read_row(1)
-    write_shard(TokenShard(tuple(rows[:2]), {}), folder / shard_name(0))
+    write_shard(make_shard(rows[:2]), folder / shard_name(0))
     with pytest.raises(ChangedSampleError, match="different size"):
         found.read_row(0)
 
