@@ -175,7 +175,9 @@ class DataSettings(Settings):
         "states that do not match are an error",
     )
     allow_changed_data: bool = Field(
-        False, description="Resume even if the samples differ from those the run began with"
+        False,
+        description="Resume even if the samples differ from those the run began with, or are "
+        "packed in another order",
     )
 
     @property

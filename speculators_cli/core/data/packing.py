@@ -4,6 +4,7 @@ A plan is a pure function of lengths, seed, epoch and global batch, so it is the
 and the order of samples does not depend on the number of ranks.
 """
 
+import hashlib
 from bisect import bisect_left, insort
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -29,6 +30,11 @@ class PackingPlan:
     def num_steps(self) -> int:
         """Number of optimizer steps of the epoch."""
         return len(self.sequences) // self.global_batch
+
+    @property
+    def fingerprint(self) -> str:
+        """The same only for plans of the same sequences."""
+        return hashlib.sha256(repr(self.sequences).encode()).hexdigest()
 
 
 def plan_epoch(

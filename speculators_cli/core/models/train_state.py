@@ -56,7 +56,9 @@ class TrainState:
     verifier_hash: str | None = None  # of the verifier's frozen weights
     # What hidden states were computed by while training; None if they are stored.
     engine: dict[str, str] | None = None
-    has_same_data: bool = False  # whether the samples were the same from the first step on
+    # Whether samples and packing were the same from the first step on.
+    has_same_data: bool = False
+    packing: str | None = None  # fingerprint of the packing of the first epoch
 
     @classmethod
     def from_json(cls, content: Mapping[str, Any]) -> Self:

@@ -22,7 +22,7 @@ from speculators_cli.core.training.inputs import Inputs
 from speculators_cli.core.training.loggers import SafeLogger
 from speculators_cli.core.training.optimizer import Optimizer, learning_rate
 from speculators_cli.core.training.optimizer_step import OptimizerStep
-from speculators_cli.core.training.resume import Start, with_engine, with_verifier
+from speculators_cli.core.training.resume import Start, with_engine, with_packing, with_verifier
 from speculators_cli.core.training.run_folder import RunFolder
 from speculators_cli.core.training.run_log import RunLog
 from speculators_cli.core.training.sample_check import check_samples
@@ -75,6 +75,7 @@ def build_trainer(
         if live is not None:
             inputs = live.open_cache(settings, inputs)
         loader = loader or start_reading(settings, inputs, ranks, start, on_error)
+        start = with_packing(start, loader.pack(0).fingerprint, settings, progress)
         draft = build_draft(settings, inputs, verifier)
         is_shared = is_live and not settings.capture.is_apart  # with the whole verifier
         if not (is_shared or inputs.vocab_map.is_full):

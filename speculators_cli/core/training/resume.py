@@ -150,6 +150,35 @@ def resumed_state(
     )
 
 
+def with_packing(
+    start: Start, fingerprint: str, settings: TrainSettings, progress: Progress
+) -> Start:
+    """The start with the fingerprint of the packing of the first epoch, after checking it.
+
+    Raises:
+        CheckpointError: An epoch began with another one, and is not finished.
+    """
+    state = start.state
+    if start.is_resumed and state.packing != fingerprint:
+        # Earlier versions saved no fingerprint.
+        are = "are" if state.packing is not None else "may be"
+        changed = f"Samples {are} packed in another order than when the run began"
+        if state.step_in_epoch:
+            changed += (
+                f"; the rest of epoch {state.epoch:,}, after its step {state.step_in_epoch:,}, "
+                "would repeat some samples and leave out others"
+            )
+            if not settings.data.allow_changed_data:
+                raise CheckpointError(
+                    changed,
+                    hint="Resume with the version of this package that began the run, start over "
+                    "with `--no-resume-from-checkpoint`, or pass `--allow-changed-data`",
+                )
+        progress.warn(changed)
+        state = replace(state, has_same_data=False)
+    return replace(start, state=replace(state, packing=fingerprint))
+
+
 def with_verifier(
     start: Start, fingerprint: str, settings: TrainSettings, progress: Progress
 ) -> Start:

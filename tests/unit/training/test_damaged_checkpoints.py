@@ -282,7 +282,7 @@ def test_a_checkpoint_of_an_earlier_version_is_resumed(
     trained: TinyInputs, trained_once: Path
 ) -> None:
     shutil.rmtree(trained.save_path / "1")
-    new = ("generation", "content_hash", "verifier_hash", "has_same_data")
+    new = ("generation", "content_hash", "verifier_hash", "has_same_data", "packing")
     tamper(trained.save_path / "0", "trainer/state.json", **dict.fromkeys(new, "left out"))
     tamper(trained.save_path / "0", "trainer/manifest.json", generation="left out")
 

@@ -13,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from speculators_cli.core.data import packing
 from speculators_cli.core.data.folder import read_folders
 from speculators_cli.core.errors import CheckpointError, DataError, DivergedError
 from speculators_cli.core.progress import SilentProgress
@@ -195,6 +196,40 @@ def test_changed_samples_are_refused_on_resume(tiny: TinyInputs) -> None:
 
     assert "--allow-changed-data" in str(error.value.hint)
     assert report.is_resumed
+
+
+def pack_backwards(monkeypatch: pytest.MonkeyPatch) -> None:
+    pack = packing._pack
+    monkeypatch.setattr(packing, "_pack", lambda ids, *given: pack(ids[::-1], *given))
+
+
+def test_another_packing_of_the_epoch_is_refused_on_resume(
+    tiny: TinyInputs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Trap: the rest of the epoch has samples that its first steps had.
+    run(tiny, run={"max_steps": 4})
+    pack_backwards(monkeypatch)
+    messages = RecordedProgress()
+
+    with pytest.raises(CheckpointError, match="after its step 4, would repeat") as error:
+        run(tiny)
+    train(tiny.settings(data={"allow_changed_data": True}), progress=messages)
+
+    assert "--allow-changed-data" in str(error.value.hint)
+    assert any("packed in another order" in line for line in messages.warnings)
+
+
+def test_another_packing_of_later_epochs_is_warned_of(
+    tiny: TinyInputs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run(tiny, run={"epochs": 1})
+    pack_backwards(monkeypatch)
+    messages = RecordedProgress()
+
+    train(tiny.settings(), progress=messages)
+
+    assert any("packed in another order" in line for line in messages.warnings)
+    assert run(tiny, run={"epochs": 3}).is_resumed
 
 
 def test_a_dry_run_writes_nothing(tiny: TinyInputs, tmp_path: Path) -> None:
