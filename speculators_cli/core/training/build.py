@@ -77,8 +77,7 @@ def build_trainer(
         loader = loader or start_reading(settings, inputs, ranks, start, on_error)
         start = with_packing(start, loader.pack(0).fingerprint, settings, progress)
         draft = build_draft(settings, inputs, verifier)
-        is_shared = is_live and not settings.capture.is_apart  # with the whole verifier
-        if not (is_shared or inputs.vocab_map.is_full):
+        if not (inputs.needs_whole_verifier(settings) or inputs.vocab_map.is_full):
             verifier.rest_head()
         compute_dtype = choose_compute_dtype(settings.distributed.compute_dtype, ranks.device)
         weights = share_weights(draft, ranks, settings.distributed.sharding, compute_dtype)

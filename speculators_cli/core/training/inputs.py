@@ -53,6 +53,10 @@ class Inputs:
         """Whether the verifier computes hidden states while training."""
         return self.samples.is_live or self.validation_samples.is_live
 
+    def needs_whole_verifier(self, settings: TrainSettings) -> bool:
+        """Whether it is in the memory of each rank, which computes hidden states with it."""
+        return self.is_live and not settings.capture.is_apart
+
     def draft_config(self, settings: TrainSettings) -> DraftConfig:
         """Config of the draft; sizes and RoPE are the verifier's."""
         own = settings.algorithm_settings

@@ -138,7 +138,7 @@ def _estimate(
     data_bytes = samples.num_bytes
     epochs = total_steps / max(packed.num_steps, 1)
     num_shards = count_shards(ranks, settings.distributed.sharding, trained)
-    captures_here = inputs.is_live and not settings.capture.is_apart
+    has_whole_verifier = inputs.needs_whole_verifier(settings)
     memory = cost.estimate_memory(
         config,
         settings.algorithm_settings,
@@ -146,9 +146,9 @@ def _estimate(
         total_seq_len=settings.data.total_seq_len,
         num_accumulated=per_rank,
         num_shards=num_shards,
-        has_whole_head=captures_here,
+        has_whole_head=has_whole_verifier,
     )
-    if captures_here:
+    if has_whole_verifier:
         memory = CaptureCost(inputs.verifier_config).add_memory(
             memory,
             total_seq_len=settings.data.total_seq_len,

@@ -121,7 +121,10 @@ def train(
             start_up.end("save path")
             with (
                 open_logger(settings, folder, start, progress) as logger,
-                out_of_memory_explained(settings.data.total_seq_len, is_live=inputs.is_live),
+                out_of_memory_explained(
+                    settings.data.total_seq_len,
+                    has_whole_verifier=inputs.needs_whole_verifier(settings),
+                ),
                 closing(
                     build_trainer(
                         settings, inputs, ranks, start, folder, logger, progress, signals, start_up
@@ -265,12 +268,14 @@ def announce(
 
 
 @contextmanager
-def out_of_memory_explained(total_seq_len: int, *, is_live: bool = False) -> Iterator[None]:
+def out_of_memory_explained(
+    total_seq_len: int, *, has_whole_verifier: bool = False
+) -> Iterator[None]:
     """Turn PyTorch's out-of-memory errors into one with a hint.
 
     Args:
         total_seq_len: Tokens per packed sequence.
-        is_live: Whether the whole verifier is in memory.
+        has_whole_verifier: Whether the GPU has the whole verifier in memory, or its share of it.
     """
     tokens = f"{total_seq_len:,} tokens per packed sequence"
     try:
@@ -283,7 +288,7 @@ def out_of_memory_explained(total_seq_len: int, *, is_live: bool = False) -> Ite
                 f"The GPU is out of memory: {tokens}, peak {format_bytes(peak)}",
                 hint="Lower `--total-seq-len`, or shard the verifier across GPUs with "
                 "`--shard-verifier`"
-                if is_live
+                if has_whole_verifier
                 else "Lower `--total-seq-len`, or shard across more GPUs with `--nproc-per-node`",
             ) from None
         if not isinstance(error, MemoryError) and not _tells(error, NO_ROOM):

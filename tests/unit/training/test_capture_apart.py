@@ -4,7 +4,7 @@ import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import pytest
 import torch
@@ -35,7 +35,7 @@ from tests.token_files import make_rows, write_tokens
 from tests.unit.data.test_tokens import read
 from tests.unit.engines.fakes import FakeVLLM, have_ended, write_fake_vllm
 
-NUM_ROWS = 24
+NUM_ROWS = 16
 
 
 @pytest.fixture
@@ -176,6 +176,21 @@ def test_a_sample_that_vllm_refuses_ends_the_run(
 
     with pytest.raises(DataError, match=r"sample `.*` are missing: vLLM refuses tokens"):
         run(tiny, tokens, tmp_path / "run")
+
+
+@pytest.mark.usefixtures("vllm")
+def test_memory_that_runs_out_is_not_taken_by_the_verifier(
+    tiny: TinyInputs, tokens: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def run_out(*_: object, **__: object) -> NoReturn:
+        raise torch.cuda.OutOfMemoryError
+
+    monkeypatch.setattr("speculators_cli.core.training.build.build_draft", run_out)
+
+    with pytest.raises(MachineError) as raised:
+        run(tiny, tokens, tmp_path / "run")
+
+    assert "--shard-verifier" not in str(raised.value.hint)
 
 
 def test_states_that_cannot_be_right_end_the_run_before_its_first_step(

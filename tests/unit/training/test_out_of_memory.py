@@ -9,7 +9,7 @@ import torch
 from speculators_cli.core.drafts.checkpoint_reader import find_checkpoints
 from speculators_cli.core.errors import MachineError
 from speculators_cli.core.progress import SilentProgress
-from speculators_cli.core.training.run import train
+from speculators_cli.core.training.run import out_of_memory_explained, train
 from tests.tiny_run import TinyInputs
 
 ON_GPU = r"The GPU is out of memory: 64 tokens per packed sequence, peak \S+ "
@@ -21,16 +21,14 @@ ERRORS = [
     (RuntimeError("DefaultCPUAllocator: can't allocate memory"), ON_CPU),
     (MemoryError("Unable to allocate 2 GiB for an array"), ON_CPU),
 ]
-PLACES = [
-    "build.load_frozen_verifier",
-    "build.build_draft",
-    "trainer.Trainer.train_step",
-    "trainer.Trainer.validate",
-]
+STEP = "trainer.Trainer.train_step"
+OTHER_PLACES = ["build.load_frozen_verifier", "build.build_draft", "trainer.Trainer.validate"]
 
 
-@pytest.mark.parametrize(("error", "message"), ERRORS)
-@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize(
+    ("place", "error", "message"),
+    [(STEP, *case) for case in ERRORS] + [(place, *ERRORS[0]) for place in OTHER_PLACES],
+)
 def test_memory_that_runs_out_keeps_the_last_checkpoint(
     trained: TinyInputs,
     monkeypatch: pytest.MonkeyPatch,
@@ -49,6 +47,21 @@ def test_memory_that_runs_out_keeps_the_last_checkpoint(
     assert "`--total-seq-len`" in (raised.value.hint or "")
     assert [c.find_damage() for c in find_checkpoints(trained.save_path)] == [None, None]
     assert json.loads((trained.save_path / "result.json").read_text())["exit_code"] == 5
+
+
+@pytest.mark.parametrize(
+    ("has_whole_verifier", "flag"), [(True, "--shard-verifier"), (False, "--nproc-per-node")]
+)
+def test_the_verifier_is_sharded_only_where_it_takes_memory(
+    has_whole_verifier: bool, flag: str
+) -> None:
+    with (
+        pytest.raises(MachineError) as raised,
+        out_of_memory_explained(64, has_whole_verifier=has_whole_verifier),
+    ):
+        raise torch.cuda.OutOfMemoryError
+
+    assert flag in str(raised.value.hint)
 
 
 def test_another_error_is_not_taken_for_one_of_memory(
