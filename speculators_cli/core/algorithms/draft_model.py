@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from speculators_cli.core.algorithms.draft_config import DraftConfig
 from speculators_cli.core.data.batch import Batch
+from speculators_cli.core.models.verifier import FrozenVerifier
 
 
 class StepSums(NamedTuple):
@@ -39,6 +40,7 @@ class DraftModel(nn.Module, ABC):
     """
 
     config: DraftConfig
+    verifier: FrozenVerifier  # whose parts it reads
     counters: ClassVar[tuple[str, ...]]  # names in `StepSums.counters`, in order
     # Metrics of each prediction. `loss` is among them; of `acceptance_rate`, where it is, the
     # simulated acceptance length is computed.

@@ -94,7 +94,6 @@ def build_trainer(
         total_steps = count_steps(settings, loader)
         start_up.end("draft")
         trainer = Trainer(
-            verifier=verifier,
             optimizer_step=OptimizerStep(
                 weights,
                 ranks,

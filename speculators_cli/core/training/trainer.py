@@ -12,7 +12,6 @@ from speculators_cli.core.data.batch import Batch, drop_non_finite
 from speculators_cli.core.data.loader import BatchSource
 from speculators_cli.core.errors import DivergedError, StoppedError
 from speculators_cli.core.models.train_state import TrainState
-from speculators_cli.core.models.verifier import FrozenVerifier
 from speculators_cli.core.signals import Interrupted, StopSignals
 from speculators_cli.core.training.best import (
     count_epochs_since_best,
@@ -31,7 +30,6 @@ from speculators_cli.core.training.saver import Saver
 class Trainer:
     """Trains a draft model from a state to the last step."""
 
-    verifier: FrozenVerifier  # of the draft
     optimizer_step: OptimizerStep
     rate: Callable[[int], float]  # learning rate by number of finished steps
     loader: BatchSource  # training batches of this rank
@@ -174,7 +172,7 @@ class Trainer:
             return None
         self.draft.eval()
         sums = MetricSums.of(self.draft)
-        with self.verifier.whole():
+        with self.draft.verifier.whole():
             for (batch,) in self.feed.steps(self.validation_loader.epoch(0)):
                 filled = self.filler.fill(batch).cast(self.optimizer_step.compute_dtype)
                 finite, _ = drop_non_finite(filled)
