@@ -218,6 +218,33 @@ def _target_stats_kernel(
     tl.store(tokens + row, tl.load(kept_ids + tl.maximum(best, 0)))
 
 
+@triton.jit
+def score_logits(
+    logits, target_logits, target_lse, vocab_size, logit_scale, softcap,
+    HAS_SOFTCAP: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Return log-sum-exp, mean under the verifier's distribution and top-1 id of draft logits."""
+    largest = -float("inf")
+    weight = 0.0
+    mean = 0.0
+    best = -1
+    for start in range(0, vocab_size, BLOCK):
+        i = start + tl.arange(0, BLOCK)
+        inside = i < vocab_size
+        d = tl.load(logits + i, mask=inside, other=0.0).to(tl.float32)
+        t = tl.load(target_logits + i, mask=inside, other=0.0)
+        t = verifier_logits(t, logit_scale, softcap, HAS_SOFTCAP)
+        mean += tl.sum(tl.where(inside, tl.exp(t - target_lse) * d, 0.0))
+        d = tl.where(inside, d, -float("inf"))
+        here = tl.max(d)
+        best = tl.where(here > largest, start + tl.argmax(d, axis=0), best)
+        new_largest = tl.maximum(largest, here)
+        weight = weight * tl.exp(largest - new_largest) + tl.sum(tl.exp(d - new_largest))
+        largest = new_largest
+    return largest + tl.log(weight), mean, best
+
+
 @triton.jit(
     do_not_specialize=["first", "logit_scale", "softcap"],
     do_not_specialize_on_alignment=["tokens", "indices", "weights", "losses", "agreed", "scored"],
@@ -246,24 +273,9 @@ def _kl_kernel(
         target_logits += target * vocab_size
         target_lse = tl.load(stats + target * 2)
         target_mean = tl.load(stats + target * 2 + 1)
-        largest = -float("inf")
-        weight = 0.0
-        mean = 0.0  # of the draft's logits under the verifier's distribution
-        best = -1
-        for start in range(0, vocab_size, BLOCK):
-            i = start + tl.arange(0, BLOCK)
-            inside = i < vocab_size
-            d = tl.load(logits + i, mask=inside, other=0.0).to(tl.float32)
-            t = tl.load(target_logits + i, mask=inside, other=0.0)
-            t = verifier_logits(t, logit_scale, softcap, HAS_SOFTCAP)
-            mean += tl.sum(tl.where(inside, tl.exp(t - target_lse) * d, 0.0))
-            d = tl.where(inside, d, -float("inf"))
-            here = tl.max(d)
-            best = tl.where(here > largest, start + tl.argmax(d, axis=0), best)
-            new_largest = tl.maximum(largest, here)
-            weight = weight * tl.exp(largest - new_largest) + tl.sum(tl.exp(d - new_largest))
-            largest = new_largest
-        lse = largest + tl.log(weight)
+        lse, mean, best = score_logits(
+            logits, target_logits, target_lse, vocab_size, logit_scale, softcap, HAS_SOFTCAP, BLOCK
+        )
         tl.store(losses + pair, (target_mean - target_lse) - (mean - lse))
         token = tl.load(kept_ids + tl.maximum(best, 0))
         tl.store(agreed + pair, token == tl.load(tokens + target))

@@ -30,6 +30,7 @@ from speculators_cli.core.kernels.launch import launch
 from speculators_cli.core.kernels.linear_kl import (
     Targets,
     logit_options,
+    score_logits,
     target_stats,
     verifier_logits,
     vocab_blocks,
@@ -230,24 +231,9 @@ def _score_kernel(
         target_logits += target * vocab_size
         target_lse = tl.load(stats + target * 2)
         target_mean = tl.load(stats + target * 2 + 1)
-        largest = -float("inf")
-        weight = 0.0
-        mean = 0.0  # of the draft's logits under the verifier's distribution
-        own = -1
-        for start in range(0, vocab_size, BLOCK):
-            i = start + tl.arange(0, BLOCK)
-            inside = i < vocab_size
-            d = tl.load(logits + i, mask=inside, other=0.0).to(tl.float32)
-            t = tl.load(target_logits + i, mask=inside, other=0.0)
-            t = verifier_logits(t, logit_scale, softcap, HAS_SOFTCAP)
-            mean += tl.sum(tl.where(inside, tl.exp(t - target_lse) * d, 0.0))
-            d = tl.where(inside, d, -float("inf"))
-            here = tl.max(d)
-            own = tl.where(here > largest, start + tl.argmax(d, axis=0), own)
-            new_largest = tl.maximum(largest, here)
-            weight = weight * tl.exp(largest - new_largest) + tl.sum(tl.exp(d - new_largest))
-            largest = new_largest
-        lse = largest + tl.log(weight)
+        lse, mean, own = score_logits(
+            logits, target_logits, target_lse, vocab_size, logit_scale, softcap, HAS_SOFTCAP, BLOCK
+        )
         distance = 0.0
         mean_sign = 0.0  # of q - p under the draft's distribution
         for start in range(0, vocab_size, BLOCK):
