@@ -83,6 +83,13 @@ class DraftConfig(DecoderConfig, ABC):
         return {**mark, "producer": {"name": PRODUCER, "version": __version__}}
 
 
+@dataclass(frozen=True, kw_only=True)
+class MaskConfig(DraftConfig, ABC):
+    """The config of a draft that reads a mask in place of unknown tokens."""
+
+    mask_token_id: int  # verifier id
+
+
 def is_speculators(content: Mapping[str, Any]) -> bool:
     """Whether a config.json is in the speculators format."""
     return content.get("speculators_model_type") is not None

@@ -11,13 +11,12 @@ from speculators_cli.core.algorithms.draft_config_reader import find_assumed
 from speculators_cli.core.algorithms.drafter import Verified
 from speculators_cli.core.algorithms.mask_algorithm import MaskAlgorithm
 from speculators_cli.core.data.alignment import NEXT_TOKEN
-from speculators_cli.core.data.source import SampleSource, spread_evenly
+from speculators_cli.core.data.source import SampleSource
 from speculators_cli.core.errors import DataError, SettingsError
 from speculators_cli.core.kernels.anchor_spans import can_attend
 from speculators_cli.settings.algorithms.dflash import BlockSettings
 
 NUM_PROBE_TOKENS = 32
-NUM_READ = 32  # samples in which the mask token is looked for
 
 BlockConfigT = TypeVar("BlockConfigT", bound=DFlashConfig)
 BlockSettingsT = TypeVar("BlockSettingsT", bound=BlockSettings)
@@ -52,8 +51,6 @@ class BlockAlgorithm(MaskAlgorithm[BlockConfigT, BlockSettingsT]):
     def check_samples(self, config: BlockConfigT, samples: SampleSource) -> None:
         """Refuse answers shorter than a block, and samples that have the mask token.
 
-        A few samples are read.
-
         Raises:
             DataError: The last tokens of a block would never be trained, or a known token would
                 look as an unknown one.
@@ -65,16 +62,7 @@ class BlockAlgorithm(MaskAlgorithm[BlockConfigT, BlockSettingsT]):
                 f"{longest} supervised ones: the last tokens of a block would never be trained",
                 hint=f"Pass `--block-size {longest + config.first_slot}` or less, or other samples",
             )
-        mask = config.mask_token_id
-        if samples.max_token_id < mask:
-            return
-        for i in spread_evenly(len(samples), NUM_READ):
-            if bool((samples.read(i).input_ids == mask).any()):
-                raise DataError(
-                    f"`{samples.path(i)}` has token {mask}, which is the mask token of the draft: "
-                    "it would look as an unknown token",
-                    hint="Pass `--mask-token-id` with a token that no sample has",
-                )
+        super().check_samples(config, samples)
 
     def find_unsupported(self, config: BlockConfigT, settings: BlockSettingsT) -> str | None:
         """Return the block that is too large for a tile of the attention."""

@@ -3,19 +3,18 @@
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Self
 
-from speculators_cli.core.algorithms.draft_config import DraftConfig
+from speculators_cli.core.algorithms.draft_config import MaskConfig
 from speculators_cli.core.models.decoder_config import FULL, SLIDING
 
 
 @dataclass(frozen=True, kw_only=True)
-class DFlashConfig(DraftConfig):
+class DFlashConfig(MaskConfig):
     """All values that determine the shape and computation of a DFlash draft."""
 
     algorithm: ClassVar[str] = "dflash"
     layer_ids_key: ClassVar[str] = "aux_hidden_state_layer_ids"
 
     block_size: int  # the anchor and the draft tokens
-    mask_token_id: int  # verifier id
     draft_window: int | None = None  # tokens; None: full attention
     causal_block: bool = False
 

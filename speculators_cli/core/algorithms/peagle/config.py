@@ -3,18 +3,17 @@
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+from speculators_cli.core.algorithms.draft_config import MaskConfig
 from speculators_cli.core.algorithms.eagle3.config import Eagle3Config
 
 MASK_HIDDEN = "mask_hidden"  # a tensor of the draft
 
 
 @dataclass(frozen=True, kw_only=True)
-class PEagleConfig(Eagle3Config):
+class PEagleConfig(Eagle3Config, MaskConfig):
     """All values that determine the shape and computation of a P-EAGLE draft."""
 
     algorithm: ClassVar[str] = "peagle"
-
-    mask_token_id: int  # verifier id
 
     def to_json(self, *, dtype: str = "float32") -> dict[str, Any]:
         """Contents of config.json: what vLLM 0.32 reads, each value written out."""

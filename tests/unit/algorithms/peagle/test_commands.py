@@ -15,7 +15,7 @@ from speculators_cli.core.bench.bench import bench
 from speculators_cli.core.demo.demo import VERIFIER_DIR, read_prompts
 from speculators_cli.core.drafts.trained_draft import read_draft
 from speculators_cli.core.engines.engine import Prompt, Sampling
-from speculators_cli.core.errors import ExportError, SettingsError
+from speculators_cli.core.errors import DataError, ExportError, SettingsError
 from speculators_cli.core.evaluation.measurement import Work, answer_alone, measure
 from speculators_cli.core.evaluation.verifier import load_verifier
 from speculators_cli.core.export.contract import find_problems
@@ -146,6 +146,11 @@ def test_settings_that_do_not_fit_are_refused(
 ) -> None:
     with pytest.raises(SettingsError, match=message):
         run(tiny, **changes)
+
+
+def test_samples_with_its_mask_are_refused(tiny: TinyInputs) -> None:
+    with pytest.raises(DataError, match="has token 7, which is the mask token of the draft"):
+        run(tiny, peagle={"mask_token_id": 7})
 
 
 def test_neither_it_nor_eagle_3_starts_from_the_other(tiny: TinyInputs, tmp_path: Path) -> None:
