@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 
+from speculators_cli.core.engines import vllm_process
 from speculators_cli.core.engines.engine import Packed
 from speculators_cli.core.engines.vllm_engine import VLLMEngine
 from speculators_cli.core.engines.vllm_setup import VLLMSetup
@@ -64,6 +65,8 @@ def write_fake_vllm(folder: Path, monkeypatch: pytest.MonkeyPatch) -> FakeVLLM:
     package.mkdir(parents=True)
     shutil.copy(FAKE_FILE, package / "__init__.py")
     monkeypatch.setenv("PYTHONPATH", str(package.parent))
+    # Where nobody waits for processes that have lost their parent, they count as running.
+    monkeypatch.setattr(vllm_process, "KILL_SECONDS", 0.3)
     fake = FakeVLLM(folder, monkeypatch)
     fake.plan()
     return fake

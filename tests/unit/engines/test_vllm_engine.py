@@ -1,7 +1,6 @@
 """VLLMEngine against a package `vllm` that computes nothing, in a child process as ever."""
 
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -297,7 +296,7 @@ def test_close_leaves_no_process(vllm: FakeVLLM, helper: str) -> None:
     engine.close()
 
     assert len(pids) == 2
-    assert have_ended(pids, within_seconds=0)
+    assert have_ended(pids, within_seconds=1)  # SIGKILL takes effect after it was sent
     assert vllm.notes("shutdown") == [""]
 
 
@@ -328,8 +327,7 @@ time.sleep(600)
 """
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
-def test_the_engine_ends_with_its_parent(vllm: FakeVLLM, number: int) -> None:
+def test_the_engine_ends_with_its_parent(vllm: FakeVLLM) -> None:
     vllm.plan(helper=IGNORE_SIGTERM)
     paths = [os.environ["PYTHONPATH"], *filter(None, sys.path)]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
@@ -338,7 +336,7 @@ def test_the_engine_ends_with_its_parent(vllm: FakeVLLM, number: int) -> None:
         assert parent.stdout is not None
         assert parent.stdout.readline() == b"ready\n"
 
-        parent.send_signal(number)
+        parent.kill()
 
     assert len(vllm.pids()) == 2
     assert have_ended(vllm.pids())
