@@ -69,8 +69,8 @@ def drafts(tmp_path_factory: pytest.TempPathFactory) -> tuple[TrainedDraft, Trai
         torch.save(sample, file)
     names = [{"verifier_name_or_path": str(verifier)} for verifier in verifiers]
     plain, normed = (
-        read_draft(str(train_draft(folder, epochs=10, draft={**of, "full_vocab": True})))
-        for folder, of in zip(folders, names, strict=True)
+        read_draft(str(train_draft(folder, epochs=epochs, draft={**of, "full_vocab": True})))
+        for folder, of, epochs in zip(folders, names, (10, 4), strict=True)
     )
     return plain, normed
 
