@@ -25,15 +25,16 @@ from speculators_cli.settings.algorithms.dflash import DFlashSettings
 from tests.tiny_dflash import DECAY, MASK, filled_blocks, make_block_config
 from tests.tiny_drafts import KERNELS, make_sample, pack
 
+ONE_LAYER = {"num_layers": 1}  # others have two
 VARIANTS: dict[str, dict[str, Any]] = {
     "reduced vocabulary": {},
-    "full vocabulary": {"draft_vocab_size": 37},
-    "one layer, one aux layer": {"num_layers": 1, "target_layer_ids": (4,)},
-    "five aux layers": {"target_layer_ids": (1, 2, 3, 4, 5)},
-    "causal": {"causal_block": True},
+    "full vocabulary": ONE_LAYER | {"draft_vocab_size": 37},
+    "one aux layer": ONE_LAYER | {"target_layer_ids": (4,)},
+    "five aux layers": ONE_LAYER | {"target_layer_ids": (1, 2, 3, 4, 5)},
+    "causal": ONE_LAYER | {"causal_block": True},
     "window": {"draft_window": 4},
-    "causal window": {"draft_window": 3, "causal_block": True},
-    "long blocks": {"block_size": 16},
+    "causal window": ONE_LAYER | {"draft_window": 3, "causal_block": True},
+    "long blocks": ONE_LAYER | {"block_size": 16},
 }
 
 

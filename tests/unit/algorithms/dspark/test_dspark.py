@@ -36,13 +36,14 @@ from tests.unit.export.test_contract import change, put
 
 QUIET = SilentProgress()
 PARTS = LossParts(ce=0.1, l1=0.9, confidence=0.7)
+ONE_LAYER = {"num_layers": 1}  # others have two
 VARIANTS: dict[str, dict[str, Any]] = {
     "reduced vocabulary": {},
-    "full vocabulary": {"draft_vocab_size": 37},
-    "no confidence": {"has_confidence": False},
+    "full vocabulary": ONE_LAYER | {"draft_vocab_size": 37},
+    "no confidence": ONE_LAYER | {"has_confidence": False},
     "window": {"draft_window": 4, "causal_block": True},
-    "gated": {"markov_head_type": "gated"},
-    "rnn": {"markov_head_type": "rnn"},
+    "gated": ONE_LAYER | {"markov_head_type": "gated"},
+    "rnn": ONE_LAYER | {"markov_head_type": "rnn"},
 }
 
 

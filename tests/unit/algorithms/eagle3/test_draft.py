@@ -19,14 +19,15 @@ KEPT_IDS = torch.arange(0, 37, 2)
 DECAY = 0.7
 VARIANTS: dict[str, dict[str, Any]] = {
     "plain": {},
-    "qwen3": {"arch": "qwen3"},
     "two-layers": {"num_layers": 2},
     "three-qwen3-layers": {"num_layers": 3, "arch": "qwen3"},
     "norm-before-fc": {"norm_before_fc": True},
     "fc-norm": {"fc_norm": True},
     "norm-output": {"norm_output": True},
-    "residual-before-norm": {"norm_before_residual": False},
-    "one-aux-layer": {"target_layer_ids": (4,)},
+    "residual-before-norm-one-aux-layer": {
+        "norm_before_residual": False,
+        "target_layer_ids": (4,),
+    },
     "five-aux-layers-seven-steps": {"target_layer_ids": (1, 2, 3, 4, 5), "ttt_steps": 7},
 }
 

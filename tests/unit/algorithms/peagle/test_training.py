@@ -27,8 +27,8 @@ DECAY = 0.7  # of `filled_draft`
 VARIANTS: dict[str, dict[str, Any]] = {
     "plain": {},
     "two-qwen3-layers": {"num_layers": 2, "arch": "qwen3"},
-    "three-layers-five-aux-layers-five-tokens": {
-        "num_layers": 3,
+    "two-layers-five-aux-layers-five-tokens": {
+        "num_layers": 2,
         "target_layer_ids": (1, 2, 3, 4, 5),
         "ttt_steps": 5,
     },
@@ -36,7 +36,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "residual-before-norm-two-layers": {"norm_before_residual": False, "num_layers": 2},
     "window": {"sliding_window": 4, "num_layers": 2},
     "drawn-depths": {"num_layers": 2, "ttt_steps": 4},
-    "drawn-depths-few-anchors-window": {"num_layers": 3, "sliding_window": 4},
+    "drawn-depths-few-anchors-window": {"num_layers": 2, "sliding_window": 4},
 }
 SAMPLINGS = {
     "drawn-depths": DepthSampling(0.6, 0.3),
