@@ -350,9 +350,9 @@ def test_two_ranks_train(fork_server: ForkServer, tiny: TinyInputs) -> None:
 def test_more_ranks_than_packed_sequences_are_refused(
     fork_server: ForkServer, tiny: TinyInputs
 ) -> None:
-    flags = tiny.flags(total_seq_len=4096, nproc_per_node=2)
+    flags = tiny.flags(total_seq_len=4096)
 
-    done = fork_server.run("speculators_cli", "train", *flags)
+    done = fork_server.run("speculators_cli", "train", *flags, num_ranks=2)
 
     assert done.returncode == 3, done.stderr
     assert "2 ranks need as many packed sequences" in done.stderr
