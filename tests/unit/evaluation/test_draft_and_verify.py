@@ -20,7 +20,7 @@ from tests.cache_free_draft_and_verify import CacheFreeDraft, draft_and_verify, 
 from tests.embedded_draft import train_draft
 from tests.generated_samples import generate_samples
 
-MAX_NEW_TOKENS = 24
+MAX_NEW_TOKENS = 16
 VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
     "default": {},
     "all-switches": {
@@ -38,14 +38,14 @@ def verifier() -> LoadedVerifier:
 
 @pytest.fixture(scope="module")
 def prompts(verifier: LoadedVerifier) -> list[list[int]]:
-    return [verifier.encode(text) for text in read_prompts()[:8]]
+    return [verifier.encode(text) for text in read_prompts()[:6]]
 
 
 @pytest.fixture(scope="module")
 def data_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Samples of the very prompts that are drafted afterwards."""
     folder = tmp_path_factory.mktemp("captured") / "data"
-    generate_samples(folder, read_prompts()[:8], max_new_tokens=MAX_NEW_TOKENS)
+    generate_samples(folder, read_prompts()[:6], max_new_tokens=MAX_NEW_TOKENS)
     return folder
 
 

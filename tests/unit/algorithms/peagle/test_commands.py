@@ -186,7 +186,7 @@ def test_it_starts_from_another_of_its_kind(tiny: TinyInputs, tmp_path: Path) ->
 
 
 def test_a_trained_draft_drafts_what_the_verifier_accepts(tmp_path: Path) -> None:
-    texts = read_prompts()[:8]
+    texts = read_prompts()[:5]
     generate_samples(tmp_path / "data", texts, max_new_tokens=24)
     algorithm = {"algorithm": "peagle", "num_layers": 2}
     checkpoint = train_draft(tmp_path, epochs=20, draft=algorithm, peagle={"ttt_steps": 3})
