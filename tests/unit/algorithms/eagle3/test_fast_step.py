@@ -22,11 +22,11 @@ MASKS = {
     "two-turns": (POSITIONS % 6 >= 4) | (POSITIONS % 6 == 1),
     "last-turns": POSITIONS % 6 >= 3,
 }
-# Each mask with either number of layers, and with a trained and a frozen head.
+# Each mask with two layers, every other one with one, and with a trained and a frozen head.
 CASES = [
-    (mask, num_layers, (num_layers + index) % 2 == 0)
+    (mask, num_layers, (num_layers + index // 2) % 2 == 0)
     for index, mask in enumerate(MASKS)
-    for num_layers in (1, 2)
+    for num_layers in (2, 1)[: 1 + (index + 1) % 2]
 ]
 
 
