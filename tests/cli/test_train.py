@@ -90,11 +90,11 @@ def test_a_finished_run_hints_at_more_epochs(tiny: TinyInputs, capsys: Capture) 
 def test_waiting_for_samples_is_warned_of(
     tiny: TinyInputs, capsys: Capture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("speculators_cli.core.training.run_log.WATCHED_SECONDS", 0.2)
+    monkeypatch.setattr("speculators_cli.core.training.run_log.WATCHED_SECONDS", 0.05)
     read = SampleFolder.read
 
     def read_slowly(dataset: SampleFolder, sample_id: int) -> Sample:
-        time.sleep(0.2)
+        time.sleep(0.1)
         return read(dataset, sample_id)
 
     monkeypatch.setattr(SampleFolder, "read", read_slowly)
