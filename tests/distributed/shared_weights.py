@@ -17,7 +17,8 @@ from speculators_cli.core.algorithms.draft_model import DraftModel
 from speculators_cli.core.data.batch import Batch
 from speculators_cli.core.training import distributed
 from speculators_cli.core.training.distributed import Ranks, start_ranks
-from speculators_cli.core.training.weights import DraftWeights, ReplicatedWeights, share_weights
+from speculators_cli.core.training.placement import place_weights
+from speculators_cli.core.training.weights import DraftWeights, ReplicatedWeights
 from tests.tiny_dflash import filled_blocks, make_block_config
 from tests.tiny_drafts import filled_draft, make_config, make_sample, pack
 
@@ -112,7 +113,7 @@ def compare(case: Case, ranks: Ranks, wire: Wire) -> dict[str, Any]:
     """Two steps of shared weights beside those of one process."""
     draft, batch = build(case)
     alone = DraftWeights(build(case)[0])
-    shared = share_weights(draft, ranks, case.sharding, case.dtype)
+    shared = place_weights(draft, ranks, case.sharding, case.dtype)
     assert isinstance(shared, ReplicatedWeights)
     run(shared, batch)
     shared.finish_gradients()
@@ -155,7 +156,7 @@ def compare(case: Case, ranks: Ranks, wire: Wire) -> dict[str, Any]:
 def disagree(ranks: Ranks) -> dict[str, Any]:
     """Ranks whose backward passes reach other parameters, in another order."""
     draft, _ = build(Case("shard", "plain", "eagle3"))
-    shared = share_weights(draft, ranks, "shard", torch.float32)
+    shared = place_weights(draft, ranks, "shard", torch.float32)
     matrices = {name: p for name, p in draft.named_parameters() if p.dim() > 1}
     sums = {}
     for step in range(2):

@@ -21,9 +21,9 @@ from speculators_cli.core.training.distributed import Ranks
 from speculators_cli.core.training.inputs import check_samples_fit, check_targets, fresh_config
 from speculators_cli.core.training.optimizer import Optimizer
 from speculators_cli.core.training.optimizer_step import OptimizerStep
+from speculators_cli.core.training.placement import place_weights
 from speculators_cli.core.training.sharded_verifier import count_own_bytes
 from speculators_cli.core.training.states import LiveStates, StateFiller, StoredStates
-from speculators_cli.core.training.weights import share_weights
 from speculators_cli.settings.bench import BenchSettings
 from speculators_cli.settings.train import OptimizerSettings
 
@@ -99,7 +99,7 @@ def build_step(
     if not step.capture and not vocab_map.is_full:
         frozen.rest_head()
     draft.use_float8 = kernels.in_float8
-    weights = share_weights(draft, ranks, step.sharding, dtype)
+    weights = place_weights(draft, ranks, step.sharding, dtype)
     optimizer = Optimizer(weights, OptimizerSettings(), use_fast_kernels=draft.use_fast_kernels)
     built = OptimizerStep(
         weights, ranks, optimizer, compute_dtype=dtype, noise_std=step.noise_std, seed=seed,

@@ -22,6 +22,7 @@ from speculators_cli.core.training.inputs import Inputs
 from speculators_cli.core.training.loggers import SafeLogger
 from speculators_cli.core.training.optimizer import Optimizer, learning_rate
 from speculators_cli.core.training.optimizer_step import OptimizerStep
+from speculators_cli.core.training.placement import place_weights
 from speculators_cli.core.training.resume import Start, with_engine, with_packing, with_verifier
 from speculators_cli.core.training.run_folder import RunFolder
 from speculators_cli.core.training.run_log import RunLog
@@ -31,7 +32,7 @@ from speculators_cli.core.training.snapshot import restore
 from speculators_cli.core.training.start_up import StartUp
 from speculators_cli.core.training.states import StoredStates
 from speculators_cli.core.training.trainer import Trainer
-from speculators_cli.core.training.weights import DraftWeights, share_weights
+from speculators_cli.core.training.weights import DraftWeights
 from speculators_cli.settings.base import Settings
 from speculators_cli.settings.train import TrainSettings
 
@@ -80,7 +81,7 @@ def build_trainer(
         if not (inputs.needs_whole_verifier(settings) or inputs.vocab_map.is_full):
             verifier.rest_head()
         compute_dtype = choose_compute_dtype(settings.distributed.compute_dtype, ranks.device)
-        weights = share_weights(draft, ranks, settings.distributed.sharding, compute_dtype)
+        weights = place_weights(draft, ranks, settings.distributed.sharding, compute_dtype)
         optimizer = Optimizer(weights, settings.optimizer, use_fast_kernels=draft.use_fast_kernels)
         if start.is_resumed:
             restore_state(start, weights, optimizer)

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from speculators_cli.core.algorithms.draft_model import DraftModel
-from speculators_cli.core.training.distributed import Ranks, count_shards
+from speculators_cli.core.training.distributed import Ranks
 
 # Sums of gradients per step, about: each costs the host time, and the last one is never hidden.
 NUM_SUMS = 8
@@ -162,29 +162,6 @@ def fill_buckets(parameters: Sequence[nn.Parameter]) -> list[list[nn.Parameter]]
             buckets.append([])
         buckets[-1].append(parameter)
     return buckets
-
-
-def share_weights(
-    draft: DraftModel, ranks: Ranks, sharding: str, compute_dtype: torch.dtype
-) -> DraftWeights:
-    """Place the weights of a draft, which is the same on every rank; all ranks must call.
-
-    Args:
-        draft: On its device.
-        ranks: Connected, if there are several.
-        sharding: `--sharding`.
-        compute_dtype: Of the layers.
-    """
-    if ranks.num_ranks == 1:
-        return DraftWeights(draft)
-    num_trained = sum(p.numel() for p in draft.parameters() if p.requires_grad)
-    num_shards = count_shards(ranks, sharding, num_trained)
-    if num_shards == 1:
-        return ReplicatedWeights(draft, ranks)
-    # One rank does without what this imports, which takes a second.
-    from speculators_cli.core.training.sharded_weights import ShardedWeights
-
-    return ShardedWeights(draft, ranks, num_shards, compute_dtype)
 
 
 def gradient_of(parameter: nn.Parameter) -> Tensor:
