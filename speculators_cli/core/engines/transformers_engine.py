@@ -404,6 +404,9 @@ def load_model(
     try:
         with quietly():
             config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
+            if getattr(config.get_text_config(), "attn_logit_softcapping", None) is not None:
+                # Some versions of transformers choose SDPA, which leaves the cap out.
+                options["attn_implementation"] = "eager"
             is_causal = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING or trust_remote_code
             auto = AutoModelForCausalLM if is_causal else AutoModelForMultimodalLM
             return auto.from_pretrained(name, **options).eval()

@@ -17,7 +17,12 @@ from speculators_cli.core.engines.float8_linear import (
     replace_linears,
 )
 from speculators_cli.core.engines.transformers_engine import TransformersEngine
+from speculators_cli.core.kernels.support import why_not_float8
 from tests.tiny_families import END_ID, SIZES, VOCAB, build_model
+
+multiplies = pytest.mark.skipif(
+    why_not_float8(torch.device("cpu")) is not None, reason="needs a torch that does so on a CPU"
+)
 
 
 def rounded(rows: torch.Tensor) -> torch.Tensor:
@@ -26,6 +31,7 @@ def rounded(rows: torch.Tensor) -> torch.Tensor:
     return (rows.double() / scales).to(torch.float8_e4m3fn).double() * scales
 
 
+@multiplies
 def test_the_product_is_that_of_the_rounded_factors() -> None:
     torch.manual_seed(0)
     linear = nn.Linear(64, 48).bfloat16()
@@ -44,6 +50,7 @@ def test_the_product_is_that_of_the_rounded_factors() -> None:
     assert float(((found.double() - expected) / scale).abs().max()) < 2**-6
 
 
+@multiplies
 def test_rows_of_zeros_stay_zero() -> None:
     linear = nn.Linear(32, 16, bias=False).bfloat16()
 
@@ -67,6 +74,7 @@ def make_gated(**changes: Any) -> Any:
     return LlamaMLP(config).bfloat16()
 
 
+@multiplies
 def test_a_gated_layer_computes_what_its_linear_layers_do(rng: torch.Generator) -> None:
     module, other = nn.ModuleList([make_gated(mlp_bias=True)]), make_gated(mlp_bias=True)
     other.load_state_dict(module[0].state_dict())
@@ -88,6 +96,7 @@ def test_layers_with_another_gate_keep_their_formula() -> None:
     assert not any(map(is_gated, others))
 
 
+@multiplies
 def test_states_differ_by_rounding_and_the_fingerprint_says_so() -> None:
     plain, in_float8 = (
         TransformersEngine(
@@ -111,6 +120,7 @@ def test_states_differ_by_rounding_and_the_fingerprint_says_so() -> None:
     assert "compute_dtype" not in plain.fingerprint
 
 
+@multiplies
 def test_rounding_to_float8_does_not_decide_whether_documents_are_packed(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -349,6 +349,14 @@ def test_a_saved_verifier_is_loaded_with_its_text_part(name: str, tmp_path: Path
     assert_same_states(engine.capture(pack()), capture_alone(model_of(name), pack()))
 
 
+def test_a_verifier_whose_attention_is_capped_is_loaded_with_the_cap(tmp_path: Path) -> None:
+    model_of("gemma2").save_pretrained(tmp_path)
+
+    model = load_model(str(tmp_path), dtype=torch.float32, device=torch.device("cpu"))
+
+    assert_same_states(capture_alone(model, pack()), capture_alone(model_of("gemma2"), pack()))
+
+
 def test_a_dtype_is_that_of_the_states(tmp_path: Path) -> None:
     model_of("llama").save_pretrained(tmp_path)
     model = load_model(str(tmp_path), dtype=torch.bfloat16, device=torch.device("cpu"))

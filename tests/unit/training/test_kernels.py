@@ -95,6 +95,7 @@ def test_float8_is_tried_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "zeros", lambda *n, dtype, **_: cpu_zeros(*n, dtype=dtype))
     monkeypatch.setattr(torch, "ones", lambda *n, **_: cpu_ones(*n))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (7, 5))
+    monkeypatch.setattr(torch, "_scaled_mm", lambda *_, **__: cpu_zeros(16, 16))
     assert support.why_not_float8(torch.device("cuda")) is None
 
     def refuse(*_: Any, **__: Any) -> Tensor:
@@ -106,6 +107,9 @@ def test_float8_is_tried_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
     assert reason is not None
     assert reason.endswith("on this GPU of compute capability 7.5: no kernel")
+    on_cpu = support.why_not_float8(torch.device("cpu"))
+    assert on_cpu is not None
+    assert on_cpu.endswith("on this CPU: no kernel")
 
 
 @pytest.mark.parametrize("gemm_dtype", ["auto", "float8"])
