@@ -1,5 +1,8 @@
 """Errors that a user can act on, and their exit codes."""
 
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
 
 class SpeculatorsError(Exception):
     """A problem that the user can act on.
@@ -74,3 +77,23 @@ def unexpected(error: Exception) -> SpeculatorsError:
         f"Unexpected {type(error).__name__}: {error}",
         hint="Rerun with `--verbose` and report the traceback",
     )
+
+
+@contextmanager
+def rewording(
+    words: Mapping[str, str], *, of: type[SpeculatorsError] = SpeculatorsError
+) -> Iterator[None]:
+    """Replace words in the errors of a block, such as flags that another command calls otherwise.
+
+    Args:
+        words: The words, and what stands in their place.
+        of: The errors in which they are replaced.
+    """
+    try:
+        yield
+    except of as error:
+        for word, other in words.items():
+            error.message = error.message.replace(word, other)
+            error.hint = error.hint and error.hint.replace(word, other)
+        error.args = (error.message,)
+        raise

@@ -6,10 +6,12 @@ from contextlib import contextmanager
 
 from speculators_cli.core.capture.generate import generate_data
 from speculators_cli.core.capture.generated_folder import GeneratedFolder
-from speculators_cli.core.errors import DataError, SettingsError
+from speculators_cli.core.errors import DataError, SettingsError, rewording
 from speculators_cli.core.progress import Progress
 from speculators_cli.settings.generate_data import GenerateDataSettings
 from speculators_cli.settings.train import TrainSettings
+
+REGENERATE = "Write the tokens with `speculators generate-data --tokens-only --regenerate`"
 
 
 def write_training_tokens(settings: TrainSettings, *, progress: Progress) -> TrainSettings:
@@ -38,7 +40,11 @@ def write_training_tokens(settings: TrainSettings, *, progress: Progress) -> Tra
             "engine": {"device": "cpu"},  # which only renders
         }
     )
-    with _keeping_environment(), _naming_the_save_path():
+    with (
+        _keeping_environment(),
+        rewording({"--output-dir": "--save-path"}, of=SettingsError),
+        rewording({"Pass `--regenerate`": REGENERATE}, of=DataError),
+    ):
         generate_data(generated, progress=progress)
     data = settings.data.model_copy(update={"data_path": (GeneratedFolder(save_path).tokens,)})
     return settings.model_copy(update={"data": data})
@@ -53,23 +59,3 @@ def _keeping_environment() -> Iterator[None]:
     finally:
         os.environ.clear()
         os.environ.update(before)
-
-
-@contextmanager
-def _naming_the_save_path() -> Iterator[None]:
-    """Name the flag of the run in errors of the folder."""
-    try:
-        yield
-    except SettingsError as error:
-        texts = (
-            text.replace("--output-dir", "--save-path")
-            for text in (error.message, error.hint or "")
-        )
-        message, hint = texts
-        raise SettingsError(message, hint=hint or None) from None
-    except DataError as error:
-        hint = (error.hint or "").replace(
-            "Pass `--regenerate`",
-            "Write the tokens with `speculators generate-data --tokens-only --regenerate`",
-        )
-        raise DataError(error.message, hint=hint or None) from None

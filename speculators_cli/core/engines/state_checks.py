@@ -6,36 +6,28 @@ import torch
 from torch import Tensor
 
 from speculators_cli.core.engines.engine import CapturedStates, Packed
-from speculators_cli.core.engines.verifier_layers import ENGINE_FLAG
 from speculators_cli.core.errors import MachineError
 from speculators_cli.core.models.verifier import FrozenVerifier
 
 # Rounding moves the top-1 token where two are nearly equal: at 0.2 % of the positions in bfloat16.
 MIN_AGREEMENT = 0.9
+HINT = "Try the other `--engine`, and report the verifier"
 
 
-def check_layers(
-    states: CapturedStates, layer_ids: Sequence[int], *, engine_flag: str = ENGINE_FLAG
-) -> None:
+def check_layers(states: CapturedStates, layer_ids: Sequence[int]) -> None:
     """Check that no layer is zero, the same for all tokens, or a copy of another.
-
-    Args:
-        states: Of some documents.
-        layer_ids: Of their aux layers.
-        engine_flag: Of the command, which chooses another engine.
 
     Raises:
         MachineError: One is.
     """
-    hint = find_hint(engine_flag)
     size = states.last.shape[1]
     layers = states.aux.float().split(size, dim=1)
     for layer_id, layer in zip(layer_ids, layers, strict=True):
         if not layer.any():
-            raise MachineError(f"The captured states of layer {layer_id} are zero", hint=hint)
+            raise MachineError(f"The captured states of layer {layer_id} are zero", hint=HINT)
         if len(layer) > 1 and bool((layer == layer[0]).all()):
             raise MachineError(
-                f"The captured states of layer {layer_id} are the same for all tokens", hint=hint
+                f"The captured states of layer {layer_id} are the same for all tokens", hint=HINT
             )
     for index, layer in enumerate(layers):
         for other in range(index):
@@ -43,7 +35,7 @@ def check_layers(
                 raise MachineError(
                     f"The captured states of layers {layer_ids[other]} and {layer_ids[index]} are "
                     "equal",
-                    hint=hint,
+                    hint=HINT,
                 )
 
 
@@ -52,8 +44,6 @@ def check_head(
     states: CapturedStates,
     verifier: FrozenVerifier,
     logits_of: Callable[[Tensor], Tensor],
-    *,
-    engine_flag: str = ENGINE_FLAG,
 ) -> float:
     """Check that norm and LM head, over captured last states, predict what the verifier does.
 
@@ -62,7 +52,6 @@ def check_head(
         states: Their states.
         verifier: The parts that a training run reads.
         logits_of: Computes the verifier's own logits of a document.
-        engine_flag: Of the command, which chooses another engine.
 
     Returns:
         Top-1 agreement.
@@ -87,11 +76,6 @@ def check_head(
         raise MachineError(
             f"The LM head over captured last hidden states predicts the verifier's own token at "
             f"{agreement:.1%} of {len(rows):,} positions, expected nearly all",
-            hint=find_hint(engine_flag),
+            hint=HINT,
         )
     return agreement
-
-
-def find_hint(engine_flag: str) -> str:
-    """Return what to do about states that cannot be right."""
-    return f"Try the other `{engine_flag}`, and report the verifier"

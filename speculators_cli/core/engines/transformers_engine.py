@@ -32,11 +32,7 @@ from speculators_cli.core.engines.engine import (
 from speculators_cli.core.engines.float8_linear import use_float8
 from speculators_cli.core.engines.packed_attention import Packing, packing
 from speculators_cli.core.engines.sampling import SamplingProcessor
-from speculators_cli.core.engines.verifier_layers import (
-    ENGINE_FLAG,
-    VerifierLayers,
-    find_layers,
-)
+from speculators_cli.core.engines.verifier_layers import VerifierLayers, find_layers
 from speculators_cli.core.errors import MachineError, SettingsError
 from speculators_cli.core.models.family_code import quietly
 from speculators_cli.core.reading import first_line
@@ -65,7 +61,6 @@ class TransformersEngine:
         is_compiled: Whether decoder layers are compiled; None: on a GPU where it pays.
         packs_documents: Whether documents are computed together; None: on a GPU.
         is_float8: Whether the linear layers are computed in float8.
-        engine_flag: Of the command, which chooses another engine.
 
     Raises:
         SettingsError: The model has another layout than decoder layers and a final norm.
@@ -82,7 +77,6 @@ class TransformersEngine:
         is_compiled: bool | None = None,
         packs_documents: bool | None = None,
         is_float8: bool = False,
-        engine_flag: str = ENGINE_FLAG,
     ) -> None:
         self.model = model
         # What `generate` is not told comes from there, such as a penalty on repeated tokens.
@@ -90,7 +84,7 @@ class TransformersEngine:
         self.layer_ids = tuple(layer_ids)
         self.dtype: torch.dtype = model.dtype
         self._end_ids = sorted(end_ids)
-        self.parts: VerifierLayers = find_layers(model, name, engine_flag=engine_flag)
+        self.parts: VerifierLayers = find_layers(model, name)
         self._is_float8 = is_float8
         self._own_attention = self.model.config._attn_implementation  # noqa: SLF001
         self._attention = self._own_attention
@@ -380,7 +374,6 @@ def load_model(
     device_map: str | None = None,
     trust_remote_code: bool = False,
     memory_hint: str = MEMORY_HINT,
-    engine_flag: str = ENGINE_FLAG,
 ) -> Any:
     """Load a verifier with its LM head, ready to compute.
 
@@ -391,7 +384,6 @@ def load_model(
         device_map: As in transformers: places the layers on several devices.
         trust_remote_code: Whether custom code from the verifier's repository may run.
         memory_hint: What to do if it does not fit.
-        engine_flag: Of the command, which chooses another engine.
 
     Raises:
         SettingsError: transformers cannot load it.
@@ -419,5 +411,5 @@ def load_model(
         raise SettingsError(
             f"Verifier `{name}` cannot be loaded: {first_line(error)}",
             hint="Pass a folder or hub id with `config.json` and `.safetensors` weights, or "
-            f"`{engine_flag} vllm`",
+            "`--engine vllm`",
         ) from None

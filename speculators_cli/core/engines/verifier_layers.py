@@ -9,7 +9,6 @@ from torch import Tensor, nn
 
 from speculators_cli.core.errors import SettingsError
 
-ENGINE_FLAG = "--engine"  # of most commands
 CACHE_SHARE = 0.5  # of the free memory of a GPU, for the keys and values of a batch
 # Attention that a mask of its own limits, or that carries state from token to token.
 PACKABLE_LAYERS = {"full_attention", "sliding_attention", "attention"}
@@ -96,13 +95,8 @@ class VerifierLayers:
         self.norm.register_forward_pre_hook(lambda _, given: on_last(given[0]))
 
 
-def find_layers(model: Any, name: str, *, engine_flag: str = ENGINE_FLAG) -> VerifierLayers:
+def find_layers(model: Any, name: str) -> VerifierLayers:
     """Find the decoder layers and the final norm of a causal language model.
-
-    Args:
-        model: Of transformers.
-        name: Of the verifier, for error messages.
-        engine_flag: Of the command, which chooses another engine.
 
     Raises:
         SettingsError: The model has no such layout.
@@ -120,7 +114,7 @@ def find_layers(model: Any, name: str, *, engine_flag: str = ENGINE_FLAG) -> Ver
         raise SettingsError(
             f"Hidden states of verifier `{name}` (`{type(model).__name__}`) cannot be taken: its "
             "decoder is not one list of layers and one final norm",
-            hint=f"Pass `{engine_flag} vllm`",
+            hint="Pass `--engine vllm`",
         )
     return VerifierLayers(decoder, list(lists[0]), norms[0])
 

@@ -132,7 +132,6 @@ class FrozenVerifier:
         self.config = config
         self.norm_bias = norm_bias
         self.head_bias = head_bias
-        self._file_head: Tensor | None = None  # the LM head that was copied to a GPU
 
     @property
     def vocab_size(self) -> int:
@@ -148,7 +147,7 @@ class FrozenVerifier:
         """Return a copy on `device`; a tied LM head shares the tensor of the embedding."""
         embedding = self.embedding.to(device)
         is_tied = self.head is self.embedding
-        moved = FrozenVerifier(
+        return FrozenVerifier(
             embedding,
             self.norm_weight.to(device),
             embedding if is_tied else self.head.to(device),
@@ -156,16 +155,17 @@ class FrozenVerifier:
             norm_bias=None if self.norm_bias is None else self.norm_bias.to(device),
             head_bias=None if self.head_bias is None else self.head_bias.to(device),
         )
-        moved._file_head = self.head
-        return moved
 
-    def rest_head(self) -> None:
-        """Move the LM head to the host, unless it is the embedding: only `tokens` needs it."""
+    def rest_head(self, host_head: Tensor | None = None) -> None:
+        """Move the LM head to the host, unless it is the embedding: only `tokens` needs it.
+
+        Args:
+            host_head: The same on the host, which is copied: its file may be mapped, and must not
+                shrink. None: the head is read back from its device.
+        """
         if self.head is self.embedding or self.head.device.type == "cpu":
             return
-        # Not read back from the device. Copied, since its file may be mapped, and must not shrink.
-        self.head = self.head.cpu() if self._file_head is None else self._file_head.clone()
-        self._file_head = None
+        self.head = self.head.cpu() if host_head is None else host_head.clone()
 
     @contextmanager
     def whole(self) -> Iterator[None]:

@@ -79,7 +79,7 @@ def build_trainer(
         start = with_packing(start, loader.pack(0).fingerprint, settings, progress)
         draft = build_draft(settings, inputs, verifier)
         if not (inputs.needs_whole_verifier(settings) or inputs.vocab_map.is_full):
-            verifier.rest_head()
+            verifier.rest_head(frozen.head)
         compute_dtype = choose_compute_dtype(settings.distributed.compute_dtype, ranks.device)
         weights = place_weights(draft, ranks, settings.distributed.sharding, compute_dtype)
         optimizer = Optimizer(weights, settings.optimizer, use_fast_kernels=draft.use_fast_kernels)

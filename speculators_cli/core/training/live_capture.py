@@ -17,7 +17,7 @@ from speculators_cli.core.engines.engine import Capturer, Packed
 from speculators_cli.core.engines.host_states import Storage
 from speculators_cli.core.engines.state_checks import check_head, check_layers
 from speculators_cli.core.engines.transformers_engine import TransformersEngine, load_model
-from speculators_cli.core.errors import SettingsError
+from speculators_cli.core.errors import SettingsError, rewording
 from speculators_cli.core.files import check_free_space, check_output_dir, find_existing
 from speculators_cli.core.models.verifier import FrozenVerifier
 from speculators_cli.core.models.verifier_files import VerifierFiles
@@ -27,13 +27,14 @@ from speculators_cli.core.training.cache_choice import choose_cache
 from speculators_cli.core.training.cache_writer import CacheWriter
 from speculators_cli.core.training.distributed import Ranks
 from speculators_cli.core.training.inputs import Inputs
-from speculators_cli.core.training.remote_vllm import ENGINE_FLAG, open_vllm
+from speculators_cli.core.training.remote_vllm import open_vllm
 from speculators_cli.core.training.sample_check import check_captured
 from speculators_cli.core.training.sharded_verifier import count_own_bytes, shard_verifier
 from speculators_cli.core.training.states import LiveStates
 from speculators_cli.settings.capture import CaptureSettings
 from speculators_cli.settings.train import TrainSettings
 
+FLAGS = {"`--engine": "`--capture-engine"}  # as training calls the first
 MAX_CHECKED_TOKENS = 2048
 MAX_CHECKED_SAMPLES = 4
 
@@ -98,6 +99,7 @@ class LiveVerifier:
             validation_samples=_cached(inputs.validation_samples, cache),
         )
 
+    @rewording(FLAGS)
     def check(self, samples: SampleSource, progress: Progress) -> None:
         """Check the hidden states of the first samples, and that the LM head fits them.
 
@@ -110,10 +112,9 @@ class LiveVerifier:
         if packed is None:
             return
         states = self.engine.capture(packed)
-        check_layers(states, self.engine.layer_ids, engine_flag=ENGINE_FLAG)
+        check_layers(states, self.engine.layer_ids)
         if isinstance(self.engine, TransformersEngine):
-            logits_of = self.engine.logits
-            check_head(packed, states, self.frozen, logits_of, engine_flag=ENGINE_FLAG)
+            check_head(packed, states, self.frozen, self.engine.logits)
         else:
             check_captured(packed, states, self.frozen, progress)
 
@@ -122,6 +123,7 @@ def _cached(samples: SampleSource, cache: StateCache) -> SampleSource:
     return replace(samples, cache=cache) if isinstance(samples, TokenFolder) else samples
 
 
+@rewording(FLAGS)
 def load_live_verifier(
     settings: TrainSettings, inputs: Inputs, frozen: FrozenVerifier, ranks: Ranks
 ) -> LiveVerifier:
@@ -153,7 +155,6 @@ def load_live_verifier(
         trust_remote_code=settings.draft.trust_remote_code,
         memory_hint="Shard it across GPUs with `--shard-verifier`, or store the hidden states with "
         "`speculators generate-data`",
-        engine_flag=ENGINE_FLAG,
     )
     model.requires_grad_(False)
     if is_sharded:
@@ -165,7 +166,6 @@ def load_live_verifier(
         name=name,
         packs_documents=True if is_sharded else None,  # as many passes on each rank
         is_float8=settings.capture.capture_compute_dtype == "float8",
-        engine_flag=ENGINE_FLAG,
     )
     if is_sharded and not engine.is_packed:
         raise SettingsError(

@@ -26,7 +26,6 @@ from speculators_cli.core.training.inputs import Inputs
 from speculators_cli.settings.train import TrainSettings
 
 # How training calls what other commands set by these flags.
-ENGINE_FLAG = "--capture-engine"
 FLAGS = {"--dtype": "--capture-dtype", "--tensor-parallel-size": "--capture-gpus"}
 
 

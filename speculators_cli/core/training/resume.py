@@ -150,6 +150,17 @@ def resumed_state(
     )
 
 
+def _permit(changed: str, settings: TrainSettings, progress: Progress, *, hint: str) -> None:
+    """Warn of a change that `--allow-changed-data` permits, and refuse it without.
+
+    Raises:
+        CheckpointError: It is not permitted.
+    """
+    if not settings.data.allow_changed_data:
+        raise CheckpointError(changed, hint=hint)
+    progress.warn(changed)
+
+
 def with_packing(
     start: Start, fingerprint: str, settings: TrainSettings, progress: Progress
 ) -> Start:
@@ -164,17 +175,16 @@ def with_packing(
         are = "are" if state.packing is not None else "may be"
         changed = f"Samples {are} packed in another order than when the run began"
         if state.step_in_epoch:
-            changed += (
-                f"; the rest of epoch {state.epoch:,}, after its step {state.step_in_epoch:,}, "
-                "would repeat some samples and leave out others"
+            _permit(
+                f"{changed}; the rest of epoch {state.epoch:,}, after its step "
+                f"{state.step_in_epoch:,}, would repeat some samples and leave out others",
+                settings,
+                progress,
+                hint="Resume with the version of this package that began the run, start over "
+                "with `--no-resume-from-checkpoint`, or pass `--allow-changed-data`",
             )
-            if not settings.data.allow_changed_data:
-                raise CheckpointError(
-                    changed,
-                    hint="Resume with the version of this package that began the run, start over "
-                    "with `--no-resume-from-checkpoint`, or pass `--allow-changed-data`",
-                )
-        progress.warn(changed)
+        else:
+            progress.warn(changed)
         state = replace(state, has_same_data=False)
     return replace(start, state=replace(state, packing=fingerprint))
 
@@ -189,17 +199,14 @@ def with_verifier(
     """
     # Earlier versions saved no fingerprint.
     if start.is_resumed and start.state.verifier_hash not in (None, fingerprint):
-        changed = (
+        _permit(
             f"The weights of verifier `{settings.draft.verifier_name_or_path}` differ from "
-            "those at the start of the run"
+            "those at the start of the run",
+            settings,
+            progress,
+            hint="Restore the same verifier, or pass `--allow-changed-data` if its samples "
+            "and weights may change",
         )
-        if not settings.data.allow_changed_data:
-            raise CheckpointError(
-                changed,
-                hint="Restore the same verifier, or pass `--allow-changed-data` if its samples "
-                "and weights may change",
-            )
-        progress.warn(changed)
     return replace(start, state=replace(start.state, verifier_hash=fingerprint))
 
 

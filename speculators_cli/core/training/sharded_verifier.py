@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from speculators_cli.core.engines.verifier_layers import find_layers
 from speculators_cli.core.training.distributed import Ranks
-from speculators_cli.core.training.remote_vllm import ENGINE_FLAG
 
 ALIGNMENT = 256  # bytes: of the weights in a layer's buffer
 
@@ -29,7 +28,7 @@ def shard_verifier(model: Any, ranks: Ranks, name: str) -> None:
     Raises:
         SettingsError: The model has another layout than decoder layers and a final norm.
     """
-    parts = find_layers(model, name, engine_flag=ENGINE_FLAG)
+    parts = find_layers(model, name)
     own = {id(x) for layer in parts.layers for x in layer.parameters()}
     for tensor in (*model.parameters(), *model.buffers()):
         if id(tensor) not in own:

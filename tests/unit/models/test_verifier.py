@@ -482,7 +482,7 @@ def test_a_resting_head_is_not_read_back_from_the_device() -> None:
     read = FrozenVerifier(torch.zeros(7, 4), torch.ones(4), torch.randn(7, 4), config)
 
     verifier = read.to(torch.device("meta"))
-    verifier.rest_head()
+    verifier.rest_head(read.head)
 
     # The device has no values to read.
     assert torch.equal(verifier.head, read.head)
