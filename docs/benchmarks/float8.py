@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from speculators_cli.core.algorithms import ALGORITHMS
-from speculators_cli.core.algorithms.draft_model import DraftModel, StepSums
+from speculators_cli.core.algorithms.draft_model import DraftModel
 from speculators_cli.core.bench.random_engine import build_engine
 from speculators_cli.core.bench.shapes import SHAPES
 from speculators_cli.core.data.alignment import NEXT_TOKEN
@@ -36,7 +36,7 @@ from speculators_cli.core.models.verifier import FrozenVerifier, VerifierConfig
 from speculators_cli.core.training.distributed import Ranks
 from speculators_cli.core.training.inputs import fresh_config
 from speculators_cli.core.training.optimizer import Optimizer
-from speculators_cli.core.training.optimizer_step import OptimizerStep
+from speculators_cli.core.training.optimizer_step import NoLog, OptimizerStep
 from speculators_cli.core.training.states import LiveStates
 from speculators_cli.core.training.weights import DraftWeights
 from speculators_cli.settings.algorithms.eagle3 import Eagle3Settings
@@ -145,16 +145,6 @@ def make_learnable(model: Any, *, logit_std: float) -> None:
     for name, weight in model.named_parameters():
         if name.endswith(("o_proj.weight", "down_proj.weight")):
             weight.mul_(0.3)
-
-
-class NoLog:
-    """Receives the sums of training steps, and drops them."""
-
-    def add(self, sums: StepSums, batch: Batch) -> None:
-        """Drop them."""
-
-    def add_broken(self, sample_ids: tuple[int, ...], is_broken: Tensor) -> None:
-        """Random states are finite."""
 
 
 def resample(counts: NDArray[np.float64], *, seed: int = 0) -> NDArray[np.float64]:

@@ -27,6 +27,16 @@ class StepLog(Protocol):
         """Record which documents of a batch were skipped."""
 
 
+class NoLog:
+    """A log that drops what it receives."""
+
+    def add(self, sums: StepSums, batch: Batch) -> None:
+        """Do nothing."""
+
+    def add_broken(self, sample_ids: tuple[int, ...], is_broken: Tensor) -> None:
+        """Do nothing."""
+
+
 class OptimizerStep:
     """Casts batches, adds noise, runs forward and backward, and updates the weights.
 

@@ -9,7 +9,6 @@ from torch import Tensor
 
 from speculators_cli.core.algorithms import ALGORITHMS
 from speculators_cli.core.algorithms.draft_config import DraftConfig
-from speculators_cli.core.algorithms.draft_model import StepSums
 from speculators_cli.core.data.batch import Batch
 from speculators_cli.core.models.verifier import FrozenVerifier
 from speculators_cli.core.progress import Progress
@@ -17,7 +16,7 @@ from speculators_cli.core.training.build import choose_compute_dtype, choose_tra
 from speculators_cli.core.training.distributed import Ranks
 from speculators_cli.core.training.inputs import Inputs
 from speculators_cli.core.training.optimizer import Optimizer
-from speculators_cli.core.training.optimizer_step import OptimizerStep
+from speculators_cli.core.training.optimizer_step import NoLog, OptimizerStep
 from speculators_cli.core.training.weights import DraftWeights
 from speculators_cli.settings.train import TrainSettings
 
@@ -111,16 +110,6 @@ def build_step(
         noise_std=settings.data.noise_std,
         seed=0,
     )
-
-
-class NoLog:
-    """Receives the counters of a step that was not run."""
-
-    def add(self, sums: StepSums, batch: Batch) -> None:
-        """Do nothing."""
-
-    def add_broken(self, sample_ids: tuple[int, ...], is_broken: Tensor) -> None:
-        """Do nothing."""
 
 
 def make_batch(config: DraftConfig, total_seq_len: int, dtype: torch.dtype) -> Batch:

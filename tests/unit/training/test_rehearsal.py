@@ -13,7 +13,8 @@ import torch
 from speculators_cli.core.kernels.launch import in_place_of_launches
 from speculators_cli.core.progress import SilentProgress
 from speculators_cli.core.training.inputs import read_inputs
-from speculators_cli.core.training.rehearsal import META, NoLog, build_step, make_batch
+from speculators_cli.core.training.optimizer_step import NoLog
+from speculators_cli.core.training.rehearsal import META, build_step, make_batch
 from speculators_cli.core.training.run import train
 from speculators_cli.settings.train import TrainSettings
 from tests.tiny_run import TinyInputs
