@@ -92,27 +92,26 @@ class AdamW:
         # Triton is only available with a GPU.
         from speculators_cli.core.kernels.adamw import update
 
-        updated = [(p, group.weight_decay) for group in groups for p in group.parameters]
-        steps = [self.state[parameter][STEP] for parameter, _ in updated]
+        groups = [group for group in groups if group.parameters]
+        steps = [self.state[p][STEP] for group in groups for p in group.parameters]
         # One addend per tensor: the host would read a single one, and wait for the device.
         torch._foreach_add_(steps, [1.0 - gates.found_inf] * len(steps))
         # In float64, where 1 - 0.999 is exact enough; all parameters have taken equally many steps.
         corrections = torch.stack([1.0 - beta ** steps[0].double() for beta in BETAS]).float()
-        for parameter, weight_decay in updated:
-            assert parameter.grad is not None
-            mean, square = (self.state[parameter][kind] for kind in MOMENTS)
+        for group in groups:
+            means, squares = ([self.state[p][kind] for p in group.parameters] for kind in MOMENTS)
             update(
-                parameter,
-                parameter.grad,
-                mean,
-                square,
+                group.parameters,
+                [p.grad for p in group.parameters if p.grad is not None],
+                means,
+                squares,
                 gates.grad_scale,
                 gates.found_inf,
                 corrections,
                 lr=lr,
                 betas=BETAS,
                 eps=EPS,
-                weight_decay=weight_decay,
+                weight_decay=group.weight_decay,
             )
 
 

@@ -82,10 +82,20 @@ def total_norm(gradients: Sequence[Tensor]) -> Tensor:
     whole = [x for x in gradients if not is_shard(x)]
     shards = [x for x in gradients if is_shard(x)]
     if not shards:
-        return torch.nn.utils.get_total_norm(whole)
-    local = torch.nn.utils.get_total_norm([x.to_local() for x in shards])
+        return _norm(whole)
+    local = _norm([x.to_local() for x in shards])
     square = local.square()
     dist.all_reduce(square, group=shards[0].device_mesh.get_group("shard"))
     if whole:
-        square += torch.nn.utils.get_total_norm(whole).square()
+        square += _norm(whole).square()
     return square.sqrt()
+
+
+def _norm(tensors: Sequence[Tensor]) -> Tensor:
+    """The norm of all values: float32 scalar, whatever their dtypes."""
+    norms: list[Tensor] = []
+    for dtype in dict.fromkeys(x.dtype for x in tensors):
+        own = [x for x in tensors if x.dtype == dtype]
+        norms += torch._foreach_norm(own, 2.0, dtype=torch.float32)  # noqa: SLF001
+    total: Tensor = torch.linalg.vector_norm(torch.stack(norms))
+    return total

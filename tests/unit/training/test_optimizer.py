@@ -1,6 +1,7 @@
 """AdamW with clip and skip, and the learning rate."""
 
 import copy
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -38,14 +39,18 @@ def test_none_is_constant_without_warm_up() -> None:
     assert {learning_rate(s, peak=3.0, total_steps=8, settings=settings) for s in range(9)} == {3.0}
 
 
-def make_module() -> nn.Sequential:
+def make_module(size: int = 7) -> nn.Sequential:
     torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(5, 7, bias=False), nn.LayerNorm(7), nn.Linear(7, 3, bias=False))
+    return nn.Sequential(
+        nn.Linear(5, size, bias=False), nn.LayerNorm(size), nn.Linear(size, 3, bias=False)
+    )
 
 
+# Of the larger ones, a matrix has several blocks, and all permit wide loads.
+@pytest.mark.parametrize("size", [7, 1600])
 @pytest.mark.parametrize("kernels", KERNELS)
-def test_a_step_equals_clip_then_adamw(kernels: str) -> None:
-    module = make_module()
+def test_a_step_equals_clip_then_adamw(kernels: str, size: int) -> None:
+    module = make_module(size)
     expected = copy.deepcopy(module)
     settings = OptimizerSettings(max_grad_norm=0.5, weight_decay=0.3)
     optimizer = Optimizer(module, settings, use_fast_kernels=kernels == "fast")
@@ -71,6 +76,28 @@ def test_a_step_equals_clip_then_adamw(kernels: str) -> None:
     for ours, theirs in zip(module.parameters(), expected.parameters(), strict=True):
         # Same formula in another order of float32 operations.
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.skipif(find_spec("triton") is None, reason="needs Triton")
+def test_gradients_in_bfloat16_are_read_as_they_are() -> None:
+    found = []
+    for dtype in (torch.bfloat16, torch.float32):
+        module = make_module(1600)
+        optimizer = Optimizer(module, OptimizerSettings(), use_fast_kernels=True)
+        for seed in range(2):
+            rng = torch.Generator().manual_seed(seed)
+            for parameter in module.parameters():
+                rounded = torch.randn(parameter.shape, generator=rng).bfloat16()
+                # Not of all: a launch reads gradients of one dtype.
+                own = dtype if len(parameter) == 1600 and parameter.dim() == 2 else torch.float32
+                parameter.grad_dtype = own
+                parameter.grad = rounded.to(own)
+            norm = optimizer.step(0.1)
+        found.append((norm, *module.parameters()))
+
+    assert norm.dtype == torch.float32
+    for own, wanted in zip(*found, strict=True):
+        assert torch.equal(own, wanted)
 
 
 @pytest.mark.parametrize("kernels", KERNELS)
