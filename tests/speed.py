@@ -1,4 +1,4 @@
-"""What no test needs to wait for."""
+"""What no test needs to wait for; and the interpreter's float8 rounds as a GPU's does."""
 
 import os
 from collections.abc import Callable
@@ -7,6 +7,9 @@ from functools import cache, partial
 from importlib.util import find_spec
 from types import FunctionType
 from typing import Any
+
+import numpy as np
+import torch
 
 
 def speed_up() -> None:
@@ -30,6 +33,7 @@ def _speed_up_interpreter() -> None:
     # It computes each sum and product of integers again in 64 bits, to compare.
     builder = interpreter.interpreter_builder
     builder.options = replace(builder.options, sanitize_overflow=False)
+    _round_float8(interpreter)
     _keep_types(interpreter)
     _skip_broadcasts(interpreter.TritonSemantic)
 
@@ -113,3 +117,21 @@ def _patch_once(interpreter: Any) -> None:
         return scope
 
     interpreter._patch_lang = patch_unless_done
+
+
+def _round_float8(interpreter: Any) -> None:
+    """Convert float32 to e4m3 and back as PyTorch does: the interpreter truncates."""
+    import triton.language as tl
+
+    convert_others = interpreter._convert_float
+    dtypes = {tl.float32: torch.float32, tl.float8e4nv: torch.float8_e4m3fn}
+
+    def convert(values: Any, source: Any, target: Any, rounding_mode: Any) -> Any:
+        if {source, target} != set(dtypes):
+            return convert_others(values, source, target, rounding_mode)
+        bits = {4: np.int32, 1: np.uint8}
+        own = torch.from_numpy(np.ascontiguousarray(values).view(bits[values.itemsize]))
+        found = own.view(dtypes[source]).to(dtypes[target])
+        return found.view(torch.uint8 if target == tl.float8e4nv else torch.int32).numpy()
+
+    interpreter._convert_float = convert

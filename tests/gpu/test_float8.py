@@ -58,30 +58,37 @@ def test_rows_are_rounded_as_on_the_cpu(width: int, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("num_rows", [1, 7, 128, 333])
-@pytest.mark.parametrize("width", [16, 208, 4096])
-def test_a_matrix_is_transposed_as_on_the_cpu(num_rows: int, width: int) -> None:
-    values, _ = round_rows(rows_of_all_sizes(num_rows, width, torch.float32))
-    factors = torch.exp2(-(torch.arange(num_rows).float() % 17))
+@pytest.mark.parametrize(("num_outputs", "num_inputs"), [(16, 208), (208, 16), (144, 4096)])
+def test_factors_are_transposed_as_on_the_cpu(
+    num_rows: int, num_outputs: int, num_inputs: int
+) -> None:
+    grad, _ = round_rows(rows_of_all_sizes(num_rows, num_outputs, torch.float32))
+    x, _ = round_rows(rows_of_all_sizes(num_rows, num_inputs, torch.float32))
+    scales = torch.exp2(-(torch.arange(num_rows).float() % 17))
     padded = -(-num_rows // 16) * 16
 
-    for scaled_by in (None, factors):
-        plain = torch.empty(width, padded, dtype=torch.float8_e4m3fn)
-        around = torch.ones(width, padded + 32, device=CUDA).to(torch.float8_e4m3fn)
-        transpose(values, plain, factors=scaled_by)
-        transpose(
-            values.cuda(),
-            around[:, 16:-16],
-            factors=None if scaled_by is None else scaled_by.cuda(),
-        )
+    plain = [
+        torch.empty(size, padded, dtype=torch.float8_e4m3fn) for size in (num_outputs, num_inputs)
+    ]
+    around = [
+        torch.ones(size, padded + 32, device=CUDA).to(torch.float8_e4m3fn)
+        for size in (num_outputs, num_inputs)
+    ]
+    transpose(grad, x, scales, torch.tensor([2.0]), *plain)
+    transpose(
+        *(part.cuda() for part in (grad, x, scales, torch.tensor([2.0]))),
+        *(own[:, 16:-16] for own in around),
+    )
 
-        own = around.cpu().float()
-        assert torch.equal(own[:, 16:-16], plain.float())
-        assert (own[:, :16] == 1).all()
-        assert (own[:, -16:] == 1).all()
+    for own, wanted in zip(around, plain, strict=True):
+        found = own.cpu().float()
+        assert torch.equal(found[:, 16:-16], wanted.float())
+        assert (found[:, :16] == 1).all()
+        assert (found[:, -16:] == 1).all()
 
 
 def test_a_weight_is_rounded_as_on_the_cpu() -> None:
-    parts = [torch.randn(n, 224) for n in (48, 160, 16)]
+    parts = [torch.randn(n, 224) * n for n in (48, 160, 16)]
     # Halves of a wider weight.
     halves = [torch.cat([part, part], dim=1).cuda()[:, 224:] for part in parts]
     gain = torch.rand(224) + 0.5
@@ -114,7 +121,7 @@ def test_a_weights_gradient_is_the_sum_over_all_uses() -> None:
         exact += restored(grad).T @ restored(x)
         pairs.add(grad, x)
 
-    total = pairs.take_product()
+    total = pairs.take_product(torch.float32)
 
     assert total.dtype == torch.float32
     assert relative_error(total, exact) < 4e-3

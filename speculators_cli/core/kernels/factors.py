@@ -6,6 +6,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from speculators_cli.core.kernels.device import has_kernels
 from speculators_cli.core.kernels.float8 import (
     MULTIPLE,
     Rounded,
@@ -17,9 +18,14 @@ from speculators_cli.core.kernels.float8 import (
 
 
 class GradientSum:
-    """The accumulated gradient of a shared tensor; None before the first use's backward."""
+    """The accumulated gradient of a shared tensor; None before the first use's backward.
 
-    def __init__(self) -> None:
+    Args:
+        dtype: Of the sum of products.
+    """
+
+    def __init__(self, dtype: torch.dtype = torch.float32) -> None:
+        self.dtype = dtype
         self.total: Tensor | None = None
 
     def add_product(
@@ -27,18 +33,21 @@ class GradientSum:
         grad: Tensor,  # [rows, out]
         x: Tensor,  # [rows, in]
     ) -> None:
-        """Add `grad.T @ x`, [out, in], in float32: the GEMM itself accumulates."""
-        if grad.dtype != torch.float32 and not grad.is_cuda:
+        """Add `grad.T @ x`, [out, in]: the GEMM itself accumulates, in float32."""
+        if not grad.is_cuda:
             grad, x = grad.float(), x.float()
-        if grad.dtype == torch.float32:
+        if grad.dtype == self.dtype:
             if self.total is None:
                 self.total = grad.T @ x
             else:
                 self.total.addmm_(grad.T, x)
+        elif not grad.is_cuda:
+            product = grad.T @ x
+            self.total = (product if self.total is None else product + self.total).to(self.dtype)
         elif self.total is None:
-            self.total = torch.mm(grad.T, x, out_dtype=torch.float32)
+            self.total = torch.mm(grad.T, x, out_dtype=self.dtype)
         else:
-            torch.addmm(self.total, grad.T, x, out_dtype=torch.float32, out=self.total)
+            torch.addmm(self.total, grad.T, x, out_dtype=self.dtype, out=self.total)
 
 
 class Factor(Protocol):
@@ -46,6 +55,9 @@ class Factor(Protocol):
 
     def prepare(self, x: Tensor) -> tuple[Tensor, ...]:
         """What products read of rows, which are inputs or gradients, each once for all products."""
+
+    def rounds(self, x: Tensor) -> bool:
+        """Whether a kernel that computes such rows is to round them, in place of `prepare`."""
 
     def multiply(self, x: tuple[Tensor, ...], *, add: Tensor | None = None) -> Tensor:
         """The product with prepared rows, added to `add` in place, if given; [rows, out]."""
@@ -62,7 +74,7 @@ class Factor(Protocol):
         """Add the gradient of the weight to its sum, from prepared rows."""
 
     def take_gradient(self) -> Tensor:
-        """The sum, [out, in], float32; it begins anew."""
+        """The sum, [out, in]; it begins anew."""
 
 
 class PlainFactor:
@@ -72,6 +84,7 @@ class PlainFactor:
         parts: Each [out, in], float32 or the compute dtype.
         norm_weight: [in], float32: multiplied into the weights.
         dtype: The compute dtype.
+        gradient_dtype: Of the sum of its gradients.
         is_kept: Whether the weight is cast once for all products, which takes memory until the
             last of them; else once for each.
     """
@@ -82,9 +95,10 @@ class PlainFactor:
         norm_weight: Tensor | None,
         dtype: torch.dtype,
         *,
+        gradient_dtype: torch.dtype,
         is_kept: bool,
     ) -> None:
-        self.gradient = GradientSum()
+        self.gradient = GradientSum(gradient_dtype)
         self.parts, self.norm_weight, self.dtype = parts, norm_weight, dtype
         self.kept = self.cast() if is_kept else None
 
@@ -110,6 +124,10 @@ class PlainFactor:
     def prepare(self, x: Tensor) -> tuple[Tensor, ...]:
         """The rows as they are."""
         return (x,)
+
+    def rounds(self, x: Tensor) -> bool:  # noqa: ARG002
+        """They are not rounded."""
+        return False
 
     def multiply(self, x: tuple[Tensor, ...], *, add: Tensor | None = None) -> Tensor:
         """One product."""
@@ -137,12 +155,19 @@ class Float8Factor:
         parts: Each [out, in], float32.
         norm_weight: [in], float32: multiplied into the weights.
         dtype: Of the products.
+        gradient_dtype: Of its gradient.
     """
 
     def __init__(
-        self, parts: Sequence[Tensor], norm_weight: Tensor | None, dtype: torch.dtype
+        self,
+        parts: Sequence[Tensor],
+        norm_weight: Tensor | None,
+        dtype: torch.dtype,
+        *,
+        gradient_dtype: torch.dtype,
     ) -> None:
         self.weight, self.dtype = round_weight(parts, norm_weight), dtype
+        self.gradient_dtype = gradient_dtype
         self.pairs = RoundedPairs()
 
     @staticmethod
@@ -153,6 +178,10 @@ class Float8Factor:
     def prepare(self, x: Tensor) -> tuple[Tensor, ...]:
         """The rows, rounded."""
         return round_rows(x)
+
+    def rounds(self, x: Tensor) -> bool:
+        """Where kernels can."""
+        return has_kernels(x)
 
     def multiply(self, x: tuple[Tensor, ...], *, add: Tensor | None = None) -> Tensor:
         """One product, and a pass for the sum."""
@@ -169,4 +198,4 @@ class Float8Factor:
 
     def take_gradient(self) -> Tensor:
         """One product over the rows of all uses."""
-        return self.pairs.take_product()
+        return self.pairs.take_product(self.gradient_dtype)

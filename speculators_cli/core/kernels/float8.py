@@ -9,6 +9,7 @@ On CPU, the same rounding in plain PyTorch, and float32 products of what was rou
 """
 
 from collections.abc import Sequence
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -73,8 +74,6 @@ def round_rows(
         x, x.stride(0), *rounded,
         SIZE=size,
         BLOCK=min(BLOCK, triton.next_power_of_2(size)),
-        MAX_FLOAT8=MAX_FLOAT8,
-        MIN_EXPONENT=MIN_EXPONENT,
         num_warps=16,
     )  # fmt: skip
     return rounded
@@ -85,33 +84,39 @@ def round_weight(
     norm_weight: Tensor | None,  # [in], float32: multiplied into the weights
 ) -> RoundedWeight:
     """Round stacked weights with one scale, read from a bound of their largest value."""
-    bounds = torch.stack([torch.linalg.vector_norm(part, torch.inf) for part in parts])
-    largest = bounds.amax().float()
-    if norm_weight is not None:
-        largest = largest * norm_weight.abs().amax()
-    scale = power_of_two(largest)
+    # One call for all parts, and all that depends on the bounds is computed where it is used.
+    bounds = torch.stack(torch._foreach_norm(list(parts), torch.inf))  # noqa: SLF001
+    gain = None if norm_weight is None else torch.linalg.vector_norm(norm_weight, torch.inf)
     size, num_outputs = parts[0].shape[1], sum(map(len, parts))
-    by_output = torch.empty(num_outputs, size, dtype=FLOAT8, device=scale.device)
-    by_input = torch.empty(size, num_outputs, dtype=FLOAT8, device=scale.device)
+    by_output = Rounded.empty(num_outputs, size, bounds.device)
+    by_input = Rounded.empty(size, num_outputs, bounds.device)
+    if not has_kernels(bounds):
+        largest = bounds.amax().float()
+        scale = power_of_two(largest if gain is None else largest * gain)
+        product = torch.cat([part.float() for part in parts])
+        if norm_weight is not None:
+            product = product * norm_weight
+        by_output.values.copy_(_to_float8(product / scale))
+        by_input.values.copy_(by_output.values.T)
+        by_output.scales.fill_(scale)
+        by_input.scales.fill_(scale)
+        return RoundedWeight(by_output, by_input)
     start = 0
     for part in parts:
-        here = by_output[start : start + len(part)]
-        if has_kernels(part):
-            launch(_round_weight_kernel, (len(part),))(
-                part, part.stride(0), part if norm_weight is None else norm_weight, scale, here,
-                HAS_NORM=norm_weight is not None,
-                SIZE=size,
-                BLOCK=min(BLOCK, triton.next_power_of_2(size)),
-                num_warps=8,
-            )  # fmt: skip
-        else:
-            product = part.float() if norm_weight is None else part * norm_weight
-            here.copy_(_to_float8(product / scale))
+        grid = (triton.cdiv(len(part), TILE), triton.cdiv(size, TILE))
+        launch(_round_weight_kernel, grid)(
+            part, part.stride(0), bounds,
+            bounds if norm_weight is None else norm_weight, bounds if gain is None else gain,
+            *by_output, *by_input, start, len(part), num_outputs,
+            HAS_NORM=norm_weight is not None,
+            PARTS=len(parts),
+            PARTS_BLOCK=triton.next_power_of_2(len(parts)),
+            SIZE=size,
+            TILE=TILE,
+            num_warps=8,
+        )  # fmt: skip
         start += len(part)
-    transpose(by_output, by_input)
-    return RoundedWeight(
-        Rounded(by_output, scale.repeat(num_outputs)), Rounded(by_input, scale.repeat(size))
-    )
+    return RoundedWeight(by_output, by_input)
 
 
 def multiply(
@@ -127,7 +132,7 @@ def multiply(
     """
     if into is None:
         into = rows.values.new_empty(len(rows.values), len(others.values), dtype=dtype)
-    if not has_kernels(into):
+    if into.is_cpu:
         factors = [part.values.float() * part.scales[:, None] for part in (rows, others)]
         return into.copy_(factors[0] @ factors[1].T)
     if rows.values.numel() == 0 or into.is_meta:  # torch has no such product of meta tensors
@@ -157,47 +162,52 @@ class RoundedPairs:
         """Keep the rows of one use."""
         self.pairs.append((grad, x))
 
-    def take_product(self) -> Tensor:
-        """`grad.T @ x` over all rows, [out, in], float32; forgets them."""
+    def take_product(self, dtype: torch.dtype) -> Tensor:
+        """`grad.T @ x` over all rows, [out, in], summed in float32; forgets them."""
         pairs, self.pairs = self.pairs, []
         (num_outputs, num_inputs) = (part.values.shape[1] for part in pairs[0])
-        scales = torch.cat([grad.scales * x.scales for grad, x in pairs])
-        if not len(scales):
-            return scales.new_zeros(num_outputs, num_inputs)
-        largest = scales.amax()[None]
-        factors = (scales / largest).split([len(x.scales) for _, x in pairs])
-        sizes = [-(-len(part) // MULTIPLE) * MULTIPLE for part in factors]
-        grads = torch.empty(num_outputs, sum(sizes), dtype=FLOAT8, device=scales.device)
-        inputs = torch.empty(num_inputs, sum(sizes), dtype=FLOAT8, device=scales.device)
+        scales = [grad.scales * x.scales for grad, x in pairs]
+        sizes = [-(-len(own) // MULTIPLE) * MULTIPLE for own in scales]
+        if not any(sizes):
+            return scales[0].new_zeros(num_outputs, num_inputs, dtype=dtype)
+        largest = (scales[0] if len(scales) == 1 else torch.cat(scales)).amax()[None]
+        grads = torch.empty(num_outputs, sum(sizes), dtype=FLOAT8, device=largest.device)
+        inputs = torch.empty(num_inputs, sum(sizes), dtype=FLOAT8, device=largest.device)
         start = 0
-        for factor, size in zip(factors, sizes, strict=True):
+        for own, size in zip(scales, sizes, strict=True):
             grad, x = pairs.pop(0)  # its memory is free after this turn
             here = slice(start, start + size)
-            transpose(grad.values, grads[:, here])
-            transpose(x.values, inputs[:, here], factors=factor)
+            transpose(grad.values, x.values, own, largest, grads[:, here], inputs[:, here])
             start += size
-        one = torch.ones_like(largest)
-        return multiply(Rounded(grads, largest), Rounded(inputs, one), torch.float32)
+        return multiply(Rounded(grads, largest), Rounded(inputs, _one(largest.device)), dtype)
+
+
+@cache
+def _one(device: torch.device) -> Tensor:
+    return torch.ones(1, device=device)
 
 
 def transpose(
-    values: Tensor,  # [rows, width], e4m3
-    into: Tensor,  # [width, at least `rows`], e4m3; zeros follow what is transposed
-    *,
-    factors: Tensor | None = None,  # [rows], float32: powers of two
+    grad: Tensor,  # [rows, out], e4m3
+    x: Tensor,  # [rows, in], e4m3
+    scales: Tensor,  # [rows], float32: of the product of both
+    largest: Tensor,  # [1], float32: of these scales; both are powers of two
+    into_grad: Tensor,  # [out, at least `rows`], e4m3; zeros follow what is transposed
+    into_x: Tensor,  # [in, at least `rows`], e4m3; the same
 ) -> None:
-    """Transpose `values * factors`."""
-    num_rows, size = values.shape
-    if not has_kernels(values):
-        product = values if factors is None else _to_float8(values.float() * factors[:, None])
-        into[:, :num_rows], into[:, num_rows:] = product.T, 0
+    """Transpose `grad` and `x * scales / largest`; the memory of both has the same stride."""
+    num_rows = len(scales)
+    if not has_kernels(grad):
+        product = _to_float8(x.float() * (scales / largest)[:, None])
+        for values, into in ((grad, into_grad), (product, into_x)):
+            into[:, :num_rows], into[:, num_rows:] = values.T, 0
         return
-    grid = (triton.cdiv(into.shape[1], TILE), triton.cdiv(size, TILE))
-    launch(_transpose_kernel, grid)(
-        values, values if factors is None else factors, into, into.stride(0),
-        num_rows, into.shape[1],
-        HAS_FACTORS=factors is not None,
-        SIZE=size,
+    (num_outputs, num_columns), num_inputs = into_grad.shape, len(into_x)
+    num_tiles = triton.cdiv(num_outputs, TILE) + triton.cdiv(num_inputs, TILE)
+    launch(_transpose_kernel, (triton.cdiv(num_columns, TILE), num_tiles))(
+        grad, x, scales, largest, into_grad, into_x, into_grad.stride(0), num_rows, num_columns,
+        OUT=num_outputs,
+        IN=num_inputs,
         TILE=TILE,
         num_warps=8,
     )  # fmt: skip
@@ -216,13 +226,29 @@ def _to_float8(x: Tensor) -> Tensor:
     return x.to(FLOAT8)
 
 
+_MAX = tl.constexpr(MAX_FLOAT8)
+_MIN_EXPONENT = tl.constexpr(MIN_EXPONENT)
+
+
+@triton.jit
+def scale_of(largest):
+    """As `power_of_two`."""
+    bits = (largest / _MAX).to(tl.int32, bitcast=True)
+    exponent = tl.maximum((bits + 0x7FFFFF) >> 23, _MIN_EXPONENT)
+    return (exponent << 23).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def store_rounded(to, value, scale, inside):
+    """Store float32 values of a row with this scale."""
+    tl.store(to, (value * (1.0 / scale)).to(tl.float8e4nv), mask=inside)
+
+
 @triton.jit
 def _round_rows_kernel(
     x, x_stride, values, scales,
     SIZE: tl.constexpr,
     BLOCK: tl.constexpr,
-    MAX_FLOAT8: tl.constexpr,
-    MIN_EXPONENT: tl.constexpr,
 ):  # fmt: skip
     """Process one row: one pass for the scale, one that rounds what the cache still holds."""
     row = tl.program_id(0).to(tl.int64)
@@ -232,33 +258,76 @@ def _round_rows_kernel(
         i = start + tl.arange(0, BLOCK)
         value = tl.load(x + i, mask=i < SIZE, other=0.0).to(tl.float32)
         largest = tl.maximum(largest, tl.abs(value))
-    bits = (tl.max(largest) / MAX_FLOAT8).to(tl.int32, bitcast=True)
-    exponent = tl.maximum((bits + 0x7FFFFF) >> 23, MIN_EXPONENT)  # as `power_of_two`
-    scale = (exponent << 23).to(tl.float32, bitcast=True)
+    scale = scale_of(tl.max(largest))
     tl.store(scales + row, scale)
     for start in tl.static_range(0, SIZE, BLOCK):
         i = start + tl.arange(0, BLOCK)
-        value = tl.load(x + i, mask=i < SIZE, other=0.0).to(tl.float32) * (1.0 / scale)
-        tl.store(values + row * SIZE + i, value.to(tl.float8e4nv), mask=i < SIZE)
+        value = tl.load(x + i, mask=i < SIZE, other=0.0).to(tl.float32)
+        store_rounded(values + row * SIZE + i, value, scale, i < SIZE)
+
+
+@triton.jit
+def _load_weight(
+    weight, weight_stride, norm_weight, inverse, row, i, num_rows,
+    HAS_NORM: tl.constexpr,
+    SIZE: tl.constexpr,
+):  # fmt: skip
+    """Load rows of a tile and round them."""
+    inside = (row < num_rows)[:, None] & (i < SIZE)[None, :]
+    at = weight + row.to(tl.int64)[:, None] * weight_stride + i[None, :]
+    value = tl.load(at, mask=inside, other=0.0).to(tl.float32)
+    if HAS_NORM:
+        value *= tl.load(norm_weight + i, mask=i < SIZE, other=0.0)[None, :]
+    return (value * inverse).to(tl.float8e4nv)
 
 
 @triton.jit
 def _round_weight_kernel(
-    weight, weight_stride, norm_weight, scale, rounded,
+    weight, weight_stride, bounds, norm_weight, norm_bound,
+    by_output, output_scales, by_input, input_scales, start, num_rows, num_outputs,
     HAS_NORM: tl.constexpr,
+    PARTS: tl.constexpr,
+    PARTS_BLOCK: tl.constexpr,
     SIZE: tl.constexpr,
-    BLOCK: tl.constexpr,
+    TILE: tl.constexpr,
 ):  # fmt: skip
-    """Process one row."""
-    row = tl.program_id(0).to(tl.int64)
-    inverse = 1.0 / tl.load(scale)
-    for start in tl.static_range(0, SIZE, BLOCK):
-        i = start + tl.arange(0, BLOCK)
-        inside = i < SIZE
-        value = tl.load(weight + row * weight_stride + i, mask=inside, other=0.0).to(tl.float32)
-        if HAS_NORM:
-            value *= tl.load(norm_weight + i, mask=inside, other=0.0)
-        tl.store(rounded + row * SIZE + i, (value * inverse).to(tl.float8e4nv), mask=inside)
+    """Process one tile of a part, whose rows begin at `start`, for both layouts.
+
+    Each layout rounds what it loads: where one rounded tile was stored in both, Triton 3.6 wrote
+    other values into the second on an H200.
+    """
+    part = tl.arange(0, PARTS_BLOCK)
+    largest = tl.max(tl.load(bounds + part, mask=part < PARTS, other=0.0).to(tl.float32))
+    if HAS_NORM:
+        largest *= tl.load(norm_bound)
+    scale = scale_of(largest)
+    inverse = 1.0 / scale
+    i = tl.program_id(1) * TILE + tl.arange(0, TILE)
+    own = by_output + tl.cast(start, tl.int64) * SIZE
+    row = tl.program_id(0) * TILE + tl.arange(0, TILE)
+    value = _load_weight(
+        weight, weight_stride, norm_weight, inverse, row, i, num_rows, HAS_NORM, SIZE
+    )
+    inside = (row < num_rows)[:, None] & (i < SIZE)[None, :]
+    tl.store(own + row.to(tl.int64)[:, None] * SIZE + i[None, :], value, mask=inside)
+    first = tl.program_id(0) * TILE + 4 * tl.arange(0, TILE // 4)
+    a = _load_weight(
+        weight, weight_stride, norm_weight, inverse, first, i, num_rows, HAS_NORM, SIZE
+    )
+    b = _load_weight(
+        weight, weight_stride, norm_weight, inverse, first + 1, i, num_rows, HAS_NORM, SIZE
+    )
+    c = _load_weight(
+        weight, weight_stride, norm_weight, inverse, first + 2, i, num_rows, HAS_NORM, SIZE
+    )
+    d = _load_weight(
+        weight, weight_stride, norm_weight, inverse, first + 3, i, num_rows, HAS_NORM, SIZE
+    )
+    _store_words(by_input + start, num_outputs, a, b, c, d, i, num_rows, SIZE, TILE)
+    if tl.program_id(1) == 0:
+        tl.store(output_scales + start + row, scale, mask=row < num_rows)
+    if (tl.program_id(0) == 0) & (start == 0):
+        tl.store(input_scales + i, scale, mask=i < SIZE)
 
 
 @triton.jit
@@ -270,35 +339,65 @@ def _packed(a, b, c, d):
 
 
 @triton.jit
+def _store_words(
+    out, out_stride, a, b, c, d, i, num_columns, SIZE: tl.constexpr, TILE: tl.constexpr
+):  # fmt: skip
+    """Store four rows each transposed, as words: bytes would go one by one."""
+    word = tl.program_id(0) * (TILE // 4) + tl.arange(0, TILE // 4)
+    at = out.to(tl.pointer_type(tl.uint32)) + i.to(tl.int64)[:, None] * (out_stride // 4)
+    inside = (i < SIZE)[:, None] & (word < num_columns // 4)[None, :]
+    tl.store(at + word[None, :], tl.trans(_packed(a, b, c, d)), mask=inside)
+
+
+@triton.jit
 def _load_rows(
-    values, factors, row, i, num_rows,
-    HAS_FACTORS: tl.constexpr,
+    values, scales, inverse, row, i, num_rows,
+    HAS_SCALES: tl.constexpr,
     SIZE: tl.constexpr,
 ):  # fmt: skip
     inside = (row < num_rows)[:, None] & (i < SIZE)[None, :]
     at = values + row.to(tl.int64)[:, None] * SIZE + i[None, :]
     value = tl.load(at, mask=inside, other=0.0)
-    if HAS_FACTORS:
-        factor = tl.load(factors + row, mask=row < num_rows, other=0.0)
+    if HAS_SCALES:
+        factor = tl.load(scales + row, mask=row < num_rows, other=0.0) * inverse
         value = (value.to(tl.float32) * factor[:, None]).to(tl.float8e4nv)
     return value
 
 
-@triton.jit(do_not_specialize=["num_rows"], do_not_specialize_on_alignment=["factors"])
-def _transpose_kernel(
-    values, factors, out, out_stride, num_rows, num_columns,
-    HAS_FACTORS: tl.constexpr,
+@triton.jit
+def _transpose_tile(
+    values, scales, inverse, out, out_stride, tile, num_rows, num_columns,
+    HAS_SCALES: tl.constexpr,
     SIZE: tl.constexpr,
     TILE: tl.constexpr,
 ):  # fmt: skip
-    """Process one tile. Four rows at a time are stored as words: bytes would go one by one."""
     row = tl.program_id(0) * TILE + 4 * tl.arange(0, TILE // 4)
-    i = tl.program_id(1) * TILE + tl.arange(0, TILE)
-    a = _load_rows(values, factors, row, i, num_rows, HAS_FACTORS, SIZE)
-    b = _load_rows(values, factors, row + 1, i, num_rows, HAS_FACTORS, SIZE)
-    c = _load_rows(values, factors, row + 2, i, num_rows, HAS_FACTORS, SIZE)
-    d = _load_rows(values, factors, row + 3, i, num_rows, HAS_FACTORS, SIZE)
-    word = tl.program_id(0) * (TILE // 4) + tl.arange(0, TILE // 4)
-    at = out.to(tl.pointer_type(tl.uint32)) + i.to(tl.int64)[:, None] * (out_stride // 4)
-    inside = (i < SIZE)[:, None] & (word < num_columns // 4)[None, :]
-    tl.store(at + word[None, :], tl.trans(_packed(a, b, c, d)), mask=inside)
+    i = tile * TILE + tl.arange(0, TILE)
+    a = _load_rows(values, scales, inverse, row, i, num_rows, HAS_SCALES, SIZE)
+    b = _load_rows(values, scales, inverse, row + 1, i, num_rows, HAS_SCALES, SIZE)
+    c = _load_rows(values, scales, inverse, row + 2, i, num_rows, HAS_SCALES, SIZE)
+    d = _load_rows(values, scales, inverse, row + 3, i, num_rows, HAS_SCALES, SIZE)
+    _store_words(out, out_stride, a, b, c, d, i, num_columns, SIZE, TILE)
+
+
+@triton.jit(do_not_specialize=["num_rows"], do_not_specialize_on_alignment=["scales"])
+def _transpose_kernel(
+    grad, x, scales, largest, out_grad, out_x, out_stride, num_rows, num_columns,
+    OUT: tl.constexpr,
+    IN: tl.constexpr,
+    TILE: tl.constexpr,
+):  # fmt: skip
+    """Process one tile: of the gradients, or of the inputs after them."""
+    tile = tl.program_id(1)
+    num_tiles = tl.cdiv(OUT, TILE)
+    inverse = 1.0 / tl.load(largest)
+    if tile < num_tiles:
+        _transpose_tile(
+            grad, scales, inverse, out_grad, out_stride, tile, num_rows, num_columns,
+            False, OUT, TILE,
+        )  # fmt: skip
+    else:
+        _transpose_tile(
+            x, scales, inverse, out_x, out_stride, tile - num_tiles, num_rows, num_columns,
+            True, IN, TILE,
+        )  # fmt: skip

@@ -127,16 +127,19 @@ class _LinearLoss(torch.autograd.Function):
             chunk_weights = weigh(losses[here], flags[1, here]).expand(stop - start, -1)
             total += (losses[here] * chunk_weights).sum()
             chunk.differentiate(chunk_weights.contiguous(), flags[1, here])
+            # Once for all factors of a kind.
+            kinds = {type(factor): factor for factor in factors}
+            prepared = {kind: factor.prepare(logits) for kind, factor in kinds.items()}
             for factor, x, grad, needs_weight in zip(
                 factors, rows, grads, needs[:num_products], strict=True
             ):
-                grad_rows = factor.prepare(logits)
+                grad_rows = prepared[type(factor)]
                 if needs_weight:
                     factor.add_gradient(grad_rows, x)
                 if grad is not None:
                     factor.multiply_back(grad_rows, into=grad[here].view(-1, grad.shape[-1]))
             # Before the next chunk's are computed, or both would be in memory at once.
-            del logits, grad_rows, chunk
+            del logits, prepared, grad_rows, chunk
         ctx.save_for_backward(*grads)
         ctx.num_products = num_products
         agreed, scored = flags.unbind()

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from speculators_cli.core.kernels.factors import Factor
+from speculators_cli.core.kernels.float8 import Rounded, scale_of, store_rounded
 from speculators_cli.core.kernels.launch import launch
 from speculators_cli.core.kernels.shared import SharedWeight, release
 
@@ -47,7 +48,7 @@ class _RMSNorm(torch.autograd.Function):
         eps: float,
         room: list[Tensor | None],
     ) -> tuple[Tensor, Tensor]:
-        out, summed, scale = _normalise(x, add, weight, eps, room[0])
+        (out,), summed, scale = _normalise(x, add, weight, eps, out=room[0])
         ctx.save_for_backward(summed, weight, scale)
         ctx.adds = add is not None
         ctx.set_materialize_grads(False)
@@ -62,7 +63,7 @@ class _RMSNorm(torch.autograd.Function):
         if grad.stride(1) != 1:
             grad = grad.contiguous()
         grad_x, grad_weight = _differentiate(
-            summed, weight, scale, grad, residual_grad, restores=False
+            summed, weight, scale, grad, residual_grad, restored=None
         )
         return grad_x, grad_x if ctx.adds else None, grad_weight, None, None
 
@@ -92,11 +93,12 @@ class _NormLinear(torch.autograd.Function):
         factor: Factor,
     ) -> tuple[Tensor, Tensor]:
         del token
-        normed, summed, scale = _normalise(x, add, norm_weight, eps, None)
+        rounds = factor.rounds(x)
+        rows, summed, scale = _normalise(x, add, norm_weight, eps, rounds=rounds)
         ctx.save_for_backward(summed, norm_weight, scale)
         ctx.factor, ctx.adds = factor, add is not None
         ctx.set_materialize_grads(False)
-        return factor.multiply(factor.prepare(normed)), summed
+        return factor.multiply(rows if rounds else factor.prepare(*rows)), summed
 
     @staticmethod
     @once_differentiable
@@ -105,33 +107,49 @@ class _NormLinear(torch.autograd.Function):
         grad, residual_grad = grads
         assert grad is not None, "the product contributes to the loss"
         rows = factor.prepare(grad.contiguous())
-        normed = factor.multiply_back(rows)  # its gradient, until it is restored
+        grad_normed = factor.multiply_back(rows)
+        rounds = factor.rounds(grad_normed)
+        restored: tuple[Tensor, ...] = (grad_normed,)
+        if rounds:
+            restored = Rounded.empty(len(summed), summed.shape[1], summed.device)
         grad_x, grad_norm_weight = _differentiate(
-            summed, norm_weight, scale, normed, residual_grad, restores=True
+            summed, norm_weight, scale, grad_normed, residual_grad, restored=restored
         )
+        del grad_normed
         if ctx.needs_input_grad[4]:
-            factor.add_gradient(rows, factor.prepare(normed))
+            factor.add_gradient(rows, restored if rounds else factor.prepare(*restored))
         return grad_x, grad_x if ctx.adds else None, grad_norm_weight, None, None, None
 
 
 def _normalise(
-    x: Tensor, add: Tensor | None, weight: Tensor, eps: float, out: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor]:
+    x: Tensor,
+    add: Tensor | None,
+    weight: Tensor,
+    eps: float,
+    *,
+    out: Tensor | None = None,
+    rounds: bool = False,  # to float8
+) -> tuple[tuple[Tensor, ...], Tensor, Tensor]:
     """Return `x + add` normalised, `x + add`, and by what each row was scaled."""
     num_rows, size = x.shape
     x = x.contiguous()
     summed = x.view_as(x) if add is None else torch.empty_like(x)
-    out = torch.empty_like(x) if out is None else out
+    rows: tuple[Tensor, ...]
+    if rounds:
+        rows = Rounded.empty(num_rows, size, x.device)
+    else:
+        rows = (torch.empty_like(x) if out is None else out,)
     scale = torch.empty(num_rows, dtype=torch.float32, device=x.device)
     launch(_forward_kernel, (num_rows,))(
         x, x if add is None else add.contiguous(), weight, eps,
-        summed, out, out.stride(0), scale,
+        summed, rows[0], rows[0].stride(0), rows[-1], scale,
         HAS_ADD=add is not None,
+        ROUNDS=rounds,
         SIZE=size,
         BLOCK=triton.next_power_of_2(size),
         num_warps=8,
     )  # fmt: skip
-    return out, summed, scale
+    return rows, summed, scale
 
 
 def _differentiate(
@@ -141,19 +159,21 @@ def _differentiate(
     grad: Tensor,  # [rows, hidden], each row contiguous
     residual_grad: Tensor | None,
     *,
-    restores: bool,  # whether what was normalised replaces its gradient
+    restored: tuple[Tensor, ...] | None,  # what was normalised, rounded or not, if wanted
 ) -> tuple[Tensor, Tensor]:
     """Return the gradients of `summed` and of the weight."""
     num_rows, size = summed.shape
     grad_x = torch.empty_like(summed)
+    normed = (grad,) if restored is None else restored
     num_programs = min(num_rows, NUM_PROGRAMS)
     parts = torch.empty(num_programs, size, dtype=torch.float32, device=summed.device)
     launch(_backward_kernel, (num_programs,))(
         summed, weight, scale, grad, grad.stride(0),
         grad if residual_grad is None else residual_grad.contiguous(),
-        grad_x, parts, num_rows,
+        grad_x, parts, num_rows, normed[0], normed[0].stride(0), normed[-1],
         HAS_RESIDUAL=residual_grad is not None,
-        RESTORES=restores,
+        RESTORES=restored is not None,
+        ROUNDS=isinstance(restored, Rounded),
         SIZE=size,
         BLOCK=triton.next_power_of_2(size),
         num_warps=8,
@@ -162,9 +182,21 @@ def _differentiate(
 
 
 @triton.jit
+def _store_row(to, value, to_scale, inside, ROUNDS: tl.constexpr):
+    if ROUNDS:
+        value = value.to(tl.float32)
+        scale = scale_of(tl.max(tl.abs(value)))
+        tl.store(to_scale, scale)
+        store_rounded(to, value, scale, inside)
+    else:
+        tl.store(to, value, mask=inside)
+
+
+@triton.jit
 def _forward_kernel(
-    x, add, weight, eps, summed, out, out_stride, scales,
+    x, add, weight, eps, summed, out, out_stride, out_scales, scales,
     HAS_ADD: tl.constexpr,
+    ROUNDS: tl.constexpr,
     SIZE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -180,15 +212,19 @@ def _forward_kernel(
     value = value.to(tl.float32)
     scale = 1.0 / tl.sqrt(tl.sum(value * value) / SIZE + eps)
     g = tl.load(weight + i, mask=inside, other=0.0)
-    tl.store(out + row * out_stride + i, (value * scale * g).to(out.dtype.element_ty), mask=inside)
+    # Rounded to the dtype of the rows first, as where it is stored.
+    normed = (value * scale * g).to(summed.dtype.element_ty)
+    _store_row(out + row * out_stride + i, normed, out_scales + row, inside, ROUNDS)
     tl.store(scales + row, scale)
 
 
 @triton.jit(do_not_specialize=["num_rows"])
 def _backward_kernel(
     x, weight, scales, grad, grad_stride, residual_grad, grad_x, parts, num_rows,
+    restored, restored_stride, restored_scales,
     HAS_RESIDUAL: tl.constexpr,
     RESTORES: tl.constexpr,
+    ROUNDS: tl.constexpr,
     SIZE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -210,5 +246,6 @@ def _backward_kernel(
         tl.store(grad_x + row * SIZE + i, dx.to(grad_x.dtype.element_ty), mask=inside)
         if RESTORES:
             normed = (y * g).to(grad.dtype.element_ty)
-            tl.store(grad + row * grad_stride + i, normed, mask=inside)
+            to = restored + row * restored_stride + i
+            _store_row(to, normed, restored_scales + row, inside, ROUNDS)
     tl.store(parts + tl.program_id(0) * SIZE + i, total, mask=inside)

@@ -50,9 +50,13 @@ class SharedWeight:
     def factor(self) -> Factor:
         """The weights as products multiply them."""
         wait_for_arrival(self.weights)
+        own = (self.weights, self.norm_weight, self.dtype)
+        # Parts of a weight have no dtype of their gradient.
+        first = self.weights[0]
+        gradient_dtype = (first.grad_dtype if first.is_leaf else None) or torch.float32
         if self.in_float8 and Float8Factor.is_possible(self.weights):
-            return Float8Factor(self.weights, self.norm_weight, self.dtype)
-        return PlainFactor(self.weights, self.norm_weight, self.dtype, is_kept=self.is_kept)
+            return Float8Factor(*own, gradient_dtype=gradient_dtype)
+        return PlainFactor(*own, gradient_dtype=gradient_dtype, is_kept=self.is_kept)
 
     @cached_property
     def token(self) -> Tensor:

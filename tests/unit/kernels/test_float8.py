@@ -1,5 +1,7 @@
 """Float8 matrices with powers of two as scales, against what e4m3 can hold, in float64."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor
@@ -15,6 +17,13 @@ from speculators_cli.core.kernels.float8 import (
 
 GRID = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn)
 GRID = GRID[~GRID.float().isnan()]
+
+
+@pytest.fixture(params=["plain", "kernels"], autouse=True)
+def how(request: pytest.FixtureRequest, round_by_kernels: Callable[[], None]) -> None:
+    """Round as on a CPU, and by the kernels of a GPU."""
+    if request.param == "kernels":
+        round_by_kernels()
 
 
 def restored(rounded: Rounded) -> Tensor:
@@ -51,6 +60,8 @@ def test_a_row_of_zeros_stays_zero() -> None:
     assert rounded.scales.isfinite().all()
 
 
+# The interpreter warns of inf * 0.
+@pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
 def test_products_of_a_row_that_is_not_finite_are_nan(value: float) -> None:
     x = torch.ones(3, 16)
@@ -88,19 +99,23 @@ def test_a_product_is_that_of_the_rounded_factors(rng: torch.Generator) -> None:
     assert ((product - exact).abs() <= scale * 1e-6).all()
 
 
-def test_a_transposed_matrix_has_the_same_values(rng: torch.Generator) -> None:
-    rounded = round_rows(rows_of_all_sizes(5, 32, rng))
-    factors = torch.exp2(-torch.arange(5.0))
-    into = torch.full((32, 16), torch.nan).to(torch.float8_e4m3fn)
+def test_transposed_factors_have_the_same_product(rng: torch.Generator) -> None:
+    grad = round_rows(rows_of_all_sizes(5, 48, rng))
+    x = round_rows(rows_of_all_sizes(5, 32, rng))
+    scales = torch.exp2(-torch.arange(5.0))
+    into_grad, into_x = (
+        torch.full((size, 16), torch.nan).to(torch.float8_e4m3fn) for size in (48, 32)
+    )
 
-    transpose(rounded.values, into, factors=factors)
+    transpose(grad.values, x.values, scales, torch.tensor([4.0]), into_grad, into_x)
 
-    wanted = rounded.values.double() * factors[:, None]
+    assert torch.equal(into_grad[:, :5].float().T, grad.values.float())
+    wanted = x.values.double() * scales[:, None] / 4
     # Only what falls below the smallest normal value is rounded again, by half a unit of 2^-9.
-    error = (into[:, :5].double().T - wanted).abs()
+    error = (into_x[:, :5].double().T - wanted).abs()
     assert (error[wanted.abs() >= 2**-6] == 0).all()
     assert (error <= 2**-10).all()
-    assert not into[:, 5:].float().any()
+    assert not any(into[:, 5:].float().any() for into in (into_grad, into_x))
 
 
 def test_a_weights_gradient_is_the_sum_over_all_uses(rng: torch.Generator) -> None:
@@ -112,7 +127,7 @@ def test_a_weights_gradient_is_the_sum_over_all_uses(rng: torch.Generator) -> No
         uses.append((round_rows(grad), round_rows(x)))
         pairs.add(*uses[-1])
 
-    total = pairs.take_product()
+    total = pairs.take_product(torch.float32)
 
     exact = torch.stack([restored(grad).T @ restored(x) for grad, x in uses]).sum(0)
     assert exact.abs().max() > 1
@@ -131,4 +146,4 @@ def test_uses_of_no_rows_have_no_gradient() -> None:
     pairs = RoundedPairs()
     pairs.add(round_rows(torch.zeros(0, 32)), round_rows(torch.zeros(0, 48)))
 
-    assert torch.equal(pairs.take_product(), torch.zeros(32, 48))
+    assert torch.equal(pairs.take_product(torch.float32), torch.zeros(32, 48))

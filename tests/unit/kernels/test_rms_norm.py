@@ -1,5 +1,7 @@
 """RMSNorm that takes in the residual."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -94,3 +96,26 @@ def test_what_was_normalised_is_the_same_when_computed_again(rng: torch.Generato
         return leaf.grad
 
     assert torch.equal(gradient(keeps=True), gradient(keeps=False))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_rows_are_rounded_to_float8_where_they_are_computed(
+    dtype: torch.dtype, rng: torch.Generator, round_by_kernels: Callable[[], None]
+) -> None:
+    x, add = (torch.randn(5, 48, generator=rng).to(dtype) for _ in range(2))
+    gain, weight = 1 + torch.randn(48, generator=rng), torch.randn(16, 48, generator=rng)
+
+    def run() -> list[Tensor]:
+        leaves = [part.clone().requires_grad_() for part in (x, add, gain, weight)]
+        shared = SharedWeight([leaves[3]], dtype, in_float8=True)
+        out, summed = norm_linear(leaves[0], leaves[2], 1e-5, shared, add=leaves[1])
+        torch.autograd.backward([out, summed], [out.detach(), summed.detach()])
+        return [out.detach(), *(leaf.grad for leaf in leaves if leaf.grad is not None)]
+
+    apart = run()
+    round_by_kernels()
+    at_once = run()
+
+    assert len(apart) == 5
+    for own, wanted in zip(at_once, apart, strict=True):
+        assert torch.equal(own, wanted)
