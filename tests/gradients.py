@@ -26,12 +26,17 @@ def gradients(
     return found
 
 
-def assert_same(fast: Callable[..., Tensor], plain: Callable[..., Tensor], *inputs: Tensor) -> None:
+def assert_same(
+    fast: Callable[..., Tensor],
+    plain: Callable[..., Tensor],
+    *inputs: Tensor,
+    tolerance: float = RTOL,
+) -> None:
     ours = gradients(fast, *inputs, rng=torch.Generator().manual_seed(1))
     theirs = gradients(plain, *inputs, rng=torch.Generator().manual_seed(1))
     for own, exact in zip(ours, theirs, strict=True):
         assert exact.abs().max() > 0
-        torch.testing.assert_close(own, exact, rtol=RTOL, atol=ATOL)
+        torch.testing.assert_close(own, exact, rtol=tolerance, atol=tolerance)
 
 
 def assert_float8_is_near(draft: DraftModel, batch: Batch) -> None:

@@ -7,6 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from speculators_cli.cli.app import run
@@ -20,8 +21,9 @@ from speculators_cli.core.algorithms.dflash.loss_weights import LossWeights
 from speculators_cli.core.algorithms.dflash.training import DFlashTraining
 from speculators_cli.core.data.batch import Batch
 from speculators_cli.core.kernels.anchor_spans import AnchorSpans
-from speculators_cli.core.kernels.block_attention import HeadNorms, block_attention
-from speculators_cli.core.kernels.head_norm import norm_and_rotate
+from speculators_cli.core.kernels.block_attention import block_attention
+from speculators_cli.core.kernels.block_context import share_context
+from speculators_cli.core.models.layers import rotate
 from tests.tiny_dflash import filled_blocks, make_block_config
 from tests.tiny_drafts import make_sample, pack
 from tests.unit.algorithms.dspark.test_dspark import filled_spark, make_spark_config
@@ -103,34 +105,39 @@ def test_attention_in_bfloat16_equals_that_in_float32() -> None:
         first, anchors, bounds[-1], CUDA, size=size, window=None, is_causal=False
     )
     num_tokens, width = len(anchors) * size, (heads + 2 * kv_heads) * head_dim
-    shapes = [(num_tokens, width), *[(bounds[-1], kv_heads, head_dim)] * 2]
+    shapes = [(num_tokens, width), (bounds[-1], 2 * kv_heads * head_dim)]
     inputs = [torch.randn(*shape, generator=rng).cuda() for shape in shapes]
-    gains = 1 + 0.1 * torch.randn(2, head_dim, generator=rng).cuda()
+    gains = 1 + 0.1 * torch.randn(3, head_dim, generator=rng).cuda()
     grad = torch.randn(num_tokens, heads, head_dim, generator=rng).cuda()
     angles = torch.arange(710)[:, None, None] * torch.logspace(-4, 0, head_dim // 2).repeat(2)
     rope = (angles.cos().cuda(), angles.sin().cuda())
     positions = torch.from_numpy((anchors[:, None] + np.arange(size)).ravel()).cuda()
+    rows = torch.arange(bounds[-1], device=CUDA)
+
+    def turned(x: Tensor, gain: Tensor, at: Tensor) -> Tensor:
+        return rotate(F.rms_norm(x, gain.shape, gain, 1e-6), (rope[0][at], rope[1][at]))
 
     def gradients(dtype: torch.dtype, *, is_fast: bool) -> list[Tensor]:
         leaves = [x.to(dtype).clone().requires_grad_() for x in inputs]
         weights = gains.clone().requires_grad_()
-        projected, key, value = leaves
+        projected, context = leaves
         if is_fast:
-            norms = HeadNorms(weights[0], weights[1], 1e-6)
-            out = block_attention(projected, key, value, norms, rope, positions, spans)
+            (layer,) = share_context(context, weights[2:], 1e-6, rope, rows)
+            out = block_attention(projected, layer, weights[:2], 1e-6, rope, positions, spans)
         else:
             parts = projected.view(num_tokens, -1, head_dim).split((heads, kv_heads, kv_heads), 1)
             own_query, own_key = (
-                norm_and_rotate(part, gain, 1e-6, rope, positions)
-                for part, gain in zip(parts, weights, strict=False)
+                turned(part, gain, positions) for part, gain in zip(parts, weights, strict=False)
             )
-            out = BlockMemory(groups, key, value).attend(own_query, own_key, parts[2])
+            key, value = context.view(len(context), 2, kv_heads, head_dim).unbind(1)
+            memory = BlockMemory(groups, turned(key, weights[2], rows), value)
+            out = memory.attend(own_query, own_key, parts[2])
         out.backward(grad.to(dtype))
         return [out.detach(), *(x.grad for x in (*leaves, weights) if x.grad is not None)]
 
     exact = gradients(torch.float32, is_fast=False)
     found = gradients(torch.bfloat16, is_fast=True)
-    assert len(found) == len(exact) == 5
+    assert len(found) == len(exact) == 4
     for own, expected in zip(found, exact, strict=True):
         # Products of values rounded by 4e-3 each, most of which cancel out.
         assert float((own.float() - expected).norm() / expected.norm()) < 1e-2

@@ -8,7 +8,7 @@ do_i)`: once per tile of blocks, for the gradients of queries and of the blocks'
 per tile of context rows, for theirs.
 """
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import triton
@@ -17,28 +17,21 @@ from torch.autograd.function import once_differentiable
 
 from speculators_cli.core.kernels import anchor_spans
 from speculators_cli.core.kernels.anchor_spans import AnchorSpans
+from speculators_cli.core.kernels.block_context import LayerContext
 from speculators_cli.core.kernels.block_kernels import (
     blocks_backward_kernel,
     blocks_context_kernel,
     blocks_forward_kernel,
 )
-from speculators_cli.core.kernels.head_norm import Rope, turn, turn_back
+from speculators_cli.core.kernels.head_norm import HeadGroups, HeadNorm, Rope
 from speculators_cli.core.kernels.launch import launch
-
-
-class HeadNorms(NamedTuple):
-    """Norms of the heads of queries and keys."""
-
-    query_weight: Tensor  # [head_dim], float32
-    key_weight: Tensor  # the same
-    eps: float
 
 
 def block_attention(
     projected: Tensor,  # [anchors*size, (heads + 2*kv_heads)*head_dim]: queries, keys, values
-    context_key: Tensor,  # [rows, kv_heads, head_dim], each row contiguous; normalised and rotated
-    context_value: Tensor,  # the same, as projected
-    norms: HeadNorms,
+    context: LayerContext,
+    gains: Tensor,  # [2, head_dim], float32: weights of the norms of queries and of keys
+    eps: float,
     rope: Rope,
     positions: Tensor,  # [anchors*size], int64
     spans: AnchorSpans,
@@ -47,9 +40,10 @@ def block_attention(
 
     Queries and keys of the blocks are normalised and rotated here, and again in the backward.
     """
-    out: Tensor = _BlockAttention.apply(
-        projected, context_key, context_value, *norms, *rope, positions, spans
-    )
+    _, kv_heads, head_dim = context.key.shape
+    num_heads = projected.shape[1] // head_dim - 2 * kv_heads
+    norm = HeadNorm(HeadGroups(num_heads, kv_heads, 2), gains, eps, rope, positions)
+    out: Tensor = _BlockAttention.apply(projected, gains, context.token, norm, context, spans)
     return out
 
 
@@ -58,73 +52,59 @@ class _BlockAttention(torch.autograd.Function):
     def forward(
         ctx: Any,
         projected: Tensor,
-        context_key: Tensor,
-        context_value: Tensor,
-        query_weight: Tensor,
-        key_weight: Tensor,
-        eps: float,
-        cos: Tensor,
-        sin: Tensor,
-        positions: Tensor,
+        gains: Tensor,
+        token: Tensor,
+        norm: HeadNorm,
+        context: LayerContext,
         spans: AnchorSpans,
     ) -> Tensor:
-        raw_query, raw_key, value = _split_heads(projected, context_key)
-        query = turn(raw_query, query_weight, eps, (cos, sin), positions)
-        key = turn(raw_key, key_weight, eps, (cos, sin), positions)
+        del gains, token
+        query, key = norm.apply(projected)
+        _, _, value = _split_heads(projected, norm)
         out = torch.empty_like(query)
         lse = torch.empty(query.shape[:2], dtype=torch.float32, device=query.device)
         options = _options(query, key, spans)
         launch(blocks_forward_kernel, _grid(query, key, spans, options))(
-            query, *_with_strides(context_key, context_value, key, value),
+            query, *_with_strides(context.key, context.value, key, value),
             spans.first, spans.limit, len(spans.first), out, lse,
             **options,
         )  # fmt: skip
-        ctx.save_for_backward(
-            projected, context_key, context_value, query_weight, key_weight, cos, sin, positions,
-            out, lse,
-        )  # fmt: skip
-        ctx.eps, ctx.spans = eps, spans
+        ctx.save_for_backward(projected, context.key, context.value, out, lse)
+        ctx.norm, ctx.gradient, ctx.index, ctx.spans = norm, context.gradient, context.index, spans
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        projected, *context, query_weight, key_weight, cos, sin, positions, out, lse = (
-            ctx.saved_tensors
-        )
-        spans, grad_out = ctx.spans, grads[0].contiguous()
-        raw_query, raw_key, value = _split_heads(projected, context[0])
-        query_turn = (raw_query, query_weight, ctx.eps, (cos, sin), positions)
-        key_turn = (raw_key, key_weight, ctx.eps, (cos, sin), positions)
-        query, key = turn(*query_turn), turn(*key_turn)
+        projected, context_key, context_value, out, lse = ctx.saved_tensors
+        norm, spans = ctx.norm, ctx.spans
+        grad_out = grads[0].contiguous()
+        query, key = norm.apply(projected)
+        _, _, value = _split_heads(projected, norm)
         grad_projected = torch.empty_like(projected)
-        into_query, into_key, grad_value = _split_heads(grad_projected, context[0])
         delta = torch.empty_like(lse)
-        grad_query, grad_key = torch.empty_like(query), torch.empty_like(key)
         options = _options(query, key, spans)
         launch(blocks_backward_kernel, _grid(query, key, spans, options))(
-            query, *_with_strides(*context, key, value), spans.first, spans.limit,
-            len(spans.first), out, lse, grad_out, delta, grad_query,
-            *_with_strides(grad_key, grad_value),
+            query, *_with_strides(context_key, context_value, key, value),
+            spans.first, spans.limit, len(spans.first), out, lse, grad_out, delta,
+            *_with_strides(*_split_heads(grad_projected, norm)),
             **options,
         )  # fmt: skip
-        grad_context = [query.new_empty(part.shape) for part in context]
         launch(blocks_context_kernel, (len(spans.readers), key.shape[1]))(
-            query, *_with_strides(*context), spans.first, spans.limit, spans.readers,
-            spans.num_rows, lse, grad_out, delta, *grad_context,
+            query, *_with_strides(context_key, context_value), spans.first, spans.limit,
+            spans.readers, spans.num_rows, lse, grad_out, delta,
+            *_with_strides(*ctx.gradient.of_layer(ctx.index, context_key)),
             **{name: value for name, value in options.items() if name not in OWN_OPTIONS},
         )  # fmt: skip
-        grad_query_weight = turn_back(*query_turn, grad_query, into=into_query)
-        grad_key_weight = turn_back(*key_turn, grad_key, into=into_key)
-        weights = (grad_query_weight, grad_key_weight)
-        return grad_projected, *grad_context, *weights, None, None, None, None, None
+        grad_gains = norm.differentiate(projected, grad_projected)
+        return grad_projected, grad_gains, None, None, None, None
 
 
-def _split_heads(projected: Tensor, context_key: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _split_heads(projected: Tensor, norm: HeadNorm) -> tuple[Tensor, Tensor, Tensor]:
     """Queries, keys and values; each [rows, heads, head_dim], each row contiguous."""
-    _, kv_heads, head_dim = context_key.shape
-    heads = projected.view(len(projected), -1, head_dim)
-    query, key, value = heads.split((heads.shape[1] - 2 * kv_heads, kv_heads, kv_heads), dim=1)
+    num_heads, kv_heads = norm.groups.sizes
+    heads = projected.view(len(projected), num_heads + 2 * kv_heads, -1)
+    query, key, value = heads.split((num_heads, kv_heads, kv_heads), dim=1)
     return query, key, value
 
 

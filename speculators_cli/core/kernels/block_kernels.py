@@ -152,7 +152,7 @@ def blocks_forward_kernel(
 def blocks_backward_kernel(
     query, context_key, context_key_stride, context_value, context_value_stride,
     key, key_stride, value, value_stride, first, limit, num_anchors,
-    out, lse, grad_out, delta, grad_query, grad_key, grad_key_stride,
+    out, lse, grad_out, delta, grad_query, grad_query_stride, grad_key, grad_key_stride,
     grad_value, grad_value_stride, scale, window,
     HAS_WINDOW: tl.constexpr,
     IS_CAUSAL: tl.constexpr,
@@ -210,7 +210,9 @@ def blocks_backward_kernel(
         dp = tl.dot(do, tl.trans(v), input_precision=PRECISION)
         ds = (p * (dp - row_delta[:, None]) * scale).to(q.dtype)
         dq += tl.dot(ds, k, input_precision=PRECISION)
-    _store(grad_query, dq, index, HEAD_DIM, inside, HEAD_DIM, DIM_BLOCK)
+    num_heads: tl.constexpr = KV_HEADS * GROUP
+    at = (index // num_heads) * grad_query_stride + (index % num_heads) * HEAD_DIM
+    _store(grad_query, dq, at, 1, inside, HEAD_DIM, DIM_BLOCK)
 
 
 @triton.jit(
@@ -219,7 +221,8 @@ def blocks_backward_kernel(
 )
 def blocks_context_kernel(
     query, context_key, context_key_stride, context_value, context_value_stride,
-    first, limit, readers, num_rows, lse, grad_out, delta, grad_key, grad_value, scale, window,
+    first, limit, readers, num_rows, lse, grad_out, delta,
+    grad_key, grad_key_stride, grad_value, grad_value_stride, scale, window,
     HAS_WINDOW: tl.constexpr,
     SIZE: tl.constexpr,
     GROUP: tl.constexpr,
@@ -257,6 +260,5 @@ def blocks_context_kernel(
         dp = tl.dot(do, tl.trans(v), input_precision=PRECISION)
         ds = (p * (dp - row_delta[:, None]) * scale).to(q.dtype)
         dk += tl.dot(tl.trans(ds), q, input_precision=PRECISION)
-    stride = KV_HEADS * HEAD_DIM
-    _store(grad_key + kv_head, dk, rows, stride, is_row, HEAD_DIM, DIM_BLOCK)
-    _store(grad_value + kv_head, dv, rows, stride, is_row, HEAD_DIM, DIM_BLOCK)
+    _store(grad_key + kv_head, dk, rows, grad_key_stride, is_row, HEAD_DIM, DIM_BLOCK)
+    _store(grad_value + kv_head, dv, rows, grad_value_stride, is_row, HEAD_DIM, DIM_BLOCK)

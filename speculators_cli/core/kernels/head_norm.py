@@ -1,12 +1,11 @@
-"""RMS norm of each head and rotary embedding in one pass over queries or keys, each way."""
+"""RMS norm of each head and rotary embedding, in one pass over all heads of a row, each way."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from speculators_cli.core.kernels.launch import launch
 
@@ -17,79 +16,73 @@ NUM_PROGRAMS = 1024
 Rope = tuple[Tensor, Tensor]  # cosine and sine by position, [positions, 1, head_dim], float32
 
 
-def norm_and_rotate(
-    x: Tensor,  # [rows, heads, head_dim], each row contiguous
-    weight: Tensor,  # [head_dim], float32
-    eps: float,
-    rope: Rope,
-    positions: Tensor,  # [rows], int64
-) -> Tensor:
-    """Apply an RMS norm to each head, then `layers.rotate`; [rows, heads, head_dim]."""
-    out: Tensor = _NormAndRotate.apply(x, weight, eps, *rope, positions)
-    return out
+class HeadGroups(NamedTuple):
+    """The heads of a row that are normalised: groups, each with a weight of its own."""
+
+    first: int  # heads of the first group
+    other: int  # heads of each other group
+    num_groups: int
+    gap: int = 0  # heads between two groups, which are left out
+
+    @property
+    def sizes(self) -> list[int]:
+        """Heads of each group."""
+        return [self.first] + [self.other] * (self.num_groups - 1)
 
 
-class _NormAndRotate(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, weight: Tensor, eps: float, cos: Tensor, sin: Tensor, positions: Tensor
+class HeadNorm(NamedTuple):
+    """What is applied to the heads of rows: norms, then `layers.rotate`."""
+
+    groups: HeadGroups
+    weights: Tensor  # [groups, head_dim], float32
+    eps: float
+    rope: Rope
+    positions: Tensor  # [rows], int64
+
+    def apply(
+        self,
+        x: Tensor,  # [rows, width], each row contiguous
+    ) -> list[Tensor]:
+        """Return each group as a matrix of its own, each [rows, heads, head_dim]."""
+        num_rows, sizes = len(x), self.groups.sizes
+        head_dim = self.weights.shape[1]
+        out = x.new_empty(sum(sizes) * num_rows, head_dim)
+        launch(_head_norm_forward_kernel, (num_rows,))(
+            x, x.stride(0), self.weights, self.eps, *self.rope, self.positions, out, num_rows,
+            **self._constants(),
+        )  # fmt: skip
+        parts = out.split([size * num_rows for size in sizes])
+        return [part.view(num_rows, -1, head_dim) for part in parts]
+
+    def differentiate(
+        self,
+        x: Tensor,  # as in `apply`
+        grad: Tensor,  # [rows, width], each row contiguous: of what became of `x`
     ) -> Tensor:
-        if x.stride()[1:] != (x.shape[2], 1):
-            x = x.contiguous()
-        ctx.save_for_backward(x, weight, cos, sin, positions)
-        ctx.eps = eps
-        return turn(x, weight, eps, (cos, sin), positions)
+        """Replace `grad` by the gradient of `x`; return that of the weights."""
+        num_programs = max(min(len(x), NUM_PROGRAMS), 1)
+        shape = (num_programs, *self.weights.shape)
+        parts = torch.empty(shape, dtype=torch.float32, device=x.device)
+        launch(_head_norm_backward_kernel, (num_programs,))(
+            x, x.stride(0), self.weights, self.eps, *self.rope, self.positions,
+            grad, grad.stride(0), parts, len(x),
+            GROUPS=self.groups.num_groups,
+            **self._constants(),
+        )  # fmt: skip
+        return parts.sum(0)
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, cos, sin, positions = ctx.saved_tensors
-        grad_x = torch.empty_like(grads[0], memory_format=torch.contiguous_format)
-        grad_weight = turn_back(
-            x, weight, ctx.eps, (cos, sin), positions, grads[0].contiguous(), into=grad_x
-        )
-        return grad_x, grad_weight, None, None, None, None
-
-
-def turn(x: Tensor, weight: Tensor, eps: float, rope: Rope, positions: Tensor) -> Tensor:
-    """Do what `norm_and_rotate` does, without autograd."""
-    num_rows, num_heads, head_dim = x.shape
-    out = x.new_empty(x.shape)
-    launch(_head_norm_forward_kernel, (num_rows,))(
-        x, x.stride(0), weight, eps, *rope, positions, out, **_sizes(num_heads, head_dim)
-    )
-    return out
-
-
-def turn_back(
-    x: Tensor,
-    weight: Tensor,
-    eps: float,
-    rope: Rope,
-    positions: Tensor,
-    grad: Tensor,  # [rows, heads, head_dim], contiguous
-    *,
-    into: Tensor,  # [rows, heads, head_dim], each row contiguous: the gradient of `x`
-) -> Tensor:
-    """Write the gradient of `x`, and return that of the weight."""
-    num_rows, num_heads, head_dim = x.shape
-    num_programs = min(num_rows, NUM_PROGRAMS)
-    parts = torch.empty(num_programs, head_dim, dtype=torch.float32, device=x.device)
-    launch(_head_norm_backward_kernel, (num_programs,))(
-        x, x.stride(0), weight, eps, *rope, positions, grad, into, into.stride(0), parts, num_rows,
-        **_sizes(num_heads, head_dim),
-    )  # fmt: skip
-    return parts.sum(0)
-
-
-def _sizes(num_heads: int, head_dim: int) -> dict[str, int]:
-    return {
-        "NUM_HEADS": num_heads,
-        "HALF": head_dim // 2,
-        "HEADS_BLOCK": triton.next_power_of_2(num_heads),
-        "HALF_BLOCK": triton.next_power_of_2(head_dim // 2),
-        "num_warps": 4,
-    }
+    def _constants(self) -> dict[str, Any]:
+        num_heads, half = sum(self.groups.sizes), self.weights.shape[1] // 2
+        return {
+            "FIRST": self.groups.first,
+            "OTHER": self.groups.other,
+            "GAP": self.groups.gap,
+            "NUM_HEADS": num_heads,
+            "HALF": half,
+            "HEADS_BLOCK": triton.next_power_of_2(num_heads),
+            "HALF_BLOCK": triton.next_power_of_2(half),
+            "num_warps": 4,
+        }
 
 
 @triton.jit
@@ -97,9 +90,20 @@ def _load(x, at, inside):
     return tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
 
 
-@triton.jit(do_not_specialize_on_alignment=["positions"])
+@triton.jit
+def _group_of(head, FIRST: tl.constexpr, OTHER: tl.constexpr):
+    """The group of each head, and its place there."""
+    is_first = head < FIRST
+    group = tl.where(is_first, 0, 1 + (head - FIRST) // OTHER)
+    return group, tl.where(is_first, head, (head - FIRST) % OTHER)
+
+
+@triton.jit(do_not_specialize=["num_rows"], do_not_specialize_on_alignment=["positions"])
 def _head_norm_forward_kernel(
-    x, x_stride, weight, eps, cos, sin, positions, out,
+    x, x_stride, weights, eps, cos, sin, positions, out, num_rows,
+    FIRST: tl.constexpr,
+    OTHER: tl.constexpr,
+    GAP: tl.constexpr,
     NUM_HEADS: tl.constexpr,
     HALF: tl.constexpr,
     HEADS_BLOCK: tl.constexpr,
@@ -111,23 +115,31 @@ def _head_norm_forward_kernel(
     i = tl.arange(0, HALF_BLOCK)[None, :]
     is_half = i < HALF
     inside = (head < NUM_HEADS) & is_half
-    at = head * 2 * HALF + i
+    group, slot = _group_of(head, FIRST, OTHER)
+    at = (head + group * GAP) * 2 * HALF + i
+    own = group * 2 * HALF + i
     angle = tl.load(positions + row) * 2 * HALF + i
     c, s = _load(cos, angle, is_half), _load(sin, angle, is_half)
     x += row * x_stride
     first, second = _load(x, at, inside), _load(x, at + HALF, inside)
     square = tl.sum(first * first, axis=1) + tl.sum(second * second, axis=1)
     scale = (1.0 / tl.sqrt(square / (2 * HALF) + eps))[:, None]
-    first = first * scale * _load(weight, i, is_half)
-    second = second * scale * _load(weight, i + HALF, is_half)
-    out += row * NUM_HEADS * 2 * HALF
-    tl.store(out + at, (first * c - second * s).to(out.dtype.element_ty), mask=inside)
-    tl.store(out + at + HALF, (second * c + first * s).to(out.dtype.element_ty), mask=inside)
+    first = first * scale * _load(weights, own, inside)
+    second = second * scale * _load(weights, own + HALF, inside)
+    # Heads of groups before, of all rows; then those of rows before.
+    before = (head - slot).to(tl.int64) * num_rows + row * tl.where(group == 0, FIRST, OTHER)
+    to = (before + slot) * 2 * HALF + i
+    tl.store(out + to, (first * c - second * s).to(out.dtype.element_ty), mask=inside)
+    tl.store(out + to + HALF, (second * c + first * s).to(out.dtype.element_ty), mask=inside)
 
 
 @triton.jit(do_not_specialize=["num_rows"], do_not_specialize_on_alignment=["positions"])
 def _head_norm_backward_kernel(
-    x, x_stride, weight, eps, cos, sin, positions, grad, grad_x, grad_x_stride, parts, num_rows,
+    x, x_stride, weights, eps, cos, sin, positions, grad, grad_stride, parts, num_rows,
+    GROUPS: tl.constexpr,
+    FIRST: tl.constexpr,
+    OTHER: tl.constexpr,
+    GAP: tl.constexpr,
     NUM_HEADS: tl.constexpr,
     HALF: tl.constexpr,
     HEADS_BLOCK: tl.constexpr,
@@ -138,16 +150,17 @@ def _head_norm_backward_kernel(
     i = tl.arange(0, HALF_BLOCK)[None, :]
     is_half = i < HALF
     inside = (head < NUM_HEADS) & is_half
-    at = head * 2 * HALF + i
-    first_g, second_g = _load(weight, i, is_half), _load(weight, i + HALF, is_half)
+    group, _slot = _group_of(head, FIRST, OTHER)
+    at = (head + group * GAP) * 2 * HALF + i
+    own = group * 2 * HALF + i
     first_total = tl.zeros([HEADS_BLOCK, HALF_BLOCK], dtype=tl.float32)
     second_total = tl.zeros([HEADS_BLOCK, HALF_BLOCK], dtype=tl.float32)
     for index in range(tl.program_id(0), num_rows, tl.num_programs(0)):
         row = tl.cast(index, tl.int64)
         angle = tl.load(positions + row) * 2 * HALF + i
         c, s = _load(cos, angle, is_half), _load(sin, angle, is_half)
-        own = row * NUM_HEADS * 2 * HALF + at
-        turned_first, turned_second = _load(grad, own, inside), _load(grad, own + HALF, inside)
+        to = row * grad_stride + at
+        turned_first, turned_second = _load(grad, to, inside), _load(grad, to + HALF, inside)
         first_dy = turned_first * c + turned_second * s
         second_dy = turned_second * c - turned_first * s
         source = row * x_stride + at
@@ -157,15 +170,18 @@ def _head_norm_backward_kernel(
         first, second = first * scale, second * scale
         first_total += first_dy * first
         second_total += second_dy * second
-        first_dy, second_dy = first_dy * first_g, second_dy * second_g
+        # Read anew for each row, from the cache: kept, they would take a fifth of the registers.
+        first_dy *= _load(weights, own, inside)
+        second_dy *= _load(weights, own + HALF, inside)
         mean = tl.sum(first_dy * first, axis=1) + tl.sum(second_dy * second, axis=1)
         mean = (mean / (2 * HALF))[:, None]
         first_dx = scale * (first_dy - first * mean)
         second_dx = scale * (second_dy - second * mean)
-        to = row * grad_x_stride + at
-        tl.store(grad_x + to, first_dx.to(grad_x.dtype.element_ty), mask=inside)
-        tl.store(grad_x + to + HALF, second_dx.to(grad_x.dtype.element_ty), mask=inside)
+        tl.store(grad + to, first_dx.to(grad.dtype.element_ty), mask=inside)
+        tl.store(grad + to + HALF, second_dx.to(grad.dtype.element_ty), mask=inside)
     j = tl.arange(0, HALF_BLOCK)
-    parts += tl.program_id(0) * 2 * HALF
-    tl.store(parts + j, tl.sum(first_total, axis=0), mask=j < HALF)
-    tl.store(parts + j + HALF, tl.sum(second_total, axis=0), mask=j < HALF)
+    for index in tl.static_range(GROUPS):
+        part = parts + (tl.program_id(0) * GROUPS + index) * 2 * HALF + j
+        is_own = group == index
+        tl.store(part, tl.sum(tl.where(is_own, first_total, 0.0), axis=0), mask=j < HALF)
+        tl.store(part + HALF, tl.sum(tl.where(is_own, second_total, 0.0), axis=0), mask=j < HALF)

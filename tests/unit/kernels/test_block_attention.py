@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from speculators_cli.core.algorithms.dflash.attention import (
@@ -13,8 +14,9 @@ from speculators_cli.core.algorithms.dflash.attention import (
 )
 from speculators_cli.core.kernels import anchor_spans
 from speculators_cli.core.kernels.anchor_spans import AnchorSpans, can_attend
-from speculators_cli.core.kernels.block_attention import HeadNorms, block_attention
-from speculators_cli.core.kernels.head_norm import norm_and_rotate
+from speculators_cli.core.kernels.block_attention import block_attention
+from speculators_cli.core.kernels.block_context import share_context
+from speculators_cli.core.models.layers import rotate
 from tests.gradients import assert_same
 
 CPU = torch.device("cpu")
@@ -51,8 +53,8 @@ def test_block_attention_equals_the_plain_one(
     monkeypatch.setattr(anchor_spans, "TILE_KEYS", 16)
     shape = BlockShape(size, window, is_causal)
     anchors = np.array(ANCHORS)
-    places = np.searchsorted(anchors, BOUNDS)
-    plain_spans = BlockSpans(tuple(places.tolist()), BOUNDS, ANCHORS)
+    anchor_bounds = tuple(np.searchsorted(anchors, BOUNDS).tolist())
+    plain_spans = BlockSpans(anchor_bounds, BOUNDS, ANCHORS)
     groups = find_groups(shape, plain_spans, torch.from_numpy(anchors))
     first = np.array(BOUNDS)[np.searchsorted(BOUNDS, anchors, side="right") - 1]
     spans = AnchorSpans.of_anchors(
@@ -60,46 +62,46 @@ def test_block_attention_equals_the_plain_one(
     )
     num_tokens = len(ANCHORS) * size
     projected = torch.randn(num_tokens, (heads + 2 * kv_heads) * head_dim, generator=rng)
-    context = torch.randn(2, BOUNDS[-1], kv_heads, head_dim, generator=rng)
-    gains = 1 + torch.randn(2, head_dim, generator=rng)
+    # Of two layers, each with keys and values.
+    context = torch.randn(BOUNDS[-1], 2 * 2 * kv_heads * head_dim, generator=rng)
+    gains, context_gains = (1 + torch.randn(n, head_dim, generator=rng) for n in (2, 2))
     rope, positions = make_rope(50, head_dim), torch.randint(50, (num_tokens,), generator=rng)
+    places = torch.randint(50, (BOUNDS[-1],), generator=rng)
 
-    def fast(projected: Tensor, context: Tensor, gains: Tensor) -> Tensor:
-        norms = HeadNorms(gains[0], gains[1], 1e-5)
-        return block_attention(projected, context[0], context[1], norms, rope, positions, spans)
+    def fast(projected: Tensor, context: Tensor, gains: Tensor, context_gains: Tensor) -> Tensor:
+        layers = share_context(context, context_gains, 1e-5, rope, places)
+        own = (gains, 1e-5, rope, positions, spans)
+        return torch.stack([block_attention(projected, layer, *own) for layer in layers])
 
-    def plain(projected: Tensor, context: Tensor, gains: Tensor) -> Tensor:
+    def plain(projected: Tensor, context: Tensor, gains: Tensor, context_gains: Tensor) -> Tensor:
         parts = projected.view(num_tokens, -1, head_dim).split((heads, kv_heads, kv_heads), dim=1)
         query, key = (
-            norm_and_rotate(part, gain, 1e-5, rope, positions)
+            norm_and_rotate(part, gain, rope, positions)
             for part, gain in zip(parts, gains, strict=False)
         )
-        return BlockMemory(groups, context[0], context[1]).attend(query, key, parts[2])
+        results = []
+        layers = context.view(len(context), 2, 2, kv_heads, head_dim).unbind(1)
+        for layer, gain in zip(layers, context_gains, strict=True):
+            seen = norm_and_rotate(layer[:, 0], gain, rope, places)
+            memory = BlockMemory(groups, seen, layer[:, 1])
+            results.append(memory.attend(query, key, parts[2]))
+        return torch.stack(results)
 
-    assert_same(fast, plain, projected, context, gains)
+    # Gradients of gains are sums of hundreds of terms.
+    assert_same(fast, plain, projected, context, gains, context_gains, tolerance=5e-5)
+
+
+def norm_and_rotate(
+    x: Tensor, gain: Tensor, rope: tuple[Tensor, Tensor], positions: Tensor
+) -> Tensor:
+    cos, sin = rope
+    return rotate(F.rms_norm(x, gain.shape, gain, 1e-5), (cos[positions], sin[positions]))
 
 
 def make_rope(num_positions: int, head_dim: int) -> tuple[Tensor, Tensor]:
     angles = torch.arange(num_positions)[:, None] * torch.linspace(0.1, 1, head_dim // 2)
     angles = torch.cat((angles, angles), dim=-1)[:, None]
     return angles.cos(), angles.sin()
-
-
-def test_rows_of_the_context_may_be_apart_in_memory(rng: torch.Generator) -> None:
-    spans = AnchorSpans.of_anchors(
-        np.zeros(2, np.int64), np.array([3, 5]), 8, CPU, size=2, window=None, is_causal=False
-    )
-    projected = torch.randn(4, 4 * 8, generator=rng)
-    # Keys and values beside each other, as a product of stacked weights gives them.
-    key, value = torch.randn(8, 2, 1, 8, generator=rng).unbind(1)
-    norms = HeadNorms(torch.ones(8), torch.ones(8), 1e-5)
-    own = (norms, make_rope(9, 8), torch.tensor([4, 5, 6, 7]), spans)
-
-    spread = block_attention(projected, key, value, *own)
-    packed = block_attention(projected, key.contiguous(), value.contiguous(), *own)
-
-    assert not key.is_contiguous()
-    assert torch.equal(spread, packed)
 
 
 def test_a_block_that_no_tile_has_room_for_is_told_apart() -> None:

@@ -12,16 +12,16 @@ import torch
 from torch import Tensor, nn
 
 from speculators_cli.core.algorithms.dflash.blocks import Blocks
-from speculators_cli.core.algorithms.dflash.draft import Context
 from speculators_cli.core.algorithms.dflash.training import DFlashTraining
 from speculators_cli.core.data.batch import Batch
 from speculators_cli.core.kernels.anchor_spans import AnchorSpans
-from speculators_cli.core.kernels.block_attention import HeadNorms, block_attention
-from speculators_cli.core.kernels.head_norm import Rope, norm_and_rotate
+from speculators_cli.core.kernels.block_attention import block_attention
+from speculators_cli.core.kernels.block_context import LayerContext, share_context
+from speculators_cli.core.kernels.head_norm import Rope
 from speculators_cli.core.kernels.rms_norm import norm_linear, rms_norm
 from speculators_cli.core.kernels.shared import Share, SharedWeight
 from speculators_cli.core.kernels.swiglu import gated_linear
-from speculators_cli.core.models.layers import Attention, DecoderLayer, RMSNorm
+from speculators_cli.core.models.layers import DecoderLayer, RMSNorm
 
 
 def predict(draft: DFlashTraining, batch: Batch, blocks: Blocks) -> Tensor:
@@ -32,7 +32,8 @@ def predict(draft: DFlashTraining, batch: Batch, blocks: Blocks) -> Tensor:
     longest = max(batch.lengths, default=0) + config.block_size + 1
     rope = draft.rotary(torch.arange(longest, device=device))
     layers: list[DecoderLayer] = list(draft.layers)  # type: ignore[arg-type]
-    context = _read_context(draft, layers, batch, rope, share)
+    gains = _stack_gains(layers)
+    context = _read_context(draft, layers, batch, gains[:, 1].contiguous(), rope, share)
     places = torch.arange(config.block_size, device=device)
     anchors = blocks.anchors
     positions = (batch.position_ids[anchors, None] + places).flatten()
@@ -40,10 +41,12 @@ def predict(draft: DFlashTraining, batch: Batch, blocks: Blocks) -> Tensor:
     projected = _project_embeddings(draft, layers[0], tokens, dtype, share)
     residual = draft.embed_blocks(tokens).to(dtype)
     spans = _find_spans(draft, blocks, device)
-    for index, (layer, own_context) in enumerate(zip(layers, context, strict=True), 1):
-        hidden, residual = _run_layer(
-            layer, projected, residual, rope, positions, own_context, spans, share
+    own = zip(layers, gains.unbind(), context, strict=True)
+    for index, (layer, own_gains, own_context) in enumerate(own, 1):
+        attended = block_attention(
+            projected, own_context, own_gains, config.rms_norm_eps, rope, positions, spans
         )
+        hidden, residual = _run_rest(layer, attended, residual, share)
         if index < len(layers):
             projected, residual = _project(layers[index], hidden, residual, share)
     normed, _ = rms_norm(hidden, draft.norm.weight, draft.norm.eps, add=residual)
@@ -89,40 +92,33 @@ def _find_spans(draft: DFlashTraining, blocks: Blocks, device: torch.device) -> 
 
 
 def _read_context(
-    draft: DFlashTraining, layers: list[DecoderLayer], batch: Batch, rope: Rope, share: Share
-) -> Context:
+    draft: DFlashTraining,
+    layers: list[DecoderLayer],
+    batch: Batch,
+    gains: Tensor,  # [layers, head_dim]: weights of the norms of keys
+    rope: Rope,
+    share: Share,
+) -> list[LayerContext]:
     """Keys and values of the context in each layer."""
     fused = share([draft.fc.weight]).linear(batch.aux_hidden_states)
-    attentions = [layer.self_attn for layer in layers]
-    weights = [part.weight for own in attentions for part in (own.k_proj, own.v_proj)]
+    weights = [
+        part.weight for layer in layers for part in (layer.self_attn.k_proj, layer.self_attn.v_proj)
+    ]
     norm = draft.hidden_norm
     projected, _ = norm_linear(fused, norm.weight, norm.eps, share(weights))
     # Padding, which no anchor reads, is at position 0.
     positions = (batch.position_ids - 1).clamp(min=0)
-    context = []
-    parts = projected.chunk(len(weights), dim=1)
-    for own, key, value in zip(attentions, parts[::2], parts[1::2], strict=True):
-        heads, gain = _by_head(own, key), _norm_of(own.k_norm)
-        turned = norm_and_rotate(heads, gain.weight, gain.eps, rope, positions)
-        context.append((turned, _by_head(own, value)))
-    return context
+    return share_context(projected, gains, draft.config.rms_norm_eps, rope, positions)
 
 
-def _run_layer(
+def _run_rest(
     layer: DecoderLayer,
-    projected: Tensor,  # [rows, out]: queries, keys and values
+    attended: Tensor,  # [rows, heads, head_dim]
     residual: Tensor,  # [rows, hidden]: what the attention's result is to be added to
-    rope: Rope,
-    positions: Tensor,  # [rows], int64
-    context: tuple[Tensor, Tensor],  # of this layer
-    spans: AnchorSpans,
     share: Share,
 ) -> tuple[Tensor, Tensor]:
-    """One layer over all rows; hidden states, and what is to be added to them."""
+    """A layer after its attention; hidden states, and what is to be added to them."""
     own, mlp, norm = layer.self_attn, layer.mlp, layer.post_attention_layernorm
-    query_norm, key_norm = _norm_of(own.q_norm), _norm_of(own.k_norm)
-    norms = HeadNorms(query_norm.weight, key_norm.weight, key_norm.eps)
-    attended = block_attention(projected, *context, norms, rope, positions, spans)
     hidden = share([own.o_proj.weight]).linear(attended.flatten(1))
     gate_up, residual = norm_linear(
         hidden,
@@ -134,9 +130,10 @@ def _run_layer(
     return gated_linear(gate_up, share([mlp.down_proj.weight])), residual
 
 
-def _by_head(attention: Attention, x: Tensor) -> Tensor:
-    """Split rows into heads; [rows, heads, head_dim]."""
-    return x.view(len(x), -1, attention.head_dim)
+def _stack_gains(layers: list[DecoderLayer]) -> Tensor:
+    """Weights of the norms of queries and of keys in each layer; [layers, 2, head_dim]."""
+    norms = [norm for layer in layers for norm in (layer.self_attn.q_norm, layer.self_attn.k_norm)]
+    return torch.stack([_norm_of(norm).weight for norm in norms]).view(len(layers), 2, -1)
 
 
 def _norm_of(module: nn.Module) -> RMSNorm:
