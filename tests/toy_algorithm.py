@@ -319,6 +319,7 @@ class ToyCost(CostModel[ToyConfig, ToySettings]):
         *,
         total_seq_len: int,
         num_accumulated: int = 1,
+        num_ranks: int = 1,
         num_shards: int = 1,
         has_whole_head: bool = False,
         in_float8: bool = False,

@@ -113,7 +113,7 @@ def compare(case: Case, ranks: Ranks, wire: Wire) -> dict[str, Any]:
     """Two steps of shared weights beside those of one process."""
     draft, batch = build(case)
     alone = DraftWeights(build(case)[0])
-    shared = place_weights(draft, ranks, case.sharding, case.dtype)
+    shared = place_weights(draft, ranks, case.sharding, case.dtype, num_accumulated=1)
     assert isinstance(shared, ReplicatedWeights)
     run(shared, batch)
     shared.finish_gradients()
@@ -156,7 +156,7 @@ def compare(case: Case, ranks: Ranks, wire: Wire) -> dict[str, Any]:
 def disagree(ranks: Ranks) -> dict[str, Any]:
     """Ranks whose backward passes reach other parameters, in another order."""
     draft, _ = build(Case("shard", "plain", "eagle3"))
-    shared = place_weights(draft, ranks, "shard", torch.float32)
+    shared = place_weights(draft, ranks, "shard", torch.float32, num_accumulated=1)
     matrices = {name: p for name, p in draft.named_parameters() if p.dim() > 1}
     sums = {}
     for step in range(2):

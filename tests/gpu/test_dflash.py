@@ -127,7 +127,8 @@ def test_attention_in_bfloat16_equals_that_in_float32() -> None:
         else:
             parts = projected.view(num_tokens, -1, head_dim).split((heads, kv_heads, kv_heads), 1)
             own_query, own_key = (
-                turned(part, gain, positions) for part, gain in zip(parts, weights, strict=False)
+                turned(part, gain, positions)
+                for part, gain in zip(parts[:2], weights[:2], strict=True)
             )
             key, value = context.view(len(context), 2, kv_heads, head_dim).unbind(1)
             memory = BlockMemory(groups, turned(key, weights[2], rows), value)

@@ -85,6 +85,7 @@ class CostModel(ABC, Generic[ConfigT, SettingsT]):
         *,
         total_seq_len: int,
         num_accumulated: int = 1,
+        num_ranks: int = 1,
         num_shards: int = 1,
         has_whole_head: bool = False,
         in_float8: bool = False,
@@ -97,6 +98,7 @@ class CostModel(ABC, Generic[ConfigT, SettingsT]):
             work: Of the packed sequences; the largest determines the peak.
             total_seq_len: Positions in one packed sequence.
             num_accumulated: Packed sequences per optimizer step.
+            num_ranks: Processes that share a step.
             num_shards: GPUs that the weights are sharded across.
             has_whole_head: Whether all rows of the verifier's LM head stay on the GPU, and not only
                 those of the draft vocabulary.

@@ -72,6 +72,13 @@ class DraftModel(nn.Module, ABC):
         """
         return self.awaited_weights()
 
+    def once_run_weights(self) -> Sequence[nn.Parameter]:
+        """Those of them whose gradient is a product or two per sequence: by default none.
+
+        Where nothing else is added to them, such gradients need no sum in float32.
+        """
+        return ()
+
     def draw(self, batch: Batch, *, seed: int, epoch: int) -> Batch:  # noqa: ARG002
         """The batch with positions that this draft draws at random, on the host; before all else.
 

@@ -238,6 +238,7 @@ def _estimate_memory(
         work,
         total_seq_len=step.total_seq_len,
         num_accumulated=step.gradient_accumulation_steps,
+        num_ranks=run.step.ranks.num_ranks,
         num_shards=run.step.weights.num_shards,
         has_whole_head=step.capture,
         in_float8=run.step.draft.use_float8,

@@ -99,7 +99,9 @@ def build_step(
     if not step.capture and not vocab_map.is_full:
         frozen.rest_head()
     draft.use_float8 = kernels.in_float8
-    weights = place_weights(draft, ranks, step.sharding, dtype)
+    weights = place_weights(
+        draft, ranks, step.sharding, dtype, num_accumulated=step.gradient_accumulation_steps
+    )
     optimizer = Optimizer(weights, OptimizerSettings(), use_fast_kernels=draft.use_fast_kernels)
     built = OptimizerStep(
         weights, ranks, optimizer, compute_dtype=dtype, noise_std=step.noise_std, seed=seed,

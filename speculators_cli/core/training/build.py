@@ -81,7 +81,13 @@ def build_trainer(
         if not (inputs.needs_whole_verifier(settings) or inputs.vocab_map.is_full):
             verifier.rest_head(frozen.head)
         compute_dtype = choose_compute_dtype(settings.distributed.compute_dtype, ranks.device)
-        weights = place_weights(draft, ranks, settings.distributed.sharding, compute_dtype)
+        weights = place_weights(
+            draft,
+            ranks,
+            settings.distributed.sharding,
+            compute_dtype,
+            num_accumulated=-(-start.state.global_batch // ranks.num_ranks),
+        )
         optimizer = Optimizer(weights, settings.optimizer, use_fast_kernels=draft.use_fast_kernels)
         if start.is_resumed:
             restore_state(start, weights, optimizer)

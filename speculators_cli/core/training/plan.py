@@ -145,6 +145,7 @@ def _estimate(
         work,
         total_seq_len=settings.data.total_seq_len,
         num_accumulated=per_rank,
+        num_ranks=ranks.num_ranks,
         num_shards=num_shards,
         has_whole_head=has_whole_verifier,
     )

@@ -17,6 +17,7 @@ from speculators_cli.core.training.distributed import Ranks
 from speculators_cli.core.training.inputs import Inputs
 from speculators_cli.core.training.optimizer import Optimizer
 from speculators_cli.core.training.optimizer_step import NoLog, OptimizerStep
+from speculators_cli.core.training.placement import set_gradient_dtypes
 from speculators_cli.core.training.weights import DraftWeights
 from speculators_cli.settings.train import TrainSettings
 
@@ -71,6 +72,8 @@ class Rehearsal:
         settings = self.settings
         dtype = choose_compute_dtype(settings.distributed.compute_dtype, self.ranks.device)
         step = build_step(config, settings, self.inputs, dtype, in_float8=kernels.in_float8)
+        num_addends = settings.optimizer.gradient_accumulation_steps * self.ranks.num_ranks
+        set_gradient_dtypes(step.draft, dtype, num_addends=num_addends)
         batch = make_batch(config, settings.data.total_seq_len, dtype)
         num_threads = min(MAX_THREADS, (os.cpu_count() or 1) // self.ranks.num_local_ranks)
         with rehearsing(max(num_threads, 1), prepare_thread=self._start_device):

@@ -97,6 +97,7 @@ class BlockCost(CostModel[ConfigT, SettingsT]):
         *,
         total_seq_len: int,
         num_accumulated: int = 1,
+        num_ranks: int = 1,
         num_shards: int = 1,
         has_whole_head: bool = False,
         in_float8: bool = False,
@@ -131,6 +132,10 @@ class BlockCost(CostModel[ConfigT, SettingsT]):
         chunk = block_chunk_size(config.num_draft_tokens, config.draft_vocab_size)
         pairs = config.num_draft_tokens * min(num_anchors, chunk) + min(num_targets, chunk)
         gradients = 4 * trained
+        if num_ranks * num_accumulated == 1:  # those of `fc` and the layers are in bfloat16
+            layer = 2 * query + 2 * key + 3 * inner
+            inputs = config.num_aux_layers * config.target_hidden_size
+            gradients -= 2 * size * (depth * layer + inputs)
         if num_shards > 1:  # the rank's shard of their sum
             gradients += gradients // num_shards
         at_loss = 2 * pairs * config.draft_vocab_size

@@ -92,12 +92,15 @@ class DFlashTraining(DFlashDraft, DraftModel):
 
     def awaited_weights(self) -> Sequence[nn.Parameter]:
         """Matrices of `fc`, the layers and the LM head, with fast kernels."""
+        if not self.use_fast_kernels or self.lm_head is None:
+            return self.once_run_weights()
+        return [*self.once_run_weights(), *self.lm_head.parameters()]
+
+    def once_run_weights(self) -> Sequence[nn.Parameter]:
+        """Matrices of `fc` and the layers, with fast kernels; the loss sums over its chunks."""
         if not self.use_fast_kernels:
             return ()
-        modules: list[nn.Module] = [self.fc, *self.layers]
-        if self.lm_head is not None:
-            modules.append(self.lm_head)
-        return [p for module in modules for p in module.parameters() if p.dim() > 1]
+        return [p for module in (self.fc, *self.layers) for p in module.parameters() if p.dim() > 1]
 
     @property
     def loss_weights(self) -> tuple[float, ...]:

@@ -121,6 +121,7 @@ class EagleCost(CostModel[EagleConfigT, EagleSettingsT]):
         *,
         total_seq_len: int,
         num_accumulated: int = 1,
+        num_ranks: int = 1,
         num_shards: int = 1,
         has_whole_head: bool = False,
         in_float8: bool = False,
@@ -133,7 +134,7 @@ class EagleCost(CostModel[EagleConfigT, EagleSettingsT]):
         accumulated. Gradients of activations replace activations. All sequences of a step and of
         the next one are on the GPU.
         """
-        del in_float8
+        del num_ranks, in_float8
         num_active = max(part.num_active for part in work)
         num_targets = max(part.num_targets for part in work)
         passes = self.count_passes(config, settings, num_active)

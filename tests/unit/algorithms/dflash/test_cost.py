@@ -1,5 +1,7 @@
 """The cost model of blocks: counts against those of real batches."""
 
+from math import prod
+
 import numpy as np
 import pytest
 import torch
@@ -90,6 +92,7 @@ def test_memory_is_within_10_percent_of_what_was_measured(
             own,
             [work],
             total_seq_len=8192,
+            num_ranks=2,  # measured with all gradients in float32, as several ranks have them
             has_whole_head=has_whole_head,
             in_float8=in_float8,
         )
@@ -98,6 +101,31 @@ def test_memory_is_within_10_percent_of_what_was_measured(
 
     assert sum(memory.values()) == pytest.approx(gib * 2**30, rel=0.1)
     assert sum(memory.values()) - sum(resting.values()) == 2 * 151936 * 4096
+
+
+def test_one_rank_that_accumulates_nothing_has_most_gradients_in_bfloat16() -> None:
+    config, own, work = benched("dspark", 512)
+
+    alone, *others = (
+        sum(
+            ALGORITHMS["dspark"]
+            .cost.estimate_memory(
+                config,
+                own,
+                [work],
+                total_seq_len=8192,
+                num_ranks=num_ranks,
+                num_accumulated=num_accumulated,
+            )
+            .values()
+        )
+        for num_ranks, num_accumulated in ((1, 1), (2, 1), (1, 2))
+    )
+
+    weights = {n: prod(shape) for n, shape in config.tensor_shapes().items() if len(shape) > 1}
+    saved = 2 * sum(size for n, size in weights.items() if n.startswith(("fc.", "layers.")))
+    assert alone == others[0] - saved
+    assert alone < others[1] - saved
 
 
 @pytest.mark.parametrize("num_anchors", [6, 100])
