@@ -8,6 +8,7 @@ import torch
 
 from speculators_cli.cli.app import run
 from speculators_cli.core.algorithms.cost import Gpu
+from speculators_cli.core.training.build import Kernels
 from tests.run_files import read_metrics
 from tests.tiny_run import TinyInputs
 from tests.token_files import make_rows, write_tokens
@@ -118,9 +119,8 @@ def test_a_plan_knows_capture_and_its_alternatives(
     tokens = write_tokens(tiny.folder / "tokens", rows)
     gpu = Gpu(flops=1e9, bandwidth=1e9)
     monkeypatch.setattr("speculators_cli.core.training.plan.find_gpu", lambda _: gpu)
-    monkeypatch.setattr(
-        "speculators_cli.core.training.plan._runs_fast_in_bfloat16", lambda *_: True
-    )
+    kernels = Kernels(are_fast=True, in_float8=False)
+    monkeypatch.setattr("speculators_cli.core.training.plan._modelled_kernels", lambda *_: kernels)
     flags = tiny.flags(data_path=tokens, target_layer_ids="3,5,7", epochs=3)
     cache = ["--cache-dir", str(tiny.folder / "cache")]
     stored = tiny.flags(epochs=3)
@@ -162,3 +162,29 @@ def test_a_plan_knows_capture_and_its_alternatives(
     assert "if states were stored" in out
     assert "/s written" in out
     assert out.count("(best)") == 1
+
+
+@pytest.mark.parametrize("given", [{}, {"algorithm": "dflash", "mask_token_id": 36}], ids=str)
+def test_a_plan_with_products_in_float8_knows_memory_but_not_time(
+    given: dict[str, object],
+    tiny: TinyInputs,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    gpu = Gpu(flops=1e9, bandwidth=1e9)
+    monkeypatch.setattr("speculators_cli.core.training.plan.find_gpu", lambda _: gpu)
+    plans = []
+    for in_float8 in (False, True):
+        kernels = Kernels(are_fast=True, in_float8=in_float8)
+        monkeypatch.setattr(
+            "speculators_cli.core.training.plan._modelled_kernels", lambda *_, own=kernels: own
+        )
+        assert run(["train", "--plan", "--json", *tiny.flags(**given)]) == 0
+        plans.append(json.loads(capsys.readouterr().out)["plan"])
+
+    assert plans[0]["seconds"] > 0
+    assert plans[1]["seconds"] is None
+    assert plans[1]["memory_bytes_per_gpu"] > 0
+    # Blocks keep their weights in float8; EAGLE-3 needs about the same memory.
+    are_equal = plans[0]["memory_terms_bytes"] == plans[1]["memory_terms_bytes"]
+    assert are_equal == (not given)

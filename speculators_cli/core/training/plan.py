@@ -19,6 +19,7 @@ from speculators_cli.core.files import check_output_dir, find_existing
 from speculators_cli.core.progress import SILENT, Progress
 from speculators_cli.core.torch_file.tensor_spec import ITEM_BYTES
 from speculators_cli.core.training.build import (
+    Kernels,
     build_loader,
     choose_compute_dtype,
     choose_train_kernels,
@@ -122,8 +123,9 @@ def _estimate(
     trained = cost.count_trained(config, settings.algorithm_settings)
     is_cuda = ranks.device.type == "cuda"
     device = torch.cuda.get_device_name() if is_cuda else "cpu"
-    is_modelled = _runs_fast_in_bfloat16(settings, config, ranks.device)
-    gpu = find_gpu(device) if is_modelled else None
+    kernels = _modelled_kernels(settings, config, ranks.device)
+    # What products in float8 take has no model.
+    gpu = None if kernels is None or kernels.in_float8 else find_gpu(device)
     seconds = None
     if gpu is not None:
         all_flops = flops_per_step + other_flops
@@ -148,6 +150,7 @@ def _estimate(
         num_ranks=ranks.num_ranks,
         num_shards=num_shards,
         has_whole_head=has_whole_verifier,
+        in_float8=kernels is not None and kernels.in_float8,
     )
     if has_whole_verifier:
         memory = CaptureCost(inputs.verifier_config).add_memory(
@@ -173,8 +176,8 @@ def _estimate(
         num_parameters=parameters,
         useful_tflop_per_step=flops_per_step / 1e12,
         seconds=seconds,
-        memory_bytes_per_gpu=sum(memory.values()) if is_modelled else None,
-        memory_terms_bytes=dict(memory) if is_modelled else None,
+        memory_bytes_per_gpu=None if kernels is None else sum(memory.values()),
+        memory_terms_bytes=None if kernels is None else dict(memory),
         gpu_memory_bytes=torch.cuda.mem_get_info()[1] if is_cuda else None,
         host_prefetch_bytes=_count_prefetched_bytes(settings, samples, loader),
         capture=capture,
@@ -204,12 +207,13 @@ def _count_prefetched_bytes(
     return (loader.max_ahead + 1) * rows * samples.hidden_size * item_bytes
 
 
-def _runs_fast_in_bfloat16(
+def _modelled_kernels(
     settings: TrainSettings, config: DraftConfig, device: torch.device
-) -> bool:
+) -> Kernels | None:
+    """How a step is computed, if its memory is modelled: by fast kernels in bfloat16."""
     kernels = choose_train_kernels(settings, config, device)
     dtype = choose_compute_dtype(settings.distributed.compute_dtype, device)
-    return kernels.are_fast and not kernels.in_float8 and dtype == torch.bfloat16
+    return kernels if kernels.are_fast and dtype == torch.bfloat16 else None
 
 
 def _count_checkpoints(settings: TrainSettings, packed: PackingPlan, total_steps: int) -> int:
