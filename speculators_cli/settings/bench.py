@@ -95,6 +95,11 @@ class BenchStepSettings(Settings):
     kernels: Kernels = "auto"
     sharding: Sharding = "auto"
 
+    @property
+    def captures_in_float8(self) -> bool:
+        """Whether the verifier's layers multiply in float8."""
+        return self.capture_compute_dtype == "float8"
+
     @model_validator(mode="after")
     def _disk_is_compared_with_capture(self) -> Self:
         if self.disk_dir is not None and not self.capture:

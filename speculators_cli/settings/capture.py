@@ -76,6 +76,11 @@ class CaptureSettings(Settings):
     )
 
     @property
+    def in_float8(self) -> bool:
+        """Whether the verifier's layers multiply in float8."""
+        return self.capture_compute_dtype == "float8"
+
+    @property
     def is_apart(self) -> bool:
         """Whether other processes than the ranks compute hidden states."""
         return self.capture_engine == "vllm"

@@ -150,6 +150,11 @@ class EngineSettings(Settings):
     tensor_parallel_size: TensorParallelSize = 1
     vllm_args: VLLMArgs = ""
 
+    @property
+    def in_float8(self) -> bool:
+        """Whether the verifier's layers multiply in float8."""
+        return self.compute_dtype == "float8"
+
     @model_validator(mode="after")
     def _engine_has_its_flags(self) -> Self:
         if self.engine == "vllm":

@@ -124,14 +124,15 @@ def test_a_plan_knows_capture_and_its_alternatives(
     flags = tiny.flags(data_path=tokens, target_layer_ids="3,5,7", epochs=3)
     cache = ["--cache-dir", str(tiny.folder / "cache")]
     stored = tiny.flags(epochs=3)
-    more = ([*flags], [*flags, *cache, "--cache-size", "200KB"], [*flags, *cache], stored)
+    float8 = [*flags, "--capture-compute-dtype", "float8"]
+    more = (flags, [*flags, *cache, "--cache-size", "200KB"], [*flags, *cache], float8, stored)
 
     plans = []
     for given in more:
         assert run(["train", "--plan", "--json", *given]) == 0
         plans.append(json.loads(capsys.readouterr().out)["plan"])
 
-    *captures, none = [plan["capture"] for plan in plans]
+    *captures, in_float8, none = [plan["capture"] for plan in plans]
     assert none is None
     assert [c["cached_share"] for c in captures] == [0, pytest.approx(0.5, abs=0.45), 1]
     assert 0 < captures[1]["cache_bytes"] <= 200_000 < captures[2]["cache_bytes"]
@@ -139,7 +140,9 @@ def test_a_plan_knows_capture_and_its_alternatives(
     # Of three epochs, the last two are read where everything is kept.
     assert seconds[0] == pytest.approx(3 * seconds[2])
     assert seconds[0] > seconds[1] > seconds[2]
-    for plan in plans[:3]:
+    assert seconds[0] == pytest.approx(1.65 * in_float8["seconds"])
+    assert captures[0]["verifier_bytes_per_gpu"] == 2 * in_float8["verifier_bytes_per_gpu"]
+    for plan in plans[:4]:
         assert plan["seconds"] > plan["capture"]["seconds"]
         assert plan["memory_terms_bytes"]["capture_weights"] > 0
     once = captures[0]["seconds_if_all_were_stored"]

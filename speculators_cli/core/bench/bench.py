@@ -244,5 +244,6 @@ def _estimate_memory(
         in_float8=run.step.draft.use_float8,
     )
     if step.capture:
-        memory = CaptureCost(verifier).add_memory(memory, total_seq_len=step.total_seq_len)
+        capture = CaptureCost(verifier, in_float8=step.captures_in_float8)
+        memory = capture.add_memory(memory, total_seq_len=step.total_seq_len)
     return sum(memory.values())

@@ -85,7 +85,7 @@ def build_step(
             config.target_layer_ids,
             dtype=dtype,
             device=ranks.device,
-            is_float8=step.capture_compute_dtype == "float8",
+            is_float8=step.captures_in_float8,
         )
         frozen = _frozen_parts(engine, verifier)
         filler = LiveStates(engine, weights_bytes=count_own_bytes(engine.model))

@@ -84,7 +84,7 @@ class Engines:
             job.layer_ids,
             end_ids=job.end_ids,
             name=name,
-            is_float8=job.settings.engine.compute_dtype == "float8",
+            is_float8=job.settings.engine.in_float8,
         )
 
     def _start_vllm(self) -> VLLMEngine:

@@ -17,7 +17,7 @@ from speculators_cli.core.capture.token_stage import RowMaker
 from speculators_cli.core.conversations.bad_rows import BadRows
 from speculators_cli.core.conversations.prompt_files import open_prompts, read_prompts
 from speculators_cli.core.data.source import spread_evenly
-from speculators_cli.core.engines.cost import CaptureCost
+from speculators_cli.core.engines.cost import FLOAT8_SPEEDUP, CaptureCost
 from speculators_cli.core.engines.engine import Answer, Prompt, Sampling
 from speculators_cli.core.files import find_existing
 from speculators_cli.settings.generate_data import GenerateDataSettings
@@ -132,16 +132,18 @@ def _count_memory(job: Job) -> int:
     """Return the memory of one GPU: weights, states of a few sequences, and work buffers."""
     shape, tokens = job.config, job.settings.engine.capture_tokens
     embeddings = job.vocab_size * shape.hidden_size * (1 if shape.is_tied else 2)
-    num_weights = CaptureCost(shape).num_layer_parameters + embeddings
     num_states = 2 * tokens * (len(job.layer_ids) + 1) * shape.hidden_size
-    return (num_weights + num_states) * job.dtype.itemsize + WORK_BYTES
+    layers = CaptureCost(shape).num_layer_parameters
+    layers *= 1 if job.settings.engine.in_float8 else job.dtype.itemsize
+    return layers + (embeddings + num_states) * job.dtype.itemsize + WORK_BYTES
 
 
 def measure_speed(job: Job) -> float:
     """Return the tokens per second of a capture, from the speed of matrix products here."""
     flop_per_token = 2 * CaptureCost(job.config).num_layer_parameters
     rate = measure_matmul(job.device, job.dtype) * EFFICIENCY[job.device.type]
-    return rate / flop_per_token
+    speedup = FLOAT8_SPEEDUP if job.settings.engine.in_float8 else 1.0
+    return rate * speedup / flop_per_token
 
 
 def measure_matmul(device: torch.device, dtype: torch.dtype) -> float:

@@ -7,6 +7,7 @@ from speculators_cli.core.models.verifier_shape import VerifierShape
 
 # Of a GPU's dense bfloat16 peak, reached by compiled layers over packed sequences.
 FLOPS_REACHED = 0.62
+FLOAT8_SPEEDUP = 1.65  # of layers whose matrix products are in float8, with all that they round
 BYTES = 2  # of a value in bfloat16
 
 
@@ -15,6 +16,7 @@ class CaptureCost:
     """The cost of the capture with one verifier."""
 
     verifier: VerifierShape
+    in_float8: bool = False  # whether its layers multiply in float8
 
     @property
     def num_layer_parameters(self) -> int:
@@ -22,6 +24,11 @@ class CaptureCost:
         v = self.verifier
         attention = 2 * v.hidden_size * v.head_dim * (v.num_heads + v.num_kv_heads)
         return v.num_layers * (attention + 3 * v.hidden_size * v.intermediate_size)
+
+    @property
+    def num_layer_bytes(self) -> int:
+        """Size of these weights on a GPU."""
+        return (1 if self.in_float8 else BYTES) * self.num_layer_parameters
 
     def count_flops(self, lengths: Sequence[int]) -> float:
         """Floating-point operations for documents of these lengths, without the LM head."""
@@ -31,8 +38,9 @@ class CaptureCost:
         return 2.0 * self.num_layer_parameters * sum(lengths) + pairs
 
     def estimate_seconds(self, flops: float, peak_flops: float) -> float:
-        """Seconds on a GPU with this many operations per second."""
-        return flops / (FLOPS_REACHED * peak_flops)
+        """Seconds on a GPU with this many operations per second in bfloat16."""
+        speedup = FLOAT8_SPEEDUP if self.in_float8 else 1.0
+        return flops / (FLOPS_REACHED * speedup * peak_flops)
 
     def add_memory(
         self, step: Mapping[str, int], *, total_seq_len: int, num_shards: int = 1
@@ -48,7 +56,7 @@ class CaptureCost:
             num_shards: GPUs that the verifier's layers are sharded across.
         """
         v = self.verifier
-        weights = BYTES * self.num_layer_parameters
+        weights = self.num_layer_bytes
         if num_shards > 1:
             # The layer that computes, the one that is gathered meanwhile, and an odd last one.
             weights = weights // num_shards + (2 + v.num_layers % 2) * weights // v.num_layers

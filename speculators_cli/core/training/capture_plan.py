@@ -56,7 +56,8 @@ def plan_capture(
         step_seconds: Of the run's steps without capture.
         gpu: None if its speed is unknown.
     """
-    samples, cost = inputs.samples, CaptureCost(inputs.verifier_config)
+    samples = inputs.samples
+    cost = CaptureCost(inputs.verifier_config, in_float8=settings.capture.in_float8)
     shift = samples.alignment.shift
     lengths = [min(n, settings.data.total_seq_len) + shift for n in samples.lengths.tolist() if n]
     flops = cost.count_flops(lengths)
@@ -96,8 +97,7 @@ def plan_capture(
         stored_bytes=stored_bytes["stored"],
         cached_share=cached_share,
         cache_bytes=cache_bytes,
-        verifier_bytes_per_gpu=2
-        * cost.num_layer_parameters
+        verifier_bytes_per_gpu=cost.num_layer_bytes
         // (settings.capture.capture_gpus if is_apart else 1),
         disk=disk,
         options=options,

@@ -165,7 +165,7 @@ def load_live_verifier(
         end_ids=frozenset(),
         name=name,
         packs_documents=True if is_sharded else None,  # as many passes on each rank
-        is_float8=settings.capture.capture_compute_dtype == "float8",
+        is_float8=settings.capture.in_float8,
     )
     if is_sharded and not engine.is_packed:
         raise SettingsError(
