@@ -431,6 +431,23 @@ def test_what_only_looks_writes_nothing(
     assert not (tmp_path / "out").exists()
 
 
+def test_an_estimate_counts_operations_and_float8(
+    tmp_path: Path, generate: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("speculators_cli.core.capture.estimate.measure_matmul", lambda *_: 1e12)
+    rows = write_rows(tmp_path / "rows.jsonl", GIVEN)
+
+    found = generate(rows, "--dry-run")
+    in_float8 = generate(rows, "--dry-run", "--compute-dtype", "float8")
+
+    speed = found["capture_tokens_per_second"]
+    # Half of the speed of matrix products; 8 layers, width 128, 4 and 2 heads of 32, 384 inside.
+    num_weights = 8 * (2 * 128 * 32 * (4 + 2) + 3 * 128 * 384)
+    assert speed == pytest.approx(0.5 * 1e12 / (2 * num_weights))
+    assert found["capture_seconds"] == pytest.approx(found["num_tokens"] / speed)
+    assert in_float8["capture_tokens_per_second"] == pytest.approx(1.65 * speed)
+
+
 def test_a_sampled_answer_is_repeated_by_its_seed(
     tmp_path: Path, prompts: Path, generate: Callable[..., Any]
 ) -> None:
