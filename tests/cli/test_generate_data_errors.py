@@ -77,8 +77,11 @@ def test_conversations_need_a_chat_template(
 
     assert code == 2
     assert "has no chat template" in err
-    assert "hint: Pass an instruction-tuned verifier" in err
+    assert "hint: Pass an instruction-tuned verifier, or rows with `text` or `prompt`" in err
     assert not list(out.rglob("*.safetensors"))
+    # Nothing is left of that run that other rows could not follow.
+    code, err = generate(own=VERIFIER_DIR, rows=[{"text": "def one(): pass"}])
+    assert code == 0, err
 
 
 def test_what_the_template_rejects_is_shown_with_the_message(

@@ -113,7 +113,8 @@ class GeneratedFolder:
 def agree(folder: Path, manifest: Mapping[str, Any]) -> None:
     """Write the manifest of a stage, or check that the folder was begun with the same one.
 
-    Contents of another run are removed if it has refused them itself: they are of no use.
+    A folder that another run has begun is begun anew if that run wrote nothing else, or has refused
+    its contents itself: they are of no use.
 
     Args:
         folder: Of the stage; created if it is missing.
@@ -123,10 +124,10 @@ def agree(folder: Path, manifest: Mapping[str, Any]) -> None:
         SettingsError: The folder has contents of another run, or of none.
     """
     file = folder / MANIFEST_NAME
-    if (folder / REFUSED_NAME).exists() and not has_manifest(folder, manifest):
+    if folder.exists() and _is_useless(folder) and not has_manifest(folder, manifest):
         _remove_contents(folder)
     if not file.exists():
-        if folder.exists() and any(not LEFTOVER.fullmatch(x.name) for x in folder.iterdir()):
+        if _has_contents(folder):
             raise SettingsError(
                 f"`--output-dir`: `{folder}` has files that `generate-data` did not write",
                 hint="Choose another `--output-dir`",
@@ -145,11 +146,23 @@ def wait_for_agreement(folder: Path, manifest: Mapping[str, Any]) -> None:
         SettingsError: The folder has contents of another run.
     """
     # In this order: refused contents are removed before their mark.
-    while (folder / REFUSED_NAME).exists() or not (folder / MANIFEST_NAME).exists():
+    while _is_useless(folder) or not (folder / MANIFEST_NAME).exists():
         if has_manifest(folder, manifest):
             return
         time.sleep(POLL_SECONDS)
     _check_manifest(folder, manifest)
+
+
+def _has_contents(folder: Path) -> bool:
+    """Whether there is more than what a run writes before all else."""
+    own = (MANIFEST_NAME, REFUSED_NAME)
+    return folder.exists() and any(
+        x.name not in own and not LEFTOVER.fullmatch(x.name) for x in folder.iterdir()
+    )
+
+
+def _is_useless(folder: Path) -> bool:
+    return (folder / REFUSED_NAME).exists() or not _has_contents(folder)
 
 
 def _check_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
@@ -195,7 +208,7 @@ def _remove_contents(folder: Path) -> None:
             elif SAMPLES_OF.fullmatch(path.name) and path.is_dir() and not path.is_symlink():
                 shutil.rmtree(path)
         remove_leftovers(folder)
-        (folder / REFUSED_NAME).unlink()
+        (folder / REFUSED_NAME).unlink(missing_ok=True)
 
 
 def remove_leftovers(folder: Path) -> None:

@@ -2,6 +2,8 @@
 
 import json
 import os
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -14,6 +16,7 @@ from speculators_cli.core.capture.generated_folder import (
     read_json,
     refuse_contents,
     remove_leftovers,
+    wait_for_agreement,
 )
 from speculators_cli.core.data.token_shards import MANIFEST_NAME
 from speculators_cli.core.errors import DataError, SettingsError
@@ -21,6 +24,12 @@ from speculators_cli.core.place import Place
 
 ALONE = Place()
 MANIFEST = {"verifier": "some/verifier", "seed": 3, "layer_ids": [2, 4], "split": None}
+
+
+def begin(folder: Path) -> None:
+    """What a run leaves that ends after its first shard."""
+    agree(folder, MANIFEST)
+    (folder / "tokens-00000.safetensors").write_text("of use")
 
 
 def test_the_first_run_writes_the_manifest_and_the_next_ones_agree(tmp_path: Path) -> None:
@@ -48,7 +57,7 @@ def test_the_first_run_writes_the_manifest_and_the_next_ones_agree(tmp_path: Pat
 def test_what_differs_is_named_with_both_values(
     tmp_path: Path, changes: dict[str, object], line: str
 ) -> None:
-    agree(tmp_path / "tokens", MANIFEST)
+    begin(tmp_path / "tokens")
 
     with pytest.raises(SettingsError) as raised:
         agree(tmp_path / "tokens", MANIFEST | changes)
@@ -59,7 +68,7 @@ def test_what_differs_is_named_with_both_values(
 
 
 def test_every_difference_is_listed(tmp_path: Path) -> None:
-    agree(tmp_path / "tokens", MANIFEST)
+    begin(tmp_path / "tokens")
 
     with pytest.raises(SettingsError) as raised:
         agree(tmp_path / "tokens", {"verifier": "other/one", "split": None, "layer_ids": [2, 4]})
@@ -216,6 +225,42 @@ def test_the_lock_of_a_killed_rank_is_of_no_effect(tmp_path: Path) -> None:
         pass
 
 
+def test_a_run_that_wrote_nothing_is_replaced_by_one_with_other_inputs(tmp_path: Path) -> None:
+    agree(tmp_path, MANIFEST)
+    (tmp_path / ".tmp-tokens-00000.safetensors.4711").write_text("incomplete")
+
+    agree(tmp_path, MANIFEST | {"seed": 4})
+
+    assert [file.name for file in tmp_path.iterdir()] == [MANIFEST_NAME]
+    assert read_json(tmp_path / MANIFEST_NAME)["seed"] == 4
+
+
+@pytest.mark.parametrize("others", [MANIFEST, MANIFEST | {"seed": 4}], ids=["same", "other"])
+def test_other_ranks_wait_until_a_run_that_wrote_nothing_is_replaced(
+    tmp_path: Path, others: dict[str, object]
+) -> None:
+    agree(tmp_path, MANIFEST)
+
+    with ThreadPoolExecutor() as pool:
+        waiting = pool.submit(wait_for_agreement, tmp_path, others)
+        time.sleep(0.5)
+        is_done = waiting.done()
+        agree(tmp_path, others)
+        waiting.result(timeout=20)
+
+    assert is_done == (others == MANIFEST)
+
+
+def test_a_removal_that_was_killed_is_completed(tmp_path: Path) -> None:
+    begin(tmp_path)
+    refuse_contents(tmp_path)
+    (tmp_path / MANIFEST_NAME).unlink()  # it is removed before all else
+
+    agree(tmp_path, MANIFEST | {"seed": 4})
+
+    assert [file.name for file in tmp_path.iterdir()] == [MANIFEST_NAME]
+
+
 def test_refused_contents_are_replaced_by_a_run_with_other_inputs(tmp_path: Path) -> None:
     folder = tmp_path / "out"
     agree(folder, MANIFEST)
@@ -247,7 +292,7 @@ def test_files_of_others_are_never_removed_with_refused_contents(tmp_path: Path)
 
 def test_contents_that_pass_at_last_are_not_replaced(tmp_path: Path) -> None:
     folder = tmp_path / "out"
-    agree(folder, MANIFEST)
+    begin(folder)
     refuse_contents(folder)
     accept_contents(folder)
 
