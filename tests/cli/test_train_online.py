@@ -72,7 +72,9 @@ def test_the_vocabulary_of_a_run_stays_when_another_size_is_refused(
     ]
 
     assert codes == [0, 4, 0]
-    assert "trained with another draft vocabulary" in capsys.readouterr().err
+    err = capsys.readouterr().err
+    assert "trained with another draft vocabulary" in err
+    assert "hint: Pass the same `--draft-vocab-size`" in err
 
 
 def test_a_run_from_conversations_is_resumed_by_the_same_command(

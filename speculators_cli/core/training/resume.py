@@ -117,7 +117,8 @@ def resumed_state(
     if saved.vocab_map_hash != inputs.vocab_map.hash:
         raise CheckpointError(
             f"`{checkpoint.folder}` was trained with another draft vocabulary",
-            hint="Pass the same d2t and t2d, or start over with `--no-resume-from-checkpoint`",
+            hint="Pass the same `--draft-vocab-size`, or `--d2t-path` and `--t2d-path`, or start "
+            "over with `--no-resume-from-checkpoint`",
         )
     change = find_data_change(saved, inputs)
     if change is not None and not settings.data.allow_changed_data:
