@@ -2,7 +2,7 @@
 
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from itertools import pairwise
@@ -398,11 +398,21 @@ def write_settings(settings: Settings, file: Path) -> None:
         write_json(settings.model_dump(mode="json"), temporary)
 
 
-def changes_on_resume(old: Mapping[str, Any], new: Settings) -> list[Change]:
-    """Settings that matter to a resumed run and differ from those it began with."""
+def changes_on_resume(
+    old: Mapping[str, Any], new: Settings, *, unread: Collection[str] = ()
+) -> list[Change]:
+    """Settings that matter to a resumed run and differ from those it began with.
+
+    Args:
+        old: Values by section.
+        new: Those of now.
+        unread: Sections that the run does not read.
+    """
     current = new.model_dump(mode="json")
     changes: list[Change] = []
     for field in setting_fields(type(new)):
+        if field.section in unread:
+            continue
         mark = find_mark(field.info, OnResume)
         now = current[field.section][field.name]
         # A run begun before there was such a setting did what is now its default.

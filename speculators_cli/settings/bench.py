@@ -5,6 +5,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
+from speculators_cli.settings.algorithms import refuse_other_algorithms
 from speculators_cli.settings.algorithms.dflash import DFlashSettings
 from speculators_cli.settings.algorithms.dspark import DSparkSettings
 from speculators_cli.settings.algorithms.eagle3 import Eagle3Settings
@@ -167,6 +168,7 @@ class BenchSettings(Settings):
 
     @model_validator(mode="after")
     def _nothing_given_is_ignored(self) -> Self:
+        refuse_other_algorithms(self, self.shape.algorithm)
         shape, samples = self.shape.model_fields_set, self.samples
         if self.shape.full_vocab and "draft_vocab_size" in shape:
             raise ValueError("`--full-vocab` and `--draft-vocab-size` cannot both be given")

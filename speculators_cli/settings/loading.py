@@ -55,6 +55,22 @@ def load_settings(
         if field.name in flags and isinstance(sections[field.section], dict):
             section = sections[field.section] | {field.name: flags[field.name]}
             sections[field.section] = section
+    return check_settings(settings_class, sections, config_file)
+
+
+def check_settings(
+    settings_class: type[S], sections: Mapping[str, Any], config_file: Path | None = None
+) -> S:
+    """Check the values of all sections together.
+
+    Args:
+        settings_class: Its fields are sections.
+        sections: Values of settings by section.
+        config_file: Where they are from, if from a file.
+
+    Raises:
+        SettingsError: Names every setting that cannot be used.
+    """
     try:
         return settings_class.model_validate(sections)
     except ValidationError as error:

@@ -6,7 +6,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import AfterValidator, Field, ValidationInfo, field_validator, model_validator
 
-from speculators_cli.settings.algorithms import ALGORITHM_SETTINGS
+from speculators_cli.settings.algorithms import ALGORITHM_SETTINGS, refuse_other_algorithms
 from speculators_cli.settings.algorithms.dflash import DFlashSettings
 from speculators_cli.settings.algorithms.dspark import DSparkSettings
 from speculators_cli.settings.algorithms.eagle3 import Eagle3Settings
@@ -385,6 +385,13 @@ class TrainSettings(Settings):
         """The section that has the name of the algorithm."""
         section: Settings = getattr(self, self.draft.algorithm)
         return section
+
+    @model_validator(mode="after")
+    def _nothing_given_is_for_another_algorithm(self) -> Self:
+        # Without `--algorithm`, a draft to start from has one, which is known later.
+        if self.draft.from_checkpoint is None or "algorithm" in self.draft.model_fields_set:
+            refuse_other_algorithms(self, self.draft.algorithm)
+        return self
 
     @model_validator(mode="after")
     def _algorithm_has_its_defaults(self) -> Self:

@@ -144,6 +144,7 @@ def test_the_run_can_be_resumed_and_repeated(tiny: TinyInputs, trained: Path) ->
         (["--num-layers", "3"], 2, "`--num-layers` is `3`, but the draft in `first/"),
         (["--norm-before-residual"], 2, "`--norm-before-residual` is `True`"),
         (["--full-vocab"], 2, "`--full-vocab` is `True`"),
+        (["--block-size", "4"], 2, "is a setting of `dflash` or `dspark`, not of `eagle3`"),
         (["--from-checkpoint", "./nowhere"], 2, "`--from-checkpoint`: the folder `./nowhere`"),
         (["--from-checkpoint", "verifier"], 4, "is no draft"),
         (["--d2t-path", "other-d2t.npy", "--t2d-path", "other-t2d.npy"], 2, "is not the draft voc"),

@@ -18,6 +18,7 @@ from speculators_cli.core.training.checkpoint_checks import (
 from speculators_cli.core.training.distributed import Ranks
 from speculators_cli.core.training.inputs import Inputs
 from speculators_cli.core.training.run_folder import RunFolder
+from speculators_cli.settings.algorithms import ALGORITHM_SETTINGS
 from speculators_cli.settings.base import Change, changes_on_resume
 from speculators_cli.settings.train import TrainSettings
 
@@ -266,7 +267,8 @@ def find_data_change(saved: TrainState, inputs: Inputs) -> str | None:
 def _check_settings(
     saved: TrainState, settings: TrainSettings, checkpoint: Checkpoint, progress: Progress
 ) -> None:
-    changes = changes_on_resume(saved.settings, settings)
+    others = ALGORITHM_SETTINGS.keys() - {settings.draft.algorithm}
+    changes = changes_on_resume(saved.settings, settings, unread=others)
     refused = [x for x in changes if x.kind == "refused" and not _confirms_a_guess(x)]
     if refused:
         lines = [f"  `{c.name}` is `{c.new}`, the run began with `{c.old}`" for c in refused]

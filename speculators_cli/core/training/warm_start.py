@@ -16,6 +16,7 @@ from speculators_cli.core.models.verifier import load_embedding
 from speculators_cli.core.models.verifier_files import VerifierFiles
 from speculators_cli.core.models.verifier_shape import VerifierShape, read_verifier_shape
 from speculators_cli.core.progress import SILENT, Progress
+from speculators_cli.settings.loading import check_settings
 from speculators_cli.settings.train import TrainSettings
 
 FLAG = "--from-checkpoint"
@@ -83,7 +84,7 @@ def read_warm_start(
                 f"The draft in `{source.name}` was trained with `--{name.replace('_', '-')}` "
                 f"`{_shown(value)}`; it is trained further with `{_shown(getattr(given, name))}`"
             )
-    return type(settings).model_validate(content), source
+    return check_settings(type(settings), content), source
 
 
 def _shown(value: object) -> str:
