@@ -2,7 +2,7 @@
 
 import os
 import re
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from itertools import pairwise
@@ -144,6 +144,34 @@ class SettingField:
         if self.positional is not None:
             return self.positional.name
         return "--" + self.name.replace("_", "-")
+
+
+def changed_flags(section: Settings, names: Iterable[str]) -> list[str]:
+    """Flags of settings, by name, that were given another value than their default."""
+    flags = []
+    for name in sorted(section.model_fields_set.intersection(names)):
+        info, value = type(section).model_fields[name], getattr(section, name)
+        if value != info.get_default():
+            off = find_mark(info, OffFlag) if value is False else None
+            flags.append(off.flag if off else "--" + name.replace("_", "-"))
+    return flags
+
+
+def refuse_unread(section: Settings, names: Iterable[str], where: str) -> None:
+    """Refuse values that nothing reads.
+
+    Args:
+        section: Of the settings.
+        names: Of the settings.
+        where: Such as "without `--evaluate-prompts`".
+
+    Raises:
+        ValueError: Some of the settings have another value than their default.
+    """
+    flags = changed_flags(section, names)
+    if flags:
+        verb = "has" if len(flags) == 1 else "have"
+        raise ValueError(f"{', '.join(f'`{x}`' for x in flags)} {verb} no effect {where}")
 
 
 @dataclass(frozen=True)

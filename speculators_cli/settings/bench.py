@@ -25,6 +25,7 @@ from speculators_cli.settings.base import (
     TrustRemoteCode,
     check_float8_products,
     fill_in_defaults,
+    refuse_unread,
 )
 from speculators_cli.settings.train import (
     Algorithm,
@@ -102,9 +103,9 @@ class BenchStepSettings(Settings):
         return self.capture_compute_dtype == "float8"
 
     @model_validator(mode="after")
-    def _disk_is_compared_with_capture(self) -> Self:
-        if self.disk_dir is not None and not self.capture:
-            raise ValueError("`--disk-dir` needs `--capture`")
+    def _there_is_capture(self) -> Self:
+        if not self.capture:
+            refuse_unread(self, ["capture_compute_dtype", "disk_dir"], "without `--capture`")
         return self
 
     @model_validator(mode="after")

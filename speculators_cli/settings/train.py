@@ -36,6 +36,7 @@ from speculators_cli.settings.base import (
     is_conversations,
     not_a_choice,
     path_error,
+    refuse_unread,
 )
 from speculators_cli.settings.capture import CaptureSettings
 
@@ -180,6 +181,12 @@ class DataSettings(Settings):
         "packed in another order",
     )
 
+    @model_validator(mode="after")
+    def _one_thing_chooses_validation_samples(self) -> Self:
+        if self.val_data_path and self.train_data_ratio < 1:
+            refuse_unread(self, ["train_data_ratio"], "with `--val-data-path`")
+        return self
+
     @property
     def conversations(self) -> Path | None:
         """The file of conversations, if the data path is one."""
@@ -284,6 +291,12 @@ class ScheduleSettings(Settings):
         0.01, ge=0, lt=1, description="Fraction of steps used for warmup"
     )
 
+    @model_validator(mode="after")
+    def _a_warmup_is_scheduled(self) -> Self:
+        if self.scheduler == "none":
+            refuse_unread(self, ["warmup_ratio"], "with `--scheduler none`")
+        return self
+
 
 class CheckpointSettings(Settings):
     """When checkpoints are saved, and which are kept."""
@@ -314,6 +327,12 @@ class PromptEvaluationSettings(Settings):
     evaluate_max_new_tokens: Annotated[int, WARNED_ON_RESUME] = Field(
         128, ge=2, description="Maximum length of an answer to them, in tokens"
     )
+
+    @model_validator(mode="after")
+    def _there_are_prompts(self) -> Self:
+        if self.evaluate_prompts is None:
+            refuse_unread(self, type(self).model_fields, "without `--evaluate-prompts`")
+        return self
 
 
 class DistributedSettings(Settings):

@@ -31,7 +31,7 @@ from speculators_cli.core.training.warm_start import (
     choose_layer_ids,
     choose_vocab_map,
 )
-from speculators_cli.settings.base import Settings
+from speculators_cli.settings.base import Settings, changed_flags
 from speculators_cli.settings.train import DataSettings, DraftArch, TrainSettings
 
 
@@ -223,11 +223,14 @@ def _refuse_conversations(data: DataSettings) -> None:
 
 
 def _check_capture(settings: TrainSettings, *, is_live: bool) -> None:
-    """Refuse a cache of hidden states that are all stored."""
-    if settings.capture.cache_dir is not None and not is_live:
+    """Refuse settings of online capture where all hidden states are stored."""
+    capture = settings.capture
+    unread = changed_flags(capture, type(capture).model_fields.keys() - {"capture"})
+    if unread and not is_live:
+        flags = ", ".join(f"`{flag}`" for flag in unread)
         raise SettingsError(
-            f"`--cache-dir` is of no use: `{settings.data.data_path[0]}` holds samples with hidden "
-            "states",
+            f"{flags} {'is' if len(unread) == 1 else 'are'} of no use: "
+            f"`{settings.data.data_path[0]}` holds samples with hidden states",
             hint="Leave it out, or pass `--capture online` and a folder with shards of tokens",
         )
 

@@ -4,7 +4,7 @@ from speculators_cli.settings.algorithms.dflash import DFlashSettings
 from speculators_cli.settings.algorithms.dspark import DSparkSettings
 from speculators_cli.settings.algorithms.eagle3 import Eagle3Settings
 from speculators_cli.settings.algorithms.peagle import PEagleSettings
-from speculators_cli.settings.base import OffFlag, Settings, find_mark, join_choices
+from speculators_cli.settings.base import Settings, changed_flags, join_choices
 
 ALGORITHM_SETTINGS: dict[str, type[Settings]] = {
     "eagle3": Eagle3Settings,
@@ -27,13 +27,9 @@ def refuse_other_algorithms(settings: Settings, algorithm: str) -> None:
     own = ALGORITHM_SETTINGS[algorithm].model_fields.keys()
     readers: dict[str, list[str]] = {}
     for name, section_class in ALGORITHM_SETTINGS.items():
-        section = getattr(settings, name)
-        for key in section.model_fields_set - own:
-            info, value = section_class.model_fields[key], getattr(section, key)
-            if value != info.get_default():
-                off = find_mark(info, OffFlag)
-                flag = off.flag if off and value is False else f"--{key.replace('_', '-')}"
-                readers.setdefault(flag, []).append(name)
+        others = section_class.model_fields.keys() - own
+        for flag in changed_flags(getattr(settings, name), others):
+            readers.setdefault(flag, []).append(name)
     if readers:
         lines = [
             f"`{flag}` is a setting of {join_choices(names)}, not of `{algorithm}`"

@@ -6,7 +6,7 @@ from typing import Annotated, ClassVar, Literal, Self
 from pydantic import Field, model_validator
 
 from speculators_cli.settings.algorithms.mask import MaskSettings
-from speculators_cli.settings.base import REFUSED_ON_RESUME, WARNED_ON_RESUME
+from speculators_cli.settings.base import REFUSED_ON_RESUME, WARNED_ON_RESUME, refuse_unread
 
 
 class BlockSettings(MaskSettings):
@@ -64,4 +64,8 @@ class DFlashSettings(BlockSettings):
     def _weights_fit_the_loss(self) -> Self:
         if self.block_loss_weights == "dpace" and self.block_loss != "ce":
             raise ValueError("`--block-loss-weights dpace` needs `--block-loss ce`")
+        if self.block_loss_weights == "decay":
+            refuse_unread(self, ["dpace_alpha"], "without `--block-loss-weights dpace`")
+        else:
+            refuse_unread(self, ["block_loss_gamma"], "with `--block-loss-weights dpace`")
         return self

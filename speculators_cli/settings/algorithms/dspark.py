@@ -1,11 +1,11 @@
 """Settings of DSpark."""
 
-from typing import Annotated, Literal, get_args
+from typing import Annotated, Literal, Self, get_args
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from speculators_cli.settings.algorithms.dflash import BlockSettings
-from speculators_cli.settings.base import REFUSED_ON_RESUME, WARNED_ON_RESUME
+from speculators_cli.settings.base import REFUSED_ON_RESUME, WARNED_ON_RESUME, refuse_unread
 
 MarkovHeadType = Literal["vanilla", "gated", "rnn"]
 MARKOV_HEAD_TYPES: tuple[str, ...] = get_args(MarkovHeadType)
@@ -34,3 +34,9 @@ class DSparkSettings(BlockSettings):
     confidence_weight: Annotated[float, WARNED_ON_RESUME] = Field(
         1.0, ge=0, description="Weight of the loss of the confidence head"
     )
+
+    @model_validator(mode="after")
+    def _the_weighted_head_is_there(self) -> Self:
+        if not self.confidence_head:
+            refuse_unread(self, ["confidence_weight"], "without `--confidence-head`")
+        return self

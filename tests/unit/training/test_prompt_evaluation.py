@@ -95,7 +95,8 @@ def test_the_figure_of_an_epoch_is_that_of_evaluate_on_its_checkpoint(
 def test_evaluating_changes_no_bit_of_the_training_nor_does_resuming_it(
     train: Train, tiny: TinyInputs
 ) -> None:
-    plain = {"evaluation": {"evaluate_prompts": None}, "schedule": {"scheduler": "none"}}
+    none = {"evaluate_prompts": None, "evaluate_max_new_tokens": 128}  # the default
+    plain = {"evaluation": none, "schedule": {"scheduler": "none"}}
     total_steps = train("plain", **plain).total_steps
     given = {"schedule": {"scheduler": "none"}}
 

@@ -161,6 +161,8 @@ def test_states_that_are_not_finite_are_not_kept(
 def test_a_cache_without_live_samples_is_refused(tiny: TinyInputs) -> None:
     with pytest.raises(SettingsError, match="`--cache-dir` is of no use"):
         run(tiny, tiny.data_dir, "stored", cache_dir=tiny.folder / "cache")
+    with pytest.raises(SettingsError, match="`--capture-dtype`, `--shard-verifier` are of no use"):
+        run(tiny, tiny.data_dir, "stored", capture_dtype="float32", shard_verifier=True)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
