@@ -227,11 +227,12 @@ def _check_capture(settings: TrainSettings, *, is_live: bool) -> None:
     capture = settings.capture
     unread = changed_flags(capture, type(capture).model_fields.keys() - {"capture"})
     if unread and not is_live:
-        flags = ", ".join(f"`{flag}`" for flag in unread)
+        flags, is_one = ", ".join(f"`{flag}`" for flag in unread), len(unread) == 1
         raise SettingsError(
-            f"{flags} {'is' if len(unread) == 1 else 'are'} of no use: "
-            f"`{settings.data.data_path[0]}` holds samples with hidden states",
-            hint="Leave it out, or pass `--capture online` and a folder with shards of tokens",
+            f"{flags} {'is' if is_one else 'are'} of no use: `{settings.data.data_path[0]}` holds "
+            "samples with hidden states",
+            hint=f"Leave {'it' if is_one else 'them'} out, or pass `--capture online` and a folder "
+            "with shards of tokens",
         )
 
 

@@ -153,9 +153,8 @@ def _estimate(
         in_float8=kernels is not None and kernels.in_float8,
     )
     if has_whole_verifier:
-        memory = CaptureCost(
-            inputs.verifier_config, in_float8=settings.capture.in_float8
-        ).add_memory(
+        whole = CaptureCost(inputs.verifier_config, in_float8=settings.capture.in_float8)
+        memory = whole.add_memory(
             memory,
             total_seq_len=settings.data.total_seq_len,
             num_shards=ranks.num_local_ranks if settings.capture.shard_verifier else 1,
