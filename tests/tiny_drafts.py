@@ -15,6 +15,7 @@ from speculators_cli.core.algorithms.draft_config import DraftConfig
 from speculators_cli.core.algorithms.eagle3.config import Eagle3Config
 from speculators_cli.core.algorithms.eagle3.training import Eagle3Training
 from speculators_cli.core.algorithms.peagle.training import PEagleTraining
+from speculators_cli.core.bench.shapes import SHAPES
 from speculators_cli.core.data.batch import Batch, collate
 from speculators_cli.core.data.sample import Sample
 from speculators_cli.core.data.vocab_map import VocabMap
@@ -66,6 +67,22 @@ def make_config(**changes: Any) -> Eagle3Config:
         "verifier_architectures": ("LlamaForCausalLM",),
     }
     return Eagle3Config(**(fields | changes))
+
+
+def shaped_config(shape: str, **changes: Any) -> Eagle3Config:
+    """An `Eagle3Config` for a predefined shape of a verifier, as `bench` measures it."""
+    verifier, vocab_size = SHAPES[shape]
+    sizes = {
+        "hidden_size": verifier.hidden_size,
+        "target_hidden_size": verifier.hidden_size,
+        "intermediate_size": verifier.intermediate_size,
+        "num_heads": verifier.num_heads,
+        "num_kv_heads": verifier.num_kv_heads,
+        "head_dim": verifier.head_dim,
+        "vocab_size": vocab_size,
+        "draft_vocab_size": 32000,
+    }
+    return make_config(**(sizes | changes))
 
 
 def write_draft(folder: Path, config: Eagle3Config | DFlashConfig, **changes: Any) -> Path:

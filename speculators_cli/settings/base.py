@@ -143,7 +143,12 @@ class SettingField:
         """The flag that sets it, or the name of its place."""
         if self.positional is not None:
             return self.positional.name
-        return "--" + self.name.replace("_", "-")
+        return flag_of(self.name)
+
+
+def flag_of(name: str) -> str:
+    """The flag that sets a setting."""
+    return "--" + name.replace("_", "-")
 
 
 def changed_flags(section: Settings, names: Iterable[str]) -> list[str]:
@@ -153,7 +158,7 @@ def changed_flags(section: Settings, names: Iterable[str]) -> list[str]:
         info, value = type(section).model_fields[name], getattr(section, name)
         if value != info.get_default():
             off = find_mark(info, OffFlag) if value is False else None
-            flags.append(off.flag if off else "--" + name.replace("_", "-"))
+            flags.append(off.flag if off else flag_of(name))
     return flags
 
 

@@ -14,6 +14,7 @@ from speculators_cli.settings.base import (
     Settings,
     TrustRemoteCode,
     VerifierDtype,
+    flag_of,
 )
 from speculators_cli.settings.train import Algorithm
 from speculators_cli.settings.vllm import (
@@ -106,7 +107,7 @@ class TokenSettings(Settings):
         if not self.regenerate:
             given = self.model_fields_set & {"temperature", "top_p", "max_new_tokens"}
             if given:
-                flags = ", ".join(f"`--{name.replace('_', '-')}`" for name in sorted(given))
+                flags = ", ".join(f"`{flag_of(name)}`" for name in sorted(given))
                 raise ValueError(f"{flags} needs `--regenerate`")
         return self
 

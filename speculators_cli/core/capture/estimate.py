@@ -17,7 +17,7 @@ from speculators_cli.core.capture.token_stage import RowMaker
 from speculators_cli.core.conversations.bad_rows import BadRows
 from speculators_cli.core.conversations.prompt_files import open_prompts, read_prompts
 from speculators_cli.core.data.source import spread_evenly
-from speculators_cli.core.engines.cost import FLOAT8_SPEEDUP, CaptureCost
+from speculators_cli.core.engines.cost import CaptureCost
 from speculators_cli.core.engines.engine import Answer, Prompt, Sampling
 from speculators_cli.core.files import find_existing
 from speculators_cli.settings.generate_data import GenerateDataSettings
@@ -140,10 +140,9 @@ def _count_memory(job: Job) -> int:
 
 def measure_speed(job: Job) -> float:
     """Return the tokens per second of a capture, from the speed of matrix products here."""
-    flop_per_token = 2 * CaptureCost(job.config).num_layer_parameters
+    cost = CaptureCost(job.config, in_float8=job.settings.engine.in_float8)
     rate = measure_matmul(job.device, job.dtype) * EFFICIENCY[job.device.type]
-    speedup = FLOAT8_SPEEDUP if job.settings.engine.in_float8 else 1.0
-    return rate * speedup / flop_per_token
+    return rate * cost.speedup / (2 * cost.num_layer_parameters)
 
 
 def measure_matmul(device: torch.device, dtype: torch.dtype) -> float:

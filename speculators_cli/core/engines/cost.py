@@ -30,6 +30,11 @@ class CaptureCost:
         """Size of these weights on a GPU."""
         return (1 if self.in_float8 else BYTES) * self.num_layer_parameters
 
+    @property
+    def speedup(self) -> float:
+        """Of the layers, over bfloat16."""
+        return FLOAT8_SPEEDUP if self.in_float8 else 1.0
+
     def count_flops(self, lengths: Sequence[int]) -> float:
         """Floating-point operations for documents of these lengths, without the LM head."""
         v = self.verifier
@@ -39,8 +44,7 @@ class CaptureCost:
 
     def estimate_seconds(self, flops: float, peak_flops: float) -> float:
         """Seconds on a GPU with this many operations per second in bfloat16."""
-        speedup = FLOAT8_SPEEDUP if self.in_float8 else 1.0
-        return flops / (FLOPS_REACHED * speedup * peak_flops)
+        return flops / (FLOPS_REACHED * self.speedup * peak_flops)
 
     def add_memory(
         self, step: Mapping[str, int], *, total_seq_len: int, num_shards: int = 1

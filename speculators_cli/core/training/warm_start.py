@@ -16,6 +16,7 @@ from speculators_cli.core.models.verifier import load_embedding
 from speculators_cli.core.models.verifier_files import VerifierFiles
 from speculators_cli.core.models.verifier_shape import VerifierShape, read_verifier_shape
 from speculators_cli.core.progress import SILENT, Progress
+from speculators_cli.settings.base import flag_of
 from speculators_cli.settings.loading import check_settings
 from speculators_cli.settings.train import TrainSettings
 
@@ -69,7 +70,7 @@ def read_warm_start(
         for name, value in values.items():
             if name in given.model_fields_set and getattr(given, name) != value:
                 raise SettingsError(
-                    f"`--{name.replace('_', '-')}` is `{getattr(given, name)}`, but the draft in "
+                    f"`{flag_of(name)}` is `{getattr(given, name)}`, but the draft in "
                     f"`{source.name}` has `{value}`",
                     hint=f"Leave it out: `{FLAG}` fixes the shape of the draft",
                 )
@@ -81,7 +82,7 @@ def read_warm_start(
             content[config.algorithm][name] = value
         elif getattr(given, name) != value:
             progress.warn(
-                f"The draft in `{source.name}` was trained with `--{name.replace('_', '-')}` "
+                f"The draft in `{source.name}` was trained with `{flag_of(name)}` "
                 f"`{_shown(value)}`; it is trained further with `{_shown(getattr(given, name))}`"
             )
     return check_settings(type(settings), content), source

@@ -11,7 +11,7 @@ from speculators_cli.core.engines.cost import CaptureCost
 from speculators_cli.core.models.verifier_files import VerifierFiles
 from speculators_cli.core.models.verifier_shape import read_verifier_shape
 from speculators_cli.settings.algorithms.eagle3 import Eagle3Settings
-from tests.tiny_drafts import make_config
+from tests.tiny_drafts import shaped_config
 from tests.tiny_run import write_verifier
 
 # `docs/benchmarks/online.py` on an H200, torch 2.11: whether in float8, ms of capture, peak GiB.
@@ -53,21 +53,12 @@ def test_memory_has_the_layers_and_half_of_the_batches(tmp_path: Path) -> None:
 def test_time_and_memory_are_within_10_percent_of_what_was_measured(
     in_float8: bool, ms: float, gib: float
 ) -> None:
-    verifier, vocab_size = SHAPES["llama-3.1-8b"]
-    sizes = {
-        "hidden_size": verifier.hidden_size,
-        "target_hidden_size": verifier.hidden_size,
-        "intermediate_size": verifier.intermediate_size,
-        "num_heads": verifier.num_heads,
-        "num_kv_heads": verifier.num_kv_heads,
-        "head_dim": verifier.head_dim,
-    }
-    config = make_config(**sizes, vocab_size=vocab_size, draft_vocab_size=32000)
+    config = shaped_config("llama-3.1-8b")
     step = Eagle3Cost().estimate_memory(
         config, Eagle3Settings(), [Work(8192, 4915, 4915, flops=0.0)], total_seq_len=8192,
         has_whole_head=True,
     )  # fmt: skip
-    cost = CaptureCost(verifier, in_float8=in_float8)
+    cost = CaptureCost(SHAPES["llama-3.1-8b"][0], in_float8=in_float8)
 
     seconds = cost.estimate_seconds(cost.count_flops([1366] * 6), GPUS["H200"].flops)
     memory = cost.add_memory(step, total_seq_len=8192)

@@ -16,9 +16,8 @@ from speculators_cli.core.algorithms.eagle3.cost import (
     count_flops,
     count_rows,
 )
-from speculators_cli.core.bench.shapes import SHAPES
 from speculators_cli.settings.algorithms.eagle3 import Eagle3Settings
-from tests.tiny_drafts import filled_draft, make_config
+from tests.tiny_drafts import filled_draft, make_config, shaped_config
 
 # GiB, by `speculators bench`, NVIDIA H100 80GB, torch 2.11, with the verifier's whole LM head on
 # the GPU: shape, changes of the draft, tokens, supervised fraction.
@@ -32,21 +31,6 @@ MEASURED: list[tuple[str, dict[str, Any], int, float, float]] = [
     ("llama-3.1-8b", {"ttt_steps": 7}, 8192, 0.6, 14.92),
     ("qwen3-8b", {"draft_vocab_size": 151936}, 8192, 0.6, 20.84),
 ]
-
-
-def shaped(shape: str, **changes: Any) -> Eagle3Config:
-    verifier, vocab_size = SHAPES[shape]
-    sizes = {
-        "hidden_size": verifier.hidden_size,
-        "target_hidden_size": verifier.hidden_size,
-        "intermediate_size": verifier.intermediate_size,
-        "num_heads": verifier.num_heads,
-        "num_kv_heads": verifier.num_kv_heads,
-        "head_dim": verifier.head_dim,
-        "vocab_size": vocab_size,
-        "draft_vocab_size": 32000,
-    }
-    return make_config(**(sizes | changes))
 
 
 def estimate(
@@ -77,7 +61,7 @@ def test_memory_is_within_10_percent_of_what_was_measured(
     shape: str, changes: dict[str, Any], seq_len: int, fraction: float, gib: float
 ) -> None:
     num_bytes = estimate(
-        shaped(shape, **changes),
+        shaped_config(shape, **changes),
         total_seq_len=seq_len,
         num_active=int(seq_len * fraction),
         num_targets=int(seq_len * fraction),
@@ -88,7 +72,7 @@ def test_memory_is_within_10_percent_of_what_was_measured(
 
 def test_memory_of_a_shard_is_within_10_percent_of_what_was_measured() -> None:
     num_bytes = estimate(
-        shaped("llama-3.1-8b"),
+        shaped_config("llama-3.1-8b"),
         total_seq_len=8192,
         num_active=4915,
         num_targets=4915,
@@ -100,7 +84,7 @@ def test_memory_of_a_shard_is_within_10_percent_of_what_was_measured() -> None:
 
 
 def test_the_page_describes_each_term_of_the_memory() -> None:
-    config = shaped("llama-3.1-8b")
+    config = shaped_config("llama-3.1-8b")
     work = Work(num_positions=100, num_targets=60, num_active=80, flops=1.0)
 
     terms = Eagle3Cost().estimate_memory(config, Eagle3Settings(), [work], total_seq_len=100)
@@ -112,7 +96,7 @@ def test_the_page_describes_each_term_of_the_memory() -> None:
 
 
 def test_memory_grows_with_the_rows_that_scattered_targets_reach() -> None:
-    config = shaped("qwen3-8b", draft_vocab_size=151936)
+    config = shaped_config("qwen3-8b", draft_vocab_size=151936)
 
     many, few = (
         estimate(config, total_seq_len=8192, num_active=num_active, num_targets=700)
@@ -178,7 +162,7 @@ def test_more_steps_than_positions_are_counted() -> None:
 def test_each_accumulated_sequence_takes_memory() -> None:
     one, two, eight = (
         estimate(
-            shaped("llama-3.1-8b"),
+            shaped_config("llama-3.1-8b"),
             total_seq_len=8192,
             num_active=4915,
             num_targets=4915,

@@ -11,7 +11,7 @@ from speculators_cli.core.algorithms.peagle.config import PEagleConfig
 from speculators_cli.core.algorithms.peagle.cost import PEagleCost
 from speculators_cli.core.bench.synthetic import document_lengths
 from speculators_cli.settings.algorithms.peagle import PEagleSettings
-from tests.unit.algorithms.eagle3.test_cost import shaped
+from tests.tiny_drafts import shaped_config
 
 # ms/step and GiB of `speculators bench --algorithm peagle --steps 8` with these settings, torch
 # 2.11: the shape of Llama-3.1-8B, 8,192 tokens, 60% of them supervised, four layers. When they were
@@ -30,7 +30,7 @@ def test_time_and_memory_are_within_5_percent_of_what_was_measured(
     given: dict[str, Any], ms: float, gib: float
 ) -> None:
     settings = PEagleSettings.model_validate({"ttt_steps": 5} | given)
-    eagle = shaped("llama-3.1-8b", num_layers=4, ttt_steps=settings.ttt_steps)
+    eagle = shaped_config("llama-3.1-8b", num_layers=4, ttt_steps=settings.ttt_steps)
     shared = {field.name: getattr(eagle, field.name) for field in fields(eagle)}
     config, cost = PEagleConfig(**shared, mask_token_id=1), PEagleCost()
     lengths = document_lengths(8192, None, torch.Generator().manual_seed(0))
