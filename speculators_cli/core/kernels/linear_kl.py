@@ -185,6 +185,21 @@ def verifier_logits(x, logit_scale, softcap, HAS_SOFTCAP: tl.constexpr):
     return x
 
 
+@triton.jit
+def _go_on(x, start, inside, largest, weight, best):
+    """Take a block of logits into the running maximum, sum of exponentials and top-1 id.
+
+    Returns the three, what sums of before are multiplied by, and what each logit adds.
+    """
+    bounded = tl.where(inside, x, -float("inf"))
+    here = tl.max(bounded)
+    best = tl.where(here > largest, start + tl.argmax(bounded, axis=0), best)
+    new_largest = tl.maximum(largest, here)
+    shrink = tl.exp(largest - new_largest)
+    share = tl.exp(bounded - new_largest)
+    return new_largest, weight * shrink + tl.sum(share), best, shrink, share
+
+
 @triton.jit(do_not_specialize=["logit_scale", "softcap"])
 def _target_stats_kernel(
     logits, stats, tokens, kept_ids, vocab_size, logit_scale, softcap,
@@ -203,15 +218,8 @@ def _target_stats_kernel(
         inside = i < vocab_size
         x = tl.load(logits + i, mask=inside, other=0.0)
         x = verifier_logits(x, logit_scale, softcap, HAS_SOFTCAP)
-        bounded = tl.where(inside, x, -float("inf"))
-        here = tl.max(bounded)
-        best = tl.where(here > largest, start + tl.argmax(bounded, axis=0), best)
-        new_largest = tl.maximum(largest, here)
-        shrink = tl.exp(largest - new_largest)
-        share = tl.exp(bounded - new_largest)
-        weight = weight * shrink + tl.sum(share)
+        largest, weight, best, shrink, share = _go_on(x, start, inside, largest, weight, best)
         total = total * shrink + tl.sum(share * x)
-        largest = new_largest
     tl.store(stats + row * 2, largest + tl.log(weight))
     tl.store(stats + row * 2 + 1, total / weight)
     # Where all logits are NaN, there is no maximum.
@@ -236,12 +244,7 @@ def score_logits(
         t = tl.load(target_logits + i, mask=inside, other=0.0)
         t = verifier_logits(t, logit_scale, softcap, HAS_SOFTCAP)
         mean += tl.sum(tl.where(inside, tl.exp(t - target_lse) * d, 0.0))
-        d = tl.where(inside, d, -float("inf"))
-        here = tl.max(d)
-        best = tl.where(here > largest, start + tl.argmax(d, axis=0), best)
-        new_largest = tl.maximum(largest, here)
-        weight = weight * tl.exp(largest - new_largest) + tl.sum(tl.exp(d - new_largest))
-        largest = new_largest
+        largest, weight, best, _shrink, _share = _go_on(d, start, inside, largest, weight, best)
     return largest + tl.log(weight), mean, best
 
 
